@@ -1,0 +1,78 @@
+# `make` lists the targets. The first one that needs Python creates .venv and installs into it;
+# after that a run starts at once, until pyproject.toml or the constraints change.
+#
+#   make test PYTEST_ARGS="-k decode"            arguments for pytest
+#   make benchmark BENCHMARK_ARGS="--model tiny" arguments for fastattn benchmark
+#   make test PIP_ARGS="--extra-index-url URL"   arguments for pip (say, where CPU builds of torch are)
+#   make test GPU=                               pretend that there is no GPU
+
+PYTHON ?= python3
+VENV   ?= .venv
+PIP_ARGS ?=
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 1)
+
+ifeq ($(GPU),)
+  ifeq ($(origin PYTEST_ARGS),undefined)
+    PYTEST_ARGS := -n 2
+    # torch spreads over all cores by itself; with a test process per core that only gets in the way.
+    TEST_ENV := OMP_NUM_THREADS=1
+  endif
+  RUN_EXTRAS := hf
+  CONSTRAINT := -c constraints-cpu.txt
+  BENCHMARK_ARGS ?= --model tiny -p 512 -g 64 -n 2 --attn fastattn,sdpa,eager
+else
+  PYTEST_ARGS ?=
+  RUN_EXTRAS := cuda,hf
+  CONSTRAINT :=
+  BENCHMARK_ARGS ?= --model llama-3.1-8b -p 2049 -g 128 -n 4 --attn fastattn,sdpa
+endif
+
+PY := $(VENV)/bin/python
+# Keyed by content, not by time: a checkout that only touches the files installs nothing again.
+KEY := $(shell cat pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)-$(if $(GPU),gpu,cpu)
+RUN_STAMP := $(VENV)/.fastattn-run-$(KEY)
+DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help benchmark test gpu-test lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+benchmark: $(RUN_STAMP) ## run a language model through fastattn and compare (with a GPU: Llama-3.1-8B's shape)
+	$(VENV)/bin/fastattn benchmark $(BENCHMARK_ARGS)
+
+test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and counted without one
+	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) tests
+
+gpu-test: $(DEV_STAMP) ## run only the tests that need a GPU
+	@test -n "$(GPU)" || { echo "make gpu-test: nvidia-smi finds no GPU here" >&2; exit 1; }
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS) tests
+
+lint: $(DEV_STAMP) ## ruff and mypy, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(DEV_STAMP) ## let ruff fix and format
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+clean: ## remove caches and builds (to start all over, delete .venv as well)
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fastattn needs Python 3.11 or later; name one with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): | $(PY)
+	$(PY) -m pip install -q $(PIP_ARGS) $(CONSTRAINT) -e '.[$(RUN_EXTRAS)]'
+	@rm -f $(VENV)/.fastattn-run-* && touch $@
+
+$(DEV_STAMP): | $(PY)
+	$(PY) -m pip install -q $(PIP_ARGS) $(CONSTRAINT) -e '.[dev]'
+	@rm -f $(VENV)/.fastattn-dev-* && touch $@

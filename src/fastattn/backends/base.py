@@ -1,0 +1,40 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..problem import Call, Gradients, Problem
+
+
+class Backend(Protocol):
+    """One way of computing attention.
+
+    All backends agree on what they return: `out` `[B,Hq,Sq,Dv]` in q's dtype, token-major in memory, 0 in rows that
+    see nothing; `lse` `[B,Hq,Sq]`, natural logarithm, sinks included, float32 (float64 for float64 inputs), -inf in
+    rows that see nothing. Therefore the backward of one may follow the forward of another.
+    """
+
+    name: str
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """Why this backend cannot serve the problem, forward and (if it needs gradients) backward. Empty: it can.
+
+        Looks at nothing but the problem and the machine, so it may be asked without data.
+        """
+        ...
+
+    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The output and, when `problem.return_lse` or `problem.grads`, the log-sum-exp; else None may stand for it.
+
+        A backend whose backward does not read the log-sum-exp may return None for it when only gradients need it.
+        """
+        ...
+
+    def backward(
+        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        """The gradients that `problem.grads` names. `grad_lse` is None unless the caller differentiated the lse."""
+        ...

@@ -1,0 +1,90 @@
+"""torch's own kernels, where they compute exactly what was asked: the CPU, fp32, and what other backends refuse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import masks
+from ..problem import Call, Gradients, Problem, token_major
+
+#: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
+MAX_MASK_ELEMENTS = 1 << 28
+
+
+class TorchBackend:
+    """`torch.nn.functional.scaled_dot_product_attention`, with masks and lengths as one dense mask."""
+
+    name = "torch"
+
+    def reasons(self, problem: Problem) -> list[str]:
+        p, why = problem, []
+        if p.dtype == torch.float64:
+            why.append("float64 is the reference's")
+        if p.empty:
+            why.append("no queries or no keys")
+        if p.softcap:
+            why.append("torch's kernels have no softcap")
+        if p.sinks:
+            why.append("torch's kernels have no sinks")
+        if p.return_lse:
+            why.append("torch's kernels do not return the log-sum-exp")
+        if "m" in p.grads:
+            why.append("torch's fused kernels have no gradient for the mask")
+        if _needs_mask(p) and p.batch * p.q_len * p.kv_len > MAX_MASK_ELEMENTS:
+            why.append(f"would need a dense mask of {p.batch} x {p.q_len} x {p.kv_len}")
+        return why
+
+    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
+        p, c = problem, call
+        out = token_major(c.q, p.batch, p.q_heads, p.q_len, p.value_dim)
+        out.copy_(_attend(p, c, c.q, c.k, c.v))
+        return out, None
+
+    def backward(
+        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
+        inputs = [x.detach().requires_grad_(name in problem.grads) for name, x in zip("qkv", call[:3], strict=True)]
+        with torch.enable_grad():
+            again = _attend(problem, call, *inputs)
+        wanted = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(again, wanted, grad_out))
+        return Gradients(*(next(found) if x.requires_grad else None for x in inputs))
+
+
+def _needs_mask(p: Problem) -> bool:
+    """False when torch's own arguments (nothing, or is_causal) say it all. torch's causal is upper-left aligned."""
+    if p.mask != "none" or p.q_lengths or p.kv_lengths or p.left >= 0:
+        return True
+    return p.right >= 0 and not (p.causal and (p.q_len == p.kv_len or p.q_len == 1))
+
+
+def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = blind = None
+    if _needs_mask(p):
+        mask = masks.visibility(c)
+        assert mask is not None
+        unseen = masks.unseen_keys(c)
+        k, v = masks.clear(k, unseen), masks.clear(v, unseen)
+        if p.may_have_empty_rows:
+            # Rows that see nothing are let see everything, so that no kernel divides by 0, and are cleared after.
+            blind = ~mask.any(-1, keepdim=True)
+            mask, q = mask | blind, masks.clear(q, blind)
+        if p.mask == "additive" and c.mask is not None:
+            # torch wants the mask in q's dtype; rounding a float32 mask to bfloat16 would not be exact.
+            work = torch.promote_types(p.dtype, c.mask.dtype)
+            q, k, v, bias = q.to(work), k.to(work), v.to(work), c.mask.to(work)
+            bias = bias if blind is None else torch.where(blind, 0.0, bias)
+            mask = torch.where(mask, bias, -torch.inf)
+    out = functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and p.causal and p.q_len > 1,
+        scale=c.scale,
+        enable_gqa=p.group > 1,
+    )
+    return masks.clear(out, blind).to(p.dtype)

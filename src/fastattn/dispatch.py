@@ -1,0 +1,144 @@
+"""Which backend serves a call, and why not the others.
+
+The rule is one list, fastest first; the first backend without a reason to refuse serves the call. `FASTATTN_BACKENDS`
+(a comma-separated list), `FASTATTN_CUDNN=0` and `use_backend` shorten or reorder the list.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+
+from .backends.base import Backend
+from .problem import Problem
+
+NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
+
+_chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", default=None)
+_calls: Counter[str] = Counter()
+_warned: set[str] = set()
+_lock = threading.Lock()
+
+
+class FastattnWarning(UserWarning):
+    """Something works, but not as fast as it could: the text names the reason and the remedy."""
+
+
+class BackendError(ValueError):
+    """No allowed backend can serve a call; the text lists every refusal."""
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The backend of that name; its module is imported on first use."""
+    if name == "decode":
+        from .backends.decode import DecodeBackend
+
+        return DecodeBackend()
+    if name == "cudnn":
+        from .backends.cudnn import CudnnBackend
+
+        return CudnnBackend()
+    if name == "torch":
+        from .backends.torch_sdpa import TorchBackend
+
+        return TorchBackend()
+    from .backends.exact import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
+    """The names as a tuple. Raises ValueError, naming the argument, unless all are backends."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise ValueError(f"{argument}: expected one or more of {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}")
+    return tuple(names)
+
+
+@torch.compiler.assume_constant_result
+def allowed() -> tuple[str, ...]:
+    """The backends that may serve a call here and now, in order. Under torch.compile: when the graph was traced."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    listed = os.environ.get("FASTATTN_BACKENDS")
+    names = NAMES if not listed else check_names([n.strip() for n in listed.split(",")], "FASTATTN_BACKENDS")
+    if os.environ.get("FASTATTN_CUDNN", "1").lower() in ("0", "off", "false", "no"):
+        names = tuple(name for name in names if name != "cudnn")
+    return names
+
+
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Within the block, only the named backends serve calls (of this thread or task), in the order given.
+
+    names: one or more of "decode", "cudnn", "torch", "reference". A call that none of them can serve raises
+    `BackendError`, a ValueError. Takes precedence over `FASTATTN_BACKENDS` and `FASTATTN_CUDNN`. The backward of a
+    call is computed by the backends that were allowed in its forward.
+    """
+    token = _chosen.set(check_names(names, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
+    return {name: backend(name).reasons(problem) for name in (allowed() if names is None else names)}
+
+
+def select(problem: Problem, names: Sequence[str]) -> Backend:
+    """The first backend of the list that can serve the problem. Raises BackendError with every refusal."""
+    refusals: dict[str, list[str]] = {}
+    for name in names:
+        candidate = backend(name)
+        why = candidate.reasons(problem)
+        if not why:
+            if name == "reference" and problem.device == "cuda" and not problem.empty:
+                _warn_slow(refusals)
+            return candidate
+        refusals[name] = why
+    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in refusals.items())
+    raise BackendError(f"no allowed backend can serve this call:\n{listed}")
+
+
+def count(name: str) -> None:
+    """Counts a call served, for `stats()`."""
+    _calls[name] += 1
+
+
+def stats() -> dict[str, Any]:
+    """What has happened in this process: calls served by each backend, and the cuDNN plans' counters.
+
+    Returns a dict: "calls" maps backend names to forward calls served and "<name>.backward" to backward calls;
+    "plans" holds the counters of the cuDNN plan cache (builds, hits, evictions, milliseconds), {} before its first use.
+    """
+    from .backends.cudnn import plans
+
+    return {"calls": dict(_calls), "plans": plans.stats()}
+
+
+def _warn_slow(refusals: dict[str, list[str]]) -> None:
+    text = "; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items())
+    with _lock:
+        if text in _warned:
+            return
+        _warned.add(text)
+    warnings.warn(
+        f"fastattn: a CUDA call runs on the exact but slow reference ({text or 'it was asked for'}). "
+        "Run `fastattn doctor` to see what this machine lacks, and fastattn.explain(...) with the call's arguments "
+        "to see what would have to change in the call.",
+        FastattnWarning,
+        stacklevel=4,
+    )

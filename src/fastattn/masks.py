@@ -1,0 +1,136 @@
+"""The mask kinds and their conversions, each in one place.
+
+Four things decide which keys a query sees, and all of them must agree: a mask (bool tensor, additive tensor or
+`Intervals`), a band (causal, window), the keys' lengths, the queries' lengths. Everything here combines the four.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Call
+
+
+class Intervals(NamedTuple):
+    """One interval of visible keys per query row: row i of batch b sees the keys `[lo, hi)`.
+
+    The compact form of left and right padding, packing, windows and chunked prefill: O(S) numbers instead of a mask of
+    O(S^2). Rows with `hi <= lo` see nothing and give 0; bounds beyond the keys are clamped.
+
+    lo, hi: int32 tensors `[B, Sq]`, or `[B, 1]` when all rows of a batch entry share one interval, on the inputs'
+    device. B may be 1 to stand for every batch entry.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+
+def kv_lengths(call: Call) -> Tensor | int:
+    """Keys per batch entry, clamped to what is there: an int without `kv_lengths`, else int32 `[B]`."""
+    total = call.k.shape[2]
+    return total if call.kv_lengths is None else call.kv_lengths.clamp(0, total)
+
+
+def q_lengths(call: Call) -> Tensor | int:
+    """Queries per batch entry, clamped to what is there: an int without `q_lengths`, else int32 `[B]`."""
+    total = call.q.shape[2]
+    return total if call.q_lengths is None else call.q_lengths.clamp(0, total)
+
+
+def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    """The interval `[lo, hi)` that band, lengths and Intervals leave to each of the queries `start:stop`.
+
+    Returns two int32 tensors `[B|1, stop - start]`. A bool or additive mask is not part of it.
+    """
+    q_len, kv_len = q_lengths(call), kv_lengths(call)
+    rows = torch.arange(start, call.q.shape[2] if stop is None else stop, device=call.q.device, dtype=torch.int32)
+    rows = rows[None, :]
+    end: Tensor | int = kv_len if isinstance(kv_len, int) else kv_len[:, None]
+    queries: Tensor | int = q_len if isinstance(q_len, int) else q_len[:, None]
+    position = rows + (end - queries)  # lower-right alignment: the last query stands on the last key
+    lo = torch.zeros_like(position) if call.left < 0 else (position - call.left).clamp(min=0)
+    hi = torch.zeros_like(position) + end if call.right < 0 else position + call.right + 1
+    hi = torch.minimum(hi, end) if isinstance(end, Tensor) else hi.clamp(max=end)
+    if call.lo is not None and call.hi is not None:
+        columns = slice(start, stop) if call.lo.shape[1] != 1 else slice(None)
+        lo = torch.maximum(lo, call.lo[:, columns])
+        hi = torch.minimum(hi, call.hi[:, columns])
+    if isinstance(queries, Tensor):
+        hi = torch.where(rows < queries, hi, 0)
+    return lo, hi
+
+
+def rows_of(mask: Tensor, start: int, stop: int | None) -> Tensor:
+    """The query rows `start:stop` of a 4-D mask that may be broadcast along them."""
+    return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+
+
+def visibility(call: Call, start: int = 0, stop: int | None = None) -> Tensor | None:
+    """Which keys the queries `start:stop` see: bool, broadcastable to `[B, Hq, rows, Skv]`; None means all of them.
+
+    A key under -inf of an additive mask counts as not seen.
+    """
+    seen = None
+    has_lengths = call.q_lengths is not None or call.kv_lengths is not None
+    if call.left >= 0 or call.right >= 0 or call.lo is not None or has_lengths:
+        lo, hi = bounds(call, start, stop)
+        keys = torch.arange(call.k.shape[2], device=call.k.device, dtype=torch.int32)
+        seen = ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None]
+    if call.mask is not None:
+        mask = rows_of(call.mask, start, stop)
+        mask = mask if mask.dtype == torch.bool else mask > -torch.inf
+        seen = mask if seen is None else seen & mask
+    return seen
+
+
+def additive(call: Call, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor | None:
+    """Everything that masks, as one tensor to add to the scores, broadcastable to `[B, Hq, rows, Skv]`, or None."""
+    seen = visibility(call, start, stop)
+    if seen is None:
+        return None
+    if call.mask is None or call.mask.dtype == torch.bool:
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return torch.where(seen, rows_of(call.mask, start, stop).to(dtype), -torch.inf)
+
+
+def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sums a gradient `[B, Hq, rows, Skv]` over the dims along which a mask of that shape was broadcast."""
+    dims = [i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1]
+    return gradient.sum(dims, keepdim=True) if dims else gradient
+
+
+def unseen_keys(call: Call) -> Tensor | None:
+    """Keys that no query of the call sees, bool `[B|1, Hkv|1, Skv, 1]`, or None where the band alone decides.
+
+    What such a key holds (NaN, another request's leftovers) must not reach the output, and 0 * NaN is NaN: kernels
+    that multiply masked probabilities by V need these keys cleared.
+    """
+    if call.mask is None and call.lo is None and call.q_lengths is None and call.kv_lengths is None:
+        return None
+    if call.mask is not None and call.mask.shape[2] > 1:
+        seen = visibility(call)
+        assert seen is not None
+        seen = seen.any(dim=2)
+    else:
+        # Count the intervals that open and close at each key: O(S), no mask.
+        lo, hi = bounds(call)
+        total = call.k.shape[2]
+        opens = (hi > lo).int()
+        lo, hi = lo.clamp(0, total).long(), hi.clamp(0, total).long()
+        edges = torch.zeros(lo.shape[0], total + 1, dtype=torch.int32, device=lo.device)
+        edges.scatter_add_(1, lo, opens).scatter_add_(1, hi, -opens)
+        seen = (edges.cumsum(1)[:, None, :total]) > 0
+        if call.mask is not None:
+            mask = call.mask[:, :, 0]
+            seen = seen & (mask if mask.dtype == torch.bool else mask > -torch.inf)
+    if seen.shape[1] > 1:  # query heads -> K/V heads
+        seen = seen.unflatten(1, (call.k.shape[1], -1)).any(dim=2)
+    return ~seen[..., None]
+
+
+def clear(x: Tensor, where: Tensor | None) -> Tensor:
+    """x with 0 where the bool tensor says so."""
+    return x if where is None else x.masked_fill(where, 0)

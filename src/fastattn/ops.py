@@ -1,0 +1,142 @@
+"""The operators `torch.ops.fastattn.*`: schemas, shapes for tracing (fakes), and the link from forward to backward.
+
+A traced graph (torch.compile, export, FakeTensor) sees two opaque operators. The backend is chosen inside them, when
+they run: the graph holds no Python of ours, does not recompile when a length changes, and every stride that a backend
+looks at is real.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .problem import Call, Gradients, Problem, token_major, work_dtype
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? q_lengths, "
+    "Tensor? kv_lengths, float scale, int left, int right, float softcap, bool return_lse, str grads"
+)
+_FIELDS = len(Call._fields)
+
+_library = torch.library.Library("fastattn", "DEF")
+_library.define(f"attention({_CALL}, str backends) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_CALL}, str backends)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Runs a call on the first of the named backends that can. Returns the output and the log-sum-exp.
+
+    The log-sum-exp is an empty tensor unless `call.return_lse` or `call.grads` ask for it.
+    """
+    if _direct(call):
+        return _forward(call, names)
+    out, lse = torch.ops.fastattn.attention(*call, ",".join(names))
+    return out, lse
+
+
+def _direct(call: Call) -> bool:
+    """True when nothing would come of a trip through torch's dispatcher (8 us): no gradient, no tracing, no modes."""
+    return (
+        not call.grads
+        and not torch.compiler.is_compiling()
+        and type(call.q) is type(call.k) is type(call.v) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    problem = Problem.of(call)
+    backend = dispatch.select(problem, names)
+    dispatch.count(backend.name)
+    out, lse = backend.forward(problem, call)
+    if lse is None:
+        # Only a backend whose backward does not read it may leave it out.
+        lse = call.q.new_zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype))
+    return out, lse
+
+
+def _attention(*args: Any) -> tuple[Tensor, Tensor]:
+    with _no_autocast(args[0]):
+        return _forward(Call(*args[:_FIELDS]), tuple(args[_FIELDS].split(",")))
+
+
+def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
+    call, names = Call(*args[:_FIELDS]), tuple(args[_FIELDS].split(","))
+    problem = Problem.of(call)
+    backend = dispatch.select(problem, names)
+    dispatch.count(f"{backend.name}.backward")
+    with _no_autocast(call.q):
+        found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
+    return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _no_autocast(like: Tensor) -> torch.autocast:
+    """The inputs were cast already (`api.py`); the float32 inside must stay float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _lse_shape(call: Call) -> tuple[int, ...]:
+    return tuple(call.q.shape[:3]) if call.return_lse or call.grads else (0,)
+
+
+def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*args[:_FIELDS])
+    q, v = call.q, call.v
+    out = token_major(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    return out, q.new_empty(_lse_shape(call), dtype=work_dtype(q.dtype))
+
+
+def _attention_backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
+    call = Call(*args[:_FIELDS])
+    return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in empty_gradients(call))
+
+
+def empty_gradients(call: Call) -> Gradients:
+    """Uninitialised gradients in the layout that every backend returns: token-major for q, k, v; contiguous else."""
+    like = {name: x for name, x in zip("qkv", call[:3], strict=True) if name in call.grads}
+    found = {name: token_major(x, *x.shape) for name, x in like.items()}
+    if "m" in call.grads and call.mask is not None:
+        found["mask"] = call.mask.new_empty(call.mask.shape)
+    if "s" in call.grads and call.sinks is not None:
+        found["sinks"] = call.sinks.new_empty(call.sinks.shape)
+    return Gradients(**found)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    call = Call(*inputs[:_FIELDS])
+    tensors = call[:9]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.rest = inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    nothing = (None,) * (_FIELDS + 1)
+    wanted = ctx.rest[-2]
+    if not wanted or (grad_out is None and grad_lse is None):
+        return nothing
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    found = torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest)
+    q, k, v, m, s = (x if name in wanted else None for name, x in zip("qkvms", found, strict=True))
+    return (q, k, v, m, None, None, s, *nothing[7:])
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("fastattn: double backward is not supported: attention's gradients are not differentiable")
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::attention", _attention_fake, lib=_library)
+torch.library.register_fake("fastattn::attention_backward", _attention_backward_fake, lib=_library)
+torch.library.register_autograd("fastattn::attention", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastattn::attention_backward", _no_double_backward, lib=_library)

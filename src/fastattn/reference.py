@@ -1,0 +1,155 @@
+"""Exact attention in plain torch: any device, any dtype, any feature, forward and backward.
+
+The truth of the test suite when fed float64, and the last resort of the dispatcher. It walks over the queries in
+chunks, so its memory is O(S): no score matrix larger than one chunk exists, in the forward or in the backward, which
+recomputes each chunk from the saved log-sum-exp.
+
+    s = softcap(scale * q k^T) + mask,    p = exp(s - lse),    lse = log(sum_j exp(s_j) + exp(sink)),    o = p v
+
+Backward (with delta = rowsum(do * o) - dlse; Dao et al., FlashAttention, 2022, appendix B; the sink is one more logit
+whose value vector is 0):
+
+    ds = p * (do v^T - delta),    dsink = -sum_rows exp(sink - lse) * delta,    dmask = ds,
+    dr = ds * (1 - (softcap(r) / cap)^2),    dq = scale * dr k,    dk = scale * dr^T q,    dv = p^T do
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .problem import Call, Gradients, Problem, token_major, work_dtype
+
+CHUNK_ELEMENTS = {
+    "cpu": 1 << 21,
+    "cuda": 1 << 25,
+}  #: scores held at a time: 8 MB stays in a CPU's cache, 128 MB fills a GPU
+
+
+def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
+    """Returns the output `[B,Hq,Sq,Dv]` in q's dtype and the log-sum-exp `[B,Hq,Sq]` (float32; float64 for float64)."""
+    p, work = problem, work_dtype(problem.dtype)
+    out = token_major(call.q, p.batch, p.q_heads, p.q_len, p.value_dim)
+    lse = call.q.new_empty((p.batch, p.q_heads, p.q_len), dtype=work)
+    k, v = call.k.to(work), call.v.to(work)
+    for start, stop in _chunks(p):
+        rows = _scores(p, call, k, start, stop)
+        total = _log_sum_exp(rows.scores, call.sinks)
+        probabilities = _probabilities(rows.scores, total)
+        out[:, :, start:stop] = _unfold(p, _fold(p, probabilities) @ masks.clear(v, rows.unseen))
+        lse[:, :, start:stop] = total
+    return out, lse
+
+
+def backward(
+    problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> Gradients:
+    """The gradients named by `call.grads`, from any backend's output and log-sum-exp (`[B,Hq,Sq]`, sinks included)."""
+    p, work = problem, work_dtype(problem.dtype)
+    k, v = call.k.to(work), call.v.to(work)
+    dq = token_major(call.q, p.batch, p.q_heads, p.q_len, p.head_dim) if "q" in p.grads else None
+    dk = torch.zeros_like(k) if "k" in p.grads else None
+    dv = torch.zeros_like(v) if "v" in p.grads else None
+    dmask = call.q.new_zeros(p.mask_shape, dtype=work) if "m" in p.grads else None
+    dsinks = call.q.new_zeros(p.q_heads, dtype=work) if "s" in p.grads else None
+    for start, stop in _chunks(p):
+        rows = _scores(p, call, k, start, stop)
+        total = lse[:, :, start:stop].to(work)
+        probabilities = _probabilities(rows.scores, total)
+        do = grad_out[:, :, start:stop].to(work)
+        if rows.blind is not None:  # gradient 0, whatever the upstream gradient holds
+            do = masks.clear(do, rows.blind[..., None])
+        delta = (do * out[:, :, start:stop].to(work)).sum(-1)
+        if grad_lse is not None:
+            dlse = grad_lse[:, :, start:stop].to(work)
+            # The log-sum-exp of a row that sees nothing is its sink, or the constant -inf.
+            delta = delta - (dlse if p.sinks else masks.clear(dlse, rows.blind))
+        if dv is not None:
+            dv += _fold(p, probabilities).mT @ _fold(p, do)
+        if dsinks is not None and call.sinks is not None:
+            dsinks -= (torch.exp(call.sinks.to(work)[:, None] - total) * delta).sum((0, 2))
+        ds = probabilities * (_unfold(p, _fold(p, do) @ masks.clear(v, rows.unseen).mT) - delta[..., None])
+        if dmask is not None:
+            masks.rows_of(dmask, start, stop).add_(masks.reduce_to(ds, _rows_shape(p.mask_shape, stop - start)))
+        if p.softcap:
+            ds = ds * (1 - rows.capped.div(p.softcap).square())
+        if dq is not None:
+            dq[:, :, start:stop] = _unfold(p, _fold(p, ds) @ masks.clear(k, rows.unseen)) * call.scale
+        if dk is not None:
+            dk += (_fold(p, ds).mT @ _fold(p, rows.q)) * call.scale
+    return Gradients(
+        q=dq,
+        k=None if dk is None else dk.to(call.k.dtype),
+        v=None if dv is None else dv.to(call.v.dtype),
+        mask=None if dmask is None or call.mask is None else dmask.to(call.mask.dtype),
+        sinks=None if dsinks is None or call.sinks is None else dsinks.to(call.sinks.dtype),
+    )
+
+
+class _Rows(NamedTuple):
+    """The scores of one chunk of queries, and what had to be cleared so that no unseen value touches them."""
+
+    scores: Tensor  #: [B,Hq,rows,Skv], -inf where not seen
+    capped: Tensor  #: the same before masking, 0 where not seen (what softcap's derivative needs)
+    q: Tensor  #: [B,Hq,rows,D], 0 in rows that see nothing
+    unseen: Tensor | None  #: keys no query of the chunk sees, [B|1,Hkv|1,Skv,1]
+    blind: Tensor | None  #: queries that see no key, [B|1,Hq|1,rows]
+
+
+def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
+    q = call.q[:, :, start:stop].to(k.dtype)
+    seen = masks.visibility(call, start, stop)
+    unseen = blind = None
+    if seen is not None:
+        blind = ~seen.any(-1)
+        keys = seen.any(2)
+        if keys.shape[1] > 1:
+            keys = keys.unflatten(1, (p.kv_heads, -1)).any(2)
+        unseen = ~keys[..., None]
+        q = masks.clear(q, blind[..., None])
+    scores = _unfold(p, _fold(p, q) @ k.mT) * call.scale
+    if p.softcap:
+        scores = torch.tanh(scores / p.softcap) * p.softcap
+    capped = scores
+    if p.mask == "additive" and call.mask is not None:
+        scores = scores + masks.rows_of(call.mask, start, stop).to(k.dtype)
+    if seen is not None:
+        capped = masks.clear(capped, ~seen)
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return _Rows(scores, capped, q, unseen, blind)
+
+
+def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    lse = torch.logsumexp(scores, -1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), 0 in rows that see nothing (lse = -inf)."""
+    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+
+
+def _chunks(p: Problem) -> list[tuple[int, int]]:
+    if p.empty and not (p.batch and p.q_heads and p.q_len):
+        return []
+    budget = CHUNK_ELEMENTS.get(p.device, CHUNK_ELEMENTS["cuda"])
+    rows = max(1, budget // max(1, p.batch * p.q_heads * p.kv_len))
+    return [(start, min(start + rows, p.q_len)) for start in range(0, p.q_len, rows)]
+
+
+def _rows_shape(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    return (*shape[:2], 1 if shape[2] == 1 else rows, shape[3])
+
+
+# K/V are never repeated for grouped heads: the heads of a group become more rows of one matrix product.
+def _fold(p: Problem, x: Tensor) -> Tensor:
+    """`[B,Hq,rows,X]` -> `[B,Hkv,group * rows,X]`."""
+    return x.reshape(p.batch, p.kv_heads, p.group * x.shape[2], x.shape[3])
+
+
+def _unfold(p: Problem, x: Tensor) -> Tensor:
+    """`[B,Hkv,group * rows,X]` -> `[B,Hq,rows,X]`."""
+    return x.reshape(p.batch, p.q_heads, x.shape[2] // p.group, x.shape[3])

@@ -1,0 +1,133 @@
+"""The checks behind the op: every error names the argument, says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .masks import Intervals
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q `[B,Hq,Sq,D]`, k `[B,Hkv,Skv,D]`, v `[B,Hkv,Skv,Dv]`, floating, one device, Hq a multiple of Hkv."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dims [batch, heads, length, dim], got {_shape(x)}")
+        if x.dtype not in FLOATING:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as of q, got {x.device}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: expected batch {q.shape[0]} as of q, got {x.shape[0]} (shape {_shape(x)})")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected head dim {q.shape[3]} as of q, got {k.shape[3]} (shape {_shape(k)})")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v: expected {k.shape[1]} heads as of k, got {v.shape[1]} (shape {_shape(v)})")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v: expected length {k.shape[2]} as of k, got {v.shape[2]} (shape {_shape(v)})")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {q.shape[1]} (grouped-query attention), got {k.shape[1]}"
+        )
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
+
+
+def check_scale(scale: float) -> float:
+    value = _number("scale", scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale: expected a finite number, got {value}")
+    return value
+
+
+def check_softcap(softcap: float) -> float:
+    value = _number("softcap", softcap)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {value}")
+    return value
+
+
+def check_window(window: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), each -1 (open) or more."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: expected a pair (left, right), got {window!r}")
+    for side, value in zip(("left", "right"), window, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+            raise ValueError(f"window: expected {side} to be an int >= 0, or -1 for open, got {value!r}")
+    return window[0], window[1]
+
+
+def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns (4-D mask tensor, None, None) or (None, lo, hi)."""
+    if isinstance(mask, Intervals):
+        check_interval("mask.lo", mask.lo, q)
+        check_interval("mask.hi", mask.hi, q)
+        if mask.lo.shape != mask.hi.shape:
+            raise ValueError(f"mask.hi: expected the shape of mask.lo, {_shape(mask.lo)}, got {_shape(mask.hi)}")
+        return None, mask.lo, mask.hi
+    check_tensor("mask", mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING:
+        raise ValueError(f"mask: expected a bool (True = attend) or a floating tensor, got {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected device {q.device} as of q, got {mask.device}")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if mask.dim() > 4:
+        raise ValueError(f"mask: expected at most 4 dims, got {_shape(mask)}")
+    mask = mask[(None,) * (4 - mask.dim())]
+    if any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+        raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")
+    return mask, None, None
+
+
+def check_interval(name: str, x: Tensor, q: Tensor) -> None:
+    check_tensor(name, x)
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}: expected int32, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} as of q, got {x.device}")
+    if x.dim() != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] not in (1, q.shape[2]):
+        raise ValueError(f"{name}: expected [{q.shape[0]} or 1, {q.shape[2]} or 1], got {_shape(x)}")
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    check_tensor("sinks", sinks)
+    if sinks.dtype not in FLOATING:
+        raise ValueError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks: expected [{q.shape[1]}], one per query head, got {_shape(sinks)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} as of q, got {sinks.device}")
+
+
+def check_lengths(name: str, lengths: Tensor, q: Tensor) -> None:
+    check_tensor(name, lengths)
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"{name}: expected int32, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
+        raise ValueError(f"{name}: expected [{q.shape[0]}], one per batch entry, got {_shape(lengths)}")
+    if lengths.device != q.device:
+        raise ValueError(
+            f"{name}: expected device {q.device} as of q (lengths are never read on the host), got {lengths.device}"
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a Python number, got {type(value).__name__}")
+    return float(value)
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

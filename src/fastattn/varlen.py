@@ -1,0 +1,89 @@
+"""Packed sequences of different lengths, `[T,H,D]` with cumulative lengths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .api import scaled_dot_product_attention
+from .masks import Intervals
+from .validate import check_tensor, check_window
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    sinks: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of N sequences that lie end to end: sequence n of q attends to sequence n of k and v.
+
+    Args:
+        q, k, v: `[Tq, Hq, D]`, `[Tkv, Hkv, D]`, `[Tkv, Hkv, Dv]`.
+        cu_seqlens_q, cu_seqlens_kv: int32 `[N + 1]` on q's device: sequence n holds the tokens
+            `cu[n] <= t < cu[n + 1]`. Never read on the host. Tokens past the last entry belong to no sequence and
+            give 0.
+        causal: aligned to the lower right of each sequence, as in `scaled_dot_product_attention`.
+        scale, sinks, window, softcap, backend: as in `scaled_dot_product_attention`; the window counts positions
+            within the sequence.
+        return_lse: also return the log-sum-exp, `[Hq, Tq]`.
+
+    Returns:
+        `[Tq, Hq, Dv]`, contiguous; with return_lse a pair.
+
+    Raises:
+        ValueError, TypeError: as `scaled_dot_product_attention`.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dims [tokens, heads, dim], got {list(x.shape)}")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        check_tensor(name, cu)
+        if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
+            raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu.dtype} {list(cu.shape)}")
+        if cu.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as of q, got {cu.device}")
+    if cu_seqlens_q.shape != cu_seqlens_kv.shape:
+        raise ValueError(
+            f"cu_seqlens_kv: expected {list(cu_seqlens_q.shape)} as of cu_seqlens_q, got {list(cu_seqlens_kv.shape)}"
+        )
+    left, right = (-1, -1) if window is None else check_window(window)
+    intervals = packed_intervals(q.shape[0], cu_seqlens_q, cu_seqlens_kv, left, 0 if causal else right)
+    result = scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        scale=scale,
+        mask=intervals,
+        sinks=sinks,
+        softcap=softcap,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    if isinstance(result, tuple):
+        return result[0][0].transpose(0, 1), result[1][0]
+    return result[0].transpose(0, 1)
+
+
+def packed_intervals(tokens: int, cu_q: Tensor, cu_kv: Tensor, left: int = -1, right: int = -1) -> Intervals:
+    """The keys that each of the packed queries sees: `Intervals` `[1, tokens]`, computed on the device."""
+    token = torch.arange(tokens, dtype=torch.int32, device=cu_q.device)
+    count = cu_q.shape[0] - 1
+    inside = (token >= cu_q[0]) & (token < cu_q[-1])
+    if count == 0:
+        zeros = torch.zeros_like(token)[None]
+        return Intervals(zeros, zeros)
+    n = torch.bucketize(token, cu_q[1:], right=True, out_int32=True).clamp(max=count - 1)
+    first, last = cu_kv[n], cu_kv[n + 1]
+    position = token - cu_q[n + 1] + last  # lower-right alignment within the sequence
+    lo = first if left < 0 else torch.maximum(first, position - left)
+    hi = last if right < 0 else torch.minimum(last, position + right + 1)
+    return Intervals(lo[None].contiguous(), torch.where(inside, hi, 0)[None].contiguous())
