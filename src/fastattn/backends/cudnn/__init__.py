@@ -1,22 +1,45 @@
-"""cuDNN attention."""
+"""cuDNN attention through its frontend's graph API: prefill and training."""
 
 from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
 
 from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
+from . import runtime, support
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class CudnnBackend:
+    """cuDNN's fused attention, forward and backward, for float16 and bfloat16."""
+
     name = "cudnn"
 
     def reasons(self, problem: Problem) -> list[str]:
-        return ["not built yet"]
+        if problem.device != "cuda":
+            return ["cuDNN needs a CUDA device"]
+        library = runtime.library()
+        why = support.reasons(problem, library.version)
+        if library.refusal:
+            why.append(library.refusal)
+        elif not _has_triton():
+            why.append("Triton, which computes offsets on the device, is missing: pip install 'fastattn[cuda]'")
+        return why
 
     def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        raise AssertionError
+        from .forward import forward
+
+        return forward(problem, call)
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
-        raise AssertionError
+        from .backward import backward
+
+        return backward(problem, call, out, lse, grad_out, grad_lse)

@@ -1,0 +1,114 @@
+"""The backward: the same two kinds of plan as the forward, fed with its output and log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import masks, reference
+from ...problem import Call, Gradients, Problem, token_major
+from .forward import (
+    SCALE,
+    band,
+    capacity,
+    exact_wanted,
+    heads_lie_apart,
+    length_operands,
+    lower_right,
+    ragged_operand,
+    ragged_rows,
+)
+from .graphs import PlanKey
+from .operands import bias, cleared, copied, exact, keeps_band, needs_bias, packed, readable, scale_operand
+from .places import places
+from .plans import cache
+from .support import deterministic_refusal
+
+_GRADIENTS = (("dq", "q"), ("dk", "k"), ("dv", "v"))
+
+
+def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of the call's inputs; cuDNN's backward takes no gradient of the log-sum-exp, the reference's does."""
+    dense = needs_bias(p)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not dense)):
+        return reference.backward(p, c, out, lse, grad_out, grad_lse)
+    # exp(score - inf) = 0: a row that sees nothing must not become exp(-inf + inf) = NaN.
+    stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse
+    run = _exact if dense or exact_wanted(p) else _any_length
+    tensors = run(p, c, out, stats, grad_out, deterministic)
+    dmask = dsinks = None
+    if "m" in p.grads and c.mask is not None:
+        dmask = masks.reduce_to(tensors["dbias"].float(), p.mask_shape).to(c.mask.dtype)
+    if "s" in p.grads and c.sinks is not None:
+        # The sink is one more logit, with value 0: ds = p_sink * (0 - rowsum(do * o)).
+        delta = (grad_out.float() * out.float()).sum(-1)
+        dsinks = -(torch.exp(c.sinks.float()[:, None] - lse) * delta).sum((0, 2)).to(c.sinks.dtype)
+    found = {role: tensors[d] for d, role in _GRADIENTS if role in p.grads}
+    return Gradients(**found, mask=dmask, sinks=dsinks)
+
+
+def _any_length(
+    p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
+) -> dict[str, Tensor]:
+    # Heads of a group share their K/V gradient, so they stay together and their stride is baked into the plan.
+    q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
+    k, v = readable(c.k), readable(c.v)
+    fold = p.kv_heads
+    rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
+    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
+    if p.q_lengths:  # what lies past a length is left untouched
+        tensors["dq"].zero_()
+    if p.kv_lengths or c.lo is not None:
+        tensors["dk"].zero_()
+        tensors["dv"].zero_()
+    key_side = ("k", "v", "dk", "dv")
+    operands = [
+        ragged_operand(role, x, rows, fold, kv_max if role in key_side else q_max) for role, x in tensors.items()
+    ]
+    operands += [SCALE, *length_operands(rows, tuple(tensors))]
+    tensors |= places(tensors, rows, fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
+    dims = (rows, p.group, q_max, 1)
+    operands.append(packed("stats", dims, torch.float32))
+    spread = tensors["stats"] = stats.new_empty(dims)
+    spread.view(-1, p.q_heads, q_max)[: p.batch, :, : p.q_len] = stats
+    tensors["scale"] = scale_operand(c.scale)
+    left, right = band(p)
+    key = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
+    cache.get(key).run(tensors)
+    return tensors
+
+
+def _exact(p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool) -> dict[str, Tensor]:
+    q, k, v = c.q, c.k, c.v
+    added = None
+    left, right = band(p)
+    if needs_bias(p):
+        added = bias(p, c, whole=True)
+        q, k, v = cleared(p, c, q, k, v)
+        if p.q_lengths or p.mask == "intervals":
+            lo, hi = masks.bounds(c)
+            grad_out = masks.clear(grad_out, (hi <= lo)[:, None, :, None])
+        left, right = (left, right) if keeps_band(p) else (-1, -1)
+    q, k, v, o, do = (readable(x) for x in (q, k, v, out, grad_out))
+    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
+    if added is not None:
+        tensors["bias"] = added
+        if "m" in p.grads:
+            tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
+    operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
+    dims = (p.batch, p.q_heads, p.q_len, 1)
+    operands.append(packed("stats", dims, torch.float32))
+    tensors["stats"] = stats.contiguous().view(dims)
+    tensors["scale"] = scale_operand(c.scale)
+    key = PlanKey("backward", p.index, tuple(operands), left, right, added is None and lower_right(p), deterministic)
+    cache.get(key).run(tensors)
+    return tensors
+
+
+def _gradients(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    return {d: token_major(x, *x.shape) for (d, _), x in zip(_GRADIENTS, (q, k, v), strict=True)}
+
+
+def _grouped(p: Problem, x: Tensor) -> Tensor:
+    return copied(x) if p.group > 1 and heads_lie_apart(x) else x

@@ -1,0 +1,118 @@
+"""Where the tensors of an any-length plan lie: offsets and lengths, computed on the device by one small kernel.
+
+The plan sees `rows` ragged entries, one per batch entry and folded head, each with its own offset into every tensor
+and its own number of queries and keys. With the heads folded into the batch, the token stride (and, when a group of
+query heads stays together, the stride between them) is all that a plan has to know about a layout.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .graphs import RAGGED
+
+_KEY_SIDE = ("k", "v", "dk", "dv")
+_CACHED = 4096
+_cache: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+
+
+def places(
+    tensors: dict[str, Tensor],
+    rows: int,
+    fold: int,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    lo: Tensor | None,
+    hi: Tensor | None,
+) -> dict[str, Tensor]:
+    """Offsets (elements, int64 `[rows + 1,1,1,1]`) and lengths (int32 `[rows,1,1,1]`) of an any-length call.
+
+    tensors: by role (those of `RAGGED` that take part), each `[B,H,S,D]`; q and k must be there.
+    rows: ragged entries of the plan, at least B * fold; the surplus gets length 0.
+    fold: heads folded into the batch: Hkv (a group of query heads stays together) or Hq.
+    lo, hi: int32 `[B|1,1]`, the visible keys of each batch entry.
+    """
+    q, k = tensors["q"], tensors["k"]
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    static = q_lengths is None and kv_lengths is None and lo is None
+    strides = []
+    for role in RAGGED:
+        x = tensors.get(role)
+        if x is None:
+            strides += [0, 0, 0]
+        elif role in _KEY_SIDE:
+            strides += [x.stride(0), x.stride(1), x.stride(2)]
+        else:
+            strides += [x.stride(0), x.stride(1) * (q_heads // fold), 0]
+    # A cached tensor must not be baked into a CUDA graph: it could be evicted while the graph lives. And what one
+    # stream computed, another may not read unordered.
+    cached = static and not torch.cuda.is_current_stream_capturing()
+    stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+    name = (q.device.index, stream, rows, fold, batch, kv_heads, q_len, kv_len, *strides)
+    if cached and name in _cache:
+        return _cache[name]
+    roles = [role for role in RAGGED if role in tensors]
+    offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
+    lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
+    block = 128
+    _places[(triton.cdiv(rows + 1, block),)](
+        offsets, lengths, q_lengths, kv_lengths, lo, hi,
+        rows, fold, fold // kv_heads, batch, q_len, kv_len, 0 if lo is None or lo.shape[0] == 1 else lo.stride(0),
+        *strides,
+        HAS_Q=q_lengths is not None, HAS_KV=kv_lengths is not None, HAS_LO=lo is not None, BLOCK=block,
+    )  # fmt: skip
+    found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
+    found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
+    if cached:
+        _cache[name] = found
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    return found
+
+
+@triton.jit(do_not_specialize=list(range(6, 13 + 3 * 8)))
+def _places(  # type: ignore[no-untyped-def]
+    offsets, lengths, q_lengths, kv_lengths, lo, hi,
+    rows, fold, kv_group, batch, q_len, kv_len, interval_stride,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    do_b, do_h, do_t, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    HAS_Q: tl.constexpr, HAS_KV: tl.constexpr, HAS_LO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = row // fold
+    there = entry < batch
+    # Offsets of the surplus entries stay inside the tensors; their length 0 keeps them from being read.
+    b = tl.minimum(entry, batch - 1).to(tl.int64)
+    head = (row % fold).to(tl.int64)
+    kv_head = head // kv_group
+    queries = tl.zeros_like(row) + q_len
+    keys = tl.zeros_like(row) + kv_len
+    first = tl.zeros_like(row)
+    if HAS_Q:
+        queries = tl.minimum(tl.maximum(tl.load(q_lengths + b), 0), q_len)
+    if HAS_KV:
+        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + b), 0), kv_len)
+    if HAS_LO:
+        first = tl.minimum(tl.maximum(tl.load(lo + b * interval_stride), 0), keys)
+        last = tl.minimum(tl.load(hi + b * interval_stride), keys)
+        keys = tl.maximum(last - first, 0)
+    tl.store(lengths + row, tl.where(there, queries, 0).to(tl.int32), mask=row < rows)
+    tl.store(lengths + rows + row, tl.where(there, keys, 0).to(tl.int32), mask=row < rows)
+    start = first.to(tl.int64)
+    stored = row <= rows
+    step = rows + 1
+    tl.store(offsets + 0 * step + row, b * q_b + head * q_h, mask=stored)
+    tl.store(offsets + 1 * step + row, b * k_b + kv_head * k_h + start * k_t, mask=stored)
+    tl.store(offsets + 2 * step + row, b * v_b + kv_head * v_h + start * v_t, mask=stored)
+    tl.store(offsets + 3 * step + row, b * o_b + head * o_h, mask=stored)
+    tl.store(offsets + 4 * step + row, b * do_b + head * do_h, mask=stored)
+    tl.store(offsets + 5 * step + row, b * dq_b + head * dq_h, mask=stored)
+    tl.store(offsets + 6 * step + row, b * dk_b + kv_head * dk_h + start * dk_t, mask=stored)
+    tl.store(offsets + 7 * step + row, b * dv_b + kv_head * dv_h + start * dv_t, mask=stored)
