@@ -1,9 +1,16 @@
 """fastattn: one attention call for PyTorch, fast in prefill, decode and training."""
 
-from .api import Explanation, explain, scaled_dot_product_attention
-from .dispatch import BackendError, FastattnWarning, stats, use_backend
-from .masks import Intervals
-from .varlen import varlen_attention
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Explanation, explain, scaled_dot_product_attention
+    from .backends.cudnn.plans import clear_plans
+    from .dispatch import BackendError, FastattnWarning, stats, use_backend
+    from .masks import Intervals
+    from .varlen import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -12,9 +19,31 @@ __all__ = [
     "Explanation",
     "FastattnWarning",
     "Intervals",
+    "clear_plans",
     "explain",
     "scaled_dot_product_attention",
     "stats",
     "use_backend",
     "varlen_attention",
 ]
+
+# Looked up on first use: `fastattn --help` need not import torch, and `fastattn doctor` can say that torch is broken.
+_HOMES = {
+    **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
+    **dict.fromkeys(("BackendError", "FastattnWarning", "stats", "use_backend"), "dispatch"),
+    "Intervals": "masks",
+    "clear_plans": "backends.cudnn.plans",
+    "varlen_attention": "varlen",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,16 @@ from torch import Tensor
 from . import dispatch, ops
 from .masks import Intervals
 from .problem import Call, Problem
-from .validate import check_inputs, check_lengths, check_mask, check_scale, check_sinks, check_softcap, check_window
+from .validate import (
+    check_flag,
+    check_inputs,
+    check_lengths,
+    check_mask,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_window,
+)
 
 Mask = str | Tensor | Intervals | None
 
@@ -85,7 +94,7 @@ class Explanation:
     reasons: dict[str, list[str]]  #: backend -> refusals, empty when it can serve the call
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self.reasons)
+        width = max(len(name) for name in dispatch.NAMES)
         lines = []
         for name, why in self.reasons.items():
             state = "serves this call" if name == self.chosen else "could serve it, comes later in the list"
@@ -143,10 +152,26 @@ def prepare(
     if kv_lengths is not None:
         check_lengths("kv_lengths", kv_lengths, q)
     if scale <= 0.0:  # kernels track the row's maximum before they scale, which needs a positive scale
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     cap = 0.0 if softcap is None else check_softcap(softcap)
     grads = _wanted(q, k, v, mask, sinks) if torch.is_grad_enabled() else ""
-    return Call(q, k, v, mask, lo, hi, sinks, q_lengths, kv_lengths, scale, left, right, cap, bool(return_lse), grads)
+    return Call(
+        q,
+        k,
+        v,
+        mask,
+        lo,
+        hi,
+        sinks,
+        q_lengths,
+        kv_lengths,
+        scale,
+        left,
+        right,
+        cap,
+        check_flag("return_lse", return_lse),
+        grads,
+    )
 
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,10 +16,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-import torch
-
 from .backends.base import Backend
-from .problem import Problem
+from .problem import Call, Problem
 
 NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
 
@@ -27,6 +25,8 @@ _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", de
 _calls: Counter[str] = Counter()
 _warned: set[str] = set()
 _lock = threading.Lock()
+_routes: dict[Any, tuple[Problem, Backend]] = {}
+_ROUTES = 1 << 14  #: remembered at most
 
 
 class FastattnWarning(UserWarning):
@@ -59,13 +59,13 @@ def backend(name: str) -> Backend:
 
 def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
     """The names as a tuple. Raises ValueError, naming the argument, unless all are backends."""
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if not isinstance(name, str) or name not in NAMES]
     if unknown or not names:
-        raise ValueError(f"{argument}: expected one or more of {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}")
+        found = ", ".join(str(name) for name in unknown) or "none"
+        raise ValueError(f"{argument}: expected one or more of {', '.join(NAMES)}, got {found}")
     return tuple(names)
 
 
-@torch.compiler.assume_constant_result
 def allowed() -> tuple[str, ...]:
     """The backends that may serve a call here and now, in order. Under torch.compile: when the graph was traced."""
     chosen = _chosen.get()
@@ -76,6 +76,10 @@ def allowed() -> tuple[str, ...]:
     if os.environ.get("FASTATTN_CUDNN", "1").lower() in ("0", "off", "false", "no"):
         names = tuple(name for name in names if name != "cudnn")
     return names
+
+
+# What torch.compiler.assume_constant_result does, which imports all of torch._dynamo (0.9 s) to do it.
+allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -111,6 +115,24 @@ def select(problem: Problem, names: Sequence[str]) -> Backend:
         refusals[name] = why
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in refusals.items())
     raise BackendError(f"no allowed backend can serve this call:\n{listed}")
+
+
+def route(call: Call, names: tuple[str, ...]) -> tuple[Problem, Backend]:
+    """The problem that a call is and the backend that serves it. Raises BackendError with every refusal."""
+    q, k, v, mask, lo = call[:5]
+    kind = None if mask is None else (mask.shape, mask.dtype)
+    bounds = None if lo is None else lo.shape
+    present = (call.sinks is None, call.q_lengths is None, call.kv_lengths is None)
+    # Everything that Problem.of reads; making a Problem and asking the backends takes 20 us, this takes 3.
+    name = (q.shape, k.shape, v.shape, q.dtype, q.device, kind, bounds, present, call[10:], names)
+    found = _routes.get(name)
+    if found is None:
+        problem = Problem.of(call)
+        found = problem, select(problem, names)
+        if len(_routes) >= _ROUTES:
+            _routes.clear()
+        _routes[name] = found
+    return found
 
 
 def count(name: str) -> None:

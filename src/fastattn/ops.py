@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .problem import Call, Gradients, Problem, token_major, work_dtype
+from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? q_lengths, "
@@ -52,8 +52,7 @@ def _direct(call: Call) -> bool:
 
 
 def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    problem = Problem.of(call)
-    backend = dispatch.select(problem, names)
+    problem, backend = dispatch.route(call, names)
     dispatch.count(backend.name)
     out, lse = backend.forward(problem, call)
     if lse is None:
@@ -64,17 +63,20 @@ def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     with _no_autocast(args[0]):
-        return _forward(Call(*args[:_FIELDS]), tuple(args[_FIELDS].split(",")))
+        return _forward(*_unpack(args))
 
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
-    call, names = Call(*args[:_FIELDS]), tuple(args[_FIELDS].split(","))
-    problem = Problem.of(call)
-    backend = dispatch.select(problem, names)
+    call, names = _unpack(args)
+    problem, backend = dispatch.route(call, names)
     dispatch.count(f"{backend.name}.backward")
     with _no_autocast(call.q):
         found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
     return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
+    return Call(*args[:_FIELDS]), tuple(name for name in args[_FIELDS].split(",") if name)
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:

@@ -161,6 +161,13 @@ def token_major(
     return like.new_empty((batch, length, heads, dim), dtype=dtype or like.dtype).transpose(1, 2)
 
 
+def as_token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x `[B,H,S,D]` in that dtype and in the layout of every output and gradient."""
+    batch, heads, length, dim = x.shape
+    found = token_major(x, batch, heads, length, dim, dtype)
+    return x if x.dtype == dtype and x.stride() == found.stride() else found.copy_(x)
+
+
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax, accumulation and log-sum-exp: float32, float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

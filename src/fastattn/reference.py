@@ -2,7 +2,7 @@
 
 The truth of the test suite when fed float64, and the last resort of the dispatcher. It walks over the queries in
 chunks, so its memory is O(S): no score matrix larger than one chunk exists, in the forward or in the backward, which
-recomputes each chunk from the saved log-sum-exp.
+computes each chunk again.
 
     s = softcap(scale * q k^T) + mask,    p = exp(s - lse),    lse = log(sum_j exp(s_j) + exp(sink)),    o = p v
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .problem import Call, Gradients, Problem, token_major, work_dtype
+from .problem import Call, Gradients, Problem, as_token_major, token_major, work_dtype
 
+_TINY = 1e-30  #: below any sum of weights, of which the largest is 1; a row that sees nothing has the sum 0
 CHUNK_ELEMENTS = {
     "cpu": 1 << 21,
     "cuda": 1 << 25,
@@ -37,8 +38,7 @@ def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
     k, v = call.k.to(work), call.v.to(work)
     for start, stop in _chunks(p):
         rows = _scores(p, call, k, start, stop)
-        total = _log_sum_exp(rows.scores, call.sinks)
-        probabilities = _probabilities(rows.scores, total)
+        probabilities, _, total = _softmax(rows.scores, call.sinks)
         out[:, :, start:stop] = _unfold(p, _fold(p, probabilities) @ masks.clear(v, rows.unseen))
         lse[:, :, start:stop] = total
     return out, lse
@@ -47,7 +47,7 @@ def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> Gradients:
-    """The gradients named by `call.grads`, from any backend's output and log-sum-exp (`[B,Hq,Sq]`, sinks included)."""
+    """The gradients named by `call.grads`, from any backend's output. The log-sum-exp `[B,Hq,Sq]` is not read."""
     p, work = problem, work_dtype(problem.dtype)
     k, v = call.k.to(work), call.v.to(work)
     dq = token_major(call.q, p.batch, p.q_heads, p.q_len, p.head_dim) if "q" in p.grads else None
@@ -57,8 +57,7 @@ def backward(
     dsinks = call.q.new_zeros(p.q_heads, dtype=work) if "s" in p.grads else None
     for start, stop in _chunks(p):
         rows = _scores(p, call, k, start, stop)
-        total = lse[:, :, start:stop].to(work)
-        probabilities = _probabilities(rows.scores, total)
+        probabilities, sink, _ = _softmax(rows.scores, call.sinks)
         do = grad_out[:, :, start:stop].to(work)
         if rows.blind is not None:  # gradient 0, whatever the upstream gradient holds
             do = masks.clear(do, rows.blind[..., None])
@@ -69,8 +68,8 @@ def backward(
             delta = delta - (dlse if p.sinks else masks.clear(dlse, rows.blind))
         if dv is not None:
             dv += _fold(p, probabilities).mT @ _fold(p, do)
-        if dsinks is not None and call.sinks is not None:
-            dsinks -= (torch.exp(call.sinks.to(work)[:, None] - total) * delta).sum((0, 2))
+        if dsinks is not None:
+            dsinks -= (sink * delta).sum((0, 2))
         ds = probabilities * (_unfold(p, _fold(p, do) @ masks.clear(v, rows.unseen).mT) - delta[..., None])
         if dmask is not None:
             masks.rows_of(dmask, start, stop).add_(masks.reduce_to(ds, _rows_shape(p.mask_shape, stop - start)))
@@ -82,8 +81,8 @@ def backward(
             dk += (_fold(p, ds).mT @ _fold(p, rows.q)) * call.scale
     return Gradients(
         q=dq,
-        k=None if dk is None else dk.to(call.k.dtype),
-        v=None if dv is None else dv.to(call.v.dtype),
+        k=None if dk is None else as_token_major(dk, call.k.dtype),
+        v=None if dv is None else as_token_major(dv, call.v.dtype),
         mask=None if dmask is None or call.mask is None else dmask.to(call.mask.dtype),
         sinks=None if dsinks is None or call.sinks is None else dsinks.to(call.sinks.dtype),
     )
@@ -122,14 +121,25 @@ def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
     return _Rows(scores, capped, q, unseen, blind)
 
 
-def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    lse = torch.logsumexp(scores, -1)
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
+    """The keys' probabilities, the sink's `[B,Hq,rows]` (0 without sinks), and the log-sum-exp `[B,Hq,rows]`.
 
-
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), 0 in rows that see nothing (lse = -inf)."""
-    return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    The backward calls it again rather than take exp(scores - lse): under a mask of finfo.min the log-sum-exp has no
+    bits left to say how many keys share a row.
+    """
+    top = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None]
+        top = torch.maximum(top, sink)
+    top = masks.clear(top, top == -torch.inf)  # a row that sees nothing
+    weights = torch.exp(scores - top[..., None])
+    total = weights.sum(-1)
+    if sinks is None:
+        return weights / total.clamp(min=_TINY)[..., None], 0.0, top + total.log()
+    extra = torch.exp(sink - top)
+    total = total + extra
+    divisor = total.clamp(min=_TINY)
+    return weights / divisor[..., None], extra / divisor, top + total.log()
 
 
 def _chunks(p: Problem) -> list[tuple[int, int]]:

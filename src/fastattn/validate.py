@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .masks import Intervals
 
+LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,6 +41,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got a nested one")
     if x.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
 
@@ -58,6 +61,12 @@ def check_softcap(softcap: float) -> float:
     return value
 
 
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
 def check_window(window: tuple[int, int]) -> tuple[int, int]:
     """(left, right), each -1 (open) or more."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -65,7 +74,7 @@ def check_window(window: tuple[int, int]) -> tuple[int, int]:
     for side, value in zip(("left", "right"), window, strict=True):
         if isinstance(value, bool) or not isinstance(value, int) or value < -1:
             raise ValueError(f"window: expected {side} to be an int >= 0, or -1 for open, got {value!r}")
-    return window[0], window[1]
+    return min(window[0], LONGEST), min(window[1], LONGEST)
 
 
 def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -126,7 +135,10 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}: expected a Python number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number within the range of a float, got one beyond it") from None
 
 
 def _shape(x: Tensor) -> list[int]:

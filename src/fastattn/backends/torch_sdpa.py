@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .. import masks
-from ..problem import Call, Gradients, Problem, token_major
+from ..problem import Call, Gradients, Problem, as_token_major, token_major
 
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28
@@ -47,11 +49,19 @@ class TorchBackend:
     ) -> Gradients:
         # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
         inputs = [x.detach().requires_grad_(name in problem.grads) for name, x in zip("qkv", call[:3], strict=True)]
-        with torch.enable_grad():
-            again = _attend(problem, call, *inputs)
         wanted = [x for x in inputs if x.requires_grad]
-        found = iter(torch.autograd.grad(again, wanted, grad_out))
-        return Gradients(*(next(found) if x.requires_grad else None for x in inputs))
+        with _autograd(), torch.enable_grad():
+            again = _attend(problem, call, *inputs)
+            found = iter(torch.autograd.grad(again, wanted, grad_out))
+        return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
+
+
+def _autograd() -> AbstractContextManager[None]:
+    """Autograd, inside an operator's implementation, where torch's dispatcher has switched it off."""
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _needs_mask(p: Problem) -> bool:

@@ -13,6 +13,7 @@ from .forward import (
     capacity,
     exact_wanted,
     heads_lie_apart,
+    leaves_gaps,
     length_operands,
     lower_right,
     ragged_operand,
@@ -22,8 +23,10 @@ from .graphs import PlanKey
 from .operands import bias, cleared, copied, exact, keeps_band, needs_bias, packed, readable, scale_operand
 from .places import places
 from .plans import cache
+from .sinks import sink_gradient
 from .support import deterministic_refusal
 
+_MIN_CAPACITY = 1 << 10  #: the backward's workspace grows with the declared length
 _GRADIENTS = (("dq", "q"), ("dk", "k"), ("dv", "v"))
 
 
@@ -39,11 +42,9 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
     tensors = run(p, c, out, stats, grad_out, deterministic)
     dmask = dsinks = None
     if "m" in p.grads and c.mask is not None:
-        dmask = masks.reduce_to(tensors["dbias"].float(), p.mask_shape).to(c.mask.dtype)
+        dmask = _mask_gradient(p, c, tensors, out, lse, grad_out).to(c.mask.dtype)
     if "s" in p.grads and c.sinks is not None:
-        # The sink is one more logit, with value 0: ds = p_sink * (0 - rowsum(do * o)).
-        delta = (grad_out.float() * out.float()).sum(-1)
-        dsinks = -(torch.exp(c.sinks.float()[:, None] - lse) * delta).sum((0, 2)).to(c.sinks.dtype)
+        dsinks = sink_gradient(out, grad_out, lse, c.sinks)
     found = {role: tensors[d] for d, role in _GRADIENTS if role in p.grads}
     return Gradients(**found, mask=dmask, sinks=dsinks)
 
@@ -55,13 +56,11 @@ def _any_length(
     q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
     k, v = readable(c.k), readable(c.v)
     fold = p.kv_heads
-    rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
+    rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
-    if p.q_lengths:  # what lies past a length is left untouched
-        tensors["dq"].zero_()
-    if p.kv_lengths or c.lo is not None:
-        tensors["dk"].zero_()
-        tensors["dv"].zero_()
+    if leaves_gaps(p):
+        for d, _ in _GRADIENTS:
+            tensors[d].zero_()
     key_side = ("k", "v", "dk", "dv")
     operands = [
         ragged_operand(role, x, rows, fold, kv_max if role in key_side else q_max) for role, x in tensors.items()
@@ -85,16 +84,14 @@ def _exact(p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, de
     left, right = band(p)
     if needs_bias(p):
         added = bias(p, c, whole=True)
-        q, k, v = cleared(p, c, q, k, v)
-        if p.q_lengths or p.mask == "intervals":
-            lo, hi = masks.bounds(c)
-            grad_out = masks.clear(grad_out, (hi <= lo)[:, None, :, None])
+        q, k, v, blind = cleared(c, added)
+        grad_out = masks.clear(grad_out, blind)
         left, right = (left, right) if keeps_band(p) else (-1, -1)
     q, k, v, o, do = (readable(x) for x in (q, k, v, out, grad_out))
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
     if added is not None:
         tensors["bias"] = added
-        if "m" in p.grads:
+        if "m" in p.grads and p.mask_shape[3] > 1:
             tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
     operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
     dims = (p.batch, p.q_heads, p.q_len, 1)
@@ -104,6 +101,19 @@ def _exact(p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, de
     key = PlanKey("backward", p.index, tuple(operands), left, right, added is None and lower_right(p), deterministic)
     cache.get(key).run(tensors)
     return tensors
+
+
+def _mask_gradient(p: Problem, c: Call, tensors: dict[str, Tensor], out: Tensor, lse: Tensor, do: Tensor) -> Tensor:
+    """The gradient of an additive mask, reduced over the dims along which it was broadcast."""
+    if "dbias" in tensors:
+        return masks.reduce_to(tensors["dbias"].float(), p.mask_shape)
+    # One number for all keys of a row moves nothing but the sink's share: sum_j ds_j = -ds_sink, 0 without sinks.
+    # Summing cuDNN's rounded ds would leave the rounding.
+    if c.sinks is None:
+        return out.new_zeros(p.mask_shape, dtype=torch.float32)
+    delta = torch.where(out == 0, 0, do.float() * out.float()).sum(-1)
+    rows = torch.exp(c.sinks.float()[:, None] - lse) * delta
+    return masks.reduce_to(rows[..., None], p.mask_shape)
 
 
 def _gradients(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, readable, scale_operand
 from .places import places
 from .plans import cache
+from .sinks import add_sinks
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
 MIN_CAPACITY = 1 << 14  #: length that an any-length plan is declared for, at the least; a larger one costs no time
@@ -25,8 +28,8 @@ def forward(p: Problem, c: Call) -> tuple[Tensor, Tensor | None]:
     else:
         out, lse = _any_length(p, c, stats)
     if c.sinks is not None and lse is not None:
-        lse = _sink(out, lse, c.sinks)
-    return out, lse
+        return out, add_sinks(out, lse, c.sinks)
+    return out, None if lse is None else lse.contiguous()
 
 
 def exact_wanted(p: Problem) -> bool:
@@ -46,8 +49,9 @@ def lower_right(p: Problem) -> bool:
     return p.q_len != p.kv_len or p.q_lengths or p.kv_lengths
 
 
-def capacity(length: int) -> int:
-    return max(MIN_CAPACITY, 1 << (length - 1).bit_length())
+def capacity(length: int, least: int = MIN_CAPACITY) -> int:
+    """The length that the any-length plan for a call is declared for."""
+    return max(least, 1 << (length - 1).bit_length())
 
 
 def ragged_operand(role: str, x: Tensor, rows: int, fold: int, length: int) -> Operand:
@@ -71,20 +75,45 @@ def ragged_rows(p: Problem, fold: int) -> int:
     return (1 << (p.batch - 1).bit_length()) * fold
 
 
+def leaves_gaps(p: Problem) -> bool:
+    """True when an any-length plan may leave some queries and keys untouched: their lengths are data."""
+    return p.q_lengths or p.kv_lengths or p.mask == "intervals"
+
+
 def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
     one = (1, 1, 1, 1)
     offsets = [Operand(f"ragged_{role}", (rows + 1, 1, 1, 1), one, torch.int64) for role in roles]
     return [*offsets, *(Operand(role, (rows, 1, 1, 1), one, torch.int32) for role in ("seq_q", "seq_kv"))]
 
 
-def _any_length(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
-    q, k, v = readable(c.q), readable(c.k), readable(c.v)
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What an any-length call needs besides its data: worked out once per problem and strides."""
+
+    key: PlanKey
+    fold: int
+    rows: int
+    stats: tuple[int, int, int, int] | None
+
+
+_recipes: dict[Any, _Recipe] = {}
+_RECIPES = 1 << 14  #: held at most; they are small, and made anew in 50 us
+
+
+def _recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
+    name = (p, q.stride(), k.stride(), v.stride(), stats)
+    found = _recipes.get(name)
+    if found is None:
+        if len(_recipes) >= _RECIPES:
+            _recipes.clear()
+        found = _recipes[name] = _new_recipe(p, q, k, v, stats)
+    return found
+
+
+def _new_recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
     fold = p.q_heads if heads_lie_apart(q) else p.kv_heads
     rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
-    out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
-    if p.q_lengths:
-        out.zero_()  # rows past a length are left untouched
-    tensors = {"q": q, "k": k, "v": v, "o": out}
+    out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
     operands = [
         ragged_operand("q", q, rows, fold, q_max),
         ragged_operand("k", k, rows, p.kv_heads, kv_max),
@@ -93,18 +122,28 @@ def _any_length(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None
         SCALE,
         *length_operands(rows, ("q", "k", "v", "o")),
     ]
-    tensors |= places(tensors, rows, fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
+    dims = (rows, p.q_heads // fold, q_max, 1) if stats else None
+    if dims:
+        operands.append(packed("stats", dims, torch.float32))
+    left, right = band(p)
+    return _Recipe(PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p)), fold, rows, dims)
+
+
+def _any_length(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
+    q, k, v = readable(c.q), readable(c.k), readable(c.v)
+    recipe = _recipe(p, q, k, v, stats)
+    out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
+    if leaves_gaps(p):
+        out.zero_()
+    tensors = {"q": q, "k": k, "v": v, "o": out}
+    tensors |= places(tensors, recipe.rows, recipe.fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
     tensors["scale"] = scale_operand(c.scale)
     lse = None
-    if stats:
-        dims = (rows, p.q_heads // fold, q_max, 1)
-        operands.append(packed("stats", dims, torch.float32))
-        found = tensors["stats"] = q.new_full(dims, -torch.inf, dtype=torch.float32)
-        lse = found.view(-1, p.q_heads, q_max)[: p.batch, :, : p.q_len]
-    left, right = band(p)
-    key = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
-    cache.get(key).run(tensors)
-    return out, None if lse is None else lse.contiguous()
+    if recipe.stats:
+        found = tensors["stats"] = q.new_full(recipe.stats, -torch.inf, dtype=torch.float32)
+        lse = found.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len]
+    cache.get(recipe.key).run(tensors)
+    return out, lse
 
 
 def _exact(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +152,7 @@ def _exact(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
     left, right = band(p)
     if needs_bias(p):
         added = bias(p, c, whole=False)
-        q, k, v = cleared(p, c, q, k, v)
+        q, k, v, _ = cleared(c, added)
         left, right = (left, right) if keeps_band(p) else (-1, -1)
     q, k, v = readable(q), readable(k), readable(v)
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
@@ -131,13 +170,3 @@ def _exact(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
     key = PlanKey("forward", p.index, tuple(operands), left, right, added is None and lower_right(p))
     cache.get(key).run(tensors)
     return out, lse
-
-
-def _sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Adds the sinks to a softmax that was computed without them: one more term in the denominator.
-
-    out is scaled in place by exp(lse - lse'); returns lse' = log(exp(lse) + exp(sink)).
-    """
-    with_sink = torch.logaddexp(lse, sinks.float()[:, None])
-    out.mul_(torch.exp(lse - with_sink)[..., None])
-    return with_sink

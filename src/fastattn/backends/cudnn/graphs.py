@@ -6,7 +6,8 @@ call to call (pointers, the scale, lengths, ragged offsets) is data and has no p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Operand:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlanKey:
     """Names one plan. The one key of every graph: forward or backward, exact or for any length.
 
@@ -48,6 +49,13 @@ class PlanKey:
     right: int = -1
     lower_right: bool = False  #: p = i + Skv - Sq (with lengths: the row's own) rather than p = i
     deterministic: bool = False
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # looked up on every call; the operands' own hashes take 10 us
+        return self._hash
 
     def operand(self, role: str) -> Operand | None:
         return next((operand for operand in self.operands if operand.role == role), None)

@@ -14,17 +14,21 @@ from .graphs import Operand
 _ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
 
 
+_LOWEST = -1e38
+
+
 def readable(x: Tensor) -> Tensor:
     """`x` `[B,H,S,D]` if cuDNN can read it in place, else a token-major copy."""
-    step = _ALIGNMENT // x.element_size()
-    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    fits = (
-        x.data_ptr() % _ALIGNMENT == 0
-        and (x.shape[3] == 1 or x.stride(3) == 1)
-        and not any(stride % step for stride in strides[:-1])
-        and (x.shape[2] == 1 or x.stride(2) >= x.shape[3])
-    )
+    fits = x.data_ptr() % _ALIGNMENT == 0 and _fits(tuple(x.shape), x.stride(), _ALIGNMENT // x.element_size())
     return x if fits else copied(x)
+
+
+@lru_cache(maxsize=1 << 14)
+def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
+    if shape[3] > 1 and strides[3] != 1:
+        return False
+    apart = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
+    return not any(stride % step for stride in apart) and (shape[2] == 1 or strides[2] >= shape[3])
 
 
 def copied(x: Tensor) -> Tensor:
@@ -81,16 +85,19 @@ def bias(p: Problem, c: Call, whole: bool) -> Tensor:
         found = mask
         if mask.dtype == torch.bool:
             found = torch.zeros(mask.shape, dtype=p.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    if p.mask == "additive" and found.dtype != torch.float16:
+        # cuDNN multiplies by log2(e): finfo.min would become -inf, and a row of nothing else would see no key at all.
+        found = found.clamp(min=_LOWEST).masked_fill_(found == -torch.inf, -torch.inf)
     if whole:
         found = found.expand(*found.shape[:2], p.q_len, p.kv_len)
     return found.contiguous()
 
 
-def cleared(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with 0 where a bias hides what lies there: -inf + NaN is NaN, and so is 0 * NaN."""
+def cleared(c: Call, added: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v with 0 where a bias hides what lies there (-inf + NaN is NaN, and so is 0 * NaN), and the hidden queries.
+
+    The last is bool `[B|1, Hq|1, Sq|1, 1]`.
+    """
     unseen = masks.unseen_keys(c)
-    k, v = masks.clear(k, unseen), masks.clear(v, unseen)
-    if p.q_lengths or p.mask == "intervals":
-        lo, hi = masks.bounds(c)
-        q = masks.clear(q, (hi <= lo)[:, None, :, None])
-    return q, k, v
+    blind = (added == -torch.inf).all(-1, keepdim=True)
+    return masks.clear(c.q, blind), masks.clear(c.k, unseen), masks.clear(c.v, unseen), blind

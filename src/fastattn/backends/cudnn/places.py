@@ -7,7 +7,6 @@ query heads stays together, the stride between them) is all that a plan has to k
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .graphs import RAGGED
 
 _KEY_SIDE = ("k", "v", "dk", "dv")
 _CACHED = 4096
-_cache: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+_cache: dict[tuple[Any, ...], dict[str, Tensor]] = {}
 
 
 def places(
@@ -39,9 +38,20 @@ def places(
     lo, hi: int32 `[B|1,1]`, the visible keys of each batch entry.
     """
     q, k = tensors["q"], tensors["k"]
+    # A cached tensor must not be baked into a CUDA graph: it could be evicted while the graph lives. And what one
+    # stream computed, another may not read unordered.
+    static = q_lengths is None and kv_lengths is None and lo is None
+    cached = static and not torch.cuda.is_current_stream_capturing()
+    name = None
+    if cached:
+        stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+        shapes = tuple([(role, x.shape, x.stride()) for role, x in tensors.items()])
+        name = (q.device.index, stream, rows, fold, shapes)
+        found = _cache.get(name)
+        if found is not None:
+            return found
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
-    static = q_lengths is None and kv_lengths is None and lo is None
     strides = []
     for role in RAGGED:
         x = tensors.get(role)
@@ -51,13 +61,6 @@ def places(
             strides += [x.stride(0), x.stride(1), x.stride(2)]
         else:
             strides += [x.stride(0), x.stride(1) * (q_heads // fold), 0]
-    # A cached tensor must not be baked into a CUDA graph: it could be evicted while the graph lives. And what one
-    # stream computed, another may not read unordered.
-    cached = static and not torch.cuda.is_current_stream_capturing()
-    stream = torch._C._cuda_getCurrentRawStream(q.device.index)
-    name = (q.device.index, stream, rows, fold, batch, kv_heads, q_len, kv_len, *strides)
-    if cached and name in _cache:
-        return _cache[name]
     roles = [role for role in RAGGED if role in tensors]
     offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
     lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
@@ -70,10 +73,10 @@ def places(
     )  # fmt: skip
     found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
     found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
-    if cached:
+    if name is not None:
+        if len(_cache) >= _CACHED:
+            _cache.clear()
         _cache[name] = found
-        while len(_cache) > _CACHED:
-            _cache.popitem(last=False)
     return found
 
 
@@ -103,6 +106,8 @@ def _places(  # type: ignore[no-untyped-def]
         first = tl.minimum(tl.maximum(tl.load(lo + b * interval_stride), 0), keys)
         last = tl.minimum(tl.load(hi + b * interval_stride), keys)
         keys = tl.maximum(last - first, 0)
+    # Where there is no key, no query is to be read: it may hold anything.
+    queries = tl.where(keys > 0, queries, 0)
     tl.store(lengths + row, tl.where(there, queries, 0).to(tl.int32), mask=row < rows)
     tl.store(lengths + rows + row, tl.where(there, keys, 0).to(tl.int32), mask=row < rows)
     start = first.to(tl.int64)

@@ -2,21 +2,78 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
+from . import launch
+
+MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
+HEAD_DIMS = range(8, 257, 8)  #: of q, k and of v
 
 
 class DecodeBackend:
+    """See `kernel.py`. triton is imported with the first call that it serves."""
+
     name = "decode"
 
     def reasons(self, problem: Problem) -> list[str]:
-        return ["not built yet"]
+        p, why = problem, []
+        if p.device == "cuda":
+            if p.capability < MIN_CAPABILITY:
+                why.append(f"needs compute capability 8.0 or newer, this GPU has {p.capability[0]}.{p.capability[1]}")
+            why += _missing()
+        else:
+            why += _uninterpreted(p.device)
+        if p.grads:
+            why.append("has no gradients")
+        if p.dtype == torch.float64:
+            why.append("float64 is the reference's")
+        if p.empty:
+            why.append("no queries or no keys")
+        count = launch.rows(p)
+        if count > launch.MAX_ROWS:
+            why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
+        for name, dim in (("head", p.head_dim), ("value", p.value_dim)):
+            if dim not in HEAD_DIMS:
+                why.append(f"{name} dim {dim} is not a multiple of 8 up to {HEAD_DIMS[-1]}")
+        return why
 
     def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        raise AssertionError
+        from .kernel import attend
+
+        return attend(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
-        raise AssertionError
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+
+
+@cache
+def _missing() -> list[str]:
+    """What Triton needs and this machine lacks. Looks for triton without importing it."""
+    if find_spec("triton") is None:
+        return ["triton is not installed: pip install fastattn[cuda]"]
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return [] if compiler else ["Triton needs a C compiler to launch its kernels: install gcc, or name one in CC"]
+
+
+def _uninterpreted(device: str) -> list[str]:
+    """Off CUDA only Triton's interpreter runs the kernel: on the CPU, in tests, never unless asked for."""
+    if device != "cpu" or not _switch("FASTATTN_INTERPRET"):
+        return ["needs an NVIDIA GPU"]
+    if find_spec("triton") is None:
+        return ["triton is not installed: pip install fastattn[cuda]"]
+    if not _switch("TRITON_INTERPRET"):
+        return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
+    return []
+
+
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes", "y")

@@ -1,0 +1,266 @@
+"""`fastattn benchmark`: tokens per second of a whole model, for one or more attention implementations.
+
+Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can be held against each other:
+
+- prompt_tps: prompt tokens of the whole batch over the time until the first new tokens exist.
+- generation_tps: the new tokens of the whole batch over the time after the first of them. (All of them, as mlx_lm
+  counts, although the first was paid for in the prompt's time.)
+- peak_memory: in 1e9 bytes. Of torch's CUDA allocator during the trial; on a CPU the process's peak, which only grows.
+
+Prompts are random tokens, new ones for each trial and the same for each implementation. No token ends a generation.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import stats
+from ..lm import Loaded, generate_tokens, load, set_attention
+from ..lm.load import check_attention
+from .report import KEYS, FreshLength, Report, Result, Trial
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Raises ValueError, naming the field, for a value that makes no sense."""
+
+    model: str
+    prompt_tokens: int = 512
+    generation_tokens: int = 1024
+    batch_size: int = 1
+    num_trials: int = 5
+    prefill_step_size: int = 2048
+    delay: float = 0.0  #: seconds to rest before each trial
+    attn: tuple[str, ...] = ("fastattn",)
+    fresh_lengths: int = 0  #: how many never-seen prompt lengths to time, per implementation
+    dtype: str | None = None  #: one of DTYPES; None as in `fastattn.lm.load`
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("delay", "fresh_lengths", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not self.attn or len(set(self.attn)) < len(self.attn):
+            raise ValueError(f"attn: expected one or more names, each once, got {','.join(self.attn) or 'none'}")
+
+
+def default_model() -> str:
+    """The preset to measure when none is named: the real thing where there is a GPU for it."""
+    return "llama-3.1-8b" if torch.cuda.is_available() else "tiny"
+
+
+def run(settings: Settings) -> Report:
+    """Loads the model once, then measures each implementation as a block of its own: warmup, trials, new lengths.
+
+    Prints as it goes; a progress bar appears on a terminal. An implementation that runs out of memory is reported and
+    passed over. Raises ValueError before anything runs when the model, the device or an implementation is not usable.
+    """
+    for name in settings.attn:
+        check_attention(name)
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    loaded = load(settings.model, settings.attn[0], dtype, settings.device, settings.seed)
+    for name in settings.attn[1:]:
+        set_attention(loaded.model, name)
+    limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
+    longest = settings.prompt_tokens + settings.generation_tokens
+    if longest > limit:
+        raise ValueError(f"prompt_tokens + generation_tokens: expected at most the model's {limit}, got {longest}")
+    lengths = fresh_lengths(settings, limit)
+
+    total = len(settings.attn) * (1 + settings.num_trials + 2 * settings.fresh_lengths)
+    results = []
+    with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
+
+        def say(line: str) -> None:
+            bar.write(line)
+            sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
+
+        say(_describe(loaded))
+        for name, own in zip(settings.attn, lengths):
+            set_attention(loaded.model, name)
+            if len(settings.attn) > 1:
+                say(f"\nAttention: {name}")
+            results.append(_measure(loaded, name, own, settings, say, bar.update))
+    used = {"dtype": _text(loaded.model.dtype), "device": str(loaded.model.device)}
+    return Report(asdict(settings) | used, _identity(loaded), results)
+
+
+def fresh_lengths(settings: Settings, limit: int) -> list[list[int]]:
+    """Prompt lengths near prompt_tokens that nothing in the process has met: a list for each implementation.
+
+    No length appears twice, in any list: what one implementation compiles or plans must not serve another. They lie
+    below prompt_tokens, and only when there are not enough of them above all that the generation reaches, because a
+    decode step meets every length between. Lengths whose steps would all have the common size are left out.
+    """
+    p, count = settings.prompt_tokens, settings.fresh_lengths * len(settings.attn)
+    if not count:
+        return [[] for _ in settings.attn]
+    step = settings.prefill_step_size
+    spread = max(2 * count, p // 8)
+    # The last token goes alone, so a prompt of n tokens is n - 1 tokens in steps.
+    new = [n for n in range(max(2, p - spread), p) if (n - 1) % step]
+    if len(new) < count:
+        reached = p + settings.generation_tokens
+        above = (n for n in range(reached + 1, limit + 1) if (n - 1) % step)
+        new += islice(above, count - len(new))
+    if len(new) < count:
+        raise ValueError(f"fresh_lengths: expected at most {len(new) // len(settings.attn)} for prompts of {p} tokens")
+    rng = random.Random(settings.seed)
+    chosen = sorted(rng.sample(new, count))
+    dealt = [chosen[i :: len(settings.attn)] for i in range(len(settings.attn))]  # alike in size
+    for own in dealt:
+        rng.shuffle(own)  # in rising order every first time would also pay for larger allocations
+    return dealt
+
+
+def _measure(
+    loaded: Loaded,
+    name: str,
+    lengths: list[int],
+    settings: Settings,
+    say: Callable[[str], None],
+    advance: Callable[[], Any],
+) -> Result:
+    result = Result(name)
+    before = stats()["calls"]
+    _release()
+    try:
+        say("Running warmup..")
+        _trial(loaded, settings, 0)
+        advance()
+        p, g, b = settings.prompt_tokens, settings.generation_tokens, settings.batch_size
+        say(f"Timing with prompt_tokens={p}, generation_tokens={g}, batch_size={b}.")
+        for i in range(1, settings.num_trials + 1):
+            time.sleep(settings.delay)
+            trial = _trial(loaded, settings, i)
+            result.trials.append(trial)
+            advance()
+            values = ", ".join(f"{key}={value:.3f}" for key, value in vars(trial).items())
+            say(f"Trial {i}:  {values}")
+        say("Averages: " + ", ".join(f"{key}={result.average(key):.3f}" for key in KEYS))
+        for length in lengths:
+            first, second = (_time_to_first(loaded, settings, length, again) for again in (0, 1))
+            fresh = FreshLength(length, first, second)
+            result.fresh.append(fresh)
+            advance()
+            advance()
+            say(f"New length {length}: first={first * 1e3:.3f} ms, second={second * 1e3:.3f} ms, {fresh.ratio:.3f}x")
+        if lengths:
+            say(f"New lengths: median first/second={result.fresh_ratio:.3f}")
+    except torch.OutOfMemoryError:
+        result.error = "out of memory"
+    if result.error:
+        say(f"{name}: {result.error}, given up")
+        _release()
+    after = stats()
+    result.calls = {key: n - before.get(key, 0) for key, n in after["calls"].items() if n > before.get(key, 0)}
+    if result.calls:
+        result.plans = after["plans"]
+        say("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
+    return result
+
+
+def _trial(loaded: Loaded, settings: Settings, number: int) -> Trial:
+    p, g, b = settings.prompt_tokens, settings.generation_tokens, settings.batch_size
+    device = loaded.model.device
+    ids = _prompts(loaded, settings, p, number)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
+    begin = _clock(device)
+    next(tokens)
+    first = _clock(device)
+    _drain(islice(tokens, g - 1))
+    end = _clock(device)
+    return Trial(
+        prompt_tps=b * p / (first - begin),
+        generation_tps=b * g / (end - first) if g > 1 else 0.0,
+        peak_memory=_peak_memory(device) / 1e9,
+        total_time=end - begin,
+    )
+
+
+def _time_to_first(loaded: Loaded, settings: Settings, length: int, number: int) -> float:
+    """Seconds from a prompt of that length to its first new token."""
+    ids = _prompts(loaded, settings, length, number)
+    tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
+    begin = _clock(loaded.model.device)
+    next(tokens)
+    return _clock(loaded.model.device) - begin
+
+
+def _prompts(loaded: Loaded, settings: Settings, length: int, number: int) -> Tensor:
+    """Random tokens `[B, length]`: a function of the settings, the length and the number alone."""
+    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed} {length} {number}").getrandbits(63))
+    ids = torch.randint(loaded.config.vocab_size, (settings.batch_size, length), generator=generator)
+    return ids.to(loaded.model.device)
+
+
+def _clock(device: torch.device) -> float:
+    """The time when all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _drain(tokens: Iterator[Tensor]) -> None:
+    deque(tokens, maxlen=0)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _release() -> None:
+    """Gives back what the last implementation left in the allocator, so that it does not count against the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    config, parameters = loaded.config, sum(parameter.numel() for parameter in loaded.model.parameters())
+    random_weights = loaded.tokenizer is None
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    found = {"name": loaded.name, "type": config.model_type, "parameters": parameters, "random_weights": random_weights}
+    return found | {key: getattr(config, key, None) for key in shape}
+
+
+def _describe(loaded: Loaded) -> str:
+    model, count = loaded.model, sum(parameter.numel() for parameter in loaded.model.parameters())
+    size = f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.2f}e6"
+    where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU"
+    weights = "random weights" if loaded.tokenizer is None else "its own weights"
+    return f"Model {loaded.name}: {size} parameters ({weights}), {_text(model.dtype)}, on {where}"
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

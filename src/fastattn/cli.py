@@ -1,0 +1,240 @@
+"""The `fastattn` command.
+
+Bad input is one line on stderr and exit status 2, before anything runs; Ctrl-C is 130. What is heavy to import is
+imported by the subcommand that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in ("bfloat16", "float16", "float32")}
+MASKS = ("none", "causal", "bool", "additive", "intervals")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's own) and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(argv)
+    arguments.argv = argv
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("fastattn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if os.environ.get("FASTATTN_DEBUG", "0") not in ("", "0"):
+            raise
+        return _complain(str(error) or type(error).__name__, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported
+            raise
+        return _complain(f"out of GPU memory: {str(error).splitlines()[0]}", 1)
+
+
+def _complain(text: str, status: int) -> int:
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    print(f"fastattn: error: {line}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line instead of the usage and a line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_complain(f"{message} (see {self.prog} --help)", 2))
+
+
+class _Version(argparse.Action):
+    """`--version`; the package is imported only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        from . import __version__
+
+        print(f"fastattn {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastattn", description="Fast attention for PyTorch: measure it, check this machine, ask.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_benchmark(commands)
+    _add_doctor(commands)
+    _add_explain(commands)
+    return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    text = "Measure a language model's prefill and generation speed, for one or more attention implementations."
+    parser = commands.add_parser("benchmark", help="tokens per second of a whole model", description=text)
+    add = parser.add_argument
+    add(
+        "--model",
+        help="a Hugging Face model directory, or a preset with random weights: tiny, llama-3.2-1b, "
+        "llama-3.1-8b (default: llama-3.1-8b with a GPU, tiny without)",
+    )
+    add("-p", "--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (%(default)s)")
+    add("-g", "--generation-tokens", type=int, default=1024, metavar="N", help="length of the completion (%(default)s)")
+    add("-b", "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (%(default)s)")
+    add("-n", "--num-trials", type=int, default=5, metavar="N", help="timed trials after one warmup (%(default)s)")
+    add("--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens at a time (%(default)s)")
+    add("--delay", type=float, default=0.0, metavar="SECONDS", help="rest before each trial (%(default)s)")
+    add(
+        "--attn",
+        default="fastattn",
+        metavar="NAMES",
+        help="implementations to compare, separated by commas: "
+        "fastattn, sdpa, eager or any other that transformers knows (%(default)s)",
+    )
+    add(
+        "--fresh-lengths",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time N prompt lengths that were not seen before, the first and the second time",
+    )
+    add("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    _add_dtype_and_device(parser, None, "the model's own; for presets bf16 on a GPU, fp32 on the CPU")
+    add("--seed", type=int, default=0, metavar="N", help="of the prompts and of a preset's weights (%(default)s)")
+    parser.set_defaults(run=_benchmark)
+
+
+def _add_doctor(commands: Any) -> None:
+    text = "Say what this machine can do and, for everything that it cannot, what to install."
+    parser = commands.add_parser("doctor", help="what works here, what does not, what to do", description=text)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_doctor)
+
+
+def _add_explain(commands: Any) -> None:
+    text = "Say which backend would serve a call of the op here, and why not the others. Nothing is computed."
+    parser = commands.add_parser("explain", help="which backend serves a call, and why", description=text)
+    add = parser.add_argument
+    add("--q", type=_numbers(4), required=True, metavar="B,H,S,D", help="shape of the queries")
+    add("--kv-heads", type=int, metavar="N", help="heads of keys and values (as q)")
+    add("--kv-len", type=int, metavar="N", help="number of keys (as q)")
+    add("--value-dim", type=int, metavar="N", help="head dim of the values (as q)")
+    _add_dtype_and_device(parser, "bf16", "bf16")
+    add("--mask", choices=MASKS, default="none", help="kind of mask (%(default)s)")
+    add("--window", type=_numbers(2), metavar="L,R", help="sliding window; -1 is open: --window=-1,0")
+    add("--softcap", type=float, metavar="CAP")
+    add("--sinks", action="store_true", help="with attention sinks")
+    add("--q-lengths", action="store_true", help="with a length for each batch entry's queries")
+    add("--kv-lengths", action="store_true", help="with a length for each batch entry's keys")
+    add("--return-lse", action="store_true", help="with the log-sum-exp")
+    add("--grad", action="store_true", help="with gradients for q, k and v")
+    parser.set_defaults(run=_explain)
+
+
+def _add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=default, metavar="DTYPE", help=f"bf16, fp16, fp32 ({text})")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
+
+
+def _numbers(count: int) -> Any:
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if len(found) != count:
+            raise argparse.ArgumentTypeError(f"expected {count} whole numbers separated by commas, got {text!r}")
+        return found
+
+    return parse
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from .bench import model, results
+
+    if arguments.json:
+        results.check_writable(arguments.json)
+    settings = model.Settings(
+        model=arguments.model or model.default_model(),
+        prompt_tokens=arguments.prompt_tokens,
+        generation_tokens=arguments.generation_tokens,
+        batch_size=arguments.batch_size,
+        num_trials=arguments.num_trials,
+        prefill_step_size=arguments.prefill_step_size,
+        delay=arguments.delay,
+        attn=tuple(name.strip() for name in arguments.attn.split(",")),
+        fresh_lengths=arguments.fresh_lengths,
+        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    report = model.run(settings)
+    if len(report.results) > 1:
+        print(f"\n{report.comparison()}", flush=True)
+    if arguments.json:
+        results.write_json(arguments.json, report.as_dict(shlex.join(["fastattn", *arguments.argv])))
+        print(f"Wrote {arguments.json}")
+    return 1 if all(result.error for result in report.results) else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.main(as_json=arguments.json)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import Intervals, explain
+    from .lm.load import pick_device
+
+    device = pick_device(arguments.device)
+    dtype = getattr(torch, DTYPES[arguments.dtype])
+    batch, heads, length, dim = arguments.q
+    if min(arguments.q) < 0:
+        raise ValueError(f"--q: expected numbers >= 0, got {','.join(map(str, arguments.q))}")
+    kv_heads = _size("--kv-heads", arguments.kv_heads, heads)
+    kv_len = _size("--kv-len", arguments.kv_len, length)
+    value_dim = _size("--value-dim", arguments.value_dim, dim)
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        # One element seen under every index: explain looks at no data, so no shape is too large to ask about.
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+    q, k, v = (
+        tensor(*shape)
+        for shape in ((batch, heads, length, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, value_dim))
+    )
+    if arguments.grad:
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+    bounds = tensor(batch, length, dtype=torch.int32)
+    masks = {
+        "none": None,
+        "causal": "causal",
+        "bool": tensor(batch, 1, length, kv_len, dtype=torch.bool),
+        "additive": tensor(batch, 1, length, kv_len),
+        "intervals": Intervals(bounds, bounds),
+    }
+    lengths = tensor(batch, dtype=torch.int32)
+    explanation = explain(
+        q,
+        k,
+        v,
+        mask=masks[arguments.mask],
+        sinks=tensor(heads) if arguments.sinks else None,
+        window=arguments.window,
+        softcap=arguments.softcap,
+        q_lengths=lengths if arguments.q_lengths else None,
+        kv_lengths=lengths if arguments.kv_lengths else None,
+        return_lse=arguments.return_lse,
+    )
+    print(explanation)
+    return 0
+
+
+def _size(name: str, value: int | None, default: int) -> int:
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
+    return default if value is None else value

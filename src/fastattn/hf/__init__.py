@@ -1,0 +1,35 @@
+"""fastattn in Hugging Face transformers. Importing this module registers the name "fastattn":
+
+    import fastattn.hf
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
+
+A model then asks `mask.interval_mask` once per forward and layer type which keys its queries see, and calls
+`attention.attention_forward` in every layer. Masks travel between the two as intervals, O(S) numbers; a dense mask is
+made only for what intervals cannot say (see `mask.py`).
+
+Needs transformers 5.4 or later: `pip install 'fastattn[hf]'`.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError("fastattn.hf needs transformers 5.4 or later: pip install 'fastattn[hf]'") from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4):
+    raise ImportError(
+        f"fastattn.hf needs transformers 5.4 or later, found {transformers.__version__}: pip install 'fastattn[hf]'"
+    )
+
+from .attention import attention_forward
+from .mask import interval_mask
+
+NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers treats both specially wherever they occur
+
+# Both, always: a model whose attention is registered but not its mask is given no mask at all, and is causal no more.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, interval_mask)
+
+__all__ = ["NAME", "attention_forward", "interval_mask"]

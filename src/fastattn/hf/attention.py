@@ -1,0 +1,226 @@
+"""The attention function: what a transformers layer says about a call, in the op's terms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import masks
+from ..api import Mask, prepare, scaled_dot_product_attention
+from ..masks import Intervals
+from ..varlen import packed_intervals, varlen_attention
+from .mask import band_of
+from .notice import warn_once
+
+#: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
+REFUSED = {
+    "block_indices": "sparse attention over chosen blocks of keys",
+    "sinks": "sinks that differ between tokens",
+    "cache": "the paged cache of continuous batching",
+}
+
+
+class Sight(NamedTuple):
+    """Which keys the queries see: the op's `mask` and `window`, over the first `keys` keys."""
+
+    mask: Mask
+    window: tuple[int, int] | None
+    keys: int
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' `AttentionInterface` asks for it.
+
+    Args:
+        module: the layer; only `is_causal` is read (True where it has none, as in transformers).
+        query, key, value: `[B, Hq, Sq, D]`, `[B, Hkv, Skv, D]`, `[B, Hkv, Skv, Dv]`; keys and values not repeated.
+        attention_mask: None, what `interval_mask` made, or a bool (True = attend) or additive tensor broadcastable to
+            `[B, Hq, Sq, >= Skv]`. A tensor is the whole truth; only None leaves causality and window to
+            `is_causal` and `sliding_window`. Causal is aligned to the lower right.
+        dropout: of the probabilities. fastattn has none: such a call runs on transformers' "sdpa", which cannot do
+            sinks or softcap.
+        scaling: factor on the scores, default `1 / sqrt(D)`.
+        sliding_window: a causal query sees this many keys, itself included.
+        softcap: scores become `softcap * tanh(score / softcap)`; None or 0 = off.
+        s_aux: sinks `[Hq]`.
+        position_bias: added to the scores, broadcastable to `[B, Hq, Sq, >= Skv]`.
+        kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int `[N + 1]`: with no mask, the tokens of the batch, row after
+            row, are N packed sequences. `indices`, integer `[B, Sq, any]`: the only keys that each query sees. Others
+            are ignored, or refused where that would be wrong.
+
+    Returns:
+        `[B, Sq, Hq, Dv]`, contiguous, and None for the probabilities, which are never computed as a whole.
+
+    Raises:
+        ValueError: dropout with sinks or softcap; an argument of `REFUSED`; what the op itself raises on.
+    """
+    for name, meaning in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'attn_implementation="fastattn" cannot do {meaning} (argument `{name}` of '
+                f'{type(module).__name__}): load this model with "sdpa" or "eager"'
+            )
+    if kwargs.get("output_attentions"):
+        warn_once('attn_implementation="fastattn" does not return attention weights: use "eager" to get them')
+    if dropout and (s_aux is not None or softcap):
+        raise ValueError(
+            f'attn_implementation="fastattn": {type(module).__name__} asks for attention dropout together with '
+            f'{"softcap" if softcap else "sinks"}: set attention_dropout=0 in its config, or use "eager"'
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    settings: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
+    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    packing = None if cu_q is None or cu_k is None else (cu_q, cu_k)
+    if packing and attention_mask is None and position_bias is None and not dropout:
+        window = (sliding_window - 1, -1) if sliding_window and causal else None
+        return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
+
+    sight = _sight(query.shape[2], key.shape[2], attention_mask, causal, sliding_window)
+    if packing:
+        sight = sight._replace(mask=_meet(sight.mask, _segments(query, key, *packing), sight.keys))
+    if (indices := kwargs.get("indices")) is not None:
+        warn_once(
+            f'attn_implementation="fastattn": the sparse attention of {type(module).__name__} runs as full attention '
+            "under a dense mask: the same result, not the same speed."
+        )
+        sight = sight._replace(mask=_meet(sight.mask, _chosen(indices, sight.keys), sight.keys))
+    if sight.keys < key.shape[2]:
+        key, value = key[:, :, : sight.keys], value[:, :, : sight.keys]
+    if position_bias is not None:
+        sight = sight._replace(mask=_biased(sight.mask, position_bias[..., : sight.keys]))
+    if dropout:
+        return _with_dropout(module, query, key, value, sight, dropout, scaling), None
+    out = scaled_dot_product_attention(query, key, value, mask=sight.mask, window=sight.window, **settings)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2), None
+
+
+def _sight(q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_window: int | None) -> Sight:
+    if mask is None:
+        if not causal:
+            # The windows of encoders are in their masks; a bare `sliding_window` is counted differently by each.
+            return Sight(None, None, kv_len)
+        left = sliding_window - 1 if sliding_window and kv_len > sliding_window else -1
+        right = 0 if q_len > 1 else -1  # a single query stands on the last key
+        return Sight(None, (left, right), kv_len)
+    if mask.dtype.is_floating_point or mask.dtype == torch.bool:
+        return Sight(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len)
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[-1] != 2:
+        raise ValueError(
+            'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend), additive '
+            f"floating, or the int32 [B, 1, Sq, 2] of fastattn.hf.interval_mask, got {mask.dtype} {list(mask.shape)}. "
+            'A model that computes with its mask can be loaded with "sdpa" or "eager".'
+        )
+    if not torch.compiler.is_compiling() and not _capturing(mask):
+        # Numbers of the host hold for this very mask; a graph is replayed with others.
+        band = band_of(mask)
+        if band is not None and band.keys <= kv_len:
+            return Sight(None, (band.left, band.right), band.keys)
+    return Sight(Intervals(mask[:, 0, :, 0], mask[:, 0, :, 1]), None, kv_len)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _biased(mask: Mask, bias: Tensor) -> Tensor:
+    """Bias and mask as one additive tensor."""
+    if mask is None:
+        return bias
+    if isinstance(mask, Intervals):
+        mask = _dense(mask, bias.shape[-1])
+    assert isinstance(mask, Tensor)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return bias + mask
+
+
+def _dense(intervals: Intervals, keys: int) -> Tensor:
+    """bool `[B, 1, Sq, keys]`."""
+    key = torch.arange(keys, device=intervals.lo.device, dtype=torch.int32)
+    return ((key >= intervals.lo[..., None]) & (key < intervals.hi[..., None]))[:, None]
+
+
+def _segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Intervals:
+    """The packed sequence of each query, as an interval of its row's keys."""
+    batch, _, q_len, _ = query.shape
+    cu_q, cu_k = (cu.to(device=query.device, dtype=torch.int32) for cu in (cu_q, cu_k))
+    lo, hi = packed_intervals(batch * q_len, cu_q, cu_k)
+    row = torch.arange(batch, device=query.device, dtype=torch.int32)[:, None] * key.shape[2]
+    return Intervals(lo.view(batch, q_len) - row, hi.view(batch, q_len) - row)
+
+
+def _chosen(indices: Tensor, keys: int) -> Tensor:
+    """bool `[B, 1, Sq, keys]`: the keys that each query names in integer `[B, Sq, any]`; negative names none."""
+    slots = torch.where(indices < 0, keys, indices).long()
+    seen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool, device=indices.device)
+    return seen.scatter(-1, slots, True)[:, None, :, :keys]
+
+
+def _meet(mask: Mask, other: Intervals | Tensor, keys: int) -> Mask:
+    """What both let see. other: Intervals or bool."""
+    if mask is None:
+        return other
+    if isinstance(mask, Intervals):
+        if isinstance(other, Intervals):
+            return Intervals(torch.maximum(mask.lo, other.lo), torch.minimum(mask.hi, other.hi))
+        mask = _dense(mask, keys)
+    assert isinstance(mask, Tensor)
+    seen = _dense(other, keys) if isinstance(other, Intervals) else other
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, **settings: Any) -> Tensor:
+    """The rows of a batch, end to end, as packed sequences."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    cu_q, cu_k = (cu.to(device=q.device, dtype=torch.int32) for cu in (cu_q, cu_k))
+    out = varlen_attention(q, k, v, cu_q, cu_k, **settings)
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _with_dropout(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sight: Sight,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """The same call on transformers' "sdpa", with a dense mask where it needs one."""
+    warn_once(
+        'attn_implementation="fastattn": attention dropout runs on transformers\' "sdpa", which makes a dense mask for '
+        "padding, packing and windows. Set attention_dropout=0 in the model's config to train on fastattn."
+    )
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    left, right = sight.window or (-1, -1)
+    square = right < 0 or query.shape[2] == key.shape[2]
+    if sight.mask is None and left < 0 and right <= 0 and square:
+        return sdpa(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=right == 0)[0]
+    call = prepare(query, key, value, mask=sight.mask, window=sight.window)
+    seen = masks.visibility(call)
+    assert seen is not None
+    blind = ~seen.any(-1, keepdim=True)  # torch leaves open what such rows give
+    mask = seen | blind
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        mask = torch.where(mask, torch.where(blind, 0.0, call.mask), -torch.inf).to(query.dtype)
+    out = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)[0]
+    return out.masked_fill(blind.transpose(1, 2), 0)

@@ -1,0 +1,243 @@
+"""The mask function: which keys each query sees, as intervals wherever they can say it.
+
+transformers calls it once per forward and layer type. It answers with
+
+- None where the attention function's own causal rule says it all (training, prefill, decode without padding);
+- an int32 tensor `[B, 1, Sq | 1, 2]`: row i sees the keys `[lo, hi)`. transformers hands 4-D tensors on untouched;
+- a dense bool tensor `[B, 1, Sq, Skv]`, made by transformers itself, where neither will do: padding with holes,
+  blocks of bidirectional tokens, functions that only `vmap` can evaluate, models that compute with their mask;
+- eager's additive mask, to a model that brings its own attention and never calls ours.
+
+Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
+as a window over the first few keys, for which the fastest kernels are made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from .intervals import Padding, find_padding, intervals_of, real_keys, scan
+from .notice import warn_once
+from .patterns import Pattern, recognise
+
+#: Models that compute with their mask (indexers of sparse attention, masks joined to other masks) and so need it dense.
+COMPUTE_WITH_MASK = frozenset(
+    {
+        "axk2",
+        "deepseek_v32",
+        "deepseek_v4",
+        "doge",
+        "dots3_note_text",
+        "glm5_next_text",
+        "glm_moe_dsa",
+        "hy_v4",
+        "informer",
+        "lasr_encoder",
+        "minimax_m3_vl_text",
+        "mistral_large4_text",
+        "nemotron_asr_streaming_encoder",
+        "qwen4_exp_text",
+        "siglip2_vision_model",
+        "t5gemma2_decoder",
+    }
+)
+
+#: Models some of whose layers compute attention themselves, with the mask that eager attention adds.
+PARTLY_EAGER = frozenset({"bigbird_pegasus", "blip_text_model"})
+
+#: Models with causal layers that call themselves bidirectional: None would be misread by them.
+MISTAKEN_FOR_BIDIRECTIONAL = frozenset({"git", "informer", "nllb-moe", "pegasus_x"})
+
+_BAND = "_fastattn_band"
+
+
+class Place(NamedTuple):
+    """Where queries and keys stand in the sequence."""
+
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor
+    kv_offset: int
+
+    @property
+    def end(self) -> int | None:
+        """How many keys there are up to the last query's own; None where only the device knows."""
+        if isinstance(self.q_offset, Tensor):
+            return None
+        return self.q_offset + self.q_length - self.kv_offset
+
+
+class Band(NamedTuple):
+    """The same mask as its tensor, in other words: of the first `keys` keys, the query at position p sees
+    `[p - left, p + right]` (-1 = open), the last query standing on the last of these keys."""
+
+    keys: int
+    left: int
+    right: int
+
+
+def interval_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one layer type for one forward, as transformers' `AttentionMaskInterface` asks for it.
+
+    Args:
+        batch_size, q_length, kv_length: B, Sq, Skv.
+        q_offset, kv_offset: position of the first query and of the first key. A static cache passes its live length
+            tensor; its value now is what counts, later changes do not reach the mask.
+        mask_function: bool of (batch, head, query position, key position).
+        attention_mask: None, or bool `[B, positions]`, False for padding; missing positions count as padding.
+        allow_is_causal_skip, allow_is_bidirectional_skip: False where None must not be answered, be the mask causal
+            or open.
+        use_vmap: the function takes only scalars.
+        device: of the result.
+        config: the model's; only `model_type` and `is_causal` are read.
+
+    Returns:
+        None, int32 `[B, 1, Sq | 1, 2]` or bool `[B, 1, Sq, Skv]`; see the module's docstring.
+
+    The host reads from the device at most once or twice a forward, never while a graph is captured or traced.
+    """
+
+    request: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if _brings_its_own_attention(config):
+        skip = bool(allow_is_bidirectional_skip)
+        return eager_mask(**request, allow_is_bidirectional_skip=skip, dtype=kwargs.get("dtype", torch.float32))
+
+    def dense() -> Tensor:
+        return sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+
+    model = getattr(config, "model_type", None)
+    if use_vmap or model in COMPUTE_WITH_MASK:
+        return dense()
+    readable = not is_tracing(attention_mask if attention_mask is not None else q_offset)
+    pattern = recognise(mask_function)
+    if pattern is not None and pattern.segments is not None:
+        whole = isinstance(q_offset, int) and q_offset == kv_offset == 0
+        whole = whole and pattern.segments.shape[-1] == q_length == kv_length
+        if not (whole and readable and bool(pattern.sorted_segments())):
+            pattern = None
+    if pattern is None and not readable:
+        return dense()
+
+    if isinstance(q_offset, Tensor) and readable and q_length > 1:
+        q_offset = int(q_offset)  # the host must wait for it, which only a call of many queries repays
+    place = Place(q_length, kv_length, q_offset, kv_offset)
+    positions = torch.arange(q_length, device=device)[None] + q_offset
+    real = None if attention_mask is None else real_keys(attention_mask, kv_length, kv_offset)
+    if pattern is None:
+        found = scan(mask_function, batch_size, positions, kv_length, kv_offset, real)
+        return dense() if found is None else _pack(*found, batch_size, None)
+
+    if _must_be_dense(pattern, place, allow_is_causal_skip, allow_is_bidirectional_skip):
+        return dense()
+    padding = None
+    if real is not None:
+        padding = find_padding(real) if readable else None
+        if padding is None:
+            return dense()
+    band = _band(pattern, place, padding)
+    if band is not None and band.keys == kv_length and band.left < 0:
+        if band.right == 0 and allow_is_causal_skip and model not in MISTAKEN_FOR_BIDIRECTIONAL:
+            return None
+        # A decoder made bidirectional by its config may still have layers that call themselves causal.
+        if band.right < 0 and getattr(config, "is_causal", None) is not False:
+            return None
+    if pattern.is_open:
+        positions = positions[:, :1]  # all queries see the same
+    lo, hi = intervals_of(pattern, positions, kv_offset, kv_length, padding)
+    return _pack(lo, hi, batch_size, band)
+
+
+def band_of(mask: Tensor) -> Band | None:
+    """The Band of a mask made here, None if it has none, or was changed in place since."""
+    band, version = getattr(mask, _BAND, (None, 0))
+    return band if band is not None and mask._version == version else None
+
+
+def _brings_its_own_attention(config: Any) -> bool:
+    """True for a model of transformers with layers that do not call the attention function that its config names."""
+    name = type(config).__module__
+    if torch.compiler.is_compiling() or not name.startswith("transformers.models."):
+        return False
+    modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    calls = modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+    if calls and config.model_type not in PARTLY_EAGER:
+        return False
+    warn_once(
+        f'attn_implementation="fastattn": {"some of " if calls else ""}the layers of "{config.model_type}" compute '
+        "attention themselves in this version of transformers, and go on doing so without fastattn."
+    )
+    return True
+
+
+def _must_be_dense(
+    pattern: Pattern, place: Place, allow_is_causal_skip: bool, allow_is_bidirectional_skip: bool | None
+) -> bool:
+    """True when the caller forbids the answer None where it would be right: it means to compute with the mask.
+
+    (Static caches forbid it as well, but there None would not be right: keys that are not written yet follow.)
+    """
+    if pattern.is_open:
+        return allow_is_bidirectional_skip is False
+    only_causal = pattern.is_band and pattern.left < 0 and pattern.right == 0
+    return only_causal and not allow_is_causal_skip and place.end == place.kv_length
+
+
+def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | None:
+    """The mask as a Band over the first keys, where that is the whole truth and the host knows the numbers."""
+    keys = place.kv_length
+    if not pattern.is_open:
+        chunked = 0 < pattern.chunk < keys + place.kv_offset  # a chunk that holds all keys hides none
+        if place.end is None or chunked or pattern.segments is not None:
+            return None
+        if pattern.right == 0:
+            keys = min(keys, place.end)  # what follows are the unwritten slots of a static cache
+        if keys != place.end:
+            return None
+    if padding is not None and (padding.latest_first > 0 or padding.earliest_stop < keys):
+        return None
+    left = -1 if pattern.left >= keys - 1 else pattern.left
+    right = -1 if pattern.right > 0 and pattern.right >= keys - 1 else pattern.right
+    return Band(keys, left, right)
+
+
+def _pack(lo: Tensor, hi: Tensor, batch_size: int, band: Band | None) -> Tensor:
+    """int32 `[B, 1, Sq | 1, 2]`, laid out so that lo and hi are each contiguous `[B, Sq | 1]`."""
+    lo, hi = (x.to(torch.int32).expand(batch_size, -1) for x in torch.broadcast_tensors(lo, hi))
+    if torch.compiler.is_compiling():
+        return torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
+    with torch.inference_mode(False):  # tensors made in inference mode do not tell when they change
+        mask = torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
+    if band is not None:
+        setattr(mask, _BAND, (band, mask._version))
+    return mask

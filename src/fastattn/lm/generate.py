@@ -1,0 +1,67 @@
+"""Prefill in steps, and greedy decoding as a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFILL_STEP = 2048  #: prompt tokens per forward pass; bounds the activations' memory, however long the prompt
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor, cache: Any, step: int = PREFILL_STEP) -> Tensor:
+    """Fills the cache with a prompt and returns the first new tokens, the most likely ones.
+
+    All but the last token go through the model's body in steps, without the head that makes logits: nobody reads
+    those. The last token then goes through the whole model.
+
+    Args:
+        model: a transformers model for causal language modelling.
+        ids: int64 `[B, P]` on the model's device, B prompts of P >= 1 tokens each.
+        cache: a transformers cache; empty, or holding what comes before the prompt.
+        step: how many tokens to put through at once, >= 1.
+
+    Returns:
+        int64 `[B]`, on the device: nothing waits for it.
+
+    Raises:
+        ValueError: ids or step is not as described.
+    """
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"ids: expected [batch, tokens], at least one of each, got {list(ids.shape)}")
+    if step < 1:
+        raise ValueError(f"step: expected at least 1, got {step}")
+    last = ids.shape[1] - 1
+    for start in range(0, last, step):
+        model.base_model(input_ids=ids[:, start : min(start + step, last)], past_key_values=cache, use_cache=True)
+    return _next(model, ids[:, last:], cache)
+
+
+@torch.inference_mode()
+def generate_tokens(model: Any, ids: Tensor, *, cache: Any = None, step: int = PREFILL_STEP) -> Iterator[Tensor]:
+    """Continues prompts greedily, for as long as the caller asks for more: `itertools.islice` sets the number.
+
+    Yields one int64 `[B]` per step, on the device. Work is only queued: a GPU runs behind until the caller reads a
+    token or synchronises. No token ends a row; stop tokens are the caller's.
+
+    Args:
+        model, ids, step: as in `prefill`.
+        cache: default: a new DynamicCache, which grows by one token per step.
+    """
+    if cache is None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+    token = prefill(model, ids, cache, step)
+    while True:
+        yield token
+        token = _next(model, token[:, None], cache)
+
+
+def _next(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """The most likely token after ids `[B, n]`: int64 `[B]`. Makes logits of the last position only."""
+    keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits[:, -1].argmax(-1)

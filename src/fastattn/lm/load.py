@@ -1,0 +1,205 @@
+"""Load a causal language model: a Hugging Face directory, or a preset with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for inference."""
+
+    model: Any  #: transformers' PreTrainedModel, in eval mode
+    tokenizer: Any | None  #: None for presets
+    config: Any  #: transformers' PretrainedConfig of the text part
+    name: str  #: the preset's name, or the directory's
+
+
+def load(
+    model: str | Path,
+    attn: str = "fastattn",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """Loads a causal language model for inference. Nothing is downloaded.
+
+    Args:
+        model: a directory in Hugging Face's layout (config.json, *.safetensors, a tokenizer), or a preset with random
+            weights: "tiny", "llama-3.2-1b", "llama-3.1-8b". A directory of that name goes before a preset.
+        attn: the attention implementation, see `set_attention`.
+        dtype: of the weights. Default: a directory's own; for presets bfloat16 on a GPU, float32 on the CPU.
+        device: default: the current GPU if there is one, else the CPU.
+        seed: of a preset's weights.
+
+    Raises:
+        ValueError: there is no such model, or it is incomplete or damaged: the text names the path and what was
+            expected there. The device or the attention implementation is not available.
+        ImportError: transformers is not installed.
+    """
+    _transformers()
+    place = pick_device(device)
+    path = Path(model)
+    if path.is_dir():
+        check_directory(path)
+        return _load_directory(path, attn, dtype, place)
+    if str(model) in PRESETS:
+        return _create(str(model), attn, dtype, place, seed)
+    raise ValueError(
+        f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
+        f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
+    )
+
+
+def set_attention(model: Any, attn: str) -> None:
+    """Switches the attention implementation of a loaded model; the weights stay.
+
+    attn: "fastattn", or any name transformers knows: "sdpa", "eager", "flash_attention_2", ...
+
+    Raises ValueError when the implementation is unknown, not installed, or not supported by the model.
+    """
+    check_attention(attn)
+    try:
+        model.set_attn_implementation(attn)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"attn: {attn} cannot be used here: {_line(error)}") from error
+    if model.config._attn_implementation != attn:  # transformers only warns when a model cannot switch
+        raise ValueError(f"attn: {type(model).__name__} does not support {attn}")
+
+
+def check_attention(attn: str) -> None:
+    """Raises ValueError unless transformers knows the attention implementation. Registers "fastattn" if it is that."""
+    transformers = _transformers()
+    if attn == "fastattn":
+        from .. import hf  # noqa: F401  (importing it registers the name)
+    known = {"eager", "fastattn", *transformers.AttentionInterface().valid_keys()}
+    if attn not in known:
+        common = [name for name in sorted(known) if not name.startswith("paged")]
+        raise ValueError(f"attn: expected one of {', '.join(common)}, got {attn!r}")
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or the current GPU if there is one, else the CPU. ValueError unless it exists."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(f"device: got {str(device)!r}, but torch sees {count} GPUs here")
+    return found
+
+
+def check_directory(path: Path) -> None:
+    """Raises ValueError unless the directory holds a config.json and whole safetensors files. Reads only headers."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{config}: not found; expected a model directory in Hugging Face's layout")
+    _read_json(config)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weights = _read_json(index).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError(f"{index}: expected a weight_map that names the safetensors files")
+        files = [path / str(name) for name in sorted(set(weights.values()))]
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"{file}: not found; expected the weights as safetensors")
+    try:
+        with safe_open(str(file), framework="pt"):  # reads the header and compares it with the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: expected a whole safetensors file, this one is damaged: {_line(error)}") from error
+
+
+def _load_directory(path: Path, attn: str, dtype: torch.dtype | None, device: torch.device) -> Loaded:
+    transformers = _transformers()
+    check_attention(attn)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path / 'config.json'}: expected the config of a model transformers knows: {_line(error)}"
+        ) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # damaged files raise whatever the tokenizer's parser raises
+        raise ValueError(f"{path}: expected a tokenizer (tokenizer.json or the like): {_line(error)}") from error
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attn,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path}: cannot be loaded as a causal language model: {_line(error)}") from error
+    # transformers fills what it does not find with random numbers, and only warns.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{path}: expected weights for every parameter, {len(missing)} are missing: {missing[0]}, ...")
+    return Loaded(model.to(device).eval(), tokenizer, config.get_text_config(), path.resolve().name)
+
+
+def _create(name: str, attn: str, dtype: torch.dtype | None, device: torch.device, seed: int) -> Loaded:
+    transformers = _transformers()
+    check_attention(attn)
+    config = transformers.LlamaConfig(**PRESETS[name])
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    # On the device from the start: 8 billion random numbers take minutes on a CPU.
+    with torch.random.fork_rng(devices=gpus), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"attn: {attn} cannot be used here: {_line(error)}") from error
+    return Loaded(model.eval(), None, config, name)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"fastattn.lm needs transformers: pip install 'fastattn[hf]' ({_line(error)})") from error
+    return transformers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file: {_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an exception's text: transformers' often run over many."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

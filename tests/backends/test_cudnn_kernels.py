@@ -1,0 +1,106 @@
+"""The small Triton kernels around cuDNN: offsets and lengths, sinks. On the CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+pytest.importorskip("triton")
+
+from cases import relative_error
+
+import fastattn
+from fastattn.backends.cudnn import places as places_module
+from fastattn.backends.cudnn.places import places
+from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="native on a GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():  # nothing to be cached by stream
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    places_module._cache.clear()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fold", [2, 6])
+@pytest.mark.parametrize("data", ["none", "lengths", "intervals", "both"])
+def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
+    batch, rows, heads = 3, 4 * fold, {"q": 6, "o": 6, "do": 6, "dq": 6, "k": 2, "v": 2, "dk": 2, "dv": 2}
+    tensors = {
+        role: torch.empty(batch, count + i, 9 + i, 8, device=device)[:, :count, : 9 if count == 6 else 11]
+        if i % 2
+        else torch.empty(batch, 11, count, 8 + i, device=device)[..., :8].transpose(1, 2)[
+            :, :, : 9 if count == 6 else 11
+        ]
+        for i, (role, count) in enumerate(heads.items(), start=2)
+    }
+    tensors = {role: x[:, :, :9] if heads[role] == 6 else x[:, :, :9] for role, x in tensors.items()}
+    int32 = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
+    q_lengths, kv_lengths = (int32(4, 99, -1), int32(9, 0, 5)) if data in ("lengths", "both") else (None, None)
+    lo, hi = (int32(2, 0, 4)[:, None], int32(7, 9, 4)[:, None]) if data in ("intervals", "both") else (None, None)
+    found = places(tensors, rows, fold, q_lengths, kv_lengths, lo, hi)
+    for row in range(rows):
+        b, f = divmod(row, fold)
+        queries, keys, first = 9, 9, 0
+        if q_lengths is not None and kv_lengths is not None and b < batch:
+            queries, keys = (min(max(int(x[b]), 0), 9) for x in (q_lengths, kv_lengths))
+        if lo is not None and hi is not None and b < batch:
+            first = min(int(lo[b, 0]), keys)
+            keys = max(min(int(hi[b, 0]), keys) - first, 0)
+        queries = queries if keys else 0
+        if b >= batch:
+            queries = keys = 0
+        assert (int(found["seq_q"][row, 0, 0, 0]), int(found["seq_kv"][row, 0, 0, 0])) == (queries, keys), row
+        if b < batch:
+            for role, x in tensors.items():
+                head = f * heads[role] // fold if heads[role] == 6 else f // (fold // 2)
+                start = first if heads[role] == 2 else 0
+                want = b * x.stride(0) + head * x.stride(1) + start * x.stride(2)
+                assert int(found[f"ragged_{role}"][row, 0, 0, 0]) == want, (row, role)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("length", "dim"), [(5, 16), (33, 72), (40, 256)])
+def test_sinks_around_a_softmax_without_them(device: str, length: int, dim: int) -> None:
+    q, k, v = (torch.randn(2, heads, length, dim, device=device, dtype=torch.float64) for heads in (4, 2, 2))
+    sinks = torch.randn(4, device=device, dtype=torch.float64).requires_grad_()
+    options = {
+        "mask": "causal",
+        "window": (3, 0),
+        "kv_lengths": torch.tensor([length, 2], dtype=torch.int32, device=device),
+    }
+    want, want_lse = fastattn.scaled_dot_product_attention(q, k, v, sinks=sinks, return_lse=True, **options)
+    grad_out = torch.randn_like(want)
+    (want_gradient,) = torch.autograd.grad(want, sinks, grad_out)
+
+    out, lse = fastattn.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), return_lse=True, backend="reference", **options
+    )
+    stats = torch.full((2, 4, length + 3), torch.nan, device=device)[..., :length].copy_(lse)
+    with_sinks = add_sinks(out, stats, sinks.detach().float())
+    assert relative_error(out, want) < 1e-6
+    assert (with_sinks - want_lse).abs().max() < 1e-5
+    grad_out[1, :, : length - 2] = torch.nan  # rows that see nothing
+    found = sink_gradient(out, grad_out.float(), with_sinks, sinks.detach().float())
+    assert relative_error(found, want_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sink_of_minus_infinity_is_none(device: str) -> None:
+    out, lse = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 2, 4, device=device)
+    out[:, :, 2], lse[:, :, 2] = 0.0, -math.inf
+    kept = out.clone()
+    found = add_sinks(out, lse, torch.full((2,), -math.inf, device=device))
+    assert torch.equal(out, kept) and torch.allclose(found, lse)
+    gradient = sink_gradient(out, torch.randn_like(out), found, torch.full((2,), -math.inf, device=device))
+    assert torch.equal(gradient, torch.zeros_like(gradient))

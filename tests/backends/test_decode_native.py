@@ -1,0 +1,31 @@
+"""The decode kernels compile for real GPUs: Triton's compiler, ptxas included, needs none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+#: Shared memory that a program may have, in bytes, by compute capability (CUDA C++ Programming Guide).
+SHARED_MEMORY = {(8, 6): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"{c[0]}.{c[1]}")
+def test_compiles_within_shared_memory(capability: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    program = Path(__file__).parent / "compile_decode.py"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(program), *map(str, capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert max(entry["shared"] for entry in compiled) <= SHARED_MEMORY[capability]
+    kernels = Counter(entry["kernel"] for entry in compiled)
+    assert kernels["attend_kernel"] == 14
+    assert kernels["combine_kernel"] == 12  # the windows fit one step, and so one split

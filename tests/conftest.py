@@ -1,0 +1,51 @@
+"""What every test shares: seeds, thread settings, and GPU tests that say so when they cannot run."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported, and torch.compile imports it too: whichever test comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+_NO_GPU = "no GPU here"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads of one only slow the other down
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            # The name is in the reason because pytest's summary folds skips of equal reasons into one line.
+            item.add_marker(pytest.mark.skip(reason=f"{item.nodeid}: {_NO_GPU}"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(isinstance(r.longrepr, tuple) and r.longrepr[2].endswith(_NO_GPU) for r in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} GPU test{'s' * (count > 1)} skipped: {_NO_GPU}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch's and Python's generators by the test's id; another FASTATTN_TEST_SEED gives other inputs.
+
+    A test that makes generators of its own starts them from this number. A failure prints it.
+    """
+    value = zlib.crc32(f"{os.environ.get('FASTATTN_TEST_SEED', '')}{request.node.nodeid}".encode())
+    torch.manual_seed(value)
+    random.seed(value)
+    request.node.add_report_section("setup", "seed", f"torch.manual_seed({value})")
+    return value

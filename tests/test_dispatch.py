@@ -1,0 +1,319 @@
+"""Which backend serves a call, how that is said, and how a user changes it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import api, dispatch
+from fastattn.problem import Problem
+
+NAMES = ("decode", "cudnn", "torch", "reference")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of the machine's, no counts and warnings of other tests."""
+    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+
+
+@dataclasses.dataclass
+class Fake:
+    """A backend that gives its reasons and computes nothing."""
+
+    name: str
+    why: list[str] = dataclasses.field(default_factory=list)
+
+    def reasons(self, problem: Problem) -> list[str]:
+        return self.why
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
+    """Replaces the backends by fakes with the given refusals: fakes(torch=["too tired"])."""
+
+    def replace(**refusals: list[str]) -> dict[str, Fake]:
+        found = {name: Fake(name, refusals.get(name, [])) for name in NAMES}
+        monkeypatch.setattr(dispatch, "backend", found.__getitem__)
+        return found
+
+    return replace
+
+
+def qkv() -> tuple[torch.Tensor, ...]:
+    return torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+
+
+def problem(device: str = "cuda", **arguments: Any) -> Problem:
+    return dataclasses.replace(Problem.of(api.prepare(*qkv(), **arguments)), device=device)
+
+
+def test_the_first_without_a_reason_serves(fakes: Any) -> None:
+    fakes(decode=["too many queries"])
+    assert dispatch.select(problem(), NAMES).name == "cudnn"
+    assert dispatch.select(problem(), ("torch", "cudnn")).name == "torch"
+    assert dispatch.reasons(problem()) == {"decode": ["too many queries"], "cudnn": [], "torch": [], "reference": []}
+
+
+def test_backend_error_lists_every_refusal(fakes: Any) -> None:
+    fakes(decode=["too many queries"], cudnn=["no GPU", "softcap"], torch=["softcap"])
+    with pytest.raises(fastattn.BackendError) as error:
+        dispatch.select(problem(), NAMES[:3])
+    assert str(error.value).splitlines()[1:] == [
+        "  decode: too many queries",
+        "  cudnn: no GPU; softcap",
+        "  torch: softcap",
+    ]
+    assert isinstance(error.value, ValueError)
+
+
+def test_a_refused_call_raises_before_anything_is_launched() -> None:
+    with pytest.raises(fastattn.BackendError, match=r"torch: .*softcap"):
+        fastattn.scaled_dot_product_attention(*qkv(), softcap=1.0, backend="torch")
+    assert fastattn.stats()["calls"] == {}
+
+
+def test_explain_is_a_table(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes(decode=["too many queries", "gradients"])
+    monkeypatch.setenv("FASTATTN_CUDNN", "0")
+    explanation = fastattn.explain(*qkv(), mask="causal")
+    assert str(explanation).splitlines() == [
+        "   decode     too many queries; gradients",
+        "-> torch      serves this call",
+        "   reference  could serve it, comes later in the list",
+        "   cudnn      not allowed here (use_backend, backend=, FASTATTN_BACKENDS or FASTATTN_CUDNN)",
+    ]
+    assert explanation.chosen == "torch"
+    assert explanation.reasons["decode"] == ["too many queries", "gradients"]
+    assert explanation.problem.causal
+
+
+def test_explain_when_nobody_can(fakes: Any) -> None:
+    fakes(torch=["tired"])
+    explanation = fastattn.explain(*qkv(), backend="torch")
+    assert explanation.chosen is None
+    assert "->" not in str(explanation)
+    assert re.search(r"^ +torch +tired$", str(explanation), re.M)
+
+
+def test_explain_computes_nothing() -> None:
+    fastattn.explain(*qkv())
+    assert fastattn.stats()["calls"] == {}
+
+
+def test_explain_tells_about_gradients() -> None:
+    """The mask's gradient is what torch's kernels lack: with no_grad they can serve."""
+    mask = torch.zeros(3, 5, requires_grad=True)
+    assert fastattn.explain(*qkv(), mask=mask).chosen == "reference"
+    with torch.no_grad():
+        assert fastattn.explain(*qkv(), mask=mask).chosen == "torch"
+
+
+def test_use_backend_nests_and_ends() -> None:
+    assert dispatch.allowed() == NAMES
+    with fastattn.use_backend("torch", "reference"):
+        assert dispatch.allowed() == ("torch", "reference")
+        with fastattn.use_backend("reference"):
+            assert dispatch.allowed() == ("reference",)
+        assert dispatch.allowed() == ("torch", "reference")
+    assert dispatch.allowed() == NAMES
+
+
+def test_use_backend_ends_with_an_exception() -> None:
+    block = fastattn.use_backend("reference")
+    block.__enter__()
+    assert not block.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert dispatch.allowed() == NAMES
+
+
+def test_use_backend_serves_the_calls_of_its_block() -> None:
+    with fastattn.use_backend("reference"):
+        fastattn.scaled_dot_product_attention(*qkv())
+    fastattn.scaled_dot_product_attention(*qkv())
+    assert fastattn.stats()["calls"] == {"reference": 1, "torch": 1}
+
+
+def test_the_backend_argument_wins_over_use_backend() -> None:
+    with fastattn.use_backend("torch"):
+        fastattn.scaled_dot_product_attention(*qkv(), backend="reference")
+    assert fastattn.stats()["calls"] == {"reference": 1}
+
+
+def test_use_backend_is_of_its_thread() -> None:
+    inside, done = threading.Event(), threading.Event()
+    seen: list[tuple[str, ...]] = []
+
+    def other() -> None:
+        inside.wait(10)
+        seen.append(dispatch.allowed())
+        with fastattn.use_backend("torch"):
+            seen.append(dispatch.allowed())
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with fastattn.use_backend("reference"):
+        inside.set()
+        assert done.wait(10)
+        assert dispatch.allowed() == ("reference",)
+    thread.join()
+    assert seen == [NAMES, ("torch",)]
+
+
+def test_use_backend_is_of_its_task() -> None:
+    async def task(name: str, here: asyncio.Event, there: asyncio.Event) -> tuple[str, ...]:
+        with fastattn.use_backend(name):
+            here.set()
+            await there.wait()
+            return dispatch.allowed()
+
+    async def both() -> list[tuple[str, ...]]:
+        a, b = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(task("torch", a, b), task("reference", b, a))
+
+    assert asyncio.run(both()) == [("torch",), ("reference",)]
+
+
+@pytest.mark.parametrize("names", [("flash",), ("torch", "sdpa"), (), ("",), (5,), (["torch"],)], ids=str)
+def test_use_backend_with_unknown_names(names: tuple[Any, ...]) -> None:
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^use_backend: expected one or more of decode, cudnn, torch, ref"
+    ):
+        with fastattn.use_backend(*names):
+            pass
+
+
+@pytest.mark.parametrize(
+    "listed, cudnn, expected",
+    [
+        ("reference", None, ("reference",)),
+        (" torch , decode ", None, ("torch", "decode")),
+        ("", None, NAMES),
+        (None, "0", ("decode", "torch", "reference")),
+        (None, "OFF", ("decode", "torch", "reference")),
+        (None, "1", NAMES),
+        (None, "", NAMES),
+        ("cudnn,torch", "0", ("torch",)),
+        ("cudnn,torch", "1", ("cudnn", "torch")),
+    ],
+)
+def test_environment(
+    listed: str | None, cudnn: str | None, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FASTATTN_BACKENDS", listed), ("FASTATTN_CUDNN", cudnn)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert dispatch.allowed() == expected
+    with fastattn.use_backend("cudnn"):  # what the program says counts more
+        assert dispatch.allowed() == ("cudnn",)
+
+
+def test_environment_with_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_BACKENDS", "torch,flash")
+    with pytest.raises(ValueError, match=r"^FASTATTN_BACKENDS: expected .*, got flash"):
+        fastattn.scaled_dot_product_attention(*qkv())
+
+
+def test_environment_that_allows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_BACKENDS", "cudnn")
+    monkeypatch.setenv("FASTATTN_CUDNN", "0")
+    q, k, v = qkv()
+    for needs_gradient in (False, True):
+        with pytest.raises(ValueError, match=r"FASTATTN_CUDNN|no allowed backend"):
+            fastattn.scaled_dot_product_attention(q.requires_grad_(needs_gradient), k, v)
+    explanation = fastattn.explain(*qkv())
+    assert explanation.chosen is None
+    assert str(explanation).count("not allowed here") == len(NAMES)
+
+
+def test_cudnn_switched_off_is_not_even_asked(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fakes(decode=["no"])
+    monkeypatch.setenv("FASTATTN_CUDNN", "0")
+    monkeypatch.setattr(found["cudnn"], "reasons", lambda problem: pytest.fail("asked"), raising=False)
+    assert dispatch.select(problem(), dispatch.allowed()).name == "torch"
+
+
+def test_warns_once_for_each_reason(fakes: Any) -> None:
+    found = fakes(decode=["a"], cudnn=["b"], torch=["softcap"])
+    with pytest.warns(
+        fastattn.FastattnWarning, match=r"reference.*decode: a; cudnn: b; torch: softcap.*fastattn doctor"
+    ):
+        assert dispatch.select(problem(), NAMES).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            dispatch.select(problem(scale=0.5), NAMES)  # the same reasons, another call
+    found["torch"].why = ["sinks"]
+    with pytest.warns(fastattn.FastattnWarning, match="torch: sinks"):
+        dispatch.select(problem(), NAMES)
+
+
+def test_warns_once_from_many_threads(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes(decode=["a"], cudnn=["b"], torch=["c"])
+    said: list[str] = []
+    monkeypatch.setattr(dispatch.warnings, "warn", lambda text, *_, **__: said.append(text))
+    cuda = problem()
+    threads = [threading.Thread(target=dispatch.select, args=(cuda, NAMES)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("quiet", ["on the CPU", "nothing to compute", "served by another"])
+def test_does_not_warn(quiet: str, fakes: Any) -> None:
+    fakes(decode=["a"], cudnn=["b"], torch=[] if quiet == "served by another" else ["c"])
+    p = problem("cpu" if quiet == "on the CPU" else "cuda")
+    if quiet == "nothing to compute":
+        p = dataclasses.replace(p, kv_len=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.select(p, NAMES)
+
+
+def test_stats_count_forward_and_backward() -> None:
+    q, k, v = qkv()
+    q.requires_grad_()
+    for _ in range(2):
+        fastattn.scaled_dot_product_attention(q, k, v, backend="torch").sum().backward()
+    fastattn.scaled_dot_product_attention(q, k, v, softcap=1.0)
+    assert fastattn.stats()["calls"] == {"torch": 2, "torch.backward": 2, "reference": 1}
+
+
+def test_stats_are_a_copy() -> None:
+    fastattn.scaled_dot_product_attention(*qkv(), backend="torch")
+    fastattn.stats()["calls"]["torch"] = 99
+    assert fastattn.stats()["calls"] == {"torch": 1}
+
+
+def test_the_backward_keeps_to_the_backends_of_the_forward() -> None:
+    q, k, v = qkv()
+    q.requires_grad_()
+    with fastattn.use_backend("reference"):
+        out = fastattn.scaled_dot_product_attention(q, k, v)
+    with fastattn.use_backend("torch"):
+        out.sum().backward()
+    assert fastattn.stats()["calls"] == {"reference": 1, "reference.backward": 1}
+
+
+def test_a_problem_says_nothing_about_data() -> None:
+    """Strides, scale and lengths are no part of it: two calls that differ in them are the same problem."""
+    q, k, v = qkv()
+    lengths = torch.tensor([3], dtype=torch.int32)
+    a = Problem.of(api.prepare(q, k, v, scale=0.3, kv_lengths=lengths))
+    b = Problem.of(api.prepare(q.mT.contiguous().mT, k, v, scale=0.7, kv_lengths=lengths + 1))
+    assert a == b
+    assert hash(a) == hash(b)

@@ -1,0 +1,70 @@
+"""`import fastattn` is light: nothing heavy comes along, and nothing optional has to be there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+OPTIONAL = ("transformers", "cudnn", "triton", "safetensors", "tqdm", "cutlass")
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints for the code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_nothing_optional() -> None:
+    """torch's own compiler counts as heavy too: it takes longer than all of torch."""
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import fastattn
+print([n for n in {(*OPTIONAL, "torch._dynamo", "torch._inductor")!r} if n in sys.modules and n not in before])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_imports_no_backend_until_one_is_asked() -> None:
+    code = """
+import sys, torch, fastattn
+backends = lambda: sorted(n for n in sys.modules if n.startswith("fastattn.backends.") and not n.endswith(".base"))
+assert backends() == [], backends()
+q = torch.randn(1, 2, 3, 8)
+fastattn.scaled_dot_product_attention(q, q, q, backend="torch")
+print(backends())
+"""
+    assert run(code).split("'")[1::2] == ["fastattn.backends.torch_sdpa"]
+
+
+def test_starts_no_cuda() -> None:
+    assert run("import torch, fastattn; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+def test_works_without_the_extras() -> None:
+    """As if none of them were installed; what needs one says which, and the rest works."""
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None  # makes `import name` an ImportError
+import torch, fastattn
+q, k = torch.randn(1, 4, 3, 8, requires_grad=True), torch.randn(1, 2, 5, 8)
+fastattn.scaled_dot_product_attention(q, k, k, mask="causal").sum().backward()
+fastattn.scaled_dot_product_attention(q, k, k, softcap=1.0).sum().backward()
+explanation = fastattn.explain(q.detach(), k, k)
+assert explanation.chosen == "torch"
+assert explanation.reasons["decode"] and explanation.reasons["cudnn"]
+print(explanation)
+fastattn.stats()
+"""
+    table = run(code)
+    assert "-> torch" in table
+    assert not any(line.startswith("->") for line in table.splitlines() if "cudnn" in line or "decode" in line)
+
+
+def test_public_names() -> None:
+    code = "import fastattn; print(all(hasattr(fastattn, n) for n in fastattn.__all__), fastattn.__version__)"
+    ok, version = run(code).split()
+    assert ok == "True"
+    assert version.count(".") == 2

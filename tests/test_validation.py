@@ -1,0 +1,232 @@
+"""Bad input: one clear error that starts with the argument's name, before anything is launched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import Intervals
+
+B, H, HKV, SQ, SKV, D = 2, 4, 2, 5, 7, 8
+
+
+def good() -> dict[str, Any]:
+    """Arguments without a fault."""
+    return {"q": torch.randn(B, H, SQ, D), "k": torch.randn(B, HKV, SKV, D), "v": torch.randn(B, HKV, SKV, D)}
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int32)
+
+
+class Array:
+    """Looks like a tensor, is none."""
+
+    shape = (B, H, SQ, D)
+    dtype = torch.float32
+
+
+# argument -> values that it must not have
+BAD: dict[str, list[Any]] = {
+    "q": [
+        None, 3, [1.0], Array(), torch.randn(H, SQ, D), torch.randn(1, B, H, SQ, D), torch.tensor(1.0),
+        torch.ones(B, H, SQ, D, dtype=torch.int32), torch.ones(B, H, SQ, D, dtype=torch.bool),
+        torch.ones(B, H, SQ, D, dtype=torch.complex64), torch.randn(B, H, SQ, D).to_sparse(),
+        torch.ones(B, H, SQ, D).to(torch.float8_e4m3fn),
+    ],
+    "k": [
+        None, "k", torch.randn(HKV, SKV, D), torch.randn(B + 1, HKV, SKV, D), torch.randn(1, HKV, SKV, D),
+        torch.randn(B, HKV, SKV, D + 1), torch.randn(B, HKV, SKV, D).int(), torch.randn(B, HKV, SKV, D, device="meta"),
+    ],
+    "v": [
+        None, torch.randn(B, HKV, SKV), torch.randn(B, HKV, SKV + 1, D), torch.randn(B, HKV + 1, SKV, D),
+        torch.randn(B, H, SKV, D), torch.randn(B + 1, HKV, SKV, D), torch.randn(B, HKV, SKV, D, device="meta"),
+    ],
+    "scale": [torch.nan, torch.inf, -torch.inf, "1", True, 1j, torch.tensor(1.0), [1.0], 10**400],
+    "softcap": [torch.nan, torch.inf, 0.0, -1.0, "5", True, torch.tensor(5.0)],
+    "window": [3, (3,), (1, 2, 3), (-2, 0), (0, -5), (1.0, 2), (True, 1), "ab", torch.tensor([1, 2]), (None, 1)],
+    "mask": [
+        "causality", "", "Causal", 1, True, [[True]], Array(), torch.ones(SQ, SKV, dtype=torch.int32),
+        torch.ones(SQ, SKV, dtype=torch.uint8), torch.ones(SKV, SQ), torch.ones(SQ, SKV + 1), torch.ones(SQ, SKV - 1),
+        torch.ones(HKV, SQ, SKV), torch.ones(1, B, H, SQ, SKV), torch.ones(B + 1, 1, 1, 1), torch.ones(0),
+        torch.ones(SQ, SKV, device="meta"), torch.ones(SQ, SKV).to_sparse(), torch.ones(SQ, SKV, dtype=torch.complex64),
+        Intervals(ints(B, SQ).long(), ints(B, SQ)), Intervals(ints(B, SQ), ints(B, SQ).float()),
+        Intervals(ints(B, SQ), ints(B, 1)), Intervals(ints(B, SKV), ints(B, SKV)), Intervals(ints(SQ), ints(SQ)),
+        Intervals(ints(B + 1, SQ), ints(B + 1, SQ)), Intervals(ints(B, 1, SQ, 1), ints(B, 1, SQ, 1)),
+        Intervals(None, ints(B, SQ)), Intervals(ints(B, SQ), 7), Intervals(ints(B, SQ).to("meta"), ints(B, SQ)),
+    ],
+    "sinks": [
+        1.0, [0.0] * H, torch.zeros(H + 1), torch.zeros(HKV), torch.zeros(1), torch.zeros(1, H), torch.tensor(0.0),
+        torch.zeros(H, dtype=torch.int32), torch.zeros(H, dtype=torch.bool), torch.zeros(H, device="meta"),
+    ],
+    **{
+        name: [
+            5, [1, 2], ints(B).long(), ints(B).float(), ints(B).bool(), ints(B + 1), ints(1), ints(B, 1),
+            torch.tensor(1, dtype=torch.int32), ints(B).to("meta"),
+        ]
+        for name in ("q_lengths", "kv_lengths")
+    },
+    "return_lse": [None, "yes", 1, torch.ones(3), torch.tensor(True)],
+    "backend": ["flash", "", "Torch", 5, ["torch"], ("torch", "reference"), b"torch"],
+}  # fmt: skip
+
+# argument -> values that it may have
+FINE: dict[str, list[Any]] = {
+    "q": [torch.randn(B, SQ, H, D).transpose(1, 2), torch.randn(B, H, SQ, D).bfloat16(), torch.randn(B, H, 0, D)],
+    "k": [torch.randn(1, HKV, SKV, D).expand(B, -1, -1, -1), torch.randn(B, HKV, SKV, D, requires_grad=True)],
+    "v": [torch.randn(B, HKV, SKV, 3), torch.randn(B, HKV, SKV, D).double(), torch.randn(B, HKV, SKV, 0)],
+    "scale": [None, 1, 0.1, -2.0, 0],
+    "softcap": [None, 1, 30.0],
+    "window": [None, (0, 0), [3, -1], (-1, 2**40)],
+    "mask": [
+        None, "causal", torch.tensor(True), torch.ones(SKV).bool(), torch.ones(SQ, SKV).half(), torch.ones(1, H, 1, 1),
+        Intervals(ints(B, SQ), 4 * ints(B, SQ)), Intervals(ints(1, 1), ints(1, 1)),
+    ],
+    "sinks": [None, torch.zeros(H), torch.zeros(H, dtype=torch.bfloat16)],
+    "q_lengths": [None, ints(B)],
+    "kv_lengths": [None, 9 * ints(B)],
+    "return_lse": [False, True],
+    "backend": [None, "torch", "reference"],
+}  # fmt: skip
+
+CASES = [pytest.param(name, value, id=f"{name}-{i}") for name, values in BAD.items() for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("entry", [fastattn.scaled_dot_product_attention, fastattn.explain])
+@pytest.mark.parametrize("name, value", CASES)
+def test_bad_argument(name: str, value: Any, entry: Callable[..., Any]) -> None:
+    arguments = good() | {name: value}
+    before = fastattn.stats()["calls"]
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}\b.*expected"):
+        entry(**arguments)
+    assert fastattn.stats()["calls"] == before, "something was launched"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 3), (2, 4), (0, 1), (4, 0), (0, 0)], ids=str)
+def test_heads_that_do_not_divide(heads: int, kv_heads: int) -> None:
+    q, k = torch.randn(B, heads, SQ, D), torch.randn(B, kv_heads, SKV, D)
+    with pytest.raises(ValueError, match=f"^k: expected .* divides q's {heads}.* got {kv_heads}"):
+        fastattn.scaled_dot_product_attention(q, k, k)
+
+
+def test_nested_tensors() -> None:
+    q = torch.nested.nested_tensor([torch.randn(H, 5, D), torch.randn(H, 3, D)], layout=torch.jagged)
+    with pytest.raises((ValueError, TypeError), match=r"^q: expected"):
+        fastattn.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_the_old_kind() -> None:
+    """Their layout says strided, and yet they have no shape."""
+    q = torch.nested.nested_tensor([torch.randn(H, 5, D), torch.randn(H, 3, D)], layout=torch.strided)
+    with pytest.raises((ValueError, TypeError), match=r"^q: expected"):
+        fastattn.scaled_dot_product_attention(q, q, q)
+
+
+def test_the_message_says_what_came() -> None:
+    arguments = good() | {"mask": torch.ones(3, SQ, SKV + 1)}
+    with pytest.raises(ValueError) as error:
+        fastattn.scaled_dot_product_attention(**arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    assert f"[{B}, {H}, {SQ}, {SKV}]" in text
+    assert f"3, {SQ}, {SKV + 1}]" in text
+
+
+@pytest.mark.parametrize("side", [2**31 - 1, 2**31, 2**40, 2**63 - 1, 2**63, 10**30])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_huge_window_is_an_open_one(side: int, backend: str) -> None:
+    """sys.maxsize and the like are written for "no limit"; positions are int32."""
+    arguments = good() | {"backend": backend}
+    for huge, same in (((side, side), (-1, -1)), ((side, 0), (-1, 0)), ((1, side), (1, -1))):
+        got = fastattn.scaled_dot_product_attention(**arguments, window=huge)
+        want = fastattn.scaled_dot_product_attention(**arguments, window=same)
+        torch.testing.assert_close(got, want)
+
+
+def test_lengths_of_any_value_are_clamped() -> None:
+    """They are data: no value of theirs may raise, or read past the keys."""
+    edges = [-(2**31), -1, 0, 1, SKV, SKV + 1, 2**31 - 1]
+    for name in ("q_lengths", "kv_lengths"):
+        for backend in ("torch", "reference"):
+            for value in edges:
+                for extra in ({}, {"mask": "causal"}, {"window": (1, 1)}):
+                    lengths = torch.tensor([value, 3], dtype=torch.int32)
+                    clamped = lengths.clamp(0, SQ if name == "q_lengths" else SKV)
+                    arguments = good() | {"backend": backend} | extra
+                    got = fastattn.scaled_dot_product_attention(**arguments, **{name: lengths})
+                    want = fastattn.scaled_dot_product_attention(**arguments, **{name: clamped})
+                    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_intervals_of_any_value_are_clamped(backend: str) -> None:
+    edges = torch.tensor([-(2**31), -1, 0, 3, SKV, SKV + 1, 2**31 - 1], dtype=torch.int32)
+    arguments = {
+        "q": torch.randn(1, H, len(edges), D),
+        "k": torch.randn(1, HKV, SKV, D),
+        "v": torch.randn(1, HKV, SKV, D),
+    }
+    for turn in range(len(edges)):
+        lo, hi = edges[None], edges.roll(turn)[None]
+        got = fastattn.scaled_dot_product_attention(**arguments, mask=Intervals(lo, hi), backend=backend)
+        keys = torch.arange(SKV)
+        seen = (keys >= lo[..., None]) & (keys < hi[..., None])
+        want = fastattn.scaled_dot_product_attention(**arguments, mask=seen[:, None], backend="reference")
+        torch.testing.assert_close(got, want)
+
+
+def _anything(rng: random.Random) -> Any:
+    """Something that an argument might be by mistake, or by luck."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        return rng.choice([
+            None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**400, 0.0, 0.5, -1.5, 1e300, torch.nan, torch.inf, 1j,
+            "", "causal", "torch", "reference", b"x", [], {}, (), (1, 2), (0, -1), (-1, -1), (2**40, 3), [1, 2],
+            object(), int, Array(), Intervals(None, None),
+        ])  # fmt: skip
+    sizes = [0, 1, 2, B, H, HKV, SQ, SKV, D]
+    shape = [rng.choice(sizes) for _ in range(rng.randrange(6))]
+    if rng.random() < 0.5:  # nearly right
+        shape = list(rng.choice([(B, H, SQ, D), (B, HKV, SKV, D), (B, H, SQ, SKV), (B, SQ), (B,), (H,)]))
+        if rng.random() < 0.5:
+            shape[rng.randrange(len(shape))] = rng.choice(sizes)
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int32, torch.int64]
+    x = (torch.randn(shape) * 3).to(rng.choice(dtypes))
+    if kind == 1:
+        return Intervals(x, x if rng.random() < 0.7 else _anything(rng))
+    if kind == 2 and x.is_floating_point():
+        x = x.requires_grad_()
+    if kind == 3 and x.dim() > 1:
+        x = x.transpose(0, rng.randrange(1, x.dim()))
+    return x.to(rng.choice(["meta", "cpu"])) if rng.random() < 0.1 else x
+
+
+def test_random_mutations(seed: int) -> None:
+    """Whatever an argument becomes: a ValueError or TypeError that names one, or a result of the right shape."""
+    rng = random.Random(seed)
+    names = list(BAD)
+    results = 0
+    for turn in range(300):
+        arguments = good()
+        changed = rng.sample(names, rng.choice([1, 1, 2, 3]))
+        for name in changed:
+            arguments[name] = rng.choice(FINE[name]) if rng.random() < 0.6 else _anything(rng)
+        try:
+            found = fastattn.scaled_dot_product_attention(**arguments)
+        except (ValueError, TypeError) as error:
+            text = str(error)
+            refused = text.startswith("no allowed backend") and isinstance(error, fastattn.BackendError)
+            assert refused or text.split(":")[0].split(".")[0] in names, (turn, changed, text)
+        else:
+            results += 1
+            out = found[0] if isinstance(found, tuple) else found
+            q, v = arguments["q"], arguments["v"]
+            assert out.shape == (*q.shape[:3], v.shape[3]), (turn, changed)
+    assert 60 < results < 240  # or the mutations say nothing, about right calls or about wrong ones
