@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import re
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import naive
 import pytest
 import torch
+from cases import FP32, make
+from features import FEATURES
 
 import fastattn
 from fastattn import api, dispatch
@@ -26,6 +30,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_routes", {})
     monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
 
 
@@ -309,6 +314,22 @@ def test_the_backward_keeps_to_the_backends_of_the_forward() -> None:
     assert fastattn.stats()["calls"] == {"reference": 1, "reference.backward": 1}
 
 
+def test_routes_are_remembered_for_the_right_problem() -> None:
+    """Whatever tells two problems apart must be in what a remembered route is found by."""
+    calls = []
+    for case in FEATURES.values():
+        for changed in (case, case.but(dtype=FP32), case.but(return_lse=True), case.but(grads="q")):
+            inputs = make(changed)
+            calls.append(api.prepare(inputs.q, inputs.k, inputs.v, **inputs.options))
+    for _ in range(2):
+        for call in calls:
+            for names in (NAMES, ("reference",)):
+                found, backend = dispatch.route(call, names)
+                assert found == Problem.of(call)
+                assert backend.name == dispatch.select(found, names).name
+        calls.reverse()
+
+
 def test_a_problem_says_nothing_about_data() -> None:
     """Strides, scale and lengths are no part of it: two calls that differ in them are the same problem."""
     q, k, v = qkv()
@@ -317,3 +338,12 @@ def test_a_problem_says_nothing_about_data() -> None:
     b = Problem.of(api.prepare(q.mT.contiguous().mT, k, v, scale=0.7, kv_lengths=lengths + 1))
     assert a == b
     assert hash(a) == hash(b)
+
+
+def test_a_problem_knows_whether_shapes_leave_a_row_without_keys() -> None:
+    """Backends skip the care for such rows when it says no."""
+    for q_len, kv_len, left, right in itertools.product((1, 2, 4), (0, 1, 3, 4), (-1, 0, 2), (-1, 0, 1, 3)):
+        q, k = torch.zeros(1, 1, q_len, 2), torch.zeros(1, 1, kv_len, 2)
+        seen = naive.visible(q, k, window=(left, right))
+        found = Problem.of(api.prepare(q, k, k, window=(left, right)))
+        assert found.may_have_empty_rows == bool((~seen.any(-1)).any()), found

@@ -49,14 +49,14 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_scale(scale: float) -> float:
     value = _number("scale", scale)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
         raise ValueError(f"scale: expected a finite number, got {value}")
     return value
 
 
 def check_softcap(softcap: float) -> float:
     value = _number("softcap", softcap)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"softcap: expected None or a finite number > 0, got {value}")
     return value
 

@@ -36,15 +36,11 @@ def no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("data", ["none", "lengths", "intervals", "both"])
 def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
     batch, rows, heads = 3, 4 * fold, {"q": 6, "o": 6, "do": 6, "dq": 6, "k": 2, "v": 2, "dk": 2, "dv": 2}
-    tensors = {
-        role: torch.empty(batch, count + i, 9 + i, 8, device=device)[:, :count, : 9 if count == 6 else 11]
-        if i % 2
-        else torch.empty(batch, 11, count, 8 + i, device=device)[..., :8].transpose(1, 2)[
-            :, :, : 9 if count == 6 else 11
-        ]
-        for i, (role, count) in enumerate(heads.items(), start=2)
-    }
-    tensors = {role: x[:, :, :9] if heads[role] == 6 else x[:, :, :9] for role, x in tensors.items()}
+    tensors = {}
+    for i, (role, count) in enumerate(heads.items()):  # no two alike; token-major, head-major, longer than used
+        head_major = torch.empty(batch, count + i, 12, 8, device=device)[:, :count, :9]
+        token_major = torch.empty(batch, 12, count, 8 + i, device=device)[:, :9, :, :8].transpose(1, 2)
+        tensors[role] = head_major if i % 2 else token_major
     int32 = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
     q_lengths, kv_lengths = (int32(4, 99, -1), int32(9, 0, 5)) if data in ("lengths", "both") else (None, None)
     lo, hi = (int32(2, 0, 4)[:, None], int32(7, 9, 4)[:, None]) if data in ("intervals", "both") else (None, None)
@@ -70,7 +66,7 @@ def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("length", "dim"), [(5, 16), (33, 72), (40, 256)])
+@pytest.mark.parametrize("length, dim", [(5, 16), (33, 72), (40, 256)])
 def test_sinks_around_a_softmax_without_them(device: str, length: int, dim: int) -> None:
     q, k, v = (torch.randn(2, heads, length, dim, device=device, dtype=torch.float64) for heads in (4, 2, 2))
     sinks = torch.randn(4, device=device, dtype=torch.float64).requires_grad_()

@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does
 
-import torch  # noqa: E402
-from cases import Case, errors, make, refusals, run, truth  # noqa: E402
-from grid_cases import GRID  # noqa: E402
+import torch
+from cases import Case, errors, make, refusals, run, truth
+from grid_cases import GRID
 
 
 def variant(case: Case) -> Case:

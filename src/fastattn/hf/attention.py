@@ -88,14 +88,15 @@ def attention_forward(
     settings: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     packing = None if cu_q is None or cu_k is None else (cu_q, cu_k)
-    if packing and attention_mask is None and position_bias is None and not dropout:
+    indices = kwargs.get("indices")
+    if packing and attention_mask is None and position_bias is None and indices is None and not dropout:
         window = (sliding_window - 1, -1) if sliding_window and causal else None
         return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
 
     sight = _sight(query.shape[2], key.shape[2], attention_mask, causal, sliding_window)
     if packing:
         sight = sight._replace(mask=_meet(sight.mask, _segments(query, key, *packing), sight.keys))
-    if (indices := kwargs.get("indices")) is not None:
+    if indices is not None:
         warn_once(
             f'attn_implementation="fastattn": the sparse attention of {type(module).__name__} runs as full attention '
             "under a dense mask: the same result, not the same speed."
