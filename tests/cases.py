@@ -295,13 +295,12 @@ def errors(case: Case, inputs: Inputs, got: dict[str, Tensor], want: dict[str, T
 
 
 def _floor(case: Case, inputs: Inputs, name: str) -> float:
-    """Half the norm that a gradient would have did nothing cancel: with one visible key dq and dk are exactly 0, and
+    """Half the norm that a result would have did nothing cancel: with one visible key dq and dk are exactly 0, and
     relative to 0 every rounding error is infinite.
 
-    For standard normal data a row with n visible keys has probabilities of about 1/n and ds of about p * sqrt(Dv).
+    For standard normal data a row with n visible keys has probabilities of about 1/n, an output of about 1/sqrt(n), and
+    ds of about p * sqrt(Dv).
     """
-    if name in ("out", "dv"):
-        return 0.0
     seen = inputs.seen.expand(case.batch, case.q_heads, case.q_len, case.kv_len)
     n = seen.sum(-1).double()
     n = n[n > 0]
@@ -310,7 +309,7 @@ def _floor(case: Case, inputs: Inputs, name: str) -> float:
         return 0.5 * math.sqrt(value_dim * float((1 / (n * (n + 1) ** 2)).sum()))
     norm = 0.5 * math.sqrt(value_dim * float((1 / n).sum()))
     scale = 1 / math.sqrt(case.head_dim or 1) if case.scale is None else abs(case.scale)
-    return norm if name == "dm" else norm * scale * math.sqrt(case.head_dim)
+    return norm * scale * math.sqrt(case.head_dim) if name in ("dq", "dk") else norm
 
 
 def check(case: Case, backend: str | None, device: str | torch.device = "cpu", seed: int | None = None) -> None:

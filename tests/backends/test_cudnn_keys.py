@@ -82,9 +82,18 @@ class Recorder:
         self.keys: list[PlanKey] = []
         self.roles: list[set[str]] = []
 
+    exact = False  #: whether exact plans are there
+
     def get(self, key: PlanKey) -> Recorder:
         self.keys.append(key)
         return self
+
+    def best(self, exact: PlanKey | None, general: PlanKey) -> Recorder:
+        return self.get(exact if self.exact and exact is not None else general)
+
+    @property
+    def key(self) -> PlanKey:
+        return self.keys[-1]
 
     def run(self, operands: dict[str, torch.Tensor]) -> None:
         self.roles.append(set(operands))
@@ -168,6 +177,20 @@ def test_every_key_is_given_a_tensor_for_each_of_its_operands(recorder: Recorder
         keys = keys_of(recorder, 50, 60, True, **option)
         for key, roles in zip(keys, recorder.roles, strict=True):
             assert {operand.role for operand in key.operands} <= roles
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_an_exact_plan_names_its_shape(recorder: Recorder, grads: bool) -> None:
+    recorder.exact = True
+    exact = keys_of(recorder, 100, 100, grads, mask="causal")
+    assert all(key.operand("ragged_q") is None and key.operand("seq_q") is None for key in exact)
+    assert all(key.operand("q").dims == (2, 8, 100, 64) for key in exact)  # type: ignore[union-attr]
+    assert keys_of(recorder, 101, 101, grads, mask="causal") != exact
+    assert keys_of(recorder, 100, 100, grads, mask="causal", scale=0.5) == exact
+    # What is data, or what cuDNN refuses for a shape, has no exact plan.
+    for options in ({"kv_lengths": lengths(3, 4)}, {"q_lengths": lengths(3, 4)}):
+        assert keys_of(recorder, 100, 100, grads, mask="causal", **options)[0].operand("ragged_q") is not None
+    assert keys_of(recorder, 100, 50, grads, mask="causal")[0].operand("ragged_q") is not None
 
 
 def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_the_key(recorder: Recorder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import fastattn
 from fastattn.backends.cudnn import plans
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
+from fastattn.backends.cudnn.worker import Worker
 
 
 def key(length: int) -> PlanKey:
@@ -29,6 +32,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
         return object()
 
     monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 
 
@@ -86,3 +90,85 @@ def test_clear_forgets_plans_and_keeps_the_counters(built: list[PlanKey]) -> Non
     assert cache.stats()["plans"] == 0 and cache.stats()["builds"] == 1
     cache.get(key(1))
     assert len(built) == 2
+
+
+def test_an_exact_plan_that_keeps_being_missed_is_built_in_the_background(
+    built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    exact, general = key(100), key(0)
+    found = [cache.best(exact, general) for _ in range(plans.EXACT_AFTER)]
+    assert found == [cache.get(general)] * plans.EXACT_AFTER, "nobody waits for it"
+    assert cache.wait(10)
+    assert built == [general, exact]
+    assert cache.best(exact, general) is cache.get(exact)
+    stats = cache.stats()
+    assert (stats["builds"], stats["background_builds"], stats["background_failures"]) == (1, 1, 0)
+    assert stats["background_build_ms"] >= 5
+
+
+def test_a_shape_that_does_not_come_back_is_not_built(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    for length in range(20, 60):
+        for _ in range(plans.EXACT_AFTER - 1):
+            cache.best(key(length), key(0))
+    assert cache.wait(10)
+    assert built == [key(0)]
+
+
+@pytest.mark.parametrize("policy, expected", [("exact", [100]), ("any", [0])])
+def test_policy(policy: str, expected: list[int], built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_PLANS", policy)
+    cache = plans.PlanCache()
+    for _ in range(5):
+        cache.best(key(100), key(0))
+    assert cache.wait(10)
+    assert built == [key(length) for length in expected]
+
+
+def test_a_background_failure_is_reported_once_and_not_repeated(
+    built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background.*FASTATTN_PLANS=any"):
+        for _ in range(10):
+            cache.best(key(13), key(0))
+        assert cache.wait(10)
+    assert built.count(key(13)) == 1
+    assert cache.stats()["background_failures"] == 1
+    assert cache.get(key(0)) is cache.best(key(13), key(0)), "calls go on"
+
+
+def test_a_worker_finishes_what_it_holds_and_drops_the_rest() -> None:
+    started, finished = threading.Event(), []
+
+    def work(item: int) -> None:
+        started.set()
+        time.sleep(0.05)
+        finished.append(item)
+
+    worker = Worker(work)
+    for i in range(5):
+        worker.submit(i)
+    assert started.wait(5)
+    assert not worker.wait(0.001)
+    worker.stop()
+    worker.submit(9)
+    assert finished == [0]
+    assert worker.wait(1)
+
+
+def test_a_forked_child_has_a_worker_of_its_own() -> None:
+    worker = Worker(lambda item: None)
+    worker.submit(1)
+    assert worker.wait(5)
+    child = os.fork()
+    if child == 0:
+        done = threading.Event()
+        worker._work = lambda item: done.set()
+        worker.submit(2)
+        os._exit(0 if done.wait(5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -11,18 +11,18 @@ from .forward import (
     SCALE,
     band,
     capacity,
-    exact_wanted,
     heads_lie_apart,
     leaves_gaps,
     length_operands,
     lower_right,
+    may_be_exact,
     ragged_operand,
     ragged_rows,
 )
 from .graphs import PlanKey
 from .operands import bias, cleared, copied, exact, keeps_band, needs_bias, packed, readable, scale_operand
 from .places import places
-from .plans import cache
+from .plans import Plan, cache
 from .sinks import sink_gradient
 from .support import deterministic_refusal
 
@@ -38,7 +38,7 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
         return reference.backward(p, c, out, lse, grad_out, grad_lse)
     # exp(score - inf) = 0: a row that sees nothing must not become exp(-inf + inf) = NaN.
     stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse
-    run = _exact if dense or exact_wanted(p) else _any_length
+    run = _with_bias if dense else _without_bias
     tensors = run(p, c, out, stats, grad_out, deterministic)
     dmask = dsinks = None
     if "m" in p.grads and c.mask is not None:
@@ -49,57 +49,63 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
     return Gradients(**found, mask=dmask, sinks=dsinks)
 
 
-def _any_length(
+def _without_bias(
     p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
 ) -> dict[str, Tensor]:
     # Heads of a group share their K/V gradient, so they stay together and their stride is baked into the plan.
     q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
     k, v = readable(c.k), readable(c.v)
+    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
+    left, right = band(p)
     fold = p.kv_heads
     rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
-    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
-    if leaves_gaps(p):
-        for d, _ in _GRADIENTS:
-            tensors[d].zero_()
     key_side = ("k", "v", "dk", "dv")
     operands = [
         ragged_operand(role, x, rows, fold, kv_max if role in key_side else q_max) for role, x in tensors.items()
     ]
-    operands += [SCALE, *length_operands(rows, tuple(tensors))]
-    tensors |= places(tensors, rows, fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
     dims = (rows, p.group, q_max, 1)
-    operands.append(packed("stats", dims, torch.float32))
+    operands += [SCALE, *length_operands(rows, tuple(tensors)), packed("stats", dims, torch.float32)]
+    general = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
+    only = _exact_key(p, tensors, left, right, lower_right(p), deterministic) if may_be_exact(p) else None
+    plan = cache.best(only, general)
+    if plan.key == only:
+        return _run_exact(p, c, plan, tensors, stats)
+    if leaves_gaps(p):
+        for d, _ in _GRADIENTS:
+            tensors[d].zero_()
+    tensors |= places(tensors, rows, fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
     spread = tensors["stats"] = stats.new_empty(dims)
     spread.view(-1, p.q_heads, q_max)[: p.batch, :, : p.q_len] = stats
     tensors["scale"] = scale_operand(c.scale)
-    left, right = band(p)
-    key = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
-    cache.get(key).run(tensors)
+    plan.run(tensors)
     return tensors
 
 
-def _exact(p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool) -> dict[str, Tensor]:
-    q, k, v = c.q, c.k, c.v
-    added = None
-    left, right = band(p)
-    if needs_bias(p):
-        added = bias(p, c, whole=True)
-        q, k, v, blind = cleared(c, added)
-        grad_out = masks.clear(grad_out, blind)
-        left, right = (left, right) if keeps_band(p) else (-1, -1)
-    q, k, v, o, do = (readable(x) for x in (q, k, v, out, grad_out))
-    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(p, q, k, v)}
-    if added is not None:
-        tensors["bias"] = added
-        if "m" in p.grads and p.mask_shape[3] > 1:
-            tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
-    operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
-    dims = (p.batch, p.q_heads, p.q_len, 1)
-    operands.append(packed("stats", dims, torch.float32))
-    tensors["stats"] = stats.contiguous().view(dims)
+def _with_bias(
+    p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
+) -> dict[str, Tensor]:
+    added = bias(p, c, whole=True)
+    q, k, v, blind = cleared(c, added)
+    q, k, v, o, do = (readable(x) for x in (q, k, v, out, masks.clear(grad_out, blind)))
+    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
+    if "m" in p.grads and p.mask_shape[3] > 1:
+        tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
+    left, right = band(p) if keeps_band(p) else (-1, -1)
+    return _run_exact(p, c, cache.get(_exact_key(p, tensors, left, right, False, deterministic)), tensors, stats)
+
+
+def _exact_key(
+    p: Problem, tensors: dict[str, Tensor], left: int, right: int, lower: bool, deterministic: bool
+) -> PlanKey:
+    operands = [exact(role, x) for role, x in tensors.items()]
+    operands += [SCALE, packed("stats", (p.batch, p.q_heads, p.q_len, 1), torch.float32)]
+    return PlanKey("backward", p.index, tuple(operands), left, right, lower, deterministic)
+
+
+def _run_exact(p: Problem, c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
+    tensors["stats"] = stats.contiguous()[..., None]
     tensors["scale"] = scale_operand(c.scale)
-    key = PlanKey("backward", p.index, tuple(operands), left, right, added is None and lower_right(p), deterministic)
-    cache.get(key).run(tensors)
+    plan.run(tensors)
     return tensors
 
 
@@ -116,7 +122,7 @@ def _mask_gradient(p: Problem, c: Call, tensors: dict[str, Tensor], out: Tensor,
     return masks.reduce_to(rows[..., None], p.mask_shape)
 
 
-def _gradients(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     return {d: token_major(x, *x.shape) for (d, _), x in zip(_GRADIENTS, (q, k, v), strict=True)}
 
 

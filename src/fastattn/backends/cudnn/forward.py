@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from ...problem import Call, Problem, token_major
 from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, readable, scale_operand
 from .places import places
-from .plans import cache
+from .plans import Plan, cache
 from .sinks import add_sinks
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
@@ -23,20 +22,15 @@ MIN_CAPACITY = 1 << 14  #: length that an any-length plan is declared for, at th
 def forward(p: Problem, c: Call) -> tuple[Tensor, Tensor | None]:
     """Output, and the log-sum-exp when it is wanted (see `Backend.forward`)."""
     stats = p.return_lse or bool(p.grads) or p.sinks
-    if needs_bias(p) or exact_wanted(p):
-        out, lse = _exact(p, c, stats)
-    else:
-        out, lse = _any_length(p, c, stats)
+    out, lse = (_with_bias if needs_bias(p) else _without_bias)(p, c, stats)
     if c.sinks is not None and lse is not None:
         return out, add_sinks(out, lse, c.sinks)
     return out, None if lse is None else lse.contiguous()
 
 
-def exact_wanted(p: Problem) -> bool:
-    """True when the caller asks for exact plans (FASTATTN_PLANS=exact) and a call without lengths can have one."""
-    if os.environ.get("FASTATTN_PLANS", "any") != "exact" or p.q_lengths or p.kv_lengths or p.mask != "none":
-        return False
-    return not p.banded or p.q_len <= p.kv_len
+def may_be_exact(p: Problem) -> bool:
+    """True when a call without a bias can have a plan for just its shape."""
+    return not leaves_gaps(p) and not (p.banded and p.q_len > p.kv_len)
 
 
 def band(p: Problem) -> tuple[int, int]:
@@ -88,16 +82,17 @@ def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What an any-length call needs besides its data: worked out once per problem and strides."""
+    """What a call without a bias needs besides its data: worked out once per problem and strides."""
 
-    key: PlanKey
+    exact: PlanKey | None  #: the plan for just this shape, where there can be one
+    general: PlanKey  #: the plan for any length
     fold: int
     rows: int
-    stats: tuple[int, int, int, int] | None
+    stats: tuple[int, int, int, int] | None  #: of the general plan
 
 
 _recipes: dict[Any, _Recipe] = {}
-_RECIPES = 1 << 14  #: held at most; they are small, and made anew in 50 us
+_RECIPES = 1 << 14  #: held at most; they are small, and made anew in 100 us
 
 
 def _recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
@@ -126,47 +121,57 @@ def _new_recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Re
     if dims:
         operands.append(packed("stats", dims, torch.float32))
     left, right = band(p)
-    return _Recipe(PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p)), fold, rows, dims)
+    general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
+    only = None
+    if may_be_exact(p):
+        only = _exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats, left, right, lower_right(p))
+    return _Recipe(only, general, fold, rows, dims)
 
 
-def _any_length(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
+def _without_bias(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
     q, k, v = readable(c.q), readable(c.k), readable(c.v)
     recipe = _recipe(p, q, k, v, stats)
+    plan = cache.best(recipe.exact, recipe.general)
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
+    tensors = {"q": q, "k": k, "v": v, "o": out}
+    if plan.key == recipe.exact:
+        return _run_exact(p, c, plan, tensors, stats)
     if leaves_gaps(p):
         out.zero_()
-    tensors = {"q": q, "k": k, "v": v, "o": out}
     tensors |= places(tensors, recipe.rows, recipe.fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
     tensors["scale"] = scale_operand(c.scale)
     lse = None
     if recipe.stats:
         found = tensors["stats"] = q.new_full(recipe.stats, -torch.inf, dtype=torch.float32)
         lse = found.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len]
-    cache.get(recipe.key).run(tensors)
+    plan.run(tensors)
     return out, lse
 
 
-def _exact(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
-    q, k, v = c.q, c.k, c.v
-    added = None
-    left, right = band(p)
-    if needs_bias(p):
-        added = bias(p, c, whole=False)
-        q, k, v, _ = cleared(c, added)
-        left, right = (left, right) if keeps_band(p) else (-1, -1)
-    q, k, v = readable(q), readable(k), readable(v)
+def _with_bias(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
+    added = bias(p, c, whole=False)
+    q, k, v = (readable(x) for x in cleared(c, added)[:3])
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
-    tensors = {"q": q, "k": k, "v": v, "o": out}
-    if added is not None:
-        tensors["bias"] = added
+    tensors = {"q": q, "k": k, "v": v, "o": out, "bias": added}
+    left, right = band(p) if keeps_band(p) else (-1, -1)
+    key = _exact_key(p, tensors, stats, left, right, lower=False)
+    return _run_exact(p, c, cache.get(key), tensors, stats)
+
+
+def _exact_key(p: Problem, tensors: dict[str, Tensor], stats: bool, left: int, right: int, lower: bool) -> PlanKey:
     operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
+    if stats:
+        operands.append(packed("stats", (p.batch, p.q_heads, p.q_len, 1), torch.float32))
+    return PlanKey("forward", p.index, tuple(operands), left, right, lower)
+
+
+def _run_exact(
+    p: Problem, c: Call, plan: Plan, tensors: dict[str, Tensor], stats: bool
+) -> tuple[Tensor, Tensor | None]:
     tensors["scale"] = scale_operand(c.scale)
     lse = None
     if stats:
-        dims = (p.batch, p.q_heads, p.q_len, 1)
-        operands.append(packed("stats", dims, torch.float32))
-        found = tensors["stats"] = q.new_empty(dims, dtype=torch.float32)
+        found = tensors["stats"] = c.q.new_empty((p.batch, p.q_heads, p.q_len, 1), dtype=torch.float32)
         lse = found[..., 0]
-    key = PlanKey("forward", p.index, tuple(operands), left, right, added is None and lower_right(p))
-    cache.get(key).run(tensors)
-    return out, lse
+    plan.run(tensors)
+    return tensors["o"], lse

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...dispatch import FastattnWarning
 from . import graphs, runtime
 from .graphs import ROLES, PlanKey
+from .worker import Worker
 
 CAPACITY = 1024  #: plans kept; each holds about 100 KB of host memory and its share of compiled kernels
+EXACT_AFTER = 3  #: misses after which a shape is taken to be one that comes back
 
 
 class PlanError(RuntimeError):
@@ -78,31 +83,55 @@ class PlanCache:
         self.capacity = capacity
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._building: dict[PlanKey, threading.Lock] = {}
+        self._asked: Counter[PlanKey] = Counter()
         self._lock = threading.Lock()
-        self._stats = {"builds": 0, "build_ms": 0.0, "hits": 0, "evictions": 0}
+        self._stats: dict[str, float] = dict.fromkeys(
+            (
+                "builds",
+                "build_ms",
+                "background_builds",
+                "background_build_ms",
+                "background_failures",
+                "hits",
+                "evictions",
+            ),
+            0,
+        )
+        self._worker = Worker(self._build_in_background)
 
     def get(self, key: PlanKey) -> Plan:
         """The plan for a key, built now if it is not there."""
-        found = self._find(key)
-        if found is not None:
-            return found
+        return self._find(key) or self._build(key, "")
+
+    def best(self, exact: PlanKey | None, general: PlanKey) -> Plan:
+        """The exact plan if it is there, else the general one, built now if need be.
+
+        An exact plan that has been missed `EXACT_AFTER` times is built in the background; nobody waits for it.
+        FASTATTN_PLANS=exact builds the exact plan at once, FASTATTN_PLANS=any never does.
+        """
+        if exact is not None:
+            policy = os.environ.get("FASTATTN_PLANS", "auto")
+            if policy == "exact":
+                return self.get(exact)
+            if policy != "any":
+                plan = self._find(exact)
+                if plan is not None:
+                    return plan
+                self._miss(exact)
+        return self.get(general)
+
+    def wait(self, timeout: float = 60.0) -> bool:
+        """Waits, for at most `timeout` seconds, until no plan is being built in the background. True if none is."""
+        return self._worker.wait(timeout)
+
+    def clear(self) -> None:
         with self._lock:
-            turn = self._building.setdefault(key, threading.Lock())
-        with turn:
-            found = self._find(key)  # another thread may have built it meanwhile
-            if found is not None:
-                return found
-            start = time.perf_counter()
-            plan = Plan.build(key)
-            with self._lock:
-                self._stats["builds"] += 1
-                self._stats["build_ms"] += (time.perf_counter() - start) * 1e3
-                self._plans[key] = plan
-                self._building.pop(key, None)
-                while len(self._plans) > self.capacity:
-                    self._plans.popitem(last=False)
-                    self._stats["evictions"] += 1
-            return plan
+            self._plans.clear()
+            self._asked.clear()
+
+    def stats(self) -> dict[str, float]:
+        with self._lock:
+            return {"plans": len(self._plans), **self._stats}
 
     def _find(self, key: PlanKey) -> Plan | None:
         with self._lock:
@@ -112,20 +141,61 @@ class PlanCache:
                 self._stats["hits"] += 1
             return plan
 
-    def clear(self) -> None:
+    def _miss(self, key: PlanKey) -> None:
         with self._lock:
-            self._plans.clear()
+            self._asked[key] += 1
+            due = self._asked[key] == EXACT_AFTER
+            if len(self._asked) > 16 * self.capacity:  # lengths that never came back
+                self._asked.clear()
+        # While a CUDA graph is captured, no thread of the process may make certain calls.
+        if due and not torch.cuda.is_current_stream_capturing():
+            self._worker.submit(key)
 
-    def stats(self) -> dict[str, float]:
+    def _build(self, key: PlanKey, kind: str) -> Plan:
         with self._lock:
-            return {"plans": len(self._plans), **self._stats}
+            turn = self._building.setdefault(key, threading.Lock())
+        with turn:
+            found = self._find(key)  # another thread may have built it meanwhile
+            if found is not None:
+                return found
+            start = time.perf_counter()
+            plan = Plan.build(key)
+            with self._lock:
+                self._stats[f"{kind}builds"] += 1
+                self._stats[f"{kind}build_ms"] += (time.perf_counter() - start) * 1e3
+                self._plans[key] = plan
+                self._building.pop(key, None)
+                while len(self._plans) > self.capacity:
+                    self._plans.popitem(last=False)
+                    self._stats["evictions"] += 1
+            return plan
+
+    def _build_in_background(self, key: PlanKey) -> None:
+        try:
+            self._build(key, "background_")
+        except Exception as error:  # counted as asked for, so not tried again
+            with self._lock:
+                self._stats["background_failures"] += 1
+                first = self._stats["background_failures"] == 1
+            if first:
+                warnings.warn(
+                    f"fastattn: a cuDNN plan could not be built in the background ({error}). Calls go on with the "
+                    "any-length plan; FASTATTN_PLANS=any stops the attempts.",
+                    FastattnWarning,
+                    stacklevel=2,
+                )
 
 
 cache = PlanCache()
 
 
 def stats() -> dict[str, float]:
-    """Counters of the plan cache: plans held, builds and their milliseconds, hits, evictions."""
+    """Counters of the plan cache.
+
+    plans: held now. builds, build_ms: built while a caller waited, and the milliseconds it waited. background_builds,
+    background_build_ms, background_failures: the same where nobody did. hits: found. evictions: dropped as least
+    recently used.
+    """
     return cache.stats()
 
 
