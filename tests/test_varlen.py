@@ -83,8 +83,8 @@ def test_each_sequence_by_itself(pack: str, options: dict[str, Any], dtype: torc
     upstream = torch.randn_like(want_out)
     got = torch.autograd.grad(out, leaves, upstream.to(dtype))
     want = torch.autograd.grad(want_out, wide, upstream.to(dtype).double())
-    for g, w in zip(got, want):
-        assert relative_error(g, w, floor=w.numel() ** 0.5 / 10) < backward
+    for g, w in zip(got, want):  # twice: rounding errors of so few numbers do not average out
+        assert relative_error(g, w, floor=w.numel() ** 0.5 / 10) < 2 * backward
 
 
 def test_plain_output_without_the_log_sum_exp() -> None:

@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
     call = prepare(q, k, v, scale, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse)
     names = dispatch.allowed() if backend is None else dispatch.check_names((backend,), "backend")
     out, lse = ops.attention(call, names)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse and lse is not None else out
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ The rule is one list, fastest first; the first backend without a reason to refus
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
 from collections import Counter
@@ -153,10 +154,11 @@ def stats() -> dict[str, Any]:
 
 def _warn_slow(refusals: dict[str, list[str]]) -> None:
     text = "; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items())
+    kind = re.sub(r"\d+", "#", text)  # the same reason for other shapes is the same reason
     with _lock:
-        if text in _warned:
+        if kind in _warned:
             return
-        _warned.add(text)
+        _warned.add(kind)
     warnings.warn(
         f"fastattn: a CUDA call runs on the exact but slow reference ({text or 'it was asked for'}). "
         "Run `fastattn doctor` to see what this machine lacks, and fastattn.explain(...) with the call's arguments "

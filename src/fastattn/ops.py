@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import debug, dispatch
 from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
@@ -29,13 +29,13 @@ _library.define(
 )
 
 
-def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     """Runs a call on the first of the named backends that can. Returns the output and the log-sum-exp.
 
-    The log-sum-exp is an empty tensor unless `call.return_lse` or `call.grads` ask for it.
+    The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
     if _direct(call):
-        return _forward(call, names)
+        return _serve(call, names)
     out, lse = torch.ops.fastattn.attention(*call, ",".join(names))
     return out, lse
 
@@ -51,13 +51,22 @@ def _direct(call: Call) -> bool:
     )
 
 
-def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _serve(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     problem, backend = dispatch.route(call, names)
     dispatch.count(backend.name)
+    if not debug.ENABLED:
+        return backend.forward(problem, call)
+    debug.check_call(call)
     out, lse = backend.forward(problem, call)
+    debug.check_result(call, backend.name, out, lse)
+    return out, lse
+
+
+def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    out, lse = _serve(call, names)
     if lse is None:
         # Only a backend whose backward does not read it may leave it out.
-        lse = call.q.new_zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype))
+        lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
     return out, lse
 
 

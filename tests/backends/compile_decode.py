@@ -44,13 +44,14 @@ class Recorder:
 
     def compile(self, target: GPUTarget) -> Iterator[Any]:
         names = self.jitted.arg_names
+        fixed = {parameter.name for parameter in self.jitted.params if parameter.is_constexpr}
         for args, kwargs in self.launches:
             options = {name: value for name, value in kwargs.items() if name not in names}
             values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
             signature, constants, attributes = {}, {}, {}
             for index, name in enumerate(names):
                 value = values[name]
-                if value is None or name in kwargs:
+                if value is None or name in fixed:
                     signature[name], constants[index,] = "constexpr", value
                 elif isinstance(value, torch.Tensor):
                     signature[name], attributes[index,] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]

@@ -109,7 +109,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     for module in (forward, backward):
         monkeypatch.setattr(module, "cache", found)
         monkeypatch.setattr(module, "places", places)
-    monkeypatch.setattr(forward, "_recipes", {})
+        monkeypatch.setattr(module, "_recipes", {})
     return found
 
 

@@ -1,16 +1,14 @@
-"""What only a GPU can show: CUDA graphs, streams, threads, compiled code, memory, and no waiting for the device."""
+"""What only a GPU can show: compiled code, determinism, memory, routes. Graphs and streams: test_cuda_graphs.py."""
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP32, Case, Inputs, errors, make, refusals, relative_error, run, truth
+from cases import BF16, FP32, Case, assert_right, make, refusals, relative_error, run, truth
 from torch import Tensor
 
 import fastattn
@@ -22,161 +20,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.Fast
 attend = fastattn.scaled_dot_product_attention
 BASE = Case(batch=2, q_heads=8, kv_heads=2, q_len=129, kv_len=129, head_dim=128, dtype=BF16, mask="causal")
 DECODE = BASE.but(q_len=1, kv_len=700)
-BACKENDS = ("decode", "cudnn", "torch", "reference")
-#: Calls whose masks are data on the device, and that every backend serves.
-ON_DEVICE = {
-    "causal": DECODE,
-    "lengths": DECODE.but(kv_lengths=(700, 33)),
-    "intervals": DECODE.but(mask="intervals:bq", q_len=2),
-    "window": DECODE.but(window=(100, 0), kv_lengths=(650, 700), q_len=3),
-    "bool": DECODE.but(mask="bool:b1qk", q_len=4),
-    "additive": DECODE.but(mask="additive:b11k"),
-}
-
-
-def right(case: Case, inputs: Inputs, got: dict[str, Tensor], want: dict[str, Tensor] | None = None) -> None:
-    found = errors(case, inputs, got, truth(inputs) if want is None else want)
-    assert max(found.values()) <= 1, f"{case}: shares of the accepted error: {found}"
-
-
-def refill(inputs: Inputs, case: Case, seed: int) -> Inputs:
-    """New data in the same memory; returns what it was copied from."""
-    fresh = make(case, "cuda", seed)
-    pairs = [(getattr(inputs, n), getattr(fresh, n)) for n in ("q", "k", "v", "grad_out", "grad_lse")]
-    for name, x in inputs.options.items():
-        pairs += zip(
-            *(list(o[name]) if isinstance(x, Intervals) else [o[name]] for o in (inputs.options, fresh.options))
-        )
-    with torch.no_grad():
-        for old, new in pairs:
-            if isinstance(old, Tensor):
-                old.copy_(new)
-    return fresh
-
-
-def capture(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # builds what has to be built: a capture records only what runs
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ON_DEVICE)
-def test_graph_reads_its_masks_when_it_is_replayed(name: str, backend: str, seed: int) -> None:
-    case = ON_DEVICE[name]
-    inputs = make(case, "cuda", seed)
-    graph, results = capture(lambda: run(inputs, backend, poison=False))
-    kv_lengths = ((700, 700), (1, 512), (0, 69)) if case.kv_lengths else (None,) * 3
-    for turn, lengths in enumerate(kv_lengths):
-        again = case.but(kv_lengths=lengths)
-        fresh = refill(inputs, again, seed + 1 + turn)
-        results["out"].fill_(torch.nan)
-        graph.replay()
-        right(again, fresh, results)
-
-
-@pytest.mark.parametrize("backend", ["cudnn", "torch", "reference"])
-@pytest.mark.parametrize("case", [BASE, BASE.but(kv_lengths=(129, 20)), BASE.but(mask="bool:b1qk")], ids=str)
-def test_graph_of_a_training_step(case: Case, backend: str, seed: int) -> None:
-    case = case.but(grads="qkv")
-    inputs = make(case, "cuda", seed)
-    graph, results = capture(lambda: run(inputs, backend, poison=False))
-    for turn in (1, 2):
-        fresh = refill(inputs, case, seed + turn)
-        graph.replay()
-        right(case, fresh, results)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grads", ["", "qkv"])
-def test_works_on_the_current_stream(grads: str, backend: str, seed: int) -> None:
-    """The inputs become right late, on a stream of their own: work on any other stream would read NaN."""
-    case = (DECODE if backend == "decode" else BASE).but(grads=grads)
-    if backend == "decode" and grads:
-        pytest.skip("decode has no gradients")
-    inputs = make(case, "cuda", seed)
-    values = [x.detach().clone() for x in (inputs.q, inputs.k, inputs.v)]
-    want = truth(inputs)
-    run(inputs, backend)  # builds plans and kernels, so that nothing but the stream holds the next call up
-    with torch.no_grad():
-        for x in (inputs.q, inputs.k, inputs.v):
-            x.fill_(torch.nan)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # cycles: about 60 ms
-        with torch.no_grad():
-            for x, value in zip((inputs.q, inputs.k, inputs.v), values):
-                x.copy_(value)
-        got = run(inputs, backend, poison=False)
-    stream.synchronize()
-    right(case, inputs, got, want)
-
-
-@pytest.mark.parametrize("backend", ["decode", "cudnn", "torch"])
-def test_threads_with_streams_of_their_own(backend: str, seed: int) -> None:
-    base = DECODE if backend == "decode" else BASE.but(grads="qkv")
-    cases = [base.but(kv_len=base.kv_len + n, q_len=1 if backend == "decode" else 129 + n) for n in range(4)]
-    prepared = [(case, make(case, "cuda", seed + n)) for n, case in enumerate(cases)]
-    wants = [truth(inputs) for _, inputs in prepared]
-    torch.cuda.synchronize()
-    failures: list[str] = []
-
-    def work(index: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for turn in range(12):
-                    n = (index + turn) % len(cases)
-                    case, inputs = prepared[n]
-                    found = errors(case, inputs, run(inputs, backend, poison=False), wants[n])
-                    if max(found.values()) > 1:
-                        failures.append(f"thread {index}, turn {turn}, {case}: {found}")
-        except Exception as error:
-            failures.append(f"thread {index}: {error!r}")
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, "\n".join(failures)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Within, torch raises where the host would wait for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ON_DEVICE)
-def test_nothing_is_read_on_the_host(name: str, backend: str, seed: int) -> None:
-    case = ON_DEVICE[name].but(grads="" if backend == "decode" else "qkv")
-    inputs = make(case, "cuda", seed)
-    run(inputs, backend)
-    with no_waiting():
-        got = run(inputs, backend, poison=False)
-    right(case, inputs, got)
-
-
-def test_varlen_reads_nothing_on_the_host() -> None:
-    q, k = (torch.randn(300, h, 64, device="cuda", dtype=BF16) for h in (8, 2))
-    cu = torch.tensor([0, 100, 100, 257, 300], dtype=torch.int32, device="cuda")
-    fastattn.varlen_attention(q, k, k, cu, cu, causal=True)
-    with no_waiting():
-        got = fastattn.varlen_attention(q, k, k, cu, cu, causal=True)
-    want = fastattn.varlen_attention(q.double(), k.double(), k.double(), cu, cu, causal=True)
-    assert relative_error(got, want) < 4e-3
 
 
 def _block(x: Tensor, weight: Tensor, sinks: Tensor | None) -> Tensor:
@@ -254,7 +97,7 @@ def test_deterministic_algorithms(case: Case, backend: str, seed: int) -> None:
             assert all(torch.equal(x, first[name]) for name, x in again.items())
     finally:
         torch.use_deterministic_algorithms(False)
-    right(case, inputs, first, want)
+    assert_right(case, inputs, first, want)
 
 
 def _peak(call: Callable[[], Any]) -> int:
@@ -331,7 +174,7 @@ def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("FASTATTN_CUDNN", "0")
     inputs = make(BASE, "cuda", seed)
     assert fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options).chosen == "torch"
-    right(BASE, inputs, run(inputs))
+    assert_right(BASE, inputs, run(inputs))
 
 
 def test_the_reference_warns_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,4 +205,4 @@ def test_float32_is_not_tf32(seed: int) -> None:
     for backend, one in (("torch", case), ("reference", case), ("decode", case.but(q_len=4, grads=""))):
         inputs = make(one, "cuda", seed)
         assert not refusals(inputs, backend)
-        right(one, inputs, run(inputs, backend))
+        assert_right(one, inputs, run(inputs, backend))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 
 RUNNER = Path(__file__).with_name("run_cases.py")
 MAX_CRASHES = 5  #: then it is not one bad case
+TIMEOUT = 280  #: seconds
 
 
 #: backend -> the run's environment and the groups it covers, None for all. A cuDNN plan for one exact shape is what
@@ -34,14 +35,13 @@ def run_grid(backend: str, file: Path, environment: dict[str, str], leave: set[i
     """Case index -> its outcome; a case that took its process down has failed. leave: cases not to run."""
     found: dict[int, dict[str, Any]] = {}
     for _ in range(MAX_CRASHES + 1):
-        done = subprocess.run(
-            [sys.executable, str(RUNNER), backend, str(file), json.dumps(sorted(leave | found.keys()))],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
+        command = [sys.executable, str(RUNNER), backend, str(file), json.dumps(sorted(leave | found.keys()))]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            done = subprocess.CompletedProcess(command, -1, "", f"still running after {TIMEOUT} s")
         found = {}
         for line in file.read_text().splitlines():
             entry = json.loads(line)

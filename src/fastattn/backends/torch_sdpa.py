@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from .. import masks
 from ..problem import Call, Gradients, Problem, as_token_major, token_major
+from .layout import readable
 
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28
@@ -88,6 +89,8 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v, bias = q.to(work), k.to(work), v.to(work), c.mask.to(work)
             bias = bias if blind is None else torch.where(blind, 0.0, bias)
             mask = torch.where(mask, bias, -torch.inf)
+    if p.device == "cuda":  # rows that do not start at 16 bytes end some of torch's kernels in an illegal access
+        q, k, v = readable(q), readable(k), readable(v)
     out = functional.scaled_dot_product_attention(
         q,
         k,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import masks, reference
 from ...problem import Call, Gradients, Problem, token_major
+from ..layout import copied, readable
 from .forward import (
+    RECIPES,
     SCALE,
     band,
     capacity,
@@ -20,7 +25,7 @@ from .forward import (
     ragged_rows,
 )
 from .graphs import PlanKey
-from .operands import bias, cleared, copied, exact, keeps_band, needs_bias, packed, readable, scale_operand
+from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
 from .places import places
 from .plans import Plan, cache
 from .sinks import sink_gradient
@@ -49,6 +54,32 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
     return Gradients(**found, mask=dmask, sinks=dsinks)
 
 
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What a backward without a bias needs besides its data: worked out once per problem and strides."""
+
+    exact: PlanKey | None
+    general: PlanKey
+    rows: int
+    stats: tuple[int, int, int, int]  #: of the general plan
+
+
+_recipes: dict[Any, _Recipe] = {}
+
+
+def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
+    left, right = band(p)
+    rows = ragged_rows(p, p.kv_heads)
+    q_max, kv_max = capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
+    lengths = {role: kv_max if role in ("k", "v", "dk", "dv") else q_max for role in tensors}
+    operands = [ragged_operand(role, x, rows, p.kv_heads, lengths[role]) for role, x in tensors.items()]
+    dims = (rows, p.group, q_max, 1)
+    operands += [SCALE, *length_operands(rows, tuple(tensors)), packed("stats", dims, torch.float32)]
+    general = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
+    only = _exact_key(p, tensors, left, right, lower_right(p), deterministic) if may_be_exact(p) else None
+    return _Recipe(only, general, rows, dims)
+
+
 def _without_bias(
     p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
 ) -> dict[str, Tensor]:
@@ -56,26 +87,21 @@ def _without_bias(
     q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
     k, v = readable(c.k), readable(c.v)
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
-    left, right = band(p)
-    fold = p.kv_heads
-    rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
-    key_side = ("k", "v", "dk", "dv")
-    operands = [
-        ragged_operand(role, x, rows, fold, kv_max if role in key_side else q_max) for role, x in tensors.items()
-    ]
-    dims = (rows, p.group, q_max, 1)
-    operands += [SCALE, *length_operands(rows, tuple(tensors)), packed("stats", dims, torch.float32)]
-    general = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
-    only = _exact_key(p, tensors, left, right, lower_right(p), deterministic) if may_be_exact(p) else None
-    plan = cache.best(only, general)
-    if plan.key == only:
-        return _run_exact(p, c, plan, tensors, stats)
+    name = (p, deterministic, tuple([x.stride() for x in tensors.values()]))
+    recipe = _recipes.get(name)
+    if recipe is None:
+        if len(_recipes) >= RECIPES:
+            _recipes.clear()
+        recipe = _recipes[name] = _new_recipe(p, tensors, deterministic)
+    plan = cache.best(recipe.exact, recipe.general)
+    if plan.key == recipe.exact:
+        return _run_exact(c, plan, tensors, stats)
     if leaves_gaps(p):
         for d, _ in _GRADIENTS:
             tensors[d].zero_()
-    tensors |= places(tensors, rows, fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
-    spread = tensors["stats"] = stats.new_empty(dims)
-    spread.view(-1, p.q_heads, q_max)[: p.batch, :, : p.q_len] = stats
+    tensors |= places(tensors, recipe.rows, p.kv_heads, c.q_lengths, c.kv_lengths, c.lo, c.hi)
+    spread = tensors["stats"] = stats.new_empty(recipe.stats)
+    spread.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len] = stats
     tensors["scale"] = scale_operand(c.scale)
     plan.run(tensors)
     return tensors
@@ -91,7 +117,7 @@ def _with_bias(
     if "m" in p.grads and p.mask_shape[3] > 1:
         tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
     left, right = band(p) if keeps_band(p) else (-1, -1)
-    return _run_exact(p, c, cache.get(_exact_key(p, tensors, left, right, False, deterministic)), tensors, stats)
+    return _run_exact(c, cache.get(_exact_key(p, tensors, left, right, False, deterministic)), tensors, stats)
 
 
 def _exact_key(
@@ -102,7 +128,7 @@ def _exact_key(
     return PlanKey("backward", p.index, tuple(operands), left, right, lower, deterministic)
 
 
-def _run_exact(p: Problem, c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
+def _run_exact(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
     tensors["stats"] = stats.contiguous()[..., None]
     tensors["scale"] = scale_operand(c.scale)
     plan.run(tensors)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...problem import Call, Problem, token_major
+from ..layout import readable
 from .graphs import Operand, PlanKey
-from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, readable, scale_operand
+from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
 from .places import places
 from .plans import Plan, cache
 from .sinks import add_sinks
@@ -92,14 +93,14 @@ class _Recipe:
 
 
 _recipes: dict[Any, _Recipe] = {}
-_RECIPES = 1 << 14  #: held at most; they are small, and made anew in 100 us
+RECIPES = 1 << 14  #: held at most; they are small, and made anew in 100 us
 
 
 def _recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
     name = (p, q.stride(), k.stride(), v.stride(), stats)
     found = _recipes.get(name)
     if found is None:
-        if len(_recipes) >= _RECIPES:
+        if len(_recipes) >= RECIPES:
             _recipes.clear()
         found = _recipes[name] = _new_recipe(p, q, k, v, stats)
     return found

@@ -8,32 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import masks
-from ...problem import Call, Problem, token_major
+from ...problem import Call, Problem
 from .graphs import Operand
 
-_ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
-
-
 _LOWEST = -1e38
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` `[B,H,S,D]` if cuDNN can read it in place, else a token-major copy."""
-    fits = x.data_ptr() % _ALIGNMENT == 0 and _fits(tuple(x.shape), x.stride(), _ALIGNMENT // x.element_size())
-    return x if fits else copied(x)
-
-
-@lru_cache(maxsize=1 << 14)
-def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
-    if shape[3] > 1 and strides[3] != 1:
-        return False
-    apart = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
-    return not any(stride % step for stride in apart) and (shape[2] == 1 or strides[2] >= shape[3])
-
-
-def copied(x: Tensor) -> Tensor:
-    """A token-major copy."""
-    return token_major(x, *x.shape).copy_(x)
 
 
 def exact(role: str, x: Tensor) -> Operand:

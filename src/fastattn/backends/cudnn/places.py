@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from .graphs import RAGGED
 
 _KEY_SIDE = ("k", "v", "dk", "dv")
@@ -64,13 +65,18 @@ def places(
     roles = [role for role in RAGGED if role in tensors]
     offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
     lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
+    interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
     block = 128
-    _places[(triton.cdiv(rows + 1, block),)](
-        offsets, lengths, q_lengths, kv_lengths, lo, hi,
-        rows, fold, fold // kv_heads, batch, q_len, kv_len, 0 if lo is None or lo.shape[0] == 1 else lo.stride(0),
-        *strides,
-        HAS_Q=q_lengths is not None, HAS_KV=kv_lengths is not None, HAS_LO=lo is not None, BLOCK=block,
-    )  # fmt: skip
+    launch(
+        _places,
+        (triton.cdiv(rows + 1, block),),
+        q.device,
+        (offsets, lengths, q_lengths, kv_lengths, lo, hi),
+        (rows, fold, fold // kv_heads, batch, q_len, kv_len, interval_stride, *strides),
+        (),
+        (q_lengths is not None, kv_lengths is not None, lo is not None, block),
+        num_warps=4,
+    )
     found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
     found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
     if name is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import debug
 from ...dispatch import FastattnWarning
 from . import graphs, runtime
 from .graphs import ROLES, PlanKey
@@ -63,8 +65,9 @@ class Plan:
 
     def run(self, operands: dict[str, Tensor]) -> None:
         """Launches the plan on torch's current stream. operands: a tensor for each role of the key."""
-        device = self.key.device
-        handle = runtime.handle(device)
+        if debug.ENABLED:
+            self._check(operands)
+        handle = runtime.handle(self.key.device)
         scratch = torch.empty(self.workspace, dtype=torch.uint8, device=self._device)
         if self._launch is None:
             by_id = {ROLES[role]: operands[role] for role in (operand.role for operand in self.key.operands)}
@@ -74,6 +77,23 @@ class Plan:
         self._launch(
             ctypes.addressof(pointers), len(self._roles), scratch.data_ptr(), handle.backend_handle, self._index
         )
+
+    def _check(self, operands: dict[str, Tensor]) -> None:
+        """That what is run is what the plan was built for: cuDNN itself would not notice."""
+        for operand in self.key.operands:
+            x = operands[operand.role]
+            text = f"{operand.role}: {tuple(x.shape)} {x.stride()} {x.dtype} for a plan of {operand}"
+            assert x.dtype == operand.dtype, text
+            if operand.role == "scale":
+                continue
+            assert x.data_ptr() % 16 == 0 or operand.role.startswith(("ragged_", "seq_")), f"not aligned: {text}"
+            if self.key.operand(f"ragged_{operand.role}") is None:
+                assert x.numel() == math.prod(operand.dims), text
+                if len(x.shape) == 4:
+                    apart = [i for i in range(4) if operand.dims[i] > 1 and tuple(x.shape) == operand.dims]
+                    assert all(x.stride(i) == operand.strides[i] for i in apart), text
+            elif x.shape[2] > 1:
+                assert x.stride(2) == operand.strides[2] and x.shape[2] <= operand.dims[2], text
 
 
 class PlanCache:
@@ -107,13 +127,15 @@ class PlanCache:
         """The exact plan if it is there, else the general one, built now if need be.
 
         An exact plan that has been missed `EXACT_AFTER` times is built in the background; nobody waits for it.
-        FASTATTN_PLANS=exact builds the exact plan at once, FASTATTN_PLANS=any never does.
+        FASTATTN_PLANS=exact builds the exact plan at once, FASTATTN_PLANS=any never does, and neither do torch's
+        deterministic algorithms, for which the same call has to give the same bits.
         """
         if exact is not None:
             policy = os.environ.get("FASTATTN_PLANS", "auto")
             if policy == "exact":
                 return self.get(exact)
-            if policy != "any":
+            # Two plans round differently; which one serves a call depends on when the worker was done.
+            if policy != "any" and not torch.are_deterministic_algorithms_enabled():
                 plan = self._find(exact)
                 if plan is not None:
                     return plan

@@ -16,21 +16,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
+
 
 def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
     """Adds the sinks to a forward, in one pass over the output.
 
-    out: `[B,H,S,D]`, scaled in place. stats: log-sum-exp without sinks, `[B,H,S]` float32, last stride 1.
-    sinks: `[H]`. Returns the log-sum-exp with sinks, contiguous `[B,H,S]`. A row that sees nothing has the sink's.
+    out: token-major `[B,H,S,D]`, D a multiple of 8, scaled in place. stats: log-sum-exp without sinks, `[B,H,S]`
+    float32, last stride 1. sinks: `[H]`. Returns the log-sum-exp with sinks, contiguous `[B,H,S]`; a row that sees
+    nothing has the sink's.
     """
     batch, heads, length, dim = out.shape
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
     block = 16 if dim > 128 else 32
-    _add_sinks[(triton.cdiv(length, block), heads, batch)](
-        out, stats, sinks, lse,
-        length, dim, heads, *out.stride()[:3], *stats.stride()[:2],
-        DIM=triton.next_power_of_2(dim), BLOCK=block,
-    )  # fmt: skip
+    launch(
+        _add_sinks,
+        (triton.cdiv(length, block), heads, batch),
+        out.device,
+        (out, stats, sinks, lse),
+        (length, dim // 8, heads, *(stride // 8 for stride in out.stride()[:3]), *stats.stride()[:2]),
+        (),
+        (triton.next_power_of_2(dim), block),
+        num_warps=4,
+    )
     return lse
 
 
@@ -40,11 +48,16 @@ def sink_gradient(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor) -> 
     block = 16 if dim > 128 else 32
     blocks = triton.cdiv(length, block)
     partial = torch.empty((heads, batch, blocks), dtype=torch.float32, device=out.device)
-    _sink_gradient[(blocks, heads, batch)](
-        out, grad_out, lse, sinks, partial,
-        length, dim, heads, *out.stride()[:3], *grad_out.stride(),
-        DIM=triton.next_power_of_2(dim), BLOCK=block,
-    )  # fmt: skip
+    launch(
+        _sink_gradient,
+        (blocks, heads, batch),
+        out.device,
+        (out, grad_out, lse, sinks, partial),
+        (length, dim, heads, *out.stride()[:3], *grad_out.stride()),
+        (),
+        (triton.next_power_of_2(dim), block),
+        num_warps=4,
+    )
     return partial.sum((1, 2)).to(sinks.dtype)  # in a fixed order: the same bits every time
 
 
@@ -52,6 +65,7 @@ def sink_gradient(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor) -> 
 def _add_sinks(  # type: ignore[no-untyped-def]
     out, stats, sinks, lse, length, dim, heads, o_b, o_h, o_s, l_b, l_h, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
+    o_b, o_h, o_s, dim = o_b * 8, o_h * 8, o_s * 8, dim * 8  # known multiples of 8 are read 16 bytes at a time
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     there = row < length

@@ -10,8 +10,8 @@ of *that* range. Short rows finish early, and a launch does not depend on a leng
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Call, Problem, token_major
+from ..triton_launch import launch as run
 from .combine import combine_kernel
 from .launch import MAX_SPLITS, Launch, rows
 
@@ -218,18 +219,19 @@ def attend(problem: Problem, call: Call, launch: Launch) -> tuple[Tensor, Tensor
         out, lse = attend(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v), launch)
         return out.bfloat16(), lse
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in call[:3])
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    mask_strides = _broadcast_strides(call.mask, 4)
     lo, hi = call.lo, call.hi
     if lo is not None and hi is not None and lo.stride() != hi.stride():
         lo, hi = lo.contiguous(), hi.contiguous()
     sinks, q_lengths, kv_lengths = (
         None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)
     )
-    far = p.q_len + p.kv_len  # as good as open, and no position overflows by it
-    left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
+    integers, constants = _arguments(
+        p,
+        launch,
+        (q.stride(), k.stride(), v.stride()),
+        None if call.mask is None else call.mask.stride(),
+        None if lo is None else lo.stride(),
+    )
 
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
     lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device) if p.return_lse else None
@@ -237,77 +239,68 @@ def attend(problem: Problem, call: Call, launch: Launch) -> tuple[Tensor, Tensor
     if launch.splits > 1:
         size = tiles * launch.splits * count * (p.value_dim + 2)
         scratch = torch.empty(size, dtype=torch.float32, device=q.device)
-    with _on_device(p):
-        attend_kernel[(tiles, launch.splits)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            scratch,
-            call.mask,
-            lo,
-            hi,
-            sinks,
-            q_lengths,
-            kv_lengths,
-            *(stride // unit for stride in strides),
-            *mask_strides,
-            *_broadcast_strides(lo, 2),
-            p.q_len,
-            p.kv_len,
-            left,
-            right,
-            call.scale,
-            p.softcap or None,
-            KV_HEADS=p.kv_heads,
-            GROUP=p.group,
-            D=p.head_dim,
-            DV=p.value_dim,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_D=launch.block_d,
-            BLOCK_DV=launch.block_dv,
-            UNIT=unit,
-            GAPS=p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1),
-            PRECISION=_precision(p.dtype),
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+    run(
+        attend_kernel,
+        (tiles, launch.splits),
+        q.device,
+        (q, k, v, out, lse, scratch, call.mask, lo, hi, sinks, q_lengths, kv_lengths),
+        integers,
+        (call.scale, p.softcap or None),
+        (*constants, _precision(p.dtype)),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    if scratch is not None:
+        run(
+            combine_kernel,
+            (tiles, count),
+            q.device,
+            (scratch, out, lse, sinks),
+            (p.q_len, launch.splits),
+            (),
+            # the last: splits read at a time, so that they fill 32 registers a thread
+            (p.kv_heads, p.group, p.value_dim, launch.block_dv, MAX_SPLITS, 4096 // launch.block_dv),
+            num_warps=4,
         )
-        if scratch is not None:
-            combine_kernel[(tiles, count)](
-                scratch,
-                out,
-                lse,
-                sinks,
-                p.q_len,
-                launch.splits,
-                KV_HEADS=p.kv_heads,
-                GROUP=p.group,
-                DV=p.value_dim,
-                BLOCK_DV=launch.block_dv,
-                MAX_SPLITS=MAX_SPLITS,
-                CHUNK=4096 // launch.block_dv,  # 32 registers a thread
-                num_warps=4,
-            )
     return out, lse
 
 
-def _broadcast_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
-    """x's strides, 0 along the dims that are broadcast."""
-    if x is None:
+@lru_cache(maxsize=1 << 12)
+def _arguments(
+    p: Problem,
+    launch: Launch,
+    strides: tuple[tuple[int, ...], ...],
+    mask_strides: tuple[int, ...] | None,
+    interval_strides: tuple[int, ...] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The kernel's integers and constants."""
+    flat = [stride for tensor in strides for stride in tensor[:3]]
+    # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
+    unit = 1 if any(stride % 8 for stride in flat) else 8
+    far = p.q_len + p.kv_len  # as good as open, and no position overflows by it
+    left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
+    integers = (
+        *(stride // unit for stride in flat),
+        *_broadcast_strides(p.mask_shape, mask_strides, 4),
+        *_broadcast_strides(p.mask_shape, interval_strides, 2),
+        p.q_len,
+        p.kv_len,
+        left,
+        right,
+    )
+    blocks = (launch.block_m, launch.block_n, launch.block_d, launch.block_dv)
+    gaps = p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
+    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps)
+
+
+def _broadcast_strides(shape: tuple[int, ...], strides: tuple[int, ...] | None, dims: int) -> tuple[int, ...]:
+    """The strides, 0 along the dims that are broadcast."""
+    if strides is None:
         return (0,) * dims
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _precision(dtype: torch.dtype) -> str:
     """float32 products are exact unless the user let torch's own use TF32. Other dtypes have only one way."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
-
-
-def _on_device(p: Problem) -> torch.cuda.device | nullcontext[None]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if p.device != "cuda" or p.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(p.index)

@@ -7,7 +7,7 @@ CUDA graph that holds it, must be good for every length up to the capacity.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -60,6 +60,7 @@ def rows(problem: Problem) -> int:
     return problem.q_len * problem.group
 
 
+@lru_cache(maxsize=1 << 12)
 def choose(problem: Problem, sm_count: int) -> Launch:
     """The launch for a problem on a GPU with that many streaming multiprocessors."""
     p = problem

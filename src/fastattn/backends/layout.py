@@ -1,0 +1,30 @@
+"""Layouts that fused kernels can read in place, and copies of those that they cannot."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from ..problem import token_major
+
+_ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` `[B,H,S,D]` if kernels can read it in 16-byte pieces where it lies, else a token-major copy."""
+    fits = x.data_ptr() % _ALIGNMENT == 0 and _fits(tuple(x.shape), x.stride(), _ALIGNMENT // x.element_size())
+    return x if fits else copied(x)
+
+
+def copied(x: Tensor) -> Tensor:
+    """A token-major copy."""
+    return token_major(x, *x.shape).copy_(x)
+
+
+@lru_cache(maxsize=1 << 14)
+def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
+    if shape[3] > 1 and strides[3] != 1:
+        return False
+    apart = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
+    return not any(stride % step for stride in apart) and (shape[2] == 1 or strides[2] >= shape[3])

@@ -1,0 +1,44 @@
+"""FASTATTN_DEBUG=1: checks that cost a look at the data, and so a wait for the GPU. Read once, at import."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .problem import Call, as_token_major
+
+ENABLED = os.environ.get("FASTATTN_DEBUG", "0").lower() not in ("", "0", "off", "false", "no")
+
+
+def check_call(call: Call) -> None:
+    """Raises ValueError, naming the argument, where lengths or intervals reach beyond what is there.
+
+    Without debugging such values are clamped: the host does not know them.
+    """
+    for name, lengths, total in (
+        ("q_lengths", call.q_lengths, call.q.shape[2]),
+        ("kv_lengths", call.kv_lengths, call.k.shape[2]),
+    ):
+        if lengths is not None and lengths.numel():
+            least, most = (int(x) for x in lengths.aminmax())
+            if least < 0 or most > total:
+                raise ValueError(f"{name}: expected lengths in 0..{total}, got {least}..{most}")
+    if call.lo is not None and call.hi is not None and call.lo.numel():
+        least, most = int(call.lo.min()), int(call.hi.max())
+        if least < 0 or most > call.k.shape[2]:
+            raise ValueError(f"mask: expected intervals within 0..{call.k.shape[2]}, got {least}..{most}")
+
+
+def check_result(call: Call, backend: str, out: Tensor, lse: Tensor | None) -> None:
+    """Raises AssertionError where a backend breaks its promises: shape, layout, finite results of finite inputs."""
+    expected = (*call.q.shape[:3], call.v.shape[3])
+    assert tuple(out.shape) == expected, f"{backend}: expected shape {expected}, got {tuple(out.shape)}"
+    assert out.dtype == call.q.dtype, f"{backend}: expected {call.q.dtype}, got {out.dtype}"
+    assert as_token_major(out, out.dtype) is out, f"{backend}: the output is not token-major: strides {out.stride()}"
+    inputs = [x for x in (call.q, call.k, call.v) if x.numel()]
+    if all(bool(torch.isfinite(x).all()) for x in inputs):
+        assert bool(torch.isfinite(out).all()), f"{backend}: finite inputs gave a result that is not finite"
+        if lse is not None and call.return_lse:
+            assert not bool(lse.isnan().any()), f"{backend}: finite inputs gave a NaN log-sum-exp"
