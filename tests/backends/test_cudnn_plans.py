@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,16 +24,19 @@ def key(length: int) -> PlanKey:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
     found: list[PlanKey] = []
+    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda key: None))
 
-    def build(key: PlanKey) -> object:
+    def build(key: PlanKey) -> SimpleNamespace:
         time.sleep(0.005)
         found.append(key)
         if key.operands[0].dims[2] == 13:
             raise plans.PlanError("cuDNN refuses 13")
-        return object()
+        return SimpleNamespace(store=lambda: None)
 
     monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(plans, "OCCASION", 0.0)
+    monkeypatch.setattr(plans, "DELAY", 0.01)
     return found
 
 
@@ -108,6 +112,28 @@ def test_an_exact_plan_that_keeps_being_missed_is_built_in_the_background(
     assert stats["background_build_ms"] >= 5
 
 
+def test_the_layers_of_a_model_are_one_occasion(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    monkeypatch.setattr(plans, "OCCASION", 60.0)
+    cache = plans.PlanCache()
+    for _ in range(100):
+        cache.best(key(100), key(0))
+    assert cache.wait(10)
+    assert built == [key(0)]
+
+
+def test_deterministic_algorithms_stay_with_one_plan(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    cache.get(key(100))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert cache.best(key(100), key(0)) is cache.get(key(0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cache.best(key(100), key(0)) is cache.get(key(100))
+
+
 def test_a_shape_that_does_not_come_back_is_not_built(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     cache = plans.PlanCache()
@@ -140,6 +166,18 @@ def test_a_background_failure_is_reported_once_and_not_repeated(
     assert built.count(key(13)) == 1
     assert cache.stats()["background_failures"] == 1
     assert cache.get(key(0)) is cache.best(key(13), key(0)), "calls go on"
+
+
+def test_an_item_waits_for_its_turn() -> None:
+    finished: list[float] = []
+    worker = Worker(lambda item: finished.append(time.monotonic()), delay=0.2)
+    start = time.monotonic()
+    worker.submit(1)
+    assert worker.wait(5)
+    assert 0.2 <= finished[0] - start < 2
+    worker.submit(2)
+    worker.stop()
+    assert len(finished) == 1
 
 
 def test_a_worker_finishes_what_it_holds_and_drops_the_rest() -> None:

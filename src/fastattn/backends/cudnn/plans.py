@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import threading
 import time
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -16,12 +17,20 @@ from torch import Tensor
 
 from ... import debug
 from ...dispatch import FastattnWarning
-from . import graphs, runtime
+from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
 from .worker import Worker
 
 CAPACITY = 1024  #: plans kept; each holds about 100 KB of host memory and its share of compiled kernels
-EXACT_AFTER = 3  #: misses after which a shape is taken to be one that comes back
+COUNTERS = (
+    *("builds", "build_ms", "background_builds", "background_build_ms", "background_failures"),
+    *("disk_loads", "disk_load_ms", "hits", "evictions"),
+)
+OCCASION = 1.0  #: seconds; misses closer than this are one occasion: the layers of a model, one after another
+EXACT_AFTER = 2  #: occasions after which a shape is taken to be one that comes back
+DELAY = (
+    0.5  #: seconds until its plan is built: a build takes the interpreter's lock now and then, so not in mid-prefill
+)
 
 
 class PlanError(RuntimeError):
@@ -43,7 +52,8 @@ class Plan:
             # What the frontend's execute() ends in. Called directly it takes 13 us instead of 25 (1.28, measured).
             by_id = {number: role for role, number in ROLES.items()}
             self._roles = [by_id[uid] for uid in graph._variant_pack_uids()]
-            self._index = graph._materialize_backend_plan(graph._plan_index).cpp_index
+            # A graph from disk has but the one plan.
+            self._index = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else -1
             self._pointers = ctypes.c_int64 * len(self._roles)
             if isinstance(self._index, int):
                 self._launch = graph._lowered_graph._execute_with_raw_ptrs
@@ -62,6 +72,31 @@ class Plan:
             except cudnn.cudnnGraphNotSupportedError as error:
                 raise PlanError(f"cuDNN refuses {key}: {error}") from error
         return Plan(key, graph)
+
+    @staticmethod
+    def load(key: PlanKey) -> Plan | None:
+        """The plan as it was kept on disk, or None."""
+        payload = disk.load(key)
+        if payload is None:
+            return None
+        try:
+            with torch.cuda.device(key.device):
+                graph = runtime.library().cudnn.pygraph(handle=runtime.handle(key.device))
+                graph.deserialize(list(payload))
+                return Plan(key, graph)
+        except Exception as error:  # whatever cuDNN thinks of it, the plan can be built
+            logging.getLogger("fastattn").debug("plan from disk discarded: %s", error)
+            disk.discard(key)
+            return None
+
+    def store(self) -> None:
+        """Keeps the plan on disk."""
+        try:
+            payload = bytes(self.graph.serialize())
+        except Exception as error:
+            logging.getLogger("fastattn").debug("plan not kept on disk: %s", error)
+            return
+        disk.store(self.key, payload)
 
     def run(self, operands: dict[str, Tensor]) -> None:
         """Launches the plan on torch's current stream. operands: a tensor for each role of the key."""
@@ -103,30 +138,19 @@ class PlanCache:
         self.capacity = capacity
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._building: dict[PlanKey, threading.Lock] = {}
-        self._asked: Counter[PlanKey] = Counter()
+        self._asked: dict[PlanKey, tuple[int, float]] = {}  # occasions, and when the last one was
         self._lock = threading.Lock()
-        self._stats: dict[str, float] = dict.fromkeys(
-            (
-                "builds",
-                "build_ms",
-                "background_builds",
-                "background_build_ms",
-                "background_failures",
-                "hits",
-                "evictions",
-            ),
-            0,
-        )
-        self._worker = Worker(self._build_in_background)
+        self._stats: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self._worker = Worker(self._make_in_background, DELAY)
 
     def get(self, key: PlanKey) -> Plan:
         """The plan for a key, built now if it is not there."""
-        return self._find(key) or self._build(key, "")
+        return self._find(key) or self._make(key, "")
 
     def best(self, exact: PlanKey | None, general: PlanKey) -> Plan:
         """The exact plan if it is there, else the general one, built now if need be.
 
-        An exact plan that has been missed `EXACT_AFTER` times is built in the background; nobody waits for it.
+        An exact plan that has been missed on `EXACT_AFTER` occasions is built in the background; nobody waits for it.
         FASTATTN_PLANS=exact builds the exact plan at once, FASTATTN_PLANS=any never does, and neither do torch's
         deterministic algorithms, for which the same call has to give the same bits.
         """
@@ -164,16 +188,20 @@ class PlanCache:
             return plan
 
     def _miss(self, key: PlanKey) -> None:
+        now = time.monotonic()
         with self._lock:
-            self._asked[key] += 1
-            due = self._asked[key] == EXACT_AFTER
+            count, last = self._asked.get(key, (0, -math.inf))
+            if now - last < OCCASION:
+                return
             if len(self._asked) > 16 * self.capacity:  # lengths that never came back
                 self._asked.clear()
+            self._asked[key] = (count + 1, now)
+        due = count + 1 == EXACT_AFTER
         # While a CUDA graph is captured, no thread of the process may make certain calls.
         if due and not torch.cuda.is_current_stream_capturing():
             self._worker.submit(key)
 
-    def _build(self, key: PlanKey, kind: str) -> Plan:
+    def _make(self, key: PlanKey, kind: str) -> Plan:
         with self._lock:
             turn = self._building.setdefault(key, threading.Lock())
         with turn:
@@ -181,10 +209,15 @@ class PlanCache:
             if found is not None:
                 return found
             start = time.perf_counter()
-            plan = Plan.build(key)
+            plan, what = Plan.load(key), "disk_load"
+            if plan is None:
+                plan, what = Plan.build(key), f"{kind}build"
+            spent = (time.perf_counter() - start) * 1e3
+            if what != "disk_load":
+                plan.store()
             with self._lock:
-                self._stats[f"{kind}builds"] += 1
-                self._stats[f"{kind}build_ms"] += (time.perf_counter() - start) * 1e3
+                self._stats[f"{what}s"] += 1
+                self._stats[f"{what}_ms"] += spent
                 self._plans[key] = plan
                 self._building.pop(key, None)
                 while len(self._plans) > self.capacity:
@@ -192,9 +225,9 @@ class PlanCache:
                     self._stats["evictions"] += 1
             return plan
 
-    def _build_in_background(self, key: PlanKey) -> None:
+    def _make_in_background(self, key: PlanKey) -> None:
         try:
-            self._build(key, "background_")
+            self._make(key, "background_")
         except Exception as error:  # counted as asked for, so not tried again
             with self._lock:
                 self._stats["background_failures"] += 1
@@ -215,8 +248,8 @@ def stats() -> dict[str, float]:
     """Counters of the plan cache.
 
     plans: held now. builds, build_ms: built while a caller waited, and the milliseconds it waited. background_builds,
-    background_build_ms, background_failures: the same where nobody did. hits: found. evictions: dropped as least
-    recently used.
+    background_build_ms, background_failures: the same where nobody did. disk_loads, disk_load_ms: not built but read
+    from disk. hits: found. evictions: dropped as least recently used.
     """
     return cache.stats()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -16,17 +17,20 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """Calls `work(item)` for each submitted item, one at a time, on a thread of its own. `work` must not raise.
 
+    delay: seconds between an item's submission and its turn.
+
     At exit the queue is dropped and the item in hand is finished (a thread that is killed inside a driver call can
     take the process down); after a fork the child starts afresh, without the parent's queue.
     """
 
-    def __init__(self, work: Callable[[Any], None]) -> None:
+    def __init__(self, work: Callable[[Any], None], delay: float = 0.0) -> None:
         self._work = work
+        self.delay = delay
         _workers.add(self)
         self.reset()
 
     def reset(self) -> None:
-        self._items: deque[Any] = deque()
+        self._items: deque[tuple[float, Any]] = deque()  # when its turn comes, and the item
         self._state = threading.Condition()
         self._thread: threading.Thread | None = None
         self._busy = False
@@ -36,7 +40,7 @@ class Worker:
         with self._state:
             if self._stopped:
                 return
-            self._items.append(item)
+            self._items.append((time.monotonic() + self.delay, item))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fastattn-plans", daemon=True)
                 self._thread.start()
@@ -60,9 +64,11 @@ class Worker:
         while True:
             with self._state:
                 self._state.wait_for(lambda: self._items or self._stopped)
+                if self._items:
+                    self._state.wait_for(lambda: self._stopped, self._items[0][0] - time.monotonic())
                 if self._stopped:
                     return
-                item = self._items.popleft()
+                item = self._items.popleft()[1]
                 self._busy = True
             try:
                 self._work(item)
