@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -168,16 +169,16 @@ def test_a_background_failure_is_reported_once_and_not_repeated(
     assert cache.get(key(0)) is cache.best(key(13), key(0)), "calls go on"
 
 
-def test_an_item_waits_for_its_turn() -> None:
-    finished: list[float] = []
-    worker = Worker(lambda item: finished.append(time.monotonic()), delay=0.2)
+def test_a_task_waits_for_its_time_and_holds_nobody_up() -> None:
+    finished: list[tuple[str, float]] = []
+    worker = Worker()
     start = time.monotonic()
-    worker.submit(1)
+    worker.submit(lambda: finished.append(("late", time.monotonic())), delay=0.2)
+    worker.submit(lambda: finished.append(("soon", time.monotonic())))
     assert worker.wait(5)
-    assert 0.2 <= finished[0] - start < 2
-    worker.submit(2)
-    worker.stop()
-    assert len(finished) == 1
+    assert [name for name, _ in finished] == ["soon", "late"]
+    assert finished[0][1] - start < 0.15
+    assert 0.2 <= finished[1][1] - start < 2
 
 
 def test_a_worker_finishes_what_it_holds_and_drops_the_rest() -> None:
@@ -188,25 +189,37 @@ def test_a_worker_finishes_what_it_holds_and_drops_the_rest() -> None:
         time.sleep(0.05)
         finished.append(item)
 
-    worker = Worker(work)
+    worker = Worker()
     for i in range(5):
-        worker.submit(i)
+        worker.submit(partial(work, i))
     assert started.wait(5)
     assert not worker.wait(0.001)
     worker.stop()
-    worker.submit(9)
+    worker.submit(partial(work, 9))
     assert finished == [0]
     assert worker.wait(1)
 
 
 def test_a_forked_child_has_a_worker_of_its_own() -> None:
-    worker = Worker(lambda item: None)
-    worker.submit(1)
+    worker = Worker()
+    worker.submit(lambda: None)
     assert worker.wait(5)
     child = os.fork()
     if child == 0:
         done = threading.Event()
-        worker._work = lambda item: done.set()
-        worker.submit(2)
+        worker.submit(done.set)
         os._exit(0 if done.wait(5) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_exact_plan_from_disk_is_there_after_the_first_miss(
+    built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda k: SimpleNamespace(k=k) if k == key(100) else None))
+    cache = plans.PlanCache()
+    assert cache.best(key(100), key(0)) is cache.get(key(0))
+    assert cache.wait(10)
+    assert cache.best(key(100), key(0)) is cache.get(key(100))
+    assert built == [key(0)]
+    assert cache.stats()["disk_loads"] == 1

@@ -32,6 +32,9 @@ RUNS: dict[str, tuple[str, dict[str, str], tuple[str, ...] | None]] = {
     "reference": ("reference", {}, None),
 }
 
+#: Processes of a run; more for what takes longest.
+SHARDS = {"cudnn": 5, "cudnn-exact": 2, "torch": 3}
+
 
 def run_grid(backend: str, file: Path, environment: dict[str, str], leave: set[int]) -> dict[int, dict[str, Any]]:
     """Case index -> its outcome; a case that took its process down has failed. leave: cases not to run."""
@@ -72,15 +75,30 @@ def left_out(groups: tuple[str, ...] | None) -> set[int]:
     return {index for index, case in enumerate(GRID) if case not in wanted}
 
 
+def run_shards(name: str, folder: Path) -> dict[int, dict[str, Any]]:
+    """A run of the grid, its cases dealt to as many processes as SHARDS says."""
+    backend, environment, groups = RUNS[name]
+    left, count = left_out(groups), SHARDS.get(name, 1)
+    with ThreadPoolExecutor(count) as pool:
+        parts = [
+            pool.submit(
+                run_grid,
+                backend,
+                folder / f"{name}-{i}.jsonl",
+                environment,
+                left | {index for index in range(len(GRID)) if index % count != i},
+            )
+            for i in range(count)
+        ]
+        return {index: entry for part in parts for index, entry in part.result().items()}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[int, dict[str, Any]]]]]:
     """All runs at once: they mostly wait for cuDNN and Triton to compile, each in its own process."""
     folder = tmp_path_factory.mktemp("grid")
     with ThreadPoolExecutor(len(RUNS)) as pool:
-        yield {
-            name: pool.submit(run_grid, backend, folder / f"{name}.jsonl", environment, left_out(groups))
-            for name, (backend, environment, groups) in RUNS.items()
-        }
+        yield {name: pool.submit(run_shards, name, folder) for name in RUNS}
 
 
 @pytest.mark.parametrize("name", RUNS)

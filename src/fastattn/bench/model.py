@@ -70,10 +70,11 @@ def default_model() -> str:
 
 
 def run(settings: Settings) -> Report:
-    """Loads the model once, then measures each implementation as a block of its own: warmup, trials, new lengths.
+    """Loads the model once, then measures the implementations turn by turn: warmups, first trials, second trials, ...
 
-    Prints as it goes; a progress bar appears on a terminal. An implementation that runs out of memory is reported and
-    passed over. Raises ValueError before anything runs when the model, the device or an implementation is not usable.
+    Turn by turn, because a machine's speed drifts. Prints as it goes; a progress bar appears on a terminal. An
+    implementation that runs out of memory is reported and passed over. Raises ValueError before anything runs when the
+    model, the device or an implementation is not usable.
     """
     for name in settings.attn:
         check_attention(name)
@@ -93,19 +94,26 @@ def run(settings: Settings) -> Report:
     lengths = fresh_lengths(settings, limit)
 
     total = len(settings.attn) * (1 + settings.num_trials + 2 * settings.fresh_lengths)
-    results = []
+    results = [Result(name) for name in settings.attn]
     with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
 
         def say(line: str) -> None:
             bar.write(line)
             sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
 
+        def speaker(name: str) -> Callable[[str], None]:
+            return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
+
         say(_describe(loaded))
-        for name, own in zip(settings.attn, lengths):
-            set_attention(loaded.model, name)
-            if len(settings.attn) > 1:
-                say(f"\nAttention: {name}")
-            results.append(_measure(loaded, name, own, settings, say, bar.update))
+        turns = [
+            (result, _measure(loaded, result, own, settings, speaker(result.attn), bar.update))
+            for result, own in zip(results, lengths)
+        ]
+        while turns:
+            turns = [(result, steps) for result, steps in turns if _turn(loaded, result, steps)]
+        for result in results:
+            if result.calls:
+                speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
     used = {"dtype": _text(loaded.model.dtype), "device": str(loaded.model.device)}
     return Report(asdict(settings) | used, _identity(loaded), results)
 
@@ -138,21 +146,38 @@ def fresh_lengths(settings: Settings, limit: int) -> list[list[int]]:
     return dealt
 
 
+def _turn(loaded: Loaded, result: Result, steps: Iterator[None]) -> bool:
+    """Takes one step of an implementation. False when that was the last."""
+    set_attention(loaded.model, result.attn)
+    before = stats()["calls"]
+    try:
+        next(steps)
+    except StopIteration:
+        return False
+    finally:
+        after = stats()
+        for key, n in after["calls"].items():
+            if n > before.get(key, 0):
+                result.calls[key] = result.calls.get(key, 0) + n - before.get(key, 0)
+                result.plans = after["plans"]
+    return True
+
+
 def _measure(
     loaded: Loaded,
-    name: str,
+    result: Result,
     lengths: list[int],
     settings: Settings,
     say: Callable[[str], None],
     advance: Callable[[], Any],
-) -> Result:
-    result = Result(name)
-    before = stats()["calls"]
-    _release()
+) -> Iterator[None]:
+    """The measurement of one implementation, in steps between which another may take its turn."""
     try:
+        _release()
         say("Running warmup..")
         _trial(loaded, settings, 0)
         advance()
+        yield
         p, g, b = settings.prompt_tokens, settings.generation_tokens, settings.batch_size
         say(f"Timing with prompt_tokens={p}, generation_tokens={g}, batch_size={b}.")
         for i in range(1, settings.num_trials + 1):
@@ -162,6 +187,7 @@ def _measure(
             advance()
             values = ", ".join(f"{key}={value:.3f}" for key, value in vars(trial).items())
             say(f"Trial {i}:  {values}")
+            yield
         say("Averages: " + ", ".join(f"{key}={result.average(key):.3f}" for key in KEYS))
         for length in lengths:
             first, second = (_time_to_first(loaded, settings, length, again) for again in (0, 1))
@@ -170,19 +196,13 @@ def _measure(
             advance()
             advance()
             say(f"New length {length}: first={first * 1e3:.3f} ms, second={second * 1e3:.3f} ms, {fresh.ratio:.3f}x")
+            yield
         if lengths:
             say(f"New lengths: median first/second={result.fresh_ratio:.3f}")
     except torch.OutOfMemoryError:
         result.error = "out of memory"
-    if result.error:
-        say(f"{name}: {result.error}, given up")
+        say(f"{result.attn}: {result.error}, given up")
         _release()
-    after = stats()
-    result.calls = {key: n - before.get(key, 0) for key, n in after["calls"].items() if n > before.get(key, 0)}
-    if result.calls:
-        result.plans = after["plans"]
-        say("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
-    return result
 
 
 def _trial(loaded: Loaded, settings: Settings, number: int) -> Trial:

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class PlanCache:
         self._asked: dict[PlanKey, tuple[int, float]] = {}  # occasions, and when the last one was
         self._lock = threading.Lock()
         self._stats: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        self._worker = Worker(self._make_in_background, DELAY)
+        self._worker = Worker()
 
     def get(self, key: PlanKey) -> Plan:
         """The plan for a key, built now if it is not there."""
@@ -196,10 +197,12 @@ class PlanCache:
             if len(self._asked) > 16 * self.capacity:  # lengths that never came back
                 self._asked.clear()
             self._asked[key] = (count + 1, now)
-        due = count + 1 == EXACT_AFTER
         # While a CUDA graph is captured, no thread of the process may make certain calls.
-        if due and not torch.cuda.is_current_stream_capturing():
-            self._worker.submit(key)
+        if count < EXACT_AFTER and not torch.cuda.is_current_stream_capturing():
+            if count + 1 == EXACT_AFTER:
+                self._worker.submit(partial(self._make_in_background, key), DELAY)
+            elif count == 0:  # one that is on disk came back in another process
+                self._worker.submit(partial(self._load_in_background, key))
 
     def _make(self, key: PlanKey, kind: str) -> Plan:
         with self._lock:
@@ -212,18 +215,28 @@ class PlanCache:
             plan, what = Plan.load(key), "disk_load"
             if plan is None:
                 plan, what = Plan.build(key), f"{kind}build"
-            spent = (time.perf_counter() - start) * 1e3
-            if what != "disk_load":
-                plan.store()
+            self._add(key, plan, what, start)
             with self._lock:
-                self._stats[f"{what}s"] += 1
-                self._stats[f"{what}_ms"] += spent
-                self._plans[key] = plan
                 self._building.pop(key, None)
-                while len(self._plans) > self.capacity:
-                    self._plans.popitem(last=False)
-                    self._stats["evictions"] += 1
-            return plan
+        if what != "disk_load":
+            plan.store()
+        return plan
+
+    def _load_in_background(self, key: PlanKey) -> None:
+        start = time.perf_counter()
+        plan = Plan.load(key)
+        if plan is not None:
+            self._add(key, plan, "disk_load", start)
+
+    def _add(self, key: PlanKey, plan: Plan, what: str, start: float) -> None:
+        """Takes in a plan that came by `what`, begun at `start`."""
+        with self._lock:
+            self._stats[f"{what}s"] += 1
+            self._stats[f"{what}_ms"] += (time.perf_counter() - start) * 1e3
+            self._plans[key] = plan
+            while len(self._plans) > self.capacity:
+                self._plans.popitem(last=False)
+                self._stats["evictions"] += 1
 
     def _make_in_background(self, key: PlanKey) -> None:
         try:
