@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP_ARGS ?=
+CONSTRAINT := -c constraints.txt
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 1)
 
 ifeq ($(GPU),)
@@ -18,18 +19,16 @@ ifeq ($(GPU),)
     TEST_ENV := OMP_NUM_THREADS=1
   endif
   RUN_EXTRAS := hf
-  CONSTRAINT := -c constraints-cpu.txt
   BENCHMARK_ARGS ?= --model tiny -p 512 -g 64 -n 2 --attn fastattn,sdpa,eager
 else
   PYTEST_ARGS ?=
   RUN_EXTRAS := cuda,hf
-  CONSTRAINT :=
   BENCHMARK_ARGS ?= --model llama-3.1-8b -p 2049 -g 128 -n 4 --attn fastattn,sdpa
 endif
 
 PY := $(VENV)/bin/python
 # Keyed by content, not by time: a checkout that only touches the files installs nothing again.
-KEY := $(shell cat pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)-$(if $(GPU),gpu,cpu)
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(if $(GPU),gpu,cpu)
 RUN_STAMP := $(VENV)/.fastattn-run-$(KEY)
 DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 
