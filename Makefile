@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test gpu-test lint format clean
+.PHONY: help benchmark test gpuless gpu-test lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,11 @@ benchmark: $(RUN_STAMP) ## run a language model through fastattn and compare (wi
 
 test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and counted without one
 	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) tests
+
+# The library alone: its own dependencies are for running what it plans.
+gpuless: $(DEV_STAMP) ## fetch cuDNN (350 MB), so that `make test` asks it about GPUs that are not here
+	test -e $(VENV)/gpuless/nvidia/cudnn/lib/libcudnn.so.9 || \
+	  $(PY) -m pip install -q --no-deps --target $(VENV)/gpuless nvidia-cudnn-cu13==9.19.0.56
 
 gpu-test: $(DEV_STAMP) ## run only the tests that need a GPU
 	@test -n "$(GPU)" || { echo "make gpu-test: nvidia-smi finds no GPU here" >&2; exit 1; }

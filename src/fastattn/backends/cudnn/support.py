@@ -58,6 +58,11 @@ LIMITS = (
         lambda p: _backward_above(128)(p) and (p.head_dim, p.value_dim) != (192, 128),
         DATACENTER_BLACKWELL,
     ),
+    Limit(
+        "no gradient of the mask with head dims of 192 and 128 on this GPU",
+        lambda p: "m" in p.grads and (p.head_dim, p.value_dim) == (192, 128),
+        DATACENTER_BLACKWELL,
+    ),
     Limit("the backward needs more than one query or key", lambda p: bool(p.grads) and p.q_len == p.kv_len == 1),
     # Wrong for few K/V heads: cuDNN release notes, fixed in 9.25.1.
     Limit("one query is wrong in this cuDNN", lambda p: p.q_len == 1, DATACENTER_BLACKWELL, since=91900, below=92501),
