@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import masks
-from ..problem import Call, Gradients, Problem, as_token_major, token_major
+from ..problem import Call, Gradients, Problem, as_token_major
 from .layout import readable
 
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
@@ -40,10 +40,7 @@ class TorchBackend:
         return why
 
     def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        p, c = problem, call
-        out = token_major(c.q, p.batch, p.q_heads, p.q_len, p.value_dim)
-        out.copy_(_attend(p, c, c.q, c.k, c.v))
-        return out, None
+        return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
@@ -100,4 +97,4 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale=c.scale,
         enable_gqa=p.group > 1,
     )
-    return masks.clear(out, blind).to(p.dtype)
+    return masks.clear(out, blind)
