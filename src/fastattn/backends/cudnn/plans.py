@@ -29,9 +29,7 @@ COUNTERS = (
 )
 OCCASION = 1.0  #: seconds; misses closer than this are one occasion: the layers of a model, one after another
 EXACT_AFTER = 2  #: occasions after which a shape is taken to be one that comes back
-DELAY = (
-    0.5  #: seconds until its plan is built: a build takes the interpreter's lock now and then, so not in mid-prefill
-)
+DELAY = 0.5  #: seconds until its plan is built: a build takes the interpreter's lock at times, so not in mid-prefill
 
 
 class PlanError(RuntimeError):
@@ -101,6 +99,9 @@ class Plan:
 
     def run(self, operands: dict[str, Tensor]) -> None:
         """Launches the plan on torch's current stream. operands: a tensor for each role of the key."""
+        if torch.cuda.current_device() != self.key.device:  # cuDNN launches on the current one
+            with torch.cuda.device(self.key.device):
+                return self.run(operands)
         if debug.ENABLED:
             self._check(operands)
         handle = runtime.handle(self.key.device)
