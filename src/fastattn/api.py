@@ -71,7 +71,8 @@ def scaled_dot_product_attention(
 
     Returns:
         `[B, Hq, Sq, Dv]` in the promoted dtype, laid out in memory as `[B, Sq, Hq, Dv]`; with return_lse a pair. A row
-        that may see nothing gives 0, and so do its gradients. Softmax and accumulation are float32 (float64 for
+        that may see nothing gives 0, and so do its gradients. What keys that no query sees hold (NaN included) reaches
+        nothing. Softmax and accumulation are float32 (float64 for
         float64). Gradients exist for q, k, v, sinks and an additive mask.
 
     Raises:
@@ -134,6 +135,8 @@ def prepare(
 ) -> Call:
     """Validates the op's arguments and brings them into one form. Raises as the op does, before any launch."""
     check_inputs(q, k, v)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
     q, k, v = _one_dtype(q, k, v)
     scale = 1.0 / math.sqrt(q.shape[3] or 1) if scale is None else check_scale(scale)
     left, right = (-1, -1) if window is None else check_window(window)
@@ -177,7 +180,7 @@ def prepare(
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Promotes mixed dtypes; under autocast casts as torch's attention, which is on autocast's lower-precision list."""
     device = q.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         dtype = torch.get_autocast_dtype(device)
     elif q.dtype == k.dtype == v.dtype:
         return q, k, v

@@ -23,7 +23,10 @@ from .problem import Call, Problem
 NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
 
 _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", default=None)
+#: True inside torch's operators, where the memory that is allocated may be a captured graph's.
+opaque: ContextVar[bool] = ContextVar("fastattn_opaque", default=False)
 _calls: Counter[str] = Counter()
+_refused: dict[tuple[str, Problem], str] = {}
 _warned: set[str] = set()
 _lock = threading.Lock()
 _routes: dict[Any, tuple[Problem, Backend]] = {}
@@ -100,20 +103,27 @@ def use_backend(*names: str) -> Iterator[None]:
 
 def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
-    return {name: backend(name).reasons(problem) for name in (allowed() if names is None else names)}
+    return {name: _reasons(name, problem) for name in (allowed() if names is None else names)}
+
+
+def _reasons(name: str, problem: Problem) -> list[str]:
+    """What a backend says, and what it found out when it was called (`refuse`)."""
+    late = _refused.get((name, problem))
+    return [*backend(name).reasons(problem), *([late] if late else [])]
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
     """The first backend of the list that can serve the problem. Raises BackendError with every refusal."""
     refusals: dict[str, list[str]] = {}
     for name in names:
-        candidate = backend(name)
-        why = candidate.reasons(problem)
+        why = _reasons(name, problem)
         if not why:
             if name == "reference" and problem.device == "cuda" and not problem.empty:
                 _warn_slow(refusals)
-            return candidate
+            return backend(name)
         refusals[name] = why
+    if not names:
+        raise BackendError("no backend is allowed: FASTATTN_BACKENDS names cudnn alone and FASTATTN_CUDNN=0 forbids it")
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in refusals.items())
     raise BackendError(f"no allowed backend can serve this call:\n{listed}")
 
@@ -136,20 +146,40 @@ def route(call: Call, names: tuple[str, ...]) -> tuple[Problem, Backend]:
     return found
 
 
+def refuse(name: str, problem: Problem, error: Exception) -> None:
+    """Takes a backend's word, given when it was called, that it cannot serve a problem; says so once per reason."""
+    why = str(error).split("\n")[0][:300]
+    with _lock:
+        _refused[name, problem] = why
+        _routes.clear()
+        first = why not in _warned
+        _warned.add(why)
+    if first:
+        warnings.warn(
+            f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
+            "`fastattn doctor` says whether this machine's versions are the cause.",
+            FastattnWarning,
+            stacklevel=4,
+        )
+
+
 def count(name: str) -> None:
     """Counts a call served, for `stats()`."""
-    _calls[name] += 1
+    with _lock:
+        _calls[name] += 1
 
 
 def stats() -> dict[str, Any]:
     """What has happened in this process: calls served by each backend, and the cuDNN plans' counters.
 
     Returns a dict: "calls" maps backend names to forward calls served and "<name>.backward" to backward calls;
-    "plans" holds the counters of the cuDNN plan cache (builds, hits, evictions, milliseconds), {} before its first use.
+    "plans" holds the counters of the cuDNN plan cache (builds, disk loads, hits, evictions, milliseconds).
     """
     from .backends.cudnn import plans
 
-    return {"calls": dict(_calls), "plans": plans.stats()}
+    with _lock:
+        calls = dict(_calls)
+    return {"calls": calls, "plans": plans.stats()}
 
 
 def _warn_slow(refusals: dict[str, list[str]]) -> None:

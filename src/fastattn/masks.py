@@ -21,7 +21,8 @@ class Intervals(NamedTuple):
     O(S^2). Rows with `hi <= lo` see nothing and give 0; bounds beyond the keys are clamped.
 
     lo, hi: int32 tensors `[B, Sq]`, or `[B, 1]` when all rows of a batch entry share one interval, on the inputs'
-    device. B may be 1 to stand for every batch entry.
+    device. B may be 1 to stand for every batch entry. Bounds outside of 0..Skv are
+    clamped (with FASTATTN_DEBUG=1 they raise).
     """
 
     lo: Tensor
@@ -93,7 +94,15 @@ def additive(call: Call, dtype: torch.dtype, start: int = 0, stop: int | None = 
         return None
     if call.mask is None or call.mask.dtype == torch.bool:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-    return torch.where(seen, rows_of(call.mask, start, stop).to(dtype), -torch.inf)
+    return torch.where(seen, narrowed(rows_of(call.mask, start, stop), dtype), -torch.inf)
+
+
+def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask in a dtype of less range: what is finite stays finite."""
+    if mask.dtype == torch.float64 and dtype != torch.float64:
+        most = torch.finfo(dtype).max
+        mask = torch.where(mask.isinf(), mask, mask.clamp(-most, most))
+    return mask.to(dtype)
 
 
 def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -103,12 +112,14 @@ def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def unseen_keys(call: Call) -> Tensor | None:
-    """Keys that no query of the call sees, bool `[B|1, Hkv|1, Skv, 1]`, or None where the band alone decides.
+    """Keys that no query of the call sees, bool `[B|1, Hkv|1, Skv, 1]`, or None where shapes prove that there are none.
 
     What such a key holds (NaN, another request's leftovers) must not reach the output, and 0 * NaN is NaN: kernels
     that multiply masked probabilities by V need these keys cleared.
     """
-    if call.mask is None and call.lo is None and call.q_lengths is None and call.kv_lengths is None:
+    # Without lengths the last query stands on the last key, and the first one's window begins left of its place.
+    whole = call.left < 0 or call.left >= call.k.shape[2] - call.q.shape[2]
+    if whole and call.mask is None and call.lo is None and call.q_lengths is None and call.kv_lengths is None:
         return None
     if call.mask is not None and call.mask.shape[2] > 1:
         seen = visibility(call)

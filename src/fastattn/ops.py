@@ -7,12 +7,15 @@ looks at is real.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import debug, dispatch
+from .backends.base import Refusal
 from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
@@ -35,6 +38,9 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
     if _direct(call):
+        if torch.is_autocast_enabled(call.q.device.type):
+            with _no_autocast(call.q):
+                return _serve(call, names)
         return _serve(call, names)
     out, lse = torch.ops.fastattn.attention(*call, ",".join(names))
     return out, lse
@@ -54,24 +60,28 @@ def _direct(call: Call) -> bool:
 def _serve(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     problem, backend = dispatch.route(call, names)
     dispatch.count(backend.name)
-    if not debug.ENABLED:
-        return backend.forward(problem, call)
-    debug.check_call(call)
-    out, lse = backend.forward(problem, call)
-    debug.check_result(call, backend.name, out, lse)
+    if debug.ENABLED:
+        debug.check_call(call)
+    try:
+        out, lse = backend.forward(problem, call)
+    except Refusal as error:
+        dispatch.refuse(backend.name, problem, error)
+        return _serve(call, names)
+    if debug.ENABLED:
+        debug.check_result(call, backend.name, out, lse)
     return out, lse
 
 
 def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     out, lse = _serve(call, names)
-    if lse is None:
-        # Only a backend whose backward does not read it may leave it out.
+    if lse is None or not (call.return_lse or call.grads):
+        # A backend whose backward does not read it may leave it out; one that needs it itself may return it unasked.
         lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
     return out, lse
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
-    with _no_autocast(args[0]):
+    with _inside(args[0]):
         return _forward(*_unpack(args))
 
 
@@ -79,13 +89,29 @@ def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, 
     call, names = _unpack(args)
     problem, backend = dispatch.route(call, names)
     dispatch.count(f"{backend.name}.backward")
-    with _no_autocast(call.q):
-        found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
+    with _inside(call.q):
+        try:
+            found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
+        except Refusal as error:
+            dispatch.refuse(backend.name, problem, error)
+            backend = dispatch.route(call, names)[1]
+            found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
     return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
     return Call(*args[:_FIELDS]), tuple(name for name in args[_FIELDS].split(",") if name)
+
+
+@contextmanager
+def _inside(like: Tensor) -> Iterator[None]:
+    """The state of an operator's implementation: what it allocates may belong to a graph that a compiler captures."""
+    token = dispatch.opaque.set(True)
+    try:
+        with _no_autocast(like):
+            yield
+    finally:
+        dispatch.opaque.reset(token)
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:

@@ -114,7 +114,7 @@ def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
         scores = torch.tanh(scores / p.softcap) * p.softcap
     capped = scores
     if p.mask == "additive" and call.mask is not None:
-        scores = scores + masks.rows_of(call.mask, start, stop).to(k.dtype)
+        scores = scores + masks.narrowed(masks.rows_of(call.mask, start, stop), k.dtype)
     if seen is not None:
         capped = masks.clear(capped, ~seen)
         scores = scores.masked_fill(~seen, -torch.inf)

@@ -92,6 +92,23 @@ def test_sinks_around_a_softmax_without_them(device: str, length: int, dim: int)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_lengths_intervals_and_sinks_of_any_strides(device: str) -> None:
+    table = torch.tensor([[3, 8], [4, 8], [5, 8], [6, 8]], dtype=torch.int32, device=device)
+    q, k = torch.empty(4, 2, 9, 8, device=device), torch.empty(4, 2, 9, 8, device=device)
+    found = places({"q": q, "k": k}, 8, 2, table[:1, 0].expand(4), table[:, 0], None, None)
+    assert found["seq_kv"].flatten().tolist() == [3, 3, 4, 4, 5, 5, 6, 6]
+    assert found["seq_q"].flatten().tolist() == [3] * 8
+    lo = torch.zeros(4, 1, dtype=torch.int32, device=device)
+    found = places({"q": q, "k": k}, 8, 2, None, None, lo, table[2:3, :1].expand(4, 1))
+    assert found["seq_kv"].flatten().tolist() == [5] * 8
+    out, stats = torch.randn(1, 4, 3, 8, device=device), torch.zeros(1, 4, 3, device=device)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    sinks = torch.tensor([[0.0, 50.0], [1.0, 50.0], [2.0, 50.0], [3.0, 50.0]], device=device)[:, 0]
+    want = torch.logaddexp(stats, sinks[:, None])
+    assert torch.allclose(add_sinks(out, stats, sinks), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sink_of_minus_infinity_is_none(device: str) -> None:
     out, lse = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 2, 4, device=device)
     out[:, :, 2], lse[:, :, 2] = 0.0, -math.inf

@@ -11,7 +11,7 @@ from recorder import cudnn
 
 import fastattn
 from fastattn import api
-from fastattn.backends.cudnn import backward, forward, graphs
+from fastattn.backends.cudnn import backward, forward, graphs, operands
 from fastattn.backends.cudnn.graphs import OUTPUTS, RAGGED, ROLES, Operand, PlanKey
 from fastattn.problem import Problem
 
@@ -191,6 +191,18 @@ def test_an_exact_plan_names_its_shape(recorder: Recorder, grads: bool) -> None:
     for options in ({"kv_lengths": lengths(3, 4)}, {"q_lengths": lengths(3, 4)}):
         assert keys_of(recorder, 100, 100, grads, mask="causal", **options)[0].operand("ragged_q") is not None
     assert keys_of(recorder, 100, 50, grads, mask="causal")[0].operand("ragged_q") is not None
+
+
+def test_the_gradient_of_an_expanded_mask_has_the_shape_of_what_was_given() -> None:
+    """Autograd sums it itself, over the expansion."""
+    mask = torch.zeros(1, 8, 30, 40, requires_grad=True).expand(2, -1, -1, -1)
+    q, k, v = (torch.zeros(2, heads, n, 64, dtype=torch.bfloat16) for heads, n in ((8, 30), (2, 40), (2, 40)))
+    call = api.prepare(q, k, v, mask=mask)
+    problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
+    assert "m" in problem.grads
+    assert operands.bias(problem, call, whole=True).shape == (2, 8, 30, 40)
+    without = dataclasses.replace(problem, grads="")
+    assert operands.bias(without, call, whole=False).shape == (1, 8, 30, 40), "cuDNN broadcasts"
 
 
 def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_the_key(recorder: Recorder) -> None:

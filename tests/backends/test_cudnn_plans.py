@@ -84,6 +84,7 @@ def test_a_refused_plan_raises_and_leaves_the_cache_usable(built: list[PlanKey])
     for _ in range(2):
         with pytest.raises(plans.PlanError, match="refuses 13"):
             cache.get(key(13))
+    assert not cache._building
     cache.get(key(1))
     assert cache.stats()["plans"] == 1
 
@@ -198,6 +199,29 @@ def test_a_worker_finishes_what_it_holds_and_drops_the_rest() -> None:
     worker.submit(partial(work, 9))
     assert finished == [0]
     assert worker.wait(1)
+
+
+def test_a_task_that_raises_does_not_stop_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    worker, done = Worker(), threading.Event()
+    worker.submit(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    worker.submit(done.set)
+    assert done.wait(5)
+    assert worker.wait(5)
+    assert "a background task failed" in caplog.text
+
+
+def test_a_miss_inside_a_capture_does_not_count(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    cache.best(key(100), key(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cache.best(key(100), key(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert cache.wait(10)
+    assert built == [key(0)]
+    cache.best(key(100), key(0))
+    assert cache.wait(10)
+    assert built == [key(0), key(100)]
 
 
 def test_a_forked_child_has_a_worker_of_its_own() -> None:

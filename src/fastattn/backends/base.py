@@ -9,6 +9,10 @@ from torch import Tensor
 from ..problem import Call, Gradients, Problem
 
 
+class Refusal(RuntimeError):
+    """A backend finds only when it is called that it cannot serve a problem. Another one does."""
+
+
 class Backend(Protocol):
     """One way of computing attention.
 

@@ -29,7 +29,7 @@ def packed(role: str, dims: tuple[int, int, int, int], dtype: torch.dtype) -> Op
 @lru_cache(maxsize=4096)
 def scale_operand(value: float) -> Tensor:
     """The scale as cuDNN reads it when a plan is launched: one float32 on the host."""
-    return torch.full((1, 1, 1, 1), value, dtype=torch.float32)
+    return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cpu")
 
 
 def needs_bias(p: Problem) -> bool:
@@ -58,7 +58,7 @@ def bias(p: Problem, c: Call, whole: bool) -> Tensor:
     else:
         mask = c.mask
         for dim, stride in enumerate(mask.stride()):
-            if stride == 0:  # expanded by the caller: let cuDNN broadcast
+            if stride == 0 and "m" not in p.grads:  # expanded by the caller: let cuDNN broadcast
                 mask = mask.narrow(dim, 0, 1)
         found = mask
         if mask.dtype == torch.bool:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import dispatch
 from ..triton_launch import launch
 from .graphs import RAGGED
 
@@ -42,7 +43,8 @@ def places(
     # A cached tensor must not be baked into a CUDA graph: it could be evicted while the graph lives. And what one
     # stream computed, another may not read unordered.
     static = q_lengths is None and kv_lengths is None and lo is None
-    cached = static and not torch.cuda.is_current_stream_capturing()
+    # (Inside an operator the memory may be a captured graph's too: torch.compile warms its graphs up in their pool.)
+    cached = static and not dispatch.opaque.get() and not torch.cuda.is_current_stream_capturing()
     name = None
     if cached:
         stream = torch._C._cuda_getCurrentRawStream(q.device.index)
@@ -65,6 +67,10 @@ def places(
     roles = [role for role in RAGGED if role in tensors]
     offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
     lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
+    # The kernel reads them one after another; validation lets any strides through.
+    q_lengths, kv_lengths = (None if x is None else x.contiguous() for x in (q_lengths, kv_lengths))
+    if lo is not None and hi is not None:
+        lo, hi = lo.contiguous(), hi.contiguous()
     interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
     block = 128
     launch(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import debug
 from ...dispatch import FastattnWarning
+from ..base import Refusal
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
 from .worker import Worker
@@ -32,7 +33,7 @@ EXACT_AFTER = 2  #: occasions after which a shape is taken to be one that comes 
 DELAY = 0.5  #: seconds until its plan is built: a build takes the interpreter's lock at times, so not in mid-prefill
 
 
-class PlanError(RuntimeError):
+class PlanError(Refusal):
     """cuDNN would not build a plan that the support table promises."""
 
 
@@ -68,8 +69,12 @@ class Plan:
                 graph.create_execution_plans([cudnn.heur_mode.A])
                 graph.check_support()
                 graph.build_plans()
-            except cudnn.cudnnGraphNotSupportedError as error:
-                raise PlanError(f"cuDNN refuses {key}: {error}") from error
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # cuDNN's refusals are of several types
+                if torch.cuda.is_current_stream_capturing():
+                    raise
+                raise PlanError(f"cuDNN builds no plan: {error}") from error
         return Plan(key, graph)
 
     @staticmethod
@@ -190,6 +195,9 @@ class PlanCache:
             return plan
 
     def _miss(self, key: PlanKey) -> None:
+        # While a CUDA graph is captured, no thread of the process may make certain calls.
+        if torch.cuda.is_current_stream_capturing():
+            return
         now = time.monotonic()
         with self._lock:
             count, last = self._asked.get(key, (0, -math.inf))
@@ -198,27 +206,27 @@ class PlanCache:
             if len(self._asked) > 16 * self.capacity:  # lengths that never came back
                 self._asked.clear()
             self._asked[key] = (count + 1, now)
-        # While a CUDA graph is captured, no thread of the process may make certain calls.
-        if count < EXACT_AFTER and not torch.cuda.is_current_stream_capturing():
-            if count + 1 == EXACT_AFTER:
-                self._worker.submit(partial(self._make_in_background, key), DELAY)
-            elif count == 0:  # one that is on disk came back in another process
-                self._worker.submit(partial(self._load_in_background, key))
+        if count + 1 == EXACT_AFTER:
+            self._worker.submit(partial(self._make_in_background, key), DELAY)
+        elif count == 0:  # one that is on disk came back in another process
+            self._worker.submit(partial(self._load_in_background, key))
 
     def _make(self, key: PlanKey, kind: str) -> Plan:
         with self._lock:
             turn = self._building.setdefault(key, threading.Lock())
         with turn:
-            found = self._find(key)  # another thread may have built it meanwhile
-            if found is not None:
-                return found
-            start = time.perf_counter()
-            plan, what = Plan.load(key), "disk_load"
-            if plan is None:
-                plan, what = Plan.build(key), f"{kind}build"
-            self._add(key, plan, what, start)
-            with self._lock:
-                self._building.pop(key, None)
+            try:
+                found = self._find(key)  # another thread may have built it meanwhile
+                if found is not None:
+                    return found
+                start = time.perf_counter()
+                plan, what = Plan.load(key), "disk_load"
+                if plan is None:
+                    plan, what = Plan.build(key), f"{kind}build"
+                self._add(key, plan, what, start)
+            finally:
+                with self._lock:
+                    self._building.pop(key, None)
         if what != "disk_load":
             plan.store()
         return plan

@@ -28,6 +28,7 @@ def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
     """
     batch, heads, length, dim = out.shape
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
+    sinks = sinks.contiguous()
     block = 16 if dim > 128 else 32
     launch(
         _add_sinks,
@@ -47,6 +48,7 @@ def sink_gradient(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor) -> 
     batch, heads, length, dim = out.shape
     block = 16 if dim > 128 else 32
     blocks = triton.cdiv(length, block)
+    sinks = sinks.contiguous()
     partial = torch.empty((heads, batch, blocks), dtype=torch.float32, device=out.device)
     launch(
         _sink_gradient,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...problem import Problem
+from .operands import needs_bias
 from .runtime import version_text
 
 ANY = 1 << 30
@@ -68,6 +69,10 @@ LIMITS = (
     Limit("one query is wrong in this cuDNN", lambda p: p.q_len == 1, DATACENTER_BLACKWELL, since=91900, below=92501),
     # The diagonal band with data lengths became reliable with -inf fill in 9.10; 9.11 and 9.12 have further defects.
     Limit("window or lower-right causal need cuDNN 9.13", lambda p: p.banded, below=91300),
+    Limit(
+        "one interval per query would become a dense mask of more than 2^28 numbers",
+        lambda p: p.mask == "intervals" and needs_bias(p) and p.batch * p.q_len * p.kv_len > 1 << 28,
+    ),
     Limit("float64 masks have no cuDNN type", lambda p: p.mask_dtype == torch.float64),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import heapq
+import logging
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
-    """Does each submitted task, one at a time, on a thread of its own. Tasks must not raise.
+    """Does each submitted task, one at a time, on a thread of its own. What a task raises is logged.
 
     At exit the queue is dropped and the task in hand is finished (a thread that is killed inside a driver call can
     take the process down); after a fork the child starts afresh, without the parent's queue.
@@ -69,6 +70,8 @@ class Worker:
                 self._busy = True
             try:
                 task()
+            except Exception:  # the next task is not to blame
+                logging.getLogger("fastattn").exception("a background task failed")
             finally:
                 with self._state:
                     self._busy = False
