@@ -126,14 +126,15 @@ def unseen_keys(call: Call) -> Tensor | None:
         assert seen is not None
         seen = seen.any(dim=2)
     else:
-        # Count the intervals that open and close at each key: O(S), no mask.
+        # A key is seen when more intervals have begun than ended up to it: O(S log S), no mask, and the same bits every
+        # time (a scatter would not do under torch's deterministic algorithms).
         lo, hi = bounds(call)
         total = call.k.shape[2]
-        opens = (hi > lo).int()
-        lo, hi = lo.clamp(0, total).long(), hi.clamp(0, total).long()
-        edges = torch.zeros(lo.shape[0], total + 1, dtype=torch.int32, device=lo.device)
-        edges.scatter_add_(1, lo, opens).scatter_add_(1, hi, -opens)
-        seen = (edges.cumsum(1)[:, None, :total]) > 0
+        empty = hi <= lo
+        begins, ends = (x.clamp(0, total).masked_fill(empty, total).sort(1).values for x in (lo, hi))
+        keys = torch.arange(total, dtype=begins.dtype, device=begins.device).expand(begins.shape[0], total).contiguous()
+        begun, ended = (torch.searchsorted(x, keys, right=True) for x in (begins, ends))
+        seen = (begun > ended)[:, None]
         if call.mask is not None:
             mask = call.mask[:, :, 0]
             seen = seen & (mask if mask.dtype == torch.bool else mask > -torch.inf)
