@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,24 @@ def run_shards(name: str, folder: Path) -> dict[int, dict[str, Any]]:
         return {index: entry for part in parts for index, entry in part.result().items()}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[dict[int, dict[str, Any]]]]]:
-    """All runs at once: they mostly wait for cuDNN and Triton to compile, each in its own process."""
-    folder = tmp_path_factory.mktemp("grid")
-    with ThreadPoolExecutor(len(RUNS)) as pool:
-        yield {name: pool.submit(run_shards, name, folder) for name in RUNS}
+_started: dict[str, Future[dict[int, dict[str, Any]]]] = {}
+
+
+def start() -> dict[str, Future[dict[int, dict[str, Any]]]]:
+    """Starts all runs at once, or finds them started: they mostly wait for cuDNN and Triton to compile."""
+    if not _started:
+        folder = Path(tempfile.mkdtemp(prefix="fastattn-grid-"))
+        pool = ThreadPoolExecutor(len(RUNS))
+        _started.update({name: pool.submit(run_shards, name, folder) for name in RUNS})
+        pool.shutdown(wait=False)
+    return _started
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_grid(name: str, outcomes: dict[str, Future[dict[int, dict[str, Any]]]]) -> None:
+def test_grid(name: str) -> None:
     backend, _, groups = RUNS[name]
     leave = left_out(groups)
-    found = outcomes[name].result()
+    found = start()[name].result()
     wrong: list[tuple[Any, ...]] = []
     served: Counter[str] = Counter()
     for index, case in enumerate(GRID):
