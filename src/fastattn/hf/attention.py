@@ -22,6 +22,9 @@ REFUSED = {
     "cache": "the paged cache of continuous batching",
 }
 
+#: Windows that are no windows, and the mask that says the same.
+OPEN_LEFT: dict[tuple[int, int] | None, Mask] = {(-1, 0): "causal", (-1, -1): None}
+
 
 class Sight(NamedTuple):
     """Which keys the queries see: the op's `mask` and `window`, over the first `keys` keys."""
@@ -71,10 +74,10 @@ def attention_forward(
     Raises:
         ValueError: dropout with sinks or softcap; an argument of `REFUSED`; what the op itself raises on.
     """
-    for name, meaning in REFUSED.items():
-        if kwargs.get(name) is not None:
+    for name in REFUSED.keys() & kwargs.keys():
+        if kwargs[name] is not None:
             raise ValueError(
-                f'attn_implementation="fastattn" cannot do {meaning} (argument `{name}` of '
+                f'attn_implementation="fastattn" cannot do {REFUSED[name]} (argument `{name}` of '
                 f'{type(module).__name__}): load this model with "sdpa" or "eager"'
             )
     if kwargs.get("output_attentions"):
@@ -108,7 +111,10 @@ def attention_forward(
         sight = sight._replace(mask=_biased(sight.mask, position_bias[..., : sight.keys]))
     if dropout:
         return _with_dropout(module, query, key, value, sight, dropout, scaling), None
-    out = scaled_dot_product_attention(query, key, value, mask=sight.mask, window=sight.window, **settings)
+    mask, window = sight.mask, sight.window
+    if mask is None and window in OPEN_LEFT:  # the same, said with less to check
+        mask, window = OPEN_LEFT[window], None
+    out = scaled_dot_product_attention(query, key, value, mask=mask, window=window, **settings)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2), None
 
