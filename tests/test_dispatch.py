@@ -17,7 +17,7 @@ from cases import FP32, make
 from features import FEATURES
 
 import fastattn
-from fastattn import api, dispatch
+from fastattn import api, dispatch, notice
 from fastattn.problem import Problem
 
 NAMES = ("decode", "cudnn", "torch", "reference")
@@ -28,7 +28,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings of the machine's, no counts and warnings of other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notice, "_given", set())
     monkeypatch.setattr(dispatch, "_routes", {})
     monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
 
@@ -150,7 +150,7 @@ def test_warns_once_for_each_reason(fakes: Any) -> None:
 def test_warns_once_from_many_threads(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes(decode=["a"], cudnn=["b"], torch=["c"])
     said: list[str] = []
-    monkeypatch.setattr(dispatch.warnings, "warn", lambda text, *_, **__: said.append(text))
+    monkeypatch.setattr(notice.warnings, "warn", lambda text, *_, **__: said.append(text))
     cuda = problem()
     threads = [threading.Thread(target=dispatch.select, args=(cuda, NAMES)) for _ in range(8)]
     for thread in threads:

@@ -10,7 +10,7 @@ from cases import relative_error
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch
+from fastattn import dispatch, notice
 from fastattn.backends import torch_sdpa
 from fastattn.backends.base import Refusal
 
@@ -77,7 +77,7 @@ def test_a_backend_that_refuses_when_it_is_called_is_passed_over(monkeypatch: py
     q, k, v = qkv()
     monkeypatch.setattr(dispatch, "_refused", {})
     monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notice, "_given", set())
     calls = []
 
     def forward(self: Any, problem: Any, call: Any) -> Any:

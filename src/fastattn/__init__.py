@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import Explanation, explain, scaled_dot_product_attention
     from .backends.cudnn.plans import clear_plans
-    from .dispatch import BackendError, FastattnWarning, stats, use_backend
+    from .dispatch import BackendError, stats, use_backend
     from .masks import Intervals
+    from .notice import FastattnWarning
     from .varlen import varlen_attention
 
 __version__ = "0.1.0"
@@ -30,7 +31,8 @@ __all__ = [
 # Looked up on first use: `fastattn --help` need not import torch, and `fastattn doctor` can say that torch is broken.
 _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
-    **dict.fromkeys(("BackendError", "FastattnWarning", "stats", "use_backend"), "dispatch"),
+    **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch"),
+    "FastattnWarning": "notice",
     "Intervals": "masks",
     "clear_plans": "backends.cudnn.plans",
     "varlen_attention": "varlen",

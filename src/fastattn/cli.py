@@ -7,7 +7,6 @@ imported by the subcommand that needs it.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastattn: interrupted", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, ImportError) as error:
-        if os.environ.get("FASTATTN_DEBUG", "0") not in ("", "0"):
+        from .switches import is_on
+
+        if is_on("FASTATTN_DEBUG", False):
             raise
         return _complain(str(error) or type(error).__name__, 2)
     except RuntimeError as error:

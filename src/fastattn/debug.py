@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from .problem import Call, as_token_major
+from .switches import is_on
 
-ENABLED = os.environ.get("FASTATTN_DEBUG", "0").lower() not in ("", "0", "off", "false", "no")
+ENABLED = is_on("FASTATTN_DEBUG", False)
 
 
 def check_call(call: Call) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,10 @@ from functools import cache
 from typing import Any
 
 from .backends.base import Backend
+from .memo import Memo
+from .notice import warn_once
 from .problem import Call, Problem
+from .switches import is_on
 
 NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
 
@@ -27,14 +29,8 @@ _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", de
 opaque: ContextVar[bool] = ContextVar("fastattn_opaque", default=False)
 _calls: Counter[str] = Counter()
 _refused: dict[tuple[str, Problem], str] = {}
-_warned: set[str] = set()
 _lock = threading.Lock()
-_routes: dict[Any, tuple[Problem, Backend]] = {}
-_ROUTES = 1 << 14  #: remembered at most
-
-
-class FastattnWarning(UserWarning):
-    """Something works, but not as fast as it could: the text names the reason and the remedy."""
+_routes: Memo[Any, tuple[Problem, Backend]] = Memo(1 << 14)
 
 
 class BackendError(ValueError):
@@ -77,7 +73,7 @@ def allowed() -> tuple[str, ...]:
         return chosen
     listed = os.environ.get("FASTATTN_BACKENDS")
     names = NAMES if not listed else check_names([n.strip() for n in listed.split(",")], "FASTATTN_BACKENDS")
-    if os.environ.get("FASTATTN_CUDNN", "1").lower() in ("0", "off", "false", "no"):
+    if not is_on("FASTATTN_CUDNN", True):
         names = tuple(name for name in names if name != "cudnn")
     return names
 
@@ -139,10 +135,7 @@ def route(call: Call, names: tuple[str, ...]) -> tuple[Problem, Backend]:
     found = _routes.get(name)
     if found is None:
         problem = Problem.of(call)
-        found = problem, select(problem, names)
-        if len(_routes) >= _ROUTES:
-            _routes.clear()
-        _routes[name] = found
+        found = _routes[name] = problem, select(problem, names)
     return found
 
 
@@ -152,15 +145,10 @@ def refuse(name: str, problem: Problem, error: Exception) -> None:
     with _lock:
         _refused[name, problem] = why
         _routes.clear()
-        first = why not in _warned
-        _warned.add(why)
-    if first:
-        warnings.warn(
-            f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
-            "`fastattn doctor` says whether this machine's versions are the cause.",
-            FastattnWarning,
-            stacklevel=4,
-        )
+    warn_once(
+        f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
+        "`fastattn doctor` says whether this machine's versions are the cause."
+    )
 
 
 def count(name: str) -> None:
@@ -184,15 +172,9 @@ def stats() -> dict[str, Any]:
 
 def _warn_slow(refusals: dict[str, list[str]]) -> None:
     text = "; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items())
-    kind = re.sub(r"\d+", "#", text)  # the same reason for other shapes is the same reason
-    with _lock:
-        if kind in _warned:
-            return
-        _warned.add(kind)
-    warnings.warn(
+    warn_once(
         f"fastattn: a CUDA call runs on the exact but slow reference ({text or 'it was asked for'}). "
         "Run `fastattn doctor` to see what this machine lacks, and fastattn.explain(...) with the call's arguments "
         "to see what would have to change in the call.",
-        FastattnWarning,
-        stacklevel=4,
+        kind=re.sub(r"\d+", "#", text),  # the same reason for other shapes is the same reason
     )

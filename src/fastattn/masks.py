@@ -18,11 +18,11 @@ class Intervals(NamedTuple):
     """One interval of visible keys per query row: row i of batch b sees the keys `[lo, hi)`.
 
     The compact form of left and right padding, packing, windows and chunked prefill: O(S) numbers instead of a mask of
-    O(S^2). Rows with `hi <= lo` see nothing and give 0; bounds beyond the keys are clamped.
+    O(S^2). Rows with `hi <= lo` see nothing and give 0; bounds outside of 0..Skv are clamped (with FASTATTN_DEBUG=1
+    they raise).
 
     lo, hi: int32 tensors `[B, Sq]`, or `[B, 1]` when all rows of a batch entry share one interval, on the inputs'
-    device. B may be 1 to stand for every batch entry. Bounds outside of 0..Skv are
-    clamped (with FASTATTN_DEBUG=1 they raise).
+    device. B may be 1 to stand for every batch entry.
     """
 
     lo: Tensor
@@ -138,8 +138,13 @@ def unseen_keys(call: Call) -> Tensor | None:
         if call.mask is not None:
             mask = call.mask[:, :, 0]
             seen = seen & (mask if mask.dtype == torch.bool else mask > -torch.inf)
-    if seen.shape[1] > 1:  # query heads -> K/V heads
-        seen = seen.unflatten(1, (call.k.shape[1], -1)).any(dim=2)
+    return unseen_by_all(seen, call.k.shape[1])
+
+
+def unseen_by_all(seen: Tensor, kv_heads: int) -> Tensor:
+    """The keys that no head of a group sees, bool `[B|1, Hkv|1, Skv, 1]`. seen: bool `[B|1, Hq|1, Skv]`."""
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (kv_heads, -1)).any(dim=2)
     return ~seen[..., None]
 
 

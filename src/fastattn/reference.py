@@ -24,10 +24,8 @@ from . import masks
 from .problem import Call, Gradients, Problem, as_token_major, token_major, work_dtype
 
 _TINY = 1e-30  #: below any sum of weights, of which the largest is 1; a row that sees nothing has the sum 0
-CHUNK_ELEMENTS = {
-    "cpu": 1 << 21,
-    "cuda": 1 << 25,
-}  #: scores held at a time: 8 MB stays in a CPU's cache, 128 MB fills a GPU
+#: Scores held at a time: 8 MB stays in a CPU's cache, 128 MB fills a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
@@ -104,10 +102,7 @@ def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
     unseen = blind = None
     if seen is not None:
         blind = ~seen.any(-1)
-        keys = seen.any(2)
-        if keys.shape[1] > 1:
-            keys = keys.unflatten(1, (p.kv_heads, -1)).any(2)
-        unseen = ~keys[..., None]
+        unseen = masks.unseen_by_all(seen.any(2), p.kv_heads)
         q = masks.clear(q, blind[..., None])
     scores = _unfold(p, _fold(p, q) @ k.mT) * call.scale
     if p.softcap:

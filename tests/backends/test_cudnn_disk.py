@@ -80,7 +80,7 @@ def test_the_environment_names_all_that_can_make_a_plan_invalid(monkeypatch: pyt
     def look() -> None:
         disk._environment.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-        monkeypatch.setattr(disk.runtime, "library", lambda: library)
+        monkeypatch.setattr(disk.runtime, "frontend", lambda: library)
         found.add(disk._environment(0))
 
     look()
@@ -243,7 +243,7 @@ def test_a_plan_that_cudnn_will_not_have_is_built(monkeypatch: pytest.MonkeyPatc
         built.append(key)
         return SimpleNamespace(store=lambda: disk.store(key, b"new"))
 
-    monkeypatch.setattr(plans.runtime, "library", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
+    monkeypatch.setattr(plans.runtime, "frontend", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
     monkeypatch.setattr(plans.runtime, "handle", lambda index: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: __import__("contextlib").nullcontext())
     monkeypatch.setattr(plans.Plan, "build", staticmethod(build))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import notice
 from fastattn.backends.cudnn import plans
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.worker import Worker
@@ -160,6 +161,7 @@ def test_a_background_failure_is_reported_once_and_not_repeated(
     built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    monkeypatch.setattr(notice, "_given", set())
     cache = plans.PlanCache()
     with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background.*FASTATTN_PLANS=any"):
         for _ in range(10):

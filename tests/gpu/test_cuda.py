@@ -12,7 +12,7 @@ from cases import BF16, FP32, Case, assert_right, make, refusals, relative_error
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals, dispatch
+from fastattn import Intervals, notice
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -178,7 +178,7 @@ def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 def test_the_reference_warns_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notice, "_given", set())
     q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16)
     with pytest.warns(fastattn.FastattnWarning, match="softcap"):
         attend(q, q, q, softcap=1.0)

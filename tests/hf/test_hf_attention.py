@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from fastattn import FastattnWarning
 from fastattn.hf import attention_forward, interval_mask
 from fastattn.hf.attention import REFUSED
-from fastattn.hf.notice import _warn
+from fastattn.notice import _given
 
 B, HQ, HKV, S, D = 2, 4, 2, 9, 8
 
@@ -141,7 +141,7 @@ def test_sparse_indices() -> None:
     seen = torch.zeros(4, S, dtype=torch.bool)
     for row, columns in enumerate(indices[0].tolist()):
         seen[row, [c for c in columns if c >= 0]] = True
-    _warn.cache_clear()
+    _given.clear()
     with pytest.warns(FastattnWarning, match="sparse attention of Layer"):
         check(q, k, v, None, {"mask": seen[None, None], "window": (-1, 0)}, indices=indices)
 
@@ -167,7 +167,7 @@ def test_masks_that_are_none(mask: Tensor) -> None:
 
 
 def test_asked_for_weights_it_says_once_that_there_are_none() -> None:
-    _warn.cache_clear()
+    _given.clear()
     with pytest.warns(FastattnWarning, match="does not return attention weights"):
         attention_forward(Layer(), *inputs(), None, output_attentions=True)
     with warnings.catch_warnings():
@@ -192,7 +192,7 @@ def test_dropout_runs_on_transformers_sdpa(kind: str) -> None:
     if kind == "bias":
         arguments["position_bias"] = torch.randn(1, HQ, rows, S)
     expected, _ = attention_forward(Layer(), q, k, v, mask, **arguments)
-    _warn.cache_clear()
+    _given.clear()
     with pytest.warns(FastattnWarning, match="dropout"):
         # So little dropout that none of it happens: the result must be the plain one.
         found, _ = attention_forward(Layer(), q, k, v, mask, dropout=1e-12, **arguments)

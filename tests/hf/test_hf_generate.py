@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, PreTra
 
 from fastattn import FastattnWarning
 from fastattn.dispatch import stats
-from fastattn.hf.notice import _warn
+from fastattn.notice import _given
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
 
@@ -27,7 +27,9 @@ def test_greedy_generate(family: str, cache: str) -> None:
     settings["cache_implementation"] = cache
     try:
         expected = build(family, "eager").generate(**settings)
-    except TypeError as error:  # Llama 4 with a static cache in transformers 5.17
+    except TypeError as error:
+        if (family, cache) != ("llama4", "static"):  # in transformers 5.17
+            raise
         pytest.skip(f"this transformers cannot do it itself: {error}")
     found = build(family, "fastattn").generate(**settings)
     assert torch.equal(found, expected)
@@ -70,7 +72,7 @@ def test_a_model_with_attention_of_its_own_keeps_it() -> None:
     ids, mask, _ = left_padded(2, 9)
     inputs = {"input_ids": ids, "attention_mask": mask}
     logits = []
-    _warn.cache_clear()
+    _given.clear()
     for attention in ("eager", "fastattn"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
@@ -131,7 +133,7 @@ def test_training_under_autocast() -> None:
 
 def test_training_with_dropout() -> None:
     ids = tokens(2, 12)
-    _warn.cache_clear()
+    _given.clear()
     model = build("mistral", "fastattn", attention_dropout=0.5)
     with pytest.warns(FastattnWarning, match="dropout"):
         losses = [loss_and_gradients(model, input_ids=ids, labels=ids)[0] for _ in range(2)]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_compiled: dict[Any, Any] = {}
-_COMPILED = 1 << 12  #: variants remembered at most
+from ..memo import Memo
+
+_compiled: Memo[Any, Any] = Memo(1 << 12)
 _INT32 = 1 << 31
 
 
@@ -45,8 +46,6 @@ def launch(
     if run is None or max(integers) >= _INT32:
         compiled = kernel[grid](*tensors, *integers, *floats, *constants, **options)
         if max(integers) < _INT32 and compiled is not None:
-            if len(_compiled) >= _COMPILED:
-                _compiled.clear()
             _compiled[name] = compiled[(*grid, 1, 1)[:3]]
         return
     run(*tensors, *integers, *floats, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))

@@ -11,9 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import masks
 from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
+from ..notice import warn_once
 from ..varlen import packed_intervals, varlen_attention
 from .mask import band_of
-from .notice import warn_once
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
 REFUSED = {

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
+from ..notice import warn_once
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
-from .notice import warn_once
 from .patterns import Pattern, recognise
 
 #: Models that compute with their mask (indexers of sparse attention, masks joined to other masks) and so need it dense.

@@ -24,7 +24,7 @@ class CudnnBackend:
     def reasons(self, problem: Problem) -> list[str]:
         if problem.device != "cuda":
             return ["cuDNN needs a CUDA device"]
-        library = runtime.library()
+        library = runtime.frontend()
         why = support.reasons(problem, library.version)
         if library.refusal:
             why.append(library.refusal)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ... import masks, reference
+from ...memo import Memo
 from ...problem import Call, Gradients, Problem, token_major
 from ..layout import copied, readable
 from .forward import (
-    RECIPES,
     SCALE,
     band,
     capacity,
+    exact_key,
     heads_lie_apart,
     leaves_gaps,
     length_operands,
@@ -24,8 +25,8 @@ from .forward import (
     ragged_operand,
     ragged_rows,
 )
-from .graphs import PlanKey
-from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
+from .graphs import KEY_SIDE, PlanKey
+from .operands import bias, cleared, needs_bias, packed, scale_operand
 from .places import places
 from .plans import Plan, cache
 from .sinks import sink_gradient
@@ -64,19 +65,21 @@ class _Recipe:
     stats: tuple[int, int, int, int]  #: of the general plan
 
 
-_recipes: dict[Any, _Recipe] = {}
+_recipes: Memo[Any, _Recipe] = Memo(1 << 14)
 
 
 def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
     left, right = band(p)
     rows = ragged_rows(p, p.kv_heads)
     q_max, kv_max = capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
-    lengths = {role: kv_max if role in ("k", "v", "dk", "dv") else q_max for role in tensors}
+    lengths = {role: kv_max if role in KEY_SIDE else q_max for role in tensors}
     operands = [ragged_operand(role, x, rows, p.kv_heads, lengths[role]) for role, x in tensors.items()]
     dims = (rows, p.group, q_max, 1)
     operands += [SCALE, *length_operands(rows, tuple(tensors)), packed("stats", dims, torch.float32)]
     general = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
-    only = _exact_key(p, tensors, left, right, lower_right(p), deterministic) if may_be_exact(p) else None
+    only = None
+    if may_be_exact(p):
+        only = exact_key(p, tensors, direction="backward", deterministic=deterministic)
     return _Recipe(only, general, rows, dims)
 
 
@@ -90,8 +93,6 @@ def _without_bias(
     name = (p, deterministic, tuple([x.stride() for x in tensors.values()]))
     recipe = _recipes.get(name)
     if recipe is None:
-        if len(_recipes) >= RECIPES:
-            _recipes.clear()
         recipe = _recipes[name] = _new_recipe(p, tensors, deterministic)
     plan = cache.best(recipe.exact, recipe.general)
     if plan.key == recipe.exact:
@@ -116,16 +117,8 @@ def _with_bias(
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
     if "m" in p.grads and p.mask_shape[3] > 1:
         tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
-    left, right = band(p) if keeps_band(p) else (-1, -1)
-    return _run_exact(c, cache.get(_exact_key(p, tensors, left, right, False, deterministic)), tensors, stats)
-
-
-def _exact_key(
-    p: Problem, tensors: dict[str, Tensor], left: int, right: int, lower: bool, deterministic: bool
-) -> PlanKey:
-    operands = [exact(role, x) for role, x in tensors.items()]
-    operands += [SCALE, packed("stats", (p.batch, p.q_heads, p.q_len, 1), torch.float32)]
-    return PlanKey("backward", p.index, tuple(operands), left, right, lower, deterministic)
+    key = exact_key(p, tensors, biased=True, direction="backward", deterministic=deterministic)
+    return _run_exact(c, cache.get(key), tensors, stats)
 
 
 def _run_exact(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ...switches import OFF
 from . import runtime
 from .graphs import PlanKey
 
@@ -37,7 +38,7 @@ _DIGEST = hashlib.sha256().digest_size
 def directory() -> Path | None:
     """Where plans are kept, or None when they are not."""
     chosen = os.environ.get("FASTATTN_PLAN_CACHE", "")
-    if chosen.lower() in ("off", "0", "no", "false"):
+    if chosen.lower() in OFF:
         return None
     if chosen:
         return Path(chosen)
@@ -109,7 +110,7 @@ def _label(key: PlanKey) -> bytes:
 
 @cache
 def _environment(device: int) -> str:
-    library = runtime.library()
+    library = runtime.frontend()
     properties = torch.cuda.get_device_properties(device)
     facts = {
         "format": FORMAT,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memo import Memo
 from ...problem import Call, Problem, token_major
 from ..layout import readable
 from .graphs import Operand, PlanKey
@@ -75,6 +76,23 @@ def leaves_gaps(p: Problem) -> bool:
     return p.q_lengths or p.kv_lengths or p.mask == "intervals"
 
 
+def exact_key(
+    p: Problem,
+    tensors: dict[str, Tensor],
+    stats: bool = True,
+    biased: bool = False,
+    direction: str = "forward",
+    deterministic: bool = False,
+) -> PlanKey:
+    """The plan for just these tensors. biased: the bias says what the band does not say of itself."""
+    operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
+    if stats:
+        operands.append(packed("stats", (p.batch, p.q_heads, p.q_len, 1), torch.float32))
+    left, right = band(p) if not biased or keeps_band(p) else (-1, -1)
+    lower = not biased and lower_right(p)
+    return PlanKey(direction, p.index, tuple(operands), left, right, lower, deterministic)
+
+
 def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
     one = (1, 1, 1, 1)
     offsets = [Operand(f"ragged_{role}", (rows + 1, 1, 1, 1), one, torch.int64) for role in roles]
@@ -92,16 +110,13 @@ class _Recipe:
     stats: tuple[int, int, int, int] | None  #: of the general plan
 
 
-_recipes: dict[Any, _Recipe] = {}
-RECIPES = 1 << 14  #: held at most; they are small, and made anew in 100 us
+_recipes: Memo[Any, _Recipe] = Memo(1 << 14)
 
 
 def _recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
     name = (p, q.stride(), k.stride(), v.stride(), stats)
     found = _recipes.get(name)
     if found is None:
-        if len(_recipes) >= RECIPES:
-            _recipes.clear()
         found = _recipes[name] = _new_recipe(p, q, k, v, stats)
     return found
 
@@ -123,9 +138,7 @@ def _new_recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Re
         operands.append(packed("stats", dims, torch.float32))
     left, right = band(p)
     general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
-    only = None
-    if may_be_exact(p):
-        only = _exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats, left, right, lower_right(p))
+    only = exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_exact(p) else None
     return _Recipe(only, general, fold, rows, dims)
 
 
@@ -154,16 +167,7 @@ def _with_bias(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]
     q, k, v = (readable(x) for x in cleared(c, added)[:3])
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
     tensors = {"q": q, "k": k, "v": v, "o": out, "bias": added}
-    left, right = band(p) if keeps_band(p) else (-1, -1)
-    key = _exact_key(p, tensors, stats, left, right, lower=False)
-    return _run_exact(p, c, cache.get(key), tensors, stats)
-
-
-def _exact_key(p: Problem, tensors: dict[str, Tensor], stats: bool, left: int, right: int, lower: bool) -> PlanKey:
-    operands = [exact(role, x) for role, x in tensors.items()] + [SCALE]
-    if stats:
-        operands.append(packed("stats", (p.batch, p.q_heads, p.q_len, 1), torch.float32))
-    return PlanKey("forward", p.index, tuple(operands), left, right, lower)
+    return _run_exact(p, c, cache.get(exact_key(p, tensors, stats, biased=True)), tensors, stats)
 
 
 def _run_exact(

@@ -14,6 +14,7 @@ import torch
 
 #: The tensors that may lie at ragged offsets; the offsets of `x` are the tensor `ragged_x`.
 RAGGED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+KEY_SIDE = ("k", "v", "dk", "dv")  #: those of them that are as long as the keys
 #: Every tensor that a graph may have, by role. The number is the tensor's id within the graph and in what is executed.
 ROLES = {
     role: number

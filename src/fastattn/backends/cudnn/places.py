@@ -15,12 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dispatch
+from ...memo import Memo
 from ..triton_launch import launch
-from .graphs import RAGGED
+from .graphs import KEY_SIDE, RAGGED
 
-_KEY_SIDE = ("k", "v", "dk", "dv")
-_CACHED = 4096
-_cache: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+_cache: Memo[tuple[Any, ...], dict[str, Tensor]] = Memo(1 << 12)
 
 
 def places(
@@ -60,7 +59,7 @@ def places(
         x = tensors.get(role)
         if x is None:
             strides += [0, 0, 0]
-        elif role in _KEY_SIDE:
+        elif role in KEY_SIDE:
             strides += [x.stride(0), x.stride(1), x.stride(2)]
         else:
             strides += [x.stride(0), x.stride(1) * (q_heads // fold), 0]
@@ -86,8 +85,6 @@ def places(
     found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
     found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
     if name is not None:
-        if len(_cache) >= _CACHED:
-            _cache.clear()
         _cache[name] = found
     return found
 

@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import debug
-from ...dispatch import FastattnWarning
+from ...notice import warn_once
 from ..base import Refusal
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
@@ -62,7 +61,7 @@ class Plan:
 
     @staticmethod
     def build(key: PlanKey) -> Plan:
-        cudnn = runtime.library().cudnn
+        cudnn = runtime.frontend().cudnn
         with torch.cuda.device(key.device):
             try:
                 graph = graphs.build(cudnn, key, runtime.handle(key.device))
@@ -85,7 +84,7 @@ class Plan:
             return None
         try:
             with torch.cuda.device(key.device):
-                graph = runtime.library().cudnn.pygraph(handle=runtime.handle(key.device))
+                graph = runtime.frontend().cudnn.pygraph(handle=runtime.handle(key.device))
                 graph.deserialize(list(payload))
                 return Plan(key, graph)
         except Exception as error:  # whatever cuDNN thinks of it, the plan can be built
@@ -253,14 +252,11 @@ class PlanCache:
         except Exception as error:  # counted as asked for, so not tried again
             with self._lock:
                 self._stats["background_failures"] += 1
-                first = self._stats["background_failures"] == 1
-            if first:
-                warnings.warn(
-                    f"fastattn: a cuDNN plan could not be built in the background ({error}). Calls go on with the "
-                    "any-length plan; FASTATTN_PLANS=any stops the attempts.",
-                    FastattnWarning,
-                    stacklevel=2,
-                )
+            warn_once(
+                f"fastattn: a cuDNN plan could not be built in the background ({error}). Calls go on with the "
+                "any-length plan; FASTATTN_PLANS=any stops the attempts.",
+                kind="background build",
+            )
 
 
 cache = PlanCache()

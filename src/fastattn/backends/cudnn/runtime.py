@@ -12,7 +12,7 @@ MINIMUM_FRONTEND = (1, 28)
 MINIMUM_CUDNN = 91300
 
 
-class Library(NamedTuple):
+class Frontend(NamedTuple):
     """The cuDNN frontend, or why it cannot be used."""
 
     cudnn: Any  #: the module `cudnn`, None if unusable
@@ -21,24 +21,26 @@ class Library(NamedTuple):
 
 
 @cache
-def library() -> Library:
+def frontend() -> Frontend:
     """Loads the frontend on first use. Never raises: whatever is wrong becomes the refusal."""
     try:
         import cudnn
     except Exception as error:
-        return Library(None, 0, f"the cuDNN frontend cannot be imported ({_line(error)}): pip install 'fastattn[cuda]'")
+        return Frontend(
+            None, 0, f"the cuDNN frontend cannot be imported ({_line(error)}): pip install 'fastattn[cuda]'"
+        )
     found = tuple(int(part) for part in cudnn.__version__.split(".")[:2])
     if found < MINIMUM_FRONTEND:
-        return Library(
+        return Frontend(
             None, 0, f"cuDNN frontend {cudnn.__version__} is too old: pip install 'nvidia-cudnn-frontend>=1.28'"
         )
     try:
         version = int(cudnn.backend_version())
     except Exception as error:
-        return Library(None, 0, f"the cuDNN library cannot be loaded ({_line(error)}): pip install nvidia-cudnn-cu13")
+        return Frontend(None, 0, f"the cuDNN library cannot be loaded ({_line(error)}): pip install nvidia-cudnn-cu13")
     if version < MINIMUM_CUDNN:
-        return Library(None, version, f"cuDNN {version_text(version)} is too old: 9.13 or newer is needed")
-    return Library(cudnn, version, "")
+        return Frontend(None, version, f"cuDNN {version_text(version)} is too old: 9.13 or newer is needed")
+    return Frontend(cudnn, version, "")
 
 
 def version_text(version: int) -> str:
@@ -54,7 +56,7 @@ def handle(index: int) -> Any:
 
     Handles are not thread-safe, so each thread has its own; binding is free while the stream stays the same.
     """
-    cudnn = library().cudnn
+    cudnn = frontend().cudnn
     handles = _local.__dict__.setdefault("handles", {})
     found = handles.get(index)
     if found is None:

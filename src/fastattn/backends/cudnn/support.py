@@ -16,9 +16,8 @@ from .operands import needs_bias
 from .runtime import version_text
 
 ANY = 1 << 30
-HOPPER = ((9, 0),)
 DATACENTER_BLACKWELL = ((10, 0), (10, 3))
-CONSUMER = ((8, 0), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  #: and Ampere: one set of kernels
+GENERIC = ((8, 0), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  #: Ampere, Ada, consumer Blackwell: one set of kernels
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ LIMITS = (
     Limit("softcap is not offered", lambda p: p.softcap > 0),
     Limit("head dims must be multiples of 8", lambda p: bool(p.head_dim % 8 or p.value_dim % 8)),
     Limit("head dims above 256 have no fast kernel", lambda p: max(p.head_dim, p.value_dim) > 256),
-    Limit("the backward is limited to head dims of 128 on this GPU", _backward_above(128), CONSUMER),
+    Limit("the backward is limited to head dims of 128 on this GPU", _backward_above(128), GENERIC),
     Limit(
         "the backward is limited to head dims of 128, or 192 with values of 128, on this GPU",
         lambda p: _backward_above(128)(p) and (p.head_dim, p.value_dim) != (192, 128),
@@ -67,8 +66,6 @@ LIMITS = (
     Limit("the backward needs more than one query or key", lambda p: bool(p.grads) and p.q_len == p.kv_len == 1),
     # Wrong for few K/V heads: cuDNN release notes, fixed in 9.25.1.
     Limit("one query is wrong in this cuDNN", lambda p: p.q_len == 1, DATACENTER_BLACKWELL, since=91900, below=92501),
-    # The diagonal band with data lengths became reliable with -inf fill in 9.10; 9.11 and 9.12 have further defects.
-    Limit("window or lower-right causal need cuDNN 9.13", lambda p: p.banded, below=91300),
     Limit(
         "one interval per query would become a dense mask of more than 2^28 numbers",
         lambda p: p.mask == "intervals" and needs_bias(p) and p.batch * p.q_len * p.kv_len > 1 << 28,
@@ -86,7 +83,7 @@ def deterministic_refusal(problem: Problem, bias_gradient: bool, ragged: bool) -
     """Why the backward cannot be deterministic bit by bit on this GPU, or None."""
     if bias_gradient and problem.capability in DATACENTER_BLACKWELL:
         return "no deterministic mask gradient on this GPU"
-    if ragged and problem.capability in CONSUMER:
+    if ragged and problem.capability in GENERIC:
         return "no deterministic backward with lengths as data on this GPU"
     return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
+from ...switches import is_on
 from . import launch
 
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
@@ -66,14 +67,10 @@ def _missing() -> list[str]:
 
 def _uninterpreted(device: str) -> list[str]:
     """Off CUDA only Triton's interpreter runs the kernel: on the CPU, in tests, never unless asked for."""
-    if device != "cpu" or not _switch("FASTATTN_INTERPRET"):
+    if device != "cpu" or not is_on("FASTATTN_INTERPRET", False):
         return ["needs an NVIDIA GPU"]
     if find_spec("triton") is None:
         return ["triton is not installed: pip install fastattn[cuda]"]
-    if not _switch("TRITON_INTERPRET"):
+    if not is_on("TRITON_INTERPRET", False):
         return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
     return []
-
-
-def _switch(name: str) -> bool:
-    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes", "y")

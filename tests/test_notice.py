@@ -1,0 +1,64 @@
+"""Warnings are given once, at the caller's line; small memories and switches."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch, notice
+from fastattn.backends import torch_sdpa
+from fastattn.backends.base import Refusal
+from fastattn.memo import Memo
+from fastattn.switches import is_on
+
+
+@pytest.fixture(autouse=True)
+def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notice, "_given", set())
+
+
+def test_a_warning_is_given_once_per_kind() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for text, kind in (("a", None), ("a", None), ("b", "k"), ("c", "k"), ("d", None)):
+            notice.warn_once(text, kind)
+    assert [str(w.message) for w in caught] == ["a", "b", "d"]
+    assert all(w.category is fastattn.FastattnWarning for w in caught)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_refused", {})
+    monkeypatch.setattr(dispatch, "_routes", {})
+
+    def forward(*args: object) -> None:
+        raise Refusal("not today")
+
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "forward", forward)
+    q = torch.randn(1, 2, 3, 8, requires_grad=grad)
+    with pytest.warns(fastattn.FastattnWarning, match="not today") as caught:
+        fastattn.scaled_dot_product_attention(q, q, q)
+    if not grad:  # with a gradient torch's dispatcher stands between
+        assert caught[0].filename == __file__
+    assert not caught[0].filename.startswith(notice._HERE)
+
+
+def test_a_memo_forgets_when_it_is_full() -> None:
+    memo: Memo[int, int] = Memo(3)
+    for i in range(3):
+        memo[i] = i
+    assert len(memo) == 3
+    memo[3] = 3
+    assert dict(memo) == {3: 3}
+
+
+@pytest.mark.parametrize("value, expected", [("0", False), ("OFF", False), ("no", False), ("1", True), ("yes", True)])
+def test_switches(value: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_SWITCH", value)
+    assert is_on("FASTATTN_SWITCH", not expected) is expected
+    for unset in ("", None):
+        monkeypatch.setenv("FASTATTN_SWITCH", unset) if unset is not None else monkeypatch.delenv("FASTATTN_SWITCH")
+        assert is_on("FASTATTN_SWITCH", expected) is expected
