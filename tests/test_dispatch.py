@@ -30,6 +30,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(notice, "_given", set())
     monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
     monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
 
 
@@ -206,7 +207,7 @@ def test_routes_are_remembered_for_the_right_problem() -> None:
     for _ in range(2):
         for call in calls:
             for names in (NAMES, ("reference",)):
-                found, backend = dispatch.route(call, names)
+                found, backend, _ = dispatch.route(call, names)
                 assert found == Problem.of(call)
                 assert backend.name == dispatch.select(found, names).name
         calls.reverse()

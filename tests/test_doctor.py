@@ -120,13 +120,18 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, cuda, listed, state, advice):
 
 def test_a_backend_that_computes_wrong_numbers_is_broken(monkeypatch):
     reference = dispatch.backend("reference")
-    real = type(reference).forward
+    real = type(reference).bind
 
     def wrong(self, problem, call):
-        out, lse = real(self, problem, call)
-        return (out if call.q.dtype == torch.float64 else out * 1.1), lse
+        def run(call):
+            out, lse = real(self, problem, call)(call)
+            return (out if call.q.dtype == torch.float64 else out * 1.1), lse
 
-    monkeypatch.setattr(type(reference), "forward", wrong)
+        return run
+
+    monkeypatch.setattr(type(reference), "bind", wrong)
+    monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
     found = findings()["backend reference"]
     assert found.state == "broken"
     assert "wrong: relative error 1" in found.text
@@ -136,7 +141,9 @@ def test_a_backend_that_crashes_is_a_line(monkeypatch):
     def crash(self, problem, call):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(type(dispatch.backend("torch")), "forward", crash)
+    monkeypatch.setattr(type(dispatch.backend("torch")), "bind", crash)
+    monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
     found = findings()["backend torch"]
     assert (found.state, found.text) == ("broken", "RuntimeError: no kernel image")
 

@@ -77,14 +77,15 @@ def test_a_backend_that_refuses_when_it_is_called_is_passed_over(monkeypatch: py
     q, k, v = qkv()
     monkeypatch.setattr(dispatch, "_refused", {})
     monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
     monkeypatch.setattr(notice, "_given", set())
     calls = []
 
-    def forward(self: Any, problem: Any, call: Any) -> Any:
-        calls.append(problem)
+    def forward(call: Any) -> Any:
+        calls.append(call)
         raise Refusal("no plan today")
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "forward", forward)
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: forward)
     want = attend(*(x.double() for x in (q, k, v)))
     with pytest.warns(fastattn.FastattnWarning, match="torch refused a call that it should serve .no plan today"):
         out = attend(q, k, v)

@@ -33,11 +33,12 @@ def test_a_warning_is_given_once_per_kind() -> None:
 def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_refused", {})
     monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
 
     def forward(*args: object) -> None:
         raise Refusal("not today")
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "forward", forward)
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: forward)
     q = torch.randn(1, 2, 3, 8, requires_grad=grad)
     with pytest.warns(fastattn.FastattnWarning, match="not today") as caught:
         fastattn.scaled_dot_product_attention(q, q, q)

@@ -21,6 +21,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(dispatch, "fast_path", {})
     monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
 
 

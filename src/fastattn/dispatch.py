@@ -6,7 +6,6 @@ The rule is one list, fastest first; the first backend without a reason to refus
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections import Counter
@@ -14,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from .backends.base import Backend
+from .backends.base import Backend, Runner
 from .memo import Memo
 from .notice import warn_once
 from .problem import Call, Problem
-from .switches import is_on
+from .switches import is_on, setting
 
 NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
 
@@ -30,7 +29,9 @@ opaque: ContextVar[bool] = ContextVar("fastattn_opaque", default=False)
 _calls: Counter[str] = Counter()
 _refused: dict[tuple[str, Problem], str] = {}
 _lock = threading.Lock()
-_routes: Memo[Any, tuple[Problem, Backend]] = Memo(1 << 14)
+#: What `api.py` remembers of whole calls; here because it has to go when a route does.
+fast_path: Memo[Any, Any] = Memo(1 << 12)
+_routes: Memo[Any, Route] = Memo(1 << 13)
 
 
 class BackendError(ValueError):
@@ -71,7 +72,7 @@ def allowed() -> tuple[str, ...]:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    listed = os.environ.get("FASTATTN_BACKENDS")
+    listed = setting("FASTATTN_BACKENDS")
     names = NAMES if not listed else check_names([n.strip() for n in listed.split(",")], "FASTATTN_BACKENDS")
     if not is_on("FASTATTN_CUDNN", True):
         names = tuple(name for name in names if name != "cudnn")
@@ -124,18 +125,26 @@ def select(problem: Problem, names: Sequence[str]) -> Backend:
     raise BackendError(f"no allowed backend can serve this call:\n{listed}")
 
 
-def route(call: Call, names: tuple[str, ...]) -> tuple[Problem, Backend]:
+class Route(NamedTuple):
+    """Where a call goes, and all calls like it."""
+
+    problem: Problem
+    backend: Backend
+    run: Runner  #: the forward
+
+
+def route(call: Call, names: tuple[str, ...]) -> Route:
     """The problem that a call is and the backend that serves it. Raises BackendError with every refusal."""
-    q, k, v, mask, lo = call[:5]
-    kind = None if mask is None else (mask.shape, mask.dtype)
-    bounds = None if lo is None else lo.shape
-    present = (call.sinks is None, call.q_lengths is None, call.kv_lengths is None)
-    # Everything that Problem.of reads; making a Problem and asking the backends takes 20 us, this takes 3.
-    name = (q.shape, k.shape, v.shape, q.dtype, q.device, kind, bounds, present, call[10:], names)
+    q, k, v = call[:3]
+    strides = q.stride(), k.stride(), v.stride()
+    optional = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in call[3:9]])
+    # Everything that Problem.of and Backend.bind read; to make a Problem and ask the backends takes ten times as long.
+    name = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, optional, call[10:], names)
     found = _routes.get(name)
     if found is None:
         problem = Problem.of(call)
-        found = _routes[name] = problem, select(problem, names)
+        chosen = select(problem, names)
+        found = _routes[name] = Route(problem, chosen, chosen.bind(problem, call))
     return found
 
 
@@ -145,6 +154,7 @@ def refuse(name: str, problem: Problem, error: Exception) -> None:
     with _lock:
         _refused[name, problem] = why
         _routes.clear()
+        fast_path.clear()
     warn_once(
         f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
         "`fastattn doctor` says whether this machine's versions are the cause."

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .problem import Call
 
+_LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
+
 
 class Intervals(NamedTuple):
     """One interval of visible keys per query row: row i of batch b sees the keys `[lo, hi)`.
@@ -103,6 +105,16 @@ def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
         most = torch.finfo(dtype).max
         mask = torch.where(mask.isinf(), mask, mask.clamp(-most, most))
     return mask.to(dtype)
+
+
+def in_base_2(mask: Tensor) -> Tensor:
+    """An additive mask for kernels that multiply it by log2(e): what is finite stays finite.
+
+    finfo.min would become -inf there, and a row of nothing else would see no key at all.
+    """
+    if mask.dtype == torch.float16:
+        return mask
+    return mask.clamp(min=_LOWEST).masked_fill_(mask == -torch.inf, -torch.inf)
 
 
 def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:

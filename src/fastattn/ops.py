@@ -8,11 +8,12 @@ looks at is real.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import debug, dispatch
 from .backends.base import Refusal
@@ -37,47 +38,81 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
-    if _direct(call):
-        if torch.is_autocast_enabled(call.q.device.type):
-            with _no_autocast(call.q):
-                return _serve(call, names)
-        return _serve(call, names)
-    out, lse = torch.ops.fastattn.attention(*call, ",".join(names))
-    return out, lse
+    if not plain(*call[:3]):
+        return torch.ops.fastattn.attention(*call, ",".join(names))
+    if call.grads:
+        return _Attention.apply(*call, names)
+    with _no_autocast(call.q):
+        return serve(call, names)
 
 
-def _direct(call: Call) -> bool:
-    """True when nothing would come of a trip through torch's dispatcher (8 us): no gradient, no tracing, no modes."""
+def plain(*tensors: Tensor) -> bool:
+    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses.
+
+    Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
+    gradients.
+    """
     return (
-        not call.grads
-        and not torch.compiler.is_compiling()
-        and type(call.q) is type(call.k) is type(call.v) is Tensor
+        not torch.compiler.is_compiling()
+        and all([type(x) is Tensor or type(x) is Parameter for x in tensors])
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _serve(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-    problem, backend = dispatch.route(call, names)
+def serve(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    """The forward, on the backend that `dispatch` picks."""
+    problem, backend, run = dispatch.route(call, names)
     dispatch.count(backend.name)
     if debug.ENABLED:
         debug.check_call(call)
     try:
-        out, lse = backend.forward(problem, call)
+        out, lse = run(call)
     except Refusal as error:
         dispatch.refuse(backend.name, problem, error)
-        return _serve(call, names)
+        return serve(call, names)
     if debug.ENABLED:
         debug.check_result(call, backend.name, out, lse)
     return out, lse
 
 
 def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    out, lse = _serve(call, names)
+    out, lse = serve(call, names)
     if lse is None or not (call.return_lse or call.grads):
         # A backend whose backward does not read it may leave it out; one that needs it itself may return it unasked.
         lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
     return out, lse
+
+
+def _gradients(
+    call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> Gradients:
+    problem, backend, _ = dispatch.route(call, names)
+    dispatch.count(f"{backend.name}.backward")
+    try:
+        return backend.backward(problem, call, out, lse, grad_out, grad_lse)
+    except Refusal as error:
+        dispatch.refuse(backend.name, problem, error)
+        backend = dispatch.route(call, names).backend
+        return backend.backward(problem, call, out, lse, grad_out, grad_lse)
+
+
+class _Attention(torch.autograd.Function):
+    """The link from forward to backward when nothing traces the call. Arguments: a `Call`'s fields, and names."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        call = Call(*args[:_FIELDS])
+        with _no_autocast(call.q):
+            out, lse = _forward(call, args[_FIELDS])
+        _setup_context(ctx, args, (out, lse))
+        if not call.return_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, *grads)
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -87,15 +122,8 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
     call, names = _unpack(args)
-    problem, backend = dispatch.route(call, names)
-    dispatch.count(f"{backend.name}.backward")
     with _inside(call.q):
-        try:
-            found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
-        except Refusal as error:
-            dispatch.refuse(backend.name, problem, error)
-            backend = dispatch.route(call, names)[1]
-            found = backend.backward(problem, call, out, lse, grad_out, grad_lse)
+        found = _gradients(call, names, out, lse, grad_out, grad_lse)
     return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -114,9 +142,15 @@ def _inside(like: Tensor) -> Iterator[None]:
         dispatch.opaque.reset(token)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The inputs were cast already (`api.py`); the float32 inside must stay float32."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return _NOTHING
+    return torch.autocast(device, enabled=False)
+
+
+_NOTHING = nullcontext()
 
 
 def _lse_shape(call: Call) -> tuple[int, ...]:
@@ -162,7 +196,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return nothing
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    found = torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest)
+    names = ctx.rest[-1]
+    if isinstance(names, str) or torch.is_grad_enabled() or not plain(grad_out, *tensors[:3]):
+        # The operator: traced, or with create_graph=True, which it knows how to refuse.
+        names = names if isinstance(names, str) else ",".join(names)
+        found = torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest[:-1], names)
+    else:
+        with _no_autocast(grad_out):
+            found = _gradients(Call(*tensors, *ctx.rest[:-1]), names, out, lse, grad_out, grad_lse)
     q, k, v, m, s = (x if name in wanted else None for name, x in zip("qkvms", found, strict=True))
     return (q, k, v, m, None, None, s, *nothing[7:])
 

@@ -6,8 +6,8 @@ computes each chunk again.
 
     s = softcap(scale * q k^T) + mask,    p = exp(s - lse),    lse = log(sum_j exp(s_j) + exp(sink)),    o = p v
 
-Backward (with delta = rowsum(do * o) - dlse; Dao et al., FlashAttention, 2022, appendix B; the sink is one more logit
-whose value vector is 0):
+Backward (with delta = rowsum(p * do v^T) - dlse; Dao et al., FlashAttention, 2022, appendix B; the sink is one more
+logit whose value vector is 0):
 
     ds = p * (do v^T - delta),    dsink = -sum_rows exp(sink - lse) * delta,    dmask = ds,
     dr = ds * (1 - (softcap(r) / cap)^2),    dq = scale * dr k,    dk = scale * dr^T q,    dv = p^T do
@@ -42,10 +42,8 @@ def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(
-    problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> Gradients:
-    """The gradients named by `call.grads`, from any backend's output. The log-sum-exp `[B,Hq,Sq]` is not read."""
+def backward(problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """The gradients named by `call.grads`, whatever backend ran the forward."""
     p, work = problem, work_dtype(problem.dtype)
     k, v = call.k.to(work), call.v.to(work)
     dq = token_major(call.q, p.batch, p.q_heads, p.q_len, p.head_dim) if "q" in p.grads else None
@@ -59,7 +57,9 @@ def backward(
         do = grad_out[:, :, start:stop].to(work)
         if rows.blind is not None:  # gradient 0, whatever the upstream gradient holds
             do = masks.clear(do, rows.blind[..., None])
-        delta = (do * out[:, :, start:stop].to(work)).sum(-1)
+        dp = _unfold(p, _fold(p, do) @ masks.clear(v, rows.unseen).mT)
+        # rowsum(do * o) is the same, but for the rounding of o: in rows of few keys that is most of what is left.
+        delta = (probabilities * dp).sum(-1)
         if grad_lse is not None:
             dlse = grad_lse[:, :, start:stop].to(work)
             # The log-sum-exp of a row that sees nothing is its sink, or the constant -inf.
@@ -68,7 +68,7 @@ def backward(
             dv += _fold(p, probabilities).mT @ _fold(p, do)
         if dsinks is not None:
             dsinks -= (sink * delta).sum((0, 2))
-        ds = probabilities * (_unfold(p, _fold(p, do) @ masks.clear(v, rows.unseen).mT) - delta[..., None])
+        ds = probabilities * (dp - delta[..., None])
         if dmask is not None:
             masks.rows_of(dmask, start, stop).add_(masks.reduce_to(ds, _rows_shape(p.mask_shape, stop - start)))
         if p.softcap:

@@ -90,7 +90,7 @@ def main(major: int, minor: int) -> None:
     for name, (q, k, v), options in calls():
         call = prepare(q, k, v, **options)
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
-        kernel.attend(problem, call, launch.choose(problem, 132))
+        kernel.bind(problem, call, launch.choose(problem, 132))(call)
         for recorder in recorders:
             for compiled in recorder.compile(target):
                 print(json.dumps({"call": name, "kernel": compiled.name, "shared": compiled.metadata.shared}))

@@ -244,7 +244,7 @@ def test_a_plan_that_cudnn_will_not_have_is_built(monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(store=lambda: disk.store(key, b"new"))
 
     monkeypatch.setattr(plans.runtime, "frontend", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
-    monkeypatch.setattr(plans.runtime, "handle", lambda index: None)
+    monkeypatch.setattr(plans.runtime, "context", lambda index: SimpleNamespace(handle=None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: __import__("contextlib").nullcontext())
     monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
     disk.store(key(), PAYLOAD)

@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 from cases import relative_error
 
 import fastattn
-from fastattn.backends.cudnn import places as places_module
 from fastattn.backends.cudnn.places import places
 from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
 
@@ -22,13 +21,6 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="native on a GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():  # nothing to be cached by stream
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    places_module._cache.clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)

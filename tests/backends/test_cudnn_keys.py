@@ -11,7 +11,7 @@ from recorder import cudnn
 
 import fastattn
 from fastattn import api
-from fastattn.backends.cudnn import backward, forward, graphs, operands
+from fastattn.backends.cudnn import backward, forward, graphs, operands, plans
 from fastattn.backends.cudnn.graphs import OUTPUTS, RAGGED, ROLES, Operand, PlanKey
 from fastattn.problem import Problem
 
@@ -83,6 +83,13 @@ class Recorder:
         self.roles: list[set[str]] = []
 
     exact = False  #: whether exact plans are there
+    asked = 0
+
+    @property
+    def generation(self) -> int:
+        """Never twice the same: nobody may remember an answer."""
+        self.asked += 1
+        return self.asked
 
     def get(self, key: PlanKey) -> Recorder:
         self.keys.append(key)
@@ -103,13 +110,15 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
 
-    def places(tensors: dict[str, torch.Tensor], *rest: Any) -> dict[str, torch.Tensor]:
+    def places(tensors: dict[str, torch.Tensor], call: Any) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(1) for name in ("seq_q", "seq_kv", *(f"ragged_{role}" for role in tensors))}
 
-    for module in (forward, backward):
+    for module in (forward, backward, plans):
         monkeypatch.setattr(module, "cache", found)
-        monkeypatch.setattr(module, "places", places)
-        monkeypatch.setattr(module, "_recipes", {})
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "Places", lambda *rest: places)
+    monkeypatch.setattr(forward, "_bound", {})
+    monkeypatch.setattr(backward, "_recipes", {})
     return found
 
 
@@ -125,7 +134,7 @@ def keys_of(
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     recorder.keys.clear()
     with torch.no_grad():
-        out, lse = forward.forward(problem, call)
+        out, lse = forward.bind(problem, call)(call)
         if grads:
             assert lse is not None
             backward.backward(problem, call, out, lse, torch.zeros_like(out), None)
@@ -212,7 +221,7 @@ def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_th
         call = api.prepare(q, k, v, mask="causal")
         problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
         recorder.keys.clear()
-        forward.forward(problem, call)
+        forward.bind(problem, call)(call)
         found.append(recorder.keys[0])
     assert found[0] == found[1]
     assert found[0].operand("q").dims[:2] == (8, 1)  # type: ignore[union-attr]

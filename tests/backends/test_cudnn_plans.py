@@ -48,7 +48,7 @@ def test_a_plan_is_built_once_and_found_again(built: list[PlanKey]) -> None:
     assert cache.get(key(1)) is first and len(built) == 1
     assert cache.get(key(2)) is not first and len(built) == 2
     stats = cache.stats()
-    assert (stats["plans"], stats["builds"], stats["hits"], stats["evictions"]) == (2, 2, 1, 0)
+    assert (stats["plans"], stats["builds"], stats["evictions"]) == (2, 2, 0)
     assert stats["build_ms"] >= 10
 
 

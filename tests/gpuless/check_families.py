@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import api
-from fastattn.backends.cudnn import backward, forward, graphs, support
+from fastattn.backends.cudnn import backward, forward, graphs, plans, support
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.problem import Call, Problem
 
@@ -34,6 +34,7 @@ class Asker:
         self.answers: dict[PlanKey, str] = {}
         self.said: list[str] = []
         self.key: PlanKey | None = None
+        self.asked = 0
 
     def get(self, key: PlanKey) -> Asker:
         if key not in self.answers:
@@ -48,6 +49,12 @@ class Asker:
             self.said.append(f"{key.direction}: {self.answers[key]}")
         self.key = key
         return self
+
+    @property
+    def generation(self) -> int:
+        """Never twice the same: nobody may remember an answer."""
+        self.asked += 1
+        return self.asked
 
     def best(self, exact: PlanKey | None, general: PlanKey) -> Asker:
         if exact is not None:
@@ -97,9 +104,10 @@ def calls() -> Iterator[tuple[str, Call]]:
 def main(major: int, minor: int) -> None:
     cudnn = stand_in.load_cudnn()
     asker = Asker(cudnn, (major, minor))
-    for module in (forward, backward):
+    for module in (forward, backward, plans):
         module.cache = asker  # type: ignore[assignment]
-        module.places = lambda *rest: {}  # type: ignore[assignment]
+    for module in (forward, backward):
+        module.Places = lambda *rest: lambda *rest: {}  # type: ignore[assignment, misc]
     forward.add_sinks = lambda out, stats, sinks: stats.contiguous()  # type: ignore[assignment]
     backward.sink_gradient = lambda out, grad, lse, sinks: sinks  # type: ignore[assignment]
     print(json.dumps({"cudnn": cudnn.backend_version()}))
@@ -107,7 +115,7 @@ def main(major: int, minor: int) -> None:
         problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(major, minor))
         asker.said = []
         with torch.no_grad():
-            out, lse = forward.forward(problem, call)
+            out, lse = forward.bind(problem, call)(call)
             if problem.grads and lse is not None:
                 backward.backward(problem, call, out, lse, torch.zeros_like(out), None)
         ours = support.reasons(problem, cudnn.backend_version())

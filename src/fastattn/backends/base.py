@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -11,6 +12,11 @@ from ..problem import Call, Gradients, Problem
 
 class Refusal(RuntimeError):
     """A backend finds only when it is called that it cannot serve a problem. Another one does."""
+
+
+#: Runs a call. Returns the output and, when `problem.return_lse` or `problem.grads`, the log-sum-exp; else None may
+#: stand for it, and also when only gradients need it and the backend's backward does not read it.
+Runner = Callable[[Call], tuple[Tensor, Tensor | None]]
 
 
 class Backend(Protocol):
@@ -30,10 +36,10 @@ class Backend(Protocol):
         """
         ...
 
-    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        """The output and, when `problem.return_lse` or `problem.grads`, the log-sum-exp; else None may stand for it.
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        """The forward of every call that is like this one in its problem and in the strides and dtypes of its tensors.
 
-        A backend whose backward does not read the log-sum-exp may return None for it when only gradients need it.
+        Looks at nothing else of the call: the runner that it returns serves others.
         """
         ...
 

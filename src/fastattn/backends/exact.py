@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from .. import reference
 from ..problem import Call, Gradients, Problem
+from .base import Runner
 
 
 class ReferenceBackend:
@@ -16,10 +19,10 @@ class ReferenceBackend:
     def reasons(self, problem: Problem) -> list[str]:
         return []
 
-    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        return reference.forward(problem, call)
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        return partial(reference.forward, problem)
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
-        return reference.backward(problem, call, out, lse, grad_out, grad_lse)
+        return reference.backward(problem, call, grad_out, grad_lse)

@@ -8,13 +8,17 @@ from torch import Tensor
 
 from ..problem import token_major
 
-_ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
+ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
 
 
 def readable(x: Tensor) -> Tensor:
     """`x` `[B,H,S,D]` if kernels can read it in 16-byte pieces where it lies, else a token-major copy."""
-    fits = x.data_ptr() % _ALIGNMENT == 0 and _fits(tuple(x.shape), x.stride(), _ALIGNMENT // x.element_size())
-    return x if fits else copied(x)
+    return x if x.data_ptr() % ALIGNMENT == 0 and fits(x) else copied(x)
+
+
+def fits(x: Tensor) -> bool:
+    """True when the strides of `x` allow that, wherever it lies."""
+    return _fits(tuple(x.shape), x.stride(), ALIGNMENT // x.element_size())
 
 
 def copied(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from .. import masks
 from ..problem import Call, Gradients, Problem, as_token_major
+from .base import Runner
 from .layout import readable
 
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
@@ -39,8 +41,8 @@ class TorchBackend:
             why.append(f"would need a dense mask of {p.batch} x {p.q_len} x {p.kv_len}")
         return why
 
-    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        return partial(_forward, problem)
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
@@ -50,8 +52,13 @@ class TorchBackend:
         wanted = [x for x in inputs if x.requires_grad]
         with _autograd(), torch.enable_grad():
             again = _attend(problem, call, *inputs)
+            grad_out = readable(grad_out) if problem.device == "cuda" else grad_out
             found = iter(torch.autograd.grad(again, wanted, grad_out))
         return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
+
+
+def _forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
+    return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
 
 
 def _autograd() -> AbstractContextManager[None]:
@@ -86,8 +93,13 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v, bias = q.to(work), k.to(work), v.to(work), c.mask.to(work)
             bias = bias if blind is None else torch.where(blind, 0.0, bias)
             mask = torch.where(mask, bias, -torch.inf)
-    if p.device == "cuda":  # rows that do not start at 16 bytes end some of torch's kernels in an illegal access
+    if p.device == "cuda":
+        # Measured (2.11): rows that do not start at 16 bytes, and masks without a key dim of their own, end some of
+        # torch's kernels in an illegal access; and a row of finfo.min is a row of nothing to them.
         q, k, v = readable(q), readable(k), readable(v)
+        if mask is not None:
+            mask = masks.in_base_2(mask) if p.mask == "additive" else mask
+            mask = mask.expand(*mask.shape[:3], p.kv_len).contiguous()
     out = functional.scaled_dot_product_attention(
         q,
         k,

@@ -7,6 +7,7 @@ specialises on is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,36 +17,82 @@ from ..memo import Memo
 
 _compiled: Memo[Any, Any] = Memo(1 << 12)
 _INT32 = 1 << 31
+_ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    tensors: tuple[Tensor | None, ...],
-    integers: tuple[int, ...],
-    floats: tuple[float | None, ...],
-    constants: tuple[Any, ...],
-    **options: int,
-) -> None:
-    """Launches `kernel(*tensors, *integers, *floats, *constants)` on torch's current stream of the tensors' device.
+class Launcher:
+    """A kernel with its grid, integers and constants: all that is left to say of a launch is tensors and floats.
 
-    The kernel must take its arguments in that order and declare every integer `do_not_specialize`; integers must not
-    be negative. constants: its constexprs. options: num_warps and the like.
+    The kernel must take its arguments in the order tensors, integers, floats, constants, and declare every integer
+    `do_not_specialize`; integers must not be negative. From launch to launch the tensors must have the same dtypes,
+    tensors and floats be None at the same places. options: num_warps and the like.
     """
-    if device.type != "cuda":  # Triton's interpreter
-        kernel[grid](*tensors, *integers, *floats, *constants, **options)
-        return
-    if device.index != torch.cuda.current_device():  # Triton launches there
-        with torch.cuda.device(device):
-            return launch(kernel, grid, device, tensors, integers, floats, constants, **options)
-    # All that Triton looks at: types, None, the alignment of pointers, whether an integer fits 32 bits.
-    pointers = tuple([None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors])
-    name = (kernel, grid, device.index, pointers, tuple([x is None for x in floats]), constants, *options.values())
-    run = _compiled.get(name)
-    if run is None or max(integers) >= _INT32:
-        compiled = kernel[grid](*tensors, *integers, *floats, *constants, **options)
-        if max(integers) < _INT32 and compiled is not None:
-            _compiled[name] = compiled[(*grid, 1, 1)[:3]]
-        return
-    run(*tensors, *integers, *floats, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+    __slots__ = ("_aligned", "_constants", "_device", "_grid", "_integers", "_kernel", "_options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        integers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        **options: int,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._device = device
+        self._integers = integers
+        self._constants = constants
+        self._options = options
+        self._aligned: Any = None  #: the compiled kernel for tensors that all are
+
+    def __call__(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
+        """Launches the kernel on torch's current stream of the device."""
+        device = self._device
+        if device.type != "cuda":  # Triton's interpreter
+            self._launch_anew(tensors, floats)
+            return
+        if device.index != torch._C._cuda_getDevice():  # Triton launches there
+            with torch.cuda.device(device):
+                return self(tensors, floats)
+        # Addresses: for a tensor, Triton would ask the driver where it lies.
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for address in addresses:
+            if address is not None:
+                bits |= address
+        compiled = None if bits % _ALIGNMENT else self._aligned
+        if compiled is None:
+            name = self._name(tensors, floats)
+            compiled = _compiled.get(name)
+            if compiled is None:
+                compiled = self._launch_anew(tensors, floats)
+                if compiled is not None:
+                    _compiled[name] = compiled
+                return
+            if not bits % _ALIGNMENT:
+                self._aligned = compiled
+        compiled.run(
+            *self._grid,
+            torch._C._cuda_getCurrentRawStream(device.index),
+            compiled.function,
+            compiled.packed_metadata,
+            None,  # nothing is asked of launch hooks
+            None,
+            None,
+            *addresses,
+            *self._integers,
+            *floats,
+            *self._constants,
+        )
+
+    def _launch_anew(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._integers, *floats, *self._constants, **self._options)
+
+    def _name(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...]) -> Any:
+        """All that Triton looks at: types, None, the alignment of pointers, whether an integer fits 32 bits."""
+        pointers = tuple([None if x is None else (x.dtype, x.data_ptr() % _ALIGNMENT == 0) for x in tensors])
+        wide = tuple([i for i, x in enumerate(self._integers) if x >= _INT32])
+        absent = tuple([x is None for x in floats])
+        return self._kernel, self._device.index, pointers, wide, absent, self._constants, tuple(self._options.items())

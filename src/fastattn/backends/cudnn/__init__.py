@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
+from ..base import Runner
 from . import runtime, support
 
 
@@ -32,10 +33,10 @@ class CudnnBackend:
             why.append("Triton, which computes offsets on the device, is missing: pip install 'fastattn[cuda]'")
         return why
 
-    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        from .forward import forward
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        from .forward import bind
 
-        return forward(problem, call)
+        return bind(problem, call)
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None

@@ -27,8 +27,8 @@ from .forward import (
 )
 from .graphs import KEY_SIDE, PlanKey
 from .operands import bias, cleared, needs_bias, packed, scale_operand
-from .places import places
-from .plans import Plan, cache
+from .places import Places
+from .plans import Choice, Plan, cache
 from .sinks import sink_gradient
 from .support import deterministic_refusal
 
@@ -41,7 +41,7 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
     dense = needs_bias(p)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not dense)):
-        return reference.backward(p, c, out, lse, grad_out, grad_lse)
+        return reference.backward(p, c, grad_out, grad_lse)
     # exp(score - inf) = 0: a row that sees nothing must not become exp(-inf + inf) = NaN.
     stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse
     run = _with_bias if dense else _without_bias
@@ -59,13 +59,12 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
 class _Recipe:
     """What a backward without a bias needs besides its data: worked out once per problem and strides."""
 
-    exact: PlanKey | None
-    general: PlanKey
-    rows: int
-    stats: tuple[int, int, int, int]  #: of the general plan
+    choice: Choice
+    places: Places
+    stats: tuple[int, int, int, int]  #: of the plan for any length
 
 
-_recipes: Memo[Any, _Recipe] = Memo(1 << 14)
+_recipes: Memo[Any, _Recipe] = Memo(1 << 13)
 
 
 def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
@@ -80,7 +79,7 @@ def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> 
     only = None
     if may_be_exact(p):
         only = exact_key(p, tensors, direction="backward", deterministic=deterministic)
-    return _Recipe(only, general, rows, dims)
+    return _Recipe(Choice(only, general), Places(p, rows, p.kv_heads), dims)
 
 
 def _without_bias(
@@ -94,13 +93,13 @@ def _without_bias(
     recipe = _recipes.get(name)
     if recipe is None:
         recipe = _recipes[name] = _new_recipe(p, tensors, deterministic)
-    plan = cache.best(recipe.exact, recipe.general)
-    if plan.key == recipe.exact:
+    plan, is_exact = recipe.choice.plan()
+    if is_exact:
         return _run_exact(c, plan, tensors, stats)
     if leaves_gaps(p):
         for d, _ in _GRADIENTS:
             tensors[d].zero_()
-    tensors |= places(tensors, recipe.rows, p.kv_heads, c.q_lengths, c.kv_lengths, c.lo, c.hi)
+    tensors |= recipe.places(tensors, c)
     spread = tensors["stats"] = stats.new_empty(recipe.stats)
     spread.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len] = stats
     tensors["scale"] = scale_operand(c.scale)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...memo import Memo
-from ...problem import Call, Problem, token_major
-from ..layout import readable
+from ...problem import Call, Problem, token_major, token_major_strides
+from ..base import Runner
+from ..layout import ALIGNMENT, fits, readable
 from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
-from .places import places
-from .plans import Plan, cache
+from .places import Places
+from .plans import Choice, cache
 from .sinks import add_sinks
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
 MIN_CAPACITY = 1 << 14  #: length that an any-length plan is declared for, at the least; a larger one costs no time
 
 
-def forward(p: Problem, c: Call) -> tuple[Tensor, Tensor | None]:
-    """Output, and the log-sum-exp when it is wanted (see `Backend.forward`)."""
-    stats = p.return_lse or bool(p.grads) or p.sinks
-    out, lse = (_with_bias if needs_bias(p) else _without_bias)(p, c, stats)
-    if c.sinks is not None and lse is not None:
-        return out, add_sinks(out, lse, c.sinks)
-    return out, None if lse is None else lse.contiguous()
+def bind(p: Problem, c: Call) -> Runner:
+    """See `Backend.bind`."""
+    return partial(_with_bias, p) if needs_bias(p) else _without_bias(p, *c[:3])
 
 
 def may_be_exact(p: Problem) -> bool:
@@ -99,84 +96,99 @@ def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
     return [*offsets, *(Operand(role, (rows, 1, 1, 1), one, torch.int32) for role in ("seq_q", "seq_kv"))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    """What a call without a bias needs besides its data: worked out once per problem and strides."""
+class _WithoutBias:
+    """The forward of calls that need no bias, all of one problem and one set of strides: what can be is made once."""
 
-    exact: PlanKey | None  #: the plan for just this shape, where there can be one
-    general: PlanKey  #: the plan for any length
-    fold: int
-    rows: int
-    stats: tuple[int, int, int, int] | None  #: of the general plan
+    __slots__ = ("_choice", "_in_place", "_lse", "_out", "_places", "_problem", "_stats")
+
+    def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._problem = p
+        self._in_place = fits(q) and fits(k) and fits(v)
+        fold = p.q_heads if heads_lie_apart(q) else p.kv_heads
+        rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
+        self._places = Places(p, rows, fold)
+        out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
+        self._out = out.shape, token_major_strides(p.q_heads, p.q_len, p.value_dim)
+        operands = [
+            ragged_operand("q", q, rows, fold, q_max),
+            ragged_operand("k", k, rows, p.kv_heads, kv_max),
+            ragged_operand("v", v, rows, p.kv_heads, kv_max),
+            ragged_operand("o", out, rows, fold, q_max),
+            SCALE,
+            *length_operands(rows, ("q", "k", "v", "o")),
+        ]
+        stats = _needs_stats(p)
+        self._lse = stats
+        self._stats = (rows, p.q_heads // fold, q_max, 1) if stats else None  #: of the plan for any length
+        if self._stats:
+            operands.append(packed("stats", self._stats, torch.float32))
+        left, right = band(p)
+        general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
+        only = exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_exact(p) else None
+        self._choice = Choice(only, general)
+
+    def __call__(self, c: Call) -> tuple[Tensor, Tensor | None]:
+        p, q, k, v = self._problem, c.q, c.k, c.v
+        if not self._in_place or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
+            q, k, v = readable(q), readable(k), readable(v)
+            return _without_bias(p, q, k, v)._run(c._replace(q=q, k=k, v=v))
+        return self._run(c)
+
+    def _run(self, c: Call) -> tuple[Tensor, Tensor | None]:
+        p, q = self._problem, c.q
+        plan, is_exact = self._choice.plan()
+        out = torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
+        tensors = {"q": q, "k": c.k, "v": c.v, "o": out, "scale": scale_operand(c.scale)}
+        lse = None
+        if is_exact:
+            if self._lse:
+                lse = _exact_stats(p, tensors)
+        else:
+            if leaves_gaps(p):
+                out.zero_()
+            tensors |= self._places(tensors, c)
+            if self._stats:
+                found = tensors["stats"] = q.new_full(self._stats, -torch.inf, dtype=torch.float32)
+                lse = found.view(-1, p.q_heads, self._stats[2])[: p.batch, :, : p.q_len]
+        plan.run(tensors)
+        return _finished(c, out, lse)
 
 
-_recipes: Memo[Any, _Recipe] = Memo(1 << 14)
+_bound: Memo[Any, _WithoutBias] = Memo(1 << 13)
 
 
-def _recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
-    name = (p, q.stride(), k.stride(), v.stride(), stats)
-    found = _recipes.get(name)
+def _without_bias(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> _WithoutBias:
+    name = (p, q.stride(), k.stride(), v.stride())
+    found = _bound.get(name)
     if found is None:
-        found = _recipes[name] = _new_recipe(p, q, k, v, stats)
+        found = _bound[name] = _WithoutBias(p, q, k, v)
     return found
 
 
-def _new_recipe(p: Problem, q: Tensor, k: Tensor, v: Tensor, stats: bool) -> _Recipe:
-    fold = p.q_heads if heads_lie_apart(q) else p.kv_heads
-    rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
-    out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
-    operands = [
-        ragged_operand("q", q, rows, fold, q_max),
-        ragged_operand("k", k, rows, p.kv_heads, kv_max),
-        ragged_operand("v", v, rows, p.kv_heads, kv_max),
-        ragged_operand("o", out, rows, fold, q_max),
-        SCALE,
-        *length_operands(rows, ("q", "k", "v", "o")),
-    ]
-    dims = (rows, p.q_heads // fold, q_max, 1) if stats else None
-    if dims:
-        operands.append(packed("stats", dims, torch.float32))
-    left, right = band(p)
-    general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
-    only = exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_exact(p) else None
-    return _Recipe(only, general, fold, rows, dims)
-
-
-def _without_bias(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
-    q, k, v = readable(c.q), readable(c.k), readable(c.v)
-    recipe = _recipe(p, q, k, v, stats)
-    plan = cache.best(recipe.exact, recipe.general)
-    out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
-    tensors = {"q": q, "k": k, "v": v, "o": out}
-    if plan.key == recipe.exact:
-        return _run_exact(p, c, plan, tensors, stats)
-    if leaves_gaps(p):
-        out.zero_()
-    tensors |= places(tensors, recipe.rows, recipe.fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
-    tensors["scale"] = scale_operand(c.scale)
-    lse = None
-    if recipe.stats:
-        found = tensors["stats"] = q.new_full(recipe.stats, -torch.inf, dtype=torch.float32)
-        lse = found.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len]
-    plan.run(tensors)
-    return out, lse
-
-
-def _with_bias(p: Problem, c: Call, stats: bool) -> tuple[Tensor, Tensor | None]:
+def _with_bias(p: Problem, c: Call) -> tuple[Tensor, Tensor | None]:
     added = bias(p, c, whole=False)
     q, k, v = (readable(x) for x in cleared(c, added)[:3])
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
     tensors = {"q": q, "k": k, "v": v, "o": out, "bias": added}
-    return _run_exact(p, c, cache.get(exact_key(p, tensors, stats, biased=True)), tensors, stats)
-
-
-def _run_exact(
-    p: Problem, c: Call, plan: Plan, tensors: dict[str, Tensor], stats: bool
-) -> tuple[Tensor, Tensor | None]:
+    stats = _needs_stats(p)
+    plan = cache.get(exact_key(p, tensors, stats, biased=True))
     tensors["scale"] = scale_operand(c.scale)
-    lse = None
-    if stats:
-        found = tensors["stats"] = c.q.new_empty((p.batch, p.q_heads, p.q_len, 1), dtype=torch.float32)
-        lse = found[..., 0]
+    lse = _exact_stats(p, tensors) if stats else None
     plan.run(tensors)
-    return tensors["o"], lse
+    return _finished(c, out, lse)
+
+
+def _needs_stats(p: Problem) -> bool:
+    return p.return_lse or bool(p.grads) or p.sinks
+
+
+def _exact_stats(p: Problem, tensors: dict[str, Tensor]) -> Tensor:
+    """Gives an exact plan room for its log-sum-exp `[B,Hq,Sq]`."""
+    found = tensors["stats"] = tensors["q"].new_empty((p.batch, p.q_heads, p.q_len, 1), dtype=torch.float32)
+    return found[..., 0]
+
+
+def _finished(c: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if c.sinks is not None and lse is not None:
+        return out, add_sinks(out, lse, c.sinks)
+    return out, None if lse is None else lse.contiguous()

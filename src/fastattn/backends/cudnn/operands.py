@@ -11,8 +11,6 @@ from ... import masks
 from ...problem import Call, Problem
 from .graphs import Operand
 
-_LOWEST = -1e38
-
 
 def exact(role: str, x: Tensor) -> Operand:
     """A tensor whose shape and strides are baked into the plan. Strides of dims of size 1 mean nothing: one value."""
@@ -63,9 +61,8 @@ def bias(p: Problem, c: Call, whole: bool) -> Tensor:
         found = mask
         if mask.dtype == torch.bool:
             found = torch.zeros(mask.shape, dtype=p.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    if p.mask == "additive" and found.dtype != torch.float16:
-        # cuDNN multiplies by log2(e): finfo.min would become -inf, and a row of nothing else would see no key at all.
-        found = found.clamp(min=_LOWEST).masked_fill_(found == -torch.inf, -torch.inf)
+    if p.mask == "additive":
+        found = masks.in_base_2(found)
     if whole:
         found = found.expand(*found.shape[:2], p.q_len, p.kv_len)
     return found.contiguous()

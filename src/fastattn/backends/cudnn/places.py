@@ -7,19 +7,42 @@ query heads stays together, the stride between them) is all that a plan has to k
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import dispatch
-from ...memo import Memo
-from ..triton_launch import launch
+from ...problem import Call, Problem
+from ..scratch import may_keep
+from ..triton_launch import Launcher
 from .graphs import KEY_SIDE, RAGGED
 
-_cache: Memo[tuple[Any, ...], dict[str, Tensor]] = Memo(1 << 12)
+
+class Places:
+    """Offsets and lengths for calls of one problem and one set of strides; where nothing in them is data, made once."""
+
+    __slots__ = ("_fold", "_kept", "_rows", "_static")
+
+    def __init__(self, p: Problem, rows: int, fold: int) -> None:
+        self._rows = rows
+        self._fold = fold
+        self._static = not (p.q_lengths or p.kv_lengths or p.mask == "intervals")
+        self._kept: dict[int, dict[str, Tensor]] = {}  #: by stream: what one computed, another may not read unordered
+
+    def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
+        """See `places`."""
+        if not (self._static and may_keep()):
+            return places(tensors, self._rows, self._fold, c.q_lengths, c.kv_lengths, c.lo, c.hi)
+        stream = torch._C._cuda_getCurrentRawStream(c.q.device.index)
+        found = self._kept.get(stream)
+        if found is None:
+            if len(self._kept) >= MOST_STREAMS:
+                self._kept.clear()
+            found = self._kept[stream] = places(tensors, self._rows, self._fold, None, None, None, None)
+        return found
+
+
+MOST_STREAMS = 64
 
 
 def places(
@@ -39,19 +62,6 @@ def places(
     lo, hi: int32 `[B|1,1]`, the visible keys of each batch entry.
     """
     q, k = tensors["q"], tensors["k"]
-    # A cached tensor must not be baked into a CUDA graph: it could be evicted while the graph lives. And what one
-    # stream computed, another may not read unordered.
-    static = q_lengths is None and kv_lengths is None and lo is None
-    # (Inside an operator the memory may be a captured graph's too: torch.compile warms its graphs up in their pool.)
-    cached = static and not dispatch.opaque.get() and not torch.cuda.is_current_stream_capturing()
-    name = None
-    if cached:
-        stream = torch._C._cuda_getCurrentRawStream(q.device.index)
-        shapes = tuple([(role, x.shape, x.stride()) for role, x in tensors.items()])
-        name = (q.device.index, stream, rows, fold, shapes)
-        found = _cache.get(name)
-        if found is not None:
-            return found
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     strides = []
@@ -72,20 +82,17 @@ def places(
         lo, hi = lo.contiguous(), hi.contiguous()
     interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
     block = 128
-    launch(
+    launch = Launcher(
         _places,
         (triton.cdiv(rows + 1, block),),
         q.device,
-        (offsets, lengths, q_lengths, kv_lengths, lo, hi),
         (rows, fold, fold // kv_heads, batch, q_len, kv_len, interval_stride, *strides),
-        (),
         (q_lengths is not None, kv_lengths is not None, lo is not None, block),
         num_warps=4,
     )
+    launch((offsets, lengths, q_lengths, kv_lengths, lo, hi))
     found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
     found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
-    if name is not None:
-        _cache[name] = found
     return found
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import os
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from ... import debug
 from ...notice import warn_once
+from ...switches import setting
 from ..base import Refusal
+from ..scratch import scratch
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
 from .worker import Worker
@@ -25,7 +26,7 @@ from .worker import Worker
 CAPACITY = 1024  #: plans kept; each holds about 100 KB of host memory and its share of compiled kernels
 COUNTERS = (
     *("builds", "build_ms", "background_builds", "background_build_ms", "background_failures"),
-    *("disk_loads", "disk_load_ms", "hits", "evictions"),
+    *("disk_loads", "disk_load_ms", "evictions"),
 )
 OCCASION = 1.0  #: seconds; misses closer than this are one occasion: the layers of a model, one after another
 EXACT_AFTER = 2  #: occasions after which a shape is taken to be one that comes back
@@ -39,22 +40,22 @@ class PlanError(Refusal):
 class Plan:
     """A compiled graph. Immutable once built: any thread may execute it, each with its own handle."""
 
-    __slots__ = ("_device", "_index", "_launch", "_pointers", "_roles", "graph", "key", "workspace")
+    __slots__ = ("_device", "_index", "_launch", "_pack", "_roles", "graph", "key", "workspace")
 
     def __init__(self, key: PlanKey, graph: Any) -> None:
         self.key = key
         self.graph = graph
         self.workspace: int = max(1, graph.get_workspace_size())  #: bytes
         self._device = torch.device("cuda", key.device)
-        self._launch = None
+        self._launch: Any = None
         try:
             # What the frontend's execute() ends in. Called directly it takes 13 us instead of 25 (1.28, measured).
             by_id = {number: role for role, number in ROLES.items()}
             self._roles = [by_id[uid] for uid in graph._variant_pack_uids()]
             # A graph from disk has but the one plan.
             self._index = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else -1
-            self._pointers = ctypes.c_int64 * len(self._roles)
-            if isinstance(self._index, int):
+            self._pack = struct.Struct(f"{len(self._roles)}q")
+            if isinstance(self._index, int) and len(self._roles) <= runtime.MOST_OPERANDS:
                 self._launch = graph._lowered_graph._execute_with_raw_ptrs
         except (AttributeError, TypeError, KeyError, IndexError):
             pass  # another frontend: its public execute() will do
@@ -64,7 +65,7 @@ class Plan:
         cudnn = runtime.frontend().cudnn
         with torch.cuda.device(key.device):
             try:
-                graph = graphs.build(cudnn, key, runtime.handle(key.device))
+                graph = graphs.build(cudnn, key, runtime.context(key.device).handle)
                 graph.create_execution_plans([cudnn.heur_mode.A])
                 graph.check_support()
                 graph.build_plans()
@@ -84,7 +85,7 @@ class Plan:
             return None
         try:
             with torch.cuda.device(key.device):
-                graph = runtime.frontend().cudnn.pygraph(handle=runtime.handle(key.device))
+                graph = runtime.frontend().cudnn.pygraph(handle=runtime.context(key.device).handle)
                 graph.deserialize(list(payload))
                 return Plan(key, graph)
         except Exception as error:  # whatever cuDNN thinks of it, the plan can be built
@@ -103,21 +104,24 @@ class Plan:
 
     def run(self, operands: dict[str, Tensor]) -> None:
         """Launches the plan on torch's current stream. operands: a tensor for each role of the key."""
-        if torch.cuda.current_device() != self.key.device:  # cuDNN launches on the current one
-            with torch.cuda.device(self.key.device):
-                return self.run(operands)
         if debug.ENABLED:
             self._check(operands)
-        handle = runtime.handle(self.key.device)
-        scratch = torch.empty(self.workspace, dtype=torch.uint8, device=self._device)
         if self._launch is None:
-            by_id = {ROLES[role]: operands[role] for role in (operand.role for operand in self.key.operands)}
-            self.graph.execute(by_id, scratch, handle=handle)
+            with torch.cuda.device(self.key.device):
+                by_id = {ROLES[operand.role]: operands[operand.role] for operand in self.key.operands}
+                workspace = scratch(self._device, self.workspace)
+                self.graph.execute(by_id, workspace, handle=runtime.context(self.key.device).handle)
             return
-        pointers = self._pointers(*[operands[role].data_ptr() for role in self._roles])
-        self._launch(
-            ctypes.addressof(pointers), len(self._roles), scratch.data_ptr(), handle.backend_handle, self._index
-        )
+        self._run([operands[role].data_ptr() for role in self._roles])
+
+    def _run(self, addresses: list[int]) -> None:
+        if torch._C._cuda_getDevice() != self.key.device:  # cuDNN launches on the current one
+            with torch.cuda.device(self.key.device):
+                return self._run(addresses)
+        workspace = scratch(self._device, self.workspace)
+        context = runtime.context(self.key.device)
+        self._pack.pack_into(context.pointers, 0, *addresses)
+        self._launch(context.address, len(addresses), workspace.data_ptr(), context.handle.backend_handle, self._index)
 
     def _check(self, operands: dict[str, Tensor]) -> None:
         """That what is run is what the plan was built for: cuDNN itself would not notice."""
@@ -142,6 +146,7 @@ class PlanCache:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
+        self.generation = 0  #: changes whenever a plan comes or goes
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._building: dict[PlanKey, threading.Lock] = {}
         self._asked: dict[PlanKey, tuple[int, float]] = {}  # occasions, and when the last one was
@@ -157,15 +162,13 @@ class PlanCache:
         """The exact plan if it is there, else the general one, built now if need be.
 
         An exact plan that has been missed on `EXACT_AFTER` occasions is built in the background; nobody waits for it.
-        FASTATTN_PLANS=exact builds the exact plan at once, FASTATTN_PLANS=any never does, and neither do torch's
-        deterministic algorithms, for which the same call has to give the same bits.
+        See `policy` for what changes that.
         """
         if exact is not None:
-            policy = os.environ.get("FASTATTN_PLANS", "auto")
-            if policy == "exact":
+            now = policy()
+            if now == "exact":
                 return self.get(exact)
-            # Two plans round differently; which one serves a call depends on when the worker was done.
-            if policy != "any" and not torch.are_deterministic_algorithms_enabled():
+            if now != "any":
                 plan = self._find(exact)
                 if plan is not None:
                     return plan
@@ -180,6 +183,7 @@ class PlanCache:
         with self._lock:
             self._plans.clear()
             self._asked.clear()
+            self.generation += 1
 
     def stats(self) -> dict[str, float]:
         with self._lock:
@@ -190,7 +194,6 @@ class PlanCache:
             plan = self._plans.get(key)
             if plan is not None:
                 self._plans.move_to_end(key)
-                self._stats["hits"] += 1
             return plan
 
     def _miss(self, key: PlanKey) -> None:
@@ -242,6 +245,7 @@ class PlanCache:
             self._stats[f"{what}s"] += 1
             self._stats[f"{what}_ms"] += (time.perf_counter() - start) * 1e3
             self._plans[key] = plan
+            self.generation += 1
             while len(self._plans) > self.capacity:
                 self._plans.popitem(last=False)
                 self._stats["evictions"] += 1
@@ -262,12 +266,48 @@ class PlanCache:
 cache = PlanCache()
 
 
+class Choice:
+    """The plan for one kind of call, remembered until the cache or the policy changes."""
+
+    __slots__ = ("_again", "_exact", "_found", "_general", "_state")
+
+    def __init__(self, exact: PlanKey | None, general: PlanKey) -> None:
+        self._exact = exact
+        self._general = general
+        self._found: tuple[Plan, bool] | None = None
+        self._state: tuple[int, str] = -1, ""
+        self._again = 0.0
+
+    def plan(self) -> tuple[Plan, bool]:
+        """What `PlanCache.best` finds, and whether it is the exact plan."""
+        state = cache.generation, policy()
+        found = self._found
+        if found is not None and self._state == state and time.monotonic() < self._again:
+            return found
+        plan = cache.best(self._exact, self._general)
+        is_exact = plan.key == self._exact
+        self._found, self._state = (plan, is_exact), state
+        # Until an exact plan is there the cache has to hear now and then that the shape is still wanted.
+        self._again = math.inf if is_exact or self._exact is None else time.monotonic() + OCCASION / 4
+        return plan, is_exact
+
+
+def policy() -> str:
+    """Which plans may serve: FASTATTN_PLANS, "auto" unless set.
+
+    "exact": always the exact plan, built at once. "any": never, and neither under torch's deterministic algorithms: two
+    plans round differently, and which one serves a call depends on when the worker was done.
+    """
+    chosen = setting("FASTATTN_PLANS") or "auto"
+    return "any" if chosen != "exact" and torch.are_deterministic_algorithms_enabled() else chosen
+
+
 def stats() -> dict[str, float]:
     """Counters of the plan cache.
 
     plans: held now. builds, build_ms: built while a caller waited, and the milliseconds it waited. background_builds,
     background_build_ms, background_failures: the same where nobody did. disk_loads, disk_load_ms: not built but read
-    from disk. hits: found. evictions: dropped as least recently used.
+    from disk. evictions: dropped as least recently used.
     """
     return cache.stats()
 

@@ -1,8 +1,10 @@
-"""The cuDNN library as this process sees it: is it there, which version, a handle for this thread and stream."""
+"""The cuDNN library as this process sees it: is it there, which version, and what a thread launches plans with."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from collections import defaultdict
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,21 +50,47 @@ def version_text(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
+class Context:
+    """What a thread launches plans with: a cuDNN handle, and room for the addresses of a plan's tensors.
+
+    Handles are not thread-safe, so each thread has its own. A handle is not destroyed but handed on when its thread
+    ends: there are never more than there were threads at once.
+    """
+
+    __slots__ = ("address", "handle", "index", "pointers", "stream")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        try:
+            self.handle = _handles[index].pop()
+        except IndexError:
+            with torch.cuda.device(index):
+                self.handle = frontend().cudnn.create_handle()
+        self.stream = -1
+        self.pointers = (ctypes.c_int64 * MOST_OPERANDS)()
+        self.address = ctypes.addressof(self.pointers)
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", None)
+        if handle is not None:
+            _handles[self.index].append(handle)
+
+
+MOST_OPERANDS = 64
+_handles: defaultdict[int, list[Any]] = defaultdict(list)  #: of threads that have ended, by device
 _local = threading.local()
 
 
-def handle(index: int) -> Any:
-    """This thread's cuDNN handle for a device, bound to the stream that torch uses now.
-
-    Handles are not thread-safe, so each thread has its own; binding is free while the stream stays the same.
-    """
-    cudnn = frontend().cudnn
-    handles = _local.__dict__.setdefault("handles", {})
-    found = handles.get(index)
+def context(index: int) -> Context:
+    """This thread's context for a device, its handle bound to the stream that torch uses now."""
+    contexts: dict[Any, Context] = _local.__dict__
+    found = contexts.get(index)
     if found is None:
-        with torch.cuda.device(index):
-            found = handles[index] = cudnn.create_handle()
-    cudnn.set_stream(found, torch._C._cuda_getCurrentRawStream(index))
+        found = contexts[index] = Context(index)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if found.stream != stream:
+        frontend().cudnn.set_stream(found.handle, stream)
+        found.stream = stream
     return found
 
 

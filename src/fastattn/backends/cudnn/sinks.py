@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import launch
+from ..triton_launch import Launcher
 
 
 def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
@@ -30,16 +30,15 @@ def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
     sinks = sinks.contiguous()
     block = 16 if dim > 128 else 32
-    launch(
+    launch = Launcher(
         _add_sinks,
         (triton.cdiv(length, block), heads, batch),
         out.device,
-        (out, stats, sinks, lse),
         (length, dim // 8, heads, *(stride // 8 for stride in out.stride()[:3]), *stats.stride()[:2]),
-        (),
         (triton.next_power_of_2(dim), block),
         num_warps=4,
     )
+    launch((out, stats, sinks, lse))
     return lse
 
 
@@ -50,16 +49,15 @@ def sink_gradient(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor) -> 
     blocks = triton.cdiv(length, block)
     sinks = sinks.contiguous()
     partial = torch.empty((heads, batch, blocks), dtype=torch.float32, device=out.device)
-    launch(
+    launch = Launcher(
         _sink_gradient,
         (blocks, heads, batch),
         out.device,
-        (out, grad_out, lse, sinks, partial),
         (length, dim, heads, *out.stride()[:3], *grad_out.stride()),
-        (),
         (triton.next_power_of_2(dim), block),
         num_warps=4,
     )
+    launch((out, grad_out, lse, sinks, partial))
     return partial.sum((1, 2)).to(sinks.dtype)  # in a fixed order: the same bits every time
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
 from ...switches import is_on
+from ..base import Runner
 from . import launch
 
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
@@ -45,10 +46,10 @@ class DecodeBackend:
                 why.append(f"{name} dim {dim} is not a multiple of 8 up to {HEAD_DIMS[-1]}")
         return why
 
-    def forward(self, problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-        from .kernel import attend
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        from .kernel import bind
 
-        return attend(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
+        return bind(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None

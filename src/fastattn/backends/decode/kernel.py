@@ -11,15 +11,17 @@ of *that* range. Short rows finish early, and a launch does not depend on a leng
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Call, Problem, token_major
-from ..triton_launch import launch as run
+from ...problem import Call, Problem, token_major_strides
+from ..base import Runner
+from ..scratch import scratch
+from ..triton_launch import Launcher
 from .combine import combine_kernel
 from .launch import MAX_SPLITS, Launch, rows
 
@@ -211,78 +213,100 @@ def attend_kernel(
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)
 
 
-def attend(problem: Problem, call: Call, launch: Launch) -> tuple[Tensor, Tensor | None]:
-    """Runs the kernels. Returns the output `[B,Hq,Sq,Dv]` and, when `problem.return_lse`, the log-sum-exp."""
-    p, tiles, count = problem, problem.batch * problem.kv_heads, rows(problem)
+def bind(problem: Problem, call: Call, launch: Launch) -> Runner:
+    """See `Backend.bind`."""
+    plain, p = _plain(problem, call)
+    if plain is call:
+        return _Bound(p, call, launch)
+
+    def run(call: Call) -> tuple[Tensor, Tensor | None]:
+        plain, p = _plain(problem, call)
+        out, lse = _Bound(p, plain, launch)(plain)
+        return out.to(problem.dtype), lse
+
+    return run
+
+
+def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
+    """The call, what the kernel cannot read in place copied; the same object if there is no such thing."""
     if p.device == "cpu" and p.dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
         q, k, v = (x.float() for x in call[:3])
-        out, lse = attend(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v), launch)
-        return out.bfloat16(), lse
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in call[:3])
-    lo, hi = call.lo, call.hi
-    if lo is not None and hi is not None and lo.stride() != hi.stride():
-        lo, hi = lo.contiguous(), hi.contiguous()
-    sinks, q_lengths, kv_lengths = (
-        None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)
-    )
-    integers, constants = _arguments(
-        p,
-        launch,
-        (q.stride(), k.stride(), v.stride()),
-        None if call.mask is None else call.mask.stride(),
-        None if lo is None else lo.stride(),
-    )
+        return _plain(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
+    changed: dict[str, Any] = {}
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        if x.stride(3) != 1:
+            changed[name] = x.contiguous()
+    for name in ("sinks", "q_lengths", "kv_lengths"):
+        x = getattr(call, name)
+        if x is not None and not x.is_contiguous():
+            changed[name] = x.contiguous()
+    if call.lo is not None and call.hi is not None and call.lo.stride() != call.hi.stride():
+        changed |= {"lo": call.lo.contiguous(), "hi": call.hi.contiguous()}
+    return call._replace(**changed) if changed else call, p
 
-    out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
-    lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device) if p.return_lse else None
-    scratch = None
-    if launch.splits > 1:
-        size = tiles * launch.splits * count * (p.value_dim + 2)
-        scratch = torch.empty(size, dtype=torch.float32, device=q.device)
-    run(
-        attend_kernel,
-        (tiles, launch.splits),
-        q.device,
-        (q, k, v, out, lse, scratch, call.mask, lo, hi, sinks, q_lengths, kv_lengths),
-        integers,
-        (call.scale, p.softcap or None),
-        (*constants, _precision(p.dtype)),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
-    if scratch is not None:
-        run(
+
+class _Bound:
+    """The kernels bound to one problem and one set of strides."""
+
+    __slots__ = ("_attend", "_combine", "_lse", "_out", "_problem", "_scratch", "_softcap")
+
+    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
+        self._problem = p
+        device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
+        self._out = (p.batch, p.q_heads, p.q_len, p.value_dim), token_major_strides(p.q_heads, p.q_len, p.value_dim)
+        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
+        self._softcap = p.softcap or None
+        integers, constants = _arguments(p, launch, call)
+        grid = (tiles, launch.splits)
+        self._attend = {
+            precision: Launcher(
+                attend_kernel,
+                grid,
+                device,
+                integers,
+                (*constants, precision),
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+            )
+            for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
+        }
+        self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
+        self._combine = Launcher(
             combine_kernel,
             (tiles, count),
-            q.device,
-            (scratch, out, lse, sinks),
+            device,
             (p.q_len, launch.splits),
-            (),
             # the last: splits read at a time, so that they fill 32 registers a thread
             (p.kv_heads, p.group, p.value_dim, launch.block_dv, MAX_SPLITS, 4096 // launch.block_dv),
             num_warps=4,
         )
-    return out, lse
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        p, q = self._problem, call.q
+        out = torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
+        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
+        parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
+        self._attend[_precision(p.dtype)](
+            (q, call.k, call.v, out, lse, parts, *call[3:9]),
+            (call.scale, self._softcap),
+        )
+        if parts is not None:
+            self._combine((parts, out, lse, call.sinks))
+        return out, lse
 
 
-@lru_cache(maxsize=1 << 12)
-def _arguments(
-    p: Problem,
-    launch: Launch,
-    strides: tuple[tuple[int, ...], ...],
-    mask_strides: tuple[int, ...] | None,
-    interval_strides: tuple[int, ...] | None,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel's integers and constants."""
-    flat = [stride for tensor in strides for stride in tensor[:3]]
+    flat = [stride for x in call[:3] for stride in x.stride()[:3]]
     # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
     unit = 1 if any(stride % 8 for stride in flat) else 8
     far = p.q_len + p.kv_len  # as good as open, and no position overflows by it
     left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
     integers = (
         *(stride // unit for stride in flat),
-        *_broadcast_strides(p.mask_shape, mask_strides, 4),
-        *_broadcast_strides(p.mask_shape, interval_strides, 2),
+        *_broadcast_strides(p.mask_shape, None if call.mask is None else call.mask.stride(), 4),
+        *_broadcast_strides(p.mask_shape, None if call.lo is None else call.lo.stride(), 2),
         p.q_len,
         p.kv_len,
         left,

@@ -1,0 +1,108 @@
+"""The short way for a call like one that was made before: validated, routed and bound to its kernels once.
+
+A call is like another when everything about it is the same that is not data. Then validation would find what it found
+before, and all that is left to do is to run: half of the time that a small call costs the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import debug, dispatch, ops
+from .backends.base import Refusal
+from .masks import Intervals
+from .problem import Call
+
+
+class Known(NamedTuple):
+    """What an earlier call became."""
+
+    route: dispatch.Route
+    rest: tuple[Any, ...]  #: its fields from `left` on
+    default_scale: float
+
+
+def name_of(
+    q: Any, k: Any, v: Any, scale: Any, mask: Any, sinks: Any, window: Any, softcap: Any, q_lengths: Any,
+    kv_lengths: Any, return_lse: Any, backend: Any,
+) -> Any:  # fmt: skip
+    """All that is not data of a call of the op, hashable; None when the call is to go the long way.
+
+    Takes the arguments as they came: nothing is known to be of the right type. Python holds 1, 1.0 and True to be
+    equal, validation does not, hence the looks at types.
+    """
+    if not (type(q) is type(k) is type(v) is Tensor and ops.plain()) or debug.ENABLED:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    if scale is not None and not (type(scale) is float and 0.0 < scale < math.inf):
+        return None
+    if return_lse is not False and return_lse is not True:
+        return None
+    if backend is not None and type(backend) is not str:
+        return None
+    if mask is not None and type(mask) is not str:
+        if type(mask) is not Intervals:
+            return None
+        mask = _tensor(mask.lo), _tensor(mask.hi)
+    options: Any = None
+    if not (window is softcap is sinks is q_lengths is kv_lengths is None):
+        if window is not None and not (type(window) is tuple and [type(x) for x in window] == [int, int]):
+            return None
+        if softcap is not None and type(softcap) is not float:
+            return None
+        if sinks is not None and torch.is_grad_enabled() and getattr(sinks, "requires_grad", False):
+            return None
+        options = window, softcap, _tensor(sinks), _tensor(q_lengths), _tensor(kv_lengths)
+    device = q.device
+    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+        return None
+    try:
+        tensors = (
+            q.shape, q.stride(), q.dtype, device,
+            k.shape, k.stride(), k.dtype, k.device,
+            v.shape, v.stride(), v.dtype, v.device,
+        )  # fmt: skip
+    except RuntimeError:  # sparse or nested
+        return None
+    return tensors, mask, options, return_lse, backend, dispatch.allowed() if backend is None else None
+
+
+def _tensor(x: Any) -> Any:
+    """All that is not data of a dense tensor; of anything else its type, which no call that was served has."""
+    if x is None:
+        return None
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) and x.layout == torch.strided else type(x)
+
+
+def run(
+    name: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Any, sinks: Tensor | None, window: Any,
+    softcap: Any, q_lengths: Tensor | None, kv_lengths: Tensor | None, return_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """The result of a call whose like was remembered; None when none was."""
+    known: Known | None = dispatch.fast_path.get(name)
+    if known is None:
+        return None
+    lo, hi = mask if type(mask) is Intervals else (None, None)
+    scale = known.default_scale if scale is None else scale
+    call = Call(q, k, v, None, lo, hi, sinks, q_lengths, kv_lengths, scale, *known.rest)
+    route = known.route
+    try:
+        found = route.run(call)
+    except Refusal as error:
+        dispatch.refuse(route.backend.name, route.problem, error)
+        return None
+    dispatch.count(route.backend.name)
+    return found
+
+
+def remember(name: Any, call: Call, names: tuple[str, ...]) -> None:
+    """Takes a call that was served the long way, and what `name_of` said of it."""
+    if call.grads or call.mask is not None:
+        return
+    default = 1.0 / math.sqrt(call.q.shape[3] or 1)
+    dispatch.fast_path[name] = Known(dispatch.route(call, names), call[10:], default)
