@@ -72,7 +72,7 @@ class Context:
 
     def __del__(self) -> None:
         handle = getattr(self, "handle", None)
-        if handle is not None:
+        if handle is not None and _handles is not None:  # at the interpreter's end modules are emptied
             _handles[self.index].append(handle)
 
 
