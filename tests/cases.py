@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals
+from fastattn import Intervals, Segments
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -24,6 +24,8 @@ class Case:
 
     Kinds: "bool"; "additive" (a few -inf), "finfo" (additive; a few of the dtype's most negative number), "intervals".
     Shape: a letter for each dim, b, h, q, k in full, 1 broadcast: "b1qk", "qk", "" (0-d); for intervals "bq", "b1"...
+    "segments:3", "segments:5": some of each batch entry's tokens in segments, queries and keys alike or apart;
+    "segments:p": left padding. With a "c" behind: causal.
     """
 
     batch: int = 2
@@ -162,10 +164,12 @@ def _mask(c: Case, uniform: Callable[..., Tensor], normal: Callable[..., Tensor]
     if kind in ("none", "causal"):
         return None if kind == "none" else kind
     sizes = {"b": c.batch, "h": c.q_heads, "q": c.q_len, "k": c.kv_len, "1": 1}
-    shape = [sizes[letter] for letter in letters]
+    shape = [sizes.get(letter, 1) for letter in letters]
     if kind == "intervals":  # some empty, some beyond the keys on either side
         lo = (uniform(*shape) * (c.kv_len + 2)).int() - 2
         return Intervals(lo, lo + (uniform(*shape) * (c.kv_len + 4)).int() - 1)
+    if kind == "segments":
+        return _segments(c, letters, uniform)
     kept = uniform(*shape) < c.keep
     if "q" in letters and c.q_len > 3:
         kept.select(letters.index("q") - len(letters), 1).fill_(False)  # a row that sees nothing
@@ -178,11 +182,26 @@ def _mask(c: Case, uniform: Callable[..., Tensor], normal: Callable[..., Tensor]
     return mask
 
 
+def _segments(c: Case, letters: str, uniform: Callable[..., Tensor]) -> Segments:
+    causal = letters.endswith("c")
+    if letters.startswith("p"):
+        padding = (uniform(c.batch) * (c.kv_len + 1)).int()
+        return Segments.left_padded(padding, c.q_len, c.kv_len, causal=causal)
+    row = torch.arange(c.batch, dtype=torch.int32).repeat_interleave(3)
+    columns = [row.to(uniform(1).device)]
+    for length in (c.q_len,) if letters.startswith("3") else (c.q_len, c.kv_len):
+        cuts = (uniform(c.batch, 6) * (length + 1)).int().sort(1).values  # gaps between them, some empty
+        columns += [cuts[:, ::2].flatten(), cuts[:, 1::2].flatten()]
+    return Segments(torch.stack(columns), causal)
+
+
 def _masking(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("mask", "window", "q_lengths", "kv_lengths")}
 
 
 def _no_band(mask: Any) -> Any:
+    if isinstance(mask, Segments):
+        return mask._replace(causal=False)
     return None if isinstance(mask, str) else mask
 
 

@@ -39,6 +39,21 @@ def visible(
             seen = seen & (j <= position + right)
         if isinstance(mask, str):
             seen = seen & (j <= position)
+        elif hasattr(mask, "table"):  # Segments
+            seen = torch.zeros(rows, keys, dtype=torch.bool, device=q.device)
+            for row, *ends in mask.table.T.tolist():
+                q_start, q_stop, kv_start, kv_stop = (
+                    min(max(x, 0), n) for x, n in zip(ends * (4 // len(ends)), (rows, rows, keys, keys), strict=True)
+                )
+                position = i - q_stop + kv_stop
+                inside = (i >= q_start) & (i < q_stop) & (j >= kv_start) & (j < kv_stop)
+                if left >= 0:
+                    inside = inside & (j >= position - left)
+                if right >= 0:
+                    inside = inside & (j <= position + right)
+                if mask.causal:
+                    inside = inside & (j <= position)
+                seen = seen | (inside & (row == b))
         elif isinstance(mask, tuple):  # Intervals
             lo, hi = (x.expand(batch, rows)[b][:, None] for x in mask)
             seen = seen & (j >= lo) & (j < hi)

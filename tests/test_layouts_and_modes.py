@@ -69,7 +69,7 @@ def test_the_log_sum_exp_that_nobody_wants_is_as_the_fake_says() -> None:
     sinks = torch.zeros(4)
     torch.library.opcheck(
         torch.ops.fastattn.attention.default,
-        (q, k, v, None, None, None, sinks, None, None, 0.25, -1, -1, 0.0, False, "", "reference"),
+        (q, k, v, None, None, None, sinks, None, None, None, 0.25, -1, -1, 0.0, False, "", "reference"),
     )
 
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from .api import Explanation, explain, scaled_dot_product_attention
     from .backends.cudnn.plans import clear_plans
     from .dispatch import BackendError, stats, use_backend
-    from .masks import Intervals
+    from .masks import Intervals, Segments
     from .notice import FastattnWarning
     from .varlen import varlen_attention
+    from .warming.run import warmup
 
 __version__ = "0.1.0"
 
@@ -20,12 +21,14 @@ __all__ = [
     "Explanation",
     "FastattnWarning",
     "Intervals",
+    "Segments",
     "clear_plans",
     "explain",
     "scaled_dot_product_attention",
     "stats",
     "use_backend",
     "varlen_attention",
+    "warmup",
 ]
 
 # Looked up on first use: `fastattn --help` need not import torch, and `fastattn doctor` can say that torch is broken.
@@ -33,9 +36,10 @@ _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
     **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch"),
     "FastattnWarning": "notice",
-    "Intervals": "masks",
+    **dict.fromkeys(("Intervals", "Segments"), "masks"),
     "clear_plans": "backends.cudnn.plans",
     "varlen_attention": "varlen",
+    "warmup": "warming.run",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fast_path, ops
-from .masks import Intervals
+from .masks import Intervals, Segments
 from .problem import Call, Problem
 from .validate import (
     check_flag,
@@ -22,12 +22,13 @@ from .validate import (
     check_lengths,
     check_mask,
     check_scale,
+    check_segments,
     check_sinks,
     check_softcap,
     check_window,
 )
 
-Mask = str | Tensor | Intervals | None
+Mask = str | Tensor | Intervals | Segments | None
 
 
 def scaled_dot_product_attention(
@@ -54,9 +55,9 @@ def scaled_dot_product_attention(
             promote as torch promotes; under autocast they are cast as torch's own attention casts them.
         scale: factor on the scores, default `1 / sqrt(D)`.
         mask: None; "causal"; a bool tensor (True = attend) or an additive floating tensor, broadcastable to
-            `[B, Hq, Sq, Skv]`; or `Intervals`. "causal" is aligned to the **lower right**: query i sees key j when
-            `j <= i + Skv - Sq`, what prefill in chunks and decode need. (torch's `is_causal` is aligned to the upper
-            left; the two agree when Sq == Skv.)
+            `[B, Hq, Sq, Skv]`; `Intervals`; or `Segments` (left padding, packing). "causal" is aligned to the **lower
+            right**: query i sees key j when `j <= i + Skv - Sq`, what prefill in chunks and decode need. (torch's
+            `is_causal` is aligned to the upper left; the two agree when Sq == Skv.)
         sinks: `[Hq]`, any floating dtype: one extra logit per head in the softmax's denominator, not scaled, without a
             value (attention sinks as in gpt-oss).
         window: `(left, right)`: the query at position p sees the keys `[p - left, p + right]`, -1 meaning open;
@@ -149,10 +150,17 @@ def prepare(
     left, right = (-1, -1) if window is None else check_window(window)
     if isinstance(mask, str):
         if mask != "causal":
-            raise ValueError(f'mask: expected None, "causal", a tensor or Intervals, got {mask!r}')
+            raise ValueError(f'mask: expected None, "causal", a tensor, Intervals or Segments, got {mask!r}')
         right = 0 if right < 0 else min(right, 0)
         mask = None
-    lo = hi = None
+    lo = hi = segments = None
+    if isinstance(mask, Segments):
+        segments = check_segments(mask, q, k)
+        if q_lengths is not None or kv_lengths is not None:
+            raise ValueError("mask: Segments say how long each sequence is: expected no q_lengths or kv_lengths beside")
+        if mask.causal:
+            right = 0
+        mask = None
     if mask is not None:
         mask, lo, hi = check_mask(mask, q, k)
     if sinks is not None:
@@ -175,6 +183,7 @@ def prepare(
         sinks,
         q_lengths,
         kv_lengths,
+        segments,
         scale,
         left,
         right,

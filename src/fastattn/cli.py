@@ -12,7 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in ("bfloat16", "float16", "float32")}
+from .arguments import DTYPES
+from .bench.sweep import add_command as add_sweep
+from .warming.command import add_command as add_warmup
+
 MASKS = ("none", "causal", "bool", "additive", "intervals")
 
 
@@ -66,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_benchmark(commands)
+    add_sweep(commands)
+    add_warmup(commands)
     _add_doctor(commands)
     _add_explain(commands)
     return parser

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,29 @@ def check_call(call: Call) -> None:
             least, most = (int(x) for x in lengths.aminmax())
             if least < 0 or most > total:
                 raise ValueError(f"{name}: expected lengths in 0..{total}, got {least}..{most}")
+    if call.segments is not None and call.segments.numel():
+        check_segments(call.segments, call.q.shape[0], call.q.shape[2], call.k.shape[2])
     if call.lo is not None and call.hi is not None and call.lo.numel():
         least, most = int(call.lo.min()), int(call.hi.max())
         if least < 0 or most > call.k.shape[2]:
             raise ValueError(f"mask: expected intervals within 0..{call.k.shape[2]}, got {least}..{most}")
+
+
+def check_segments(table: Tensor, batch: int, q_len: int, kv_len: int) -> None:
+    """Raises ValueError where a table of segments is not what `masks.Segments` asks for."""
+    names = ["row", "q_start", "q_stop", "kv_start", "kv_stop"] if table.shape[0] == 5 else ["row", "start", "stop"]
+    columns = dict(zip(names, table.long().tolist(), strict=True))
+    for name, column in columns.items():
+        most = batch - 1 if name == "row" else kv_len if name.startswith("kv") else q_len
+        if min(column) < 0 or max(column) > most:
+            raise ValueError(f"mask.table: expected {name} in 0..{most}, got {min(column)}..{max(column)}")
+    places = list(zip(columns["row"], columns[names[1]], columns[names[2]], strict=True))
+    for (row, first, stop), (next_row, next_first, _) in pairwise(places):
+        if (next_row, next_first) < (row, first) or (next_row == row and next_first < stop):
+            raise ValueError(
+                f"mask.table: expected segments sorted by row and start, without overlap, got [{first}, {stop}) of row "
+                f"{row} before one of row {next_row} from {next_first}"
+            )
 
 
 def check_result(call: Call, backend: str, out: Tensor, lse: Tensor | None) -> None:

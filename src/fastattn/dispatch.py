@@ -137,9 +137,9 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
     """The problem that a call is and the backend that serves it. Raises BackendError with every refusal."""
     q, k, v = call[:3]
     strides = q.stride(), k.stride(), v.stride()
-    optional = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in call[3:9]])
+    optional = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in call[3:10]])
     # Everything that Problem.of and Backend.bind read; to make a Problem and ask the backends takes ten times as long.
-    name = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, optional, call[10:], names)
+    name = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, optional, call[11:], names)
     found = _routes.get(name)
     if found is None:
         problem = Problem.of(call)

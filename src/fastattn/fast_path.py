@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import debug, dispatch, ops
 from .backends.base import Refusal
-from .masks import Intervals
+from .masks import Intervals, Segments
 from .problem import Call
 
 
@@ -35,7 +35,9 @@ def name_of(
     Takes the arguments as they came: nothing is known to be of the right type. Python holds 1, 1.0 and True to be
     equal, validation does not, hence the looks at types.
     """
-    if not (type(q) is type(k) is type(v) is Tensor and ops.plain()) or debug.ENABLED:
+    if not (type(q) is type(k) is type(v) is Tensor and ops.plain(q, k, v)) or debug.ENABLED:
+        return None
+    if not q.dtype is k.dtype is v.dtype:  # what was remembered is the call after promotion
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
@@ -46,9 +48,12 @@ def name_of(
     if backend is not None and type(backend) is not str:
         return None
     if mask is not None and type(mask) is not str:
-        if type(mask) is not Intervals:
+        if type(mask) is Intervals:
+            mask = _tensor(mask.lo), _tensor(mask.hi)
+        elif type(mask) is Segments and (mask.causal is True or mask.causal is False):
+            mask = _tensor(mask.table), mask.causal
+        else:
             return None
-        mask = _tensor(mask.lo), _tensor(mask.hi)
     options: Any = None
     if not (window is softcap is sinks is q_lengths is kv_lengths is None):
         if window is not None and not (type(window) is tuple and [type(x) for x in window] == [int, int]):
@@ -76,7 +81,11 @@ def _tensor(x: Any) -> Any:
     """All that is not data of a dense tensor; of anything else its type, which no call that was served has."""
     if x is None:
         return None
-    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) and x.layout == torch.strided else type(x)
+    return (
+        (x.shape, x.stride(), x.dtype, x.device)
+        if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+        else type(x)
+    )
 
 
 def run(
@@ -88,8 +97,9 @@ def run(
     if known is None:
         return None
     lo, hi = mask if type(mask) is Intervals else (None, None)
+    segments = mask.table if type(mask) is Segments else None
     scale = known.default_scale if scale is None else scale
-    call = Call(q, k, v, None, lo, hi, sinks, q_lengths, kv_lengths, scale, *known.rest)
+    call = Call(q, k, v, None, lo, hi, sinks, q_lengths, kv_lengths, segments, scale, *known.rest)
     route = known.route
     try:
         found = route.run(call)
@@ -105,4 +115,4 @@ def remember(name: Any, call: Call, names: tuple[str, ...]) -> None:
     if call.grads or call.mask is not None:
         return
     default = 1.0 / math.sqrt(call.q.shape[3] or 1)
-    dispatch.fast_path[name] = Known(dispatch.route(call, names), call[10:], default)
+    dispatch.fast_path[name] = Known(dispatch.route(call, names), call[11:], default)

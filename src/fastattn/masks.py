@@ -6,12 +6,13 @@ Four things decide which keys a query sees, and all of them must agree: a mask (
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .problem import Call
+from .problem import Call, Problem
 
 _LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
 
@@ -31,6 +32,61 @@ class Intervals(NamedTuple):
     hi: Tensor
 
 
+class Segments(NamedTuple):
+    """Sequences that lie side by side: each query sees the keys of its own segment, all or causally.
+
+    What left padding, packing and batches of different lengths need, in a form that says it of whole sequences: N
+    numbers instead of S, read on the device alone. fast kernels take it as offsets and lengths; nothing of S^2 exists.
+    `packed` and `left_padded` make one.
+
+    table: int32 `[3, N]` (batch entry; first token; one past the last token: of queries and keys alike) or `[5, N]`
+        (batch entry; first query; one past the last query; first key; one past the last key), on the inputs' device,
+        sorted by batch entry and first query, segments of one batch entry not overlapping. Bounds outside of 0..S are
+        clamped (with FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, give 0.
+    causal: a query sees the keys up to its own position, aligned to the lower right of its segment: query i of a
+        segment of m queries and n keys sees its keys j <= i + n - m. The op's `window` counts the same positions.
+    """
+
+    table: Tensor
+    causal: bool = False
+
+    @staticmethod
+    def packed(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None, *, causal: bool = False) -> Segments:
+        """N sequences end to end in one batch entry.
+
+        cu_seqlens, cu_seqlens_kv: int32 `[N + 1]`, cumulative lengths of the queries' and of the keys' sequences (the
+        same unless given): sequence n holds the tokens `cu[n] <= t < cu[n + 1]`.
+        """
+        row = torch.zeros_like(cu_seqlens[1:])
+        found = [row, cu_seqlens[:-1], cu_seqlens[1:]]
+        if cu_seqlens_kv is not None:
+            found += [cu_seqlens_kv[:-1], cu_seqlens_kv[1:]]
+        return Segments(torch.stack(found), causal)
+
+    @staticmethod
+    def left_padded(padding: Tensor, q_len: int, kv_len: int, *, causal: bool = True) -> Segments:
+        """One sequence per batch entry, at its right end. The queries are the last q_len of kv_len tokens.
+
+        padding: int32 `[B]`, tokens of padding before the first real one, of kv_len.
+        """
+        row = torch.arange(padding.shape[0], dtype=torch.int32, device=padding.device)
+        end = torch.full_like(padding, kv_len)
+        if q_len == kv_len:
+            return Segments(torch.stack([row, padding, end]), causal)
+        first = (padding - (kv_len - q_len)).clamp(min=0)
+        return Segments(torch.stack([row, first, torch.full_like(padding, q_len), padding, end]), causal)
+
+
+def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:
+    """The same with its segments and its band said as Intervals."""
+    lo, hi = (x.expand(problem.batch, -1).contiguous() for x in bounds(call))
+    shape = (problem.batch, problem.q_len)
+    return (
+        replace(problem, mask="intervals", mask_shape=shape, left=-1, right=-1),
+        call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1),
+    )
+
+
 def kv_lengths(call: Call) -> Tensor | int:
     """Keys per batch entry, clamped to what is there: an int without `kv_lengths`, else int32 `[B]`."""
     total = call.k.shape[2]
@@ -48,6 +104,8 @@ def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor,
 
     Returns two int32 tensors `[B|1, stop - start]`. A bool or additive mask is not part of it.
     """
+    if call.segments is not None:
+        return _segment_bounds(call, start, stop)
     q_len, kv_len = q_lengths(call), kv_lengths(call)
     rows = torch.arange(start, call.q.shape[2] if stop is None else stop, device=call.q.device, dtype=torch.int32)
     rows = rows[None, :]
@@ -66,6 +124,32 @@ def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor,
     return lo, hi
 
 
+def _segment_bounds(call: Call, start: int, stop: int | None) -> tuple[Tensor, Tensor]:
+    assert call.segments is not None
+    batch, _, q_total, _ = call.q.shape
+    kv_total = call.k.shape[2]
+    table = call.segments
+    row, q_first, q_end = table[0], table[1].clamp(0, q_total), table[2].clamp(0, q_total)
+    first, end = table[-2].clamp(0, kv_total), table[-1].clamp(0, kv_total)
+    tokens = torch.arange(start, q_total if stop is None else stop, dtype=torch.int32, device=table.device)
+    if not table.shape[1]:
+        zeros = tokens.new_zeros(batch, tokens.shape[0])
+        return zeros, zeros
+    # Where each query would come in the sorted starts of all batch entries, counted through.
+    starts = row.long() * q_total + q_first
+    places = torch.arange(batch, device=table.device)[:, None] * q_total + tokens
+    n = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
+    entry = torch.arange(batch, dtype=torch.int32, device=table.device)[:, None]
+    inside = (row[n] == entry) & (tokens >= q_first[n]) & (tokens < q_end[n])
+    position = tokens + (end - q_end)[n]  # the segment's last query stands on its last key
+    lo, hi = first[n], end[n]
+    if call.left >= 0:
+        lo = torch.maximum(lo, position - call.left)
+    if call.right >= 0:
+        hi = torch.minimum(hi, position + call.right + 1)
+    return lo, torch.where(inside, hi, 0)
+
+
 def rows_of(mask: Tensor, start: int, stop: int | None) -> Tensor:
     """The query rows `start:stop` of a 4-D mask that may be broadcast along them."""
     return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
@@ -78,7 +162,7 @@ def visibility(call: Call, start: int = 0, stop: int | None = None) -> Tensor | 
     """
     seen = None
     has_lengths = call.q_lengths is not None or call.kv_lengths is not None
-    if call.left >= 0 or call.right >= 0 or call.lo is not None or has_lengths:
+    if call.left >= 0 or call.right >= 0 or call.lo is not None or call.segments is not None or has_lengths:
         lo, hi = bounds(call, start, stop)
         keys = torch.arange(call.k.shape[2], device=call.k.device, dtype=torch.int32)
         seen = ((keys >= lo[..., None]) & (keys < hi[..., None]))[:, None]
@@ -131,7 +215,7 @@ def unseen_keys(call: Call) -> Tensor | None:
     """
     # Without lengths the last query stands on the last key, and the first one's window begins left of its place.
     whole = call.left < 0 or call.left >= call.k.shape[2] - call.q.shape[2]
-    if whole and call.mask is None and call.lo is None and call.q_lengths is None and call.kv_lengths is None:
+    if whole and all(x is None for x in (call.mask, call.lo, call.segments, call.q_lengths, call.kv_lengths)):
         return None
     if call.mask is not None and call.mask.shape[2] > 1:
         seen = visibility(call)

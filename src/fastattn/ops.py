@@ -21,7 +21,7 @@ from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? q_lengths, "
-    "Tensor? kv_lengths, float scale, int left, int right, float softcap, bool return_lse, str grads"
+    "Tensor? kv_lengths, Tensor? segments, float scale, int left, int right, float softcap, bool return_lse, str grads"
 )
 _FIELDS = len(Call._fields)
 
@@ -38,7 +38,7 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
-    if not plain(*call[:3]):
+    if not plain(*[x for x in call[:10] if x is not None]):
         return torch.ops.fastattn.attention(*call, ",".join(names))
     if call.grads:
         return _Attention.apply(*call, names)
@@ -47,14 +47,15 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
 
 def plain(*tensors: Tensor) -> bool:
-    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses.
+    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
+    when their memory holds what they hold (a negative view's does not).
 
     Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
     gradients.
     """
     return (
         not torch.compiler.is_compiling()
-        and all([type(x) is Tensor or type(x) is Parameter for x in tensors])
+        and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -117,7 +118,8 @@ class _Attention(torch.autograd.Function):
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     with _inside(args[0]):
-        return _forward(*_unpack(args))
+        out, lse = _forward(*_unpack(args))
+        return out, lse.contiguous()  # as a tracer was told
 
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
@@ -182,9 +184,8 @@ def empty_gradients(call: Call) -> Gradients:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call = Call(*inputs[:_FIELDS])
-    tensors = call[:9]
-    ctx.save_for_backward(*output, *tensors)
-    ctx.rest = inputs[9:]
+    ctx.save_for_backward(*output, *call[:10])
+    ctx.rest = inputs[10:]
     ctx.set_materialize_grads(False)
 
 
@@ -197,7 +198,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     names = ctx.rest[-1]
-    if isinstance(names, str) or torch.is_grad_enabled() or not plain(grad_out, *tensors[:3]):
+    batched = torch._C._dispatch_keys(grad_out).raw_repr() != torch._C._dispatch_keys(out).raw_repr()  # by old vmap
+    if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, *tensors[:3]):
         # The operator: traced, or with create_graph=True, which it knows how to refuse.
         names = names if isinstance(names, str) else ",".join(names)
         found = torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest[:-1], names)

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     """One validated attention call. Shapes as in `fastattn.scaled_dot_product_attention`.
 
     The causal mask and the window are one thing here, a band: a query at position p sees the keys
-    `[p - left, p + right]`, -1 meaning open; "causal" is `right = 0`.
+    `[p - left, p + right]`, -1 meaning open; "causal" is `right = 0`. With segments p is counted within the segment.
     """
 
     q: Tensor
@@ -30,6 +30,7 @@ class Call(NamedTuple):
     sinks: Tensor | None = None  #: [Hq]
     q_lengths: Tensor | None = None  #: int32 [B]
     kv_lengths: Tensor | None = None  #: int32 [B]
+    segments: Tensor | None = None  #: int32 [3|5, N]: `masks.Segments.table`
     scale: float = 1.0
     left: int = -1
     right: int = -1
@@ -63,8 +64,8 @@ class Problem:
     kv_len: int
     head_dim: int
     value_dim: int
-    mask: str  #: "none", "bool", "additive" or "intervals"
-    mask_shape: tuple[int, ...]  #: of the tensor, broadcast dims 1; of lo for intervals; () without a mask
+    mask: str  #: "none", "bool", "additive", "intervals" or "segments"
+    mask_shape: tuple[int, ...]  #: of the tensor, broadcast dims 1; of lo for intervals; of the table for segments
     mask_dtype: torch.dtype | None
     left: int
     right: int
@@ -117,6 +118,8 @@ class Problem:
             kind, shape, dtype = ("bool" if mask.dtype == torch.bool else "additive"), tuple(mask.shape), mask.dtype
         elif lo is not None:
             kind, shape, dtype = "intervals", tuple(lo.shape), lo.dtype
+        elif call.segments is not None:
+            kind, shape, dtype = "segments", tuple(call.segments.shape), call.segments.dtype
         device = q.device
         index = -1 if device.index is None else device.index
         return Problem(

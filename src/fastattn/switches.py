@@ -15,5 +15,12 @@ def is_on(name: str, default: bool) -> bool:
 
 def setting(name: str) -> str:
     """The variable's value, "" when it is not set."""
-    # To get what is not there costs os.environ an exception, 1 us.
-    return os.environ[name] if name in os.environ else ""  # noqa: SIM401
+    if _plain is None:
+        return os.environ.get(name, "")
+    # To ask os.environ for what is not there costs it an exception: 1 us, several times in each call of the op.
+    value = _plain.get(os.environ.encodekey(name))
+    return "" if value is None else os.environ.decodevalue(value)
+
+
+#: What os.environ wraps, where it is as it has been since Python 3.2.
+_plain = getattr(os.environ, "_data", None) if hasattr(os.environ, "encodekey") else None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .masks import Intervals
+from .masks import Intervals, Segments
 
 LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +78,7 @@ def check_window(window: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns (4-D mask tensor, None, None) or (None, lo, hi)."""
+    """Returns (4-D mask tensor, None, None) or (None, lo, hi). mask: a tensor or Intervals."""
     if isinstance(mask, Intervals):
         check_interval("mask.lo", mask.lo, q)
         check_interval("mask.hi", mask.hi, q)
@@ -98,6 +98,25 @@ def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tenso
     if any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")
     return mask, None, None
+
+
+def check_segments(segments: Segments, q: Tensor, k: Tensor) -> Tensor:
+    """Returns the table."""
+    table = segments.table
+    check_tensor("mask.table", table)
+    if table.dtype != torch.int32:
+        raise ValueError(f"mask.table: expected int32, got {table.dtype}")
+    if table.device != q.device:
+        raise ValueError(f"mask.table: expected device {q.device} as of q, got {table.device}")
+    if table.dim() != 2 or table.shape[0] not in (3, 5):
+        raise ValueError(f"mask.table: expected [3, segments] or [5, segments], got {_shape(table)}")
+    if table.shape[0] == 3 and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "mask.table: expected [5, segments], queries and keys apart, where their numbers differ, got "
+            f"{_shape(table)} for {q.shape[2]} queries and {k.shape[2]} keys"
+        )
+    check_flag("mask.causal", segments.causal)
+    return table
 
 
 def check_interval(name: str, x: Tensor, q: Tensor) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .api import scaled_dot_product_attention
-from .masks import Intervals
-from .validate import check_tensor, check_window
+from .masks import Intervals, Segments
+from .validate import check_tensor
 
 
 def varlen_attention(
@@ -30,7 +30,8 @@ def varlen_attention(
     Args:
         q, k, v: `[Tq, Hq, D]`, `[Tkv, Hkv, D]`, `[Tkv, Hkv, Dv]`.
         cu_seqlens_q, cu_seqlens_kv: int32 `[N + 1]` on q's device: sequence n holds the tokens
-            `cu[n] <= t < cu[n + 1]`. Never read on the host. Tokens past the last entry belong to no sequence and
+            `cu[n] <= t < cu[n + 1]`. Never read on the host; one tensor given for both tells that queries and keys are
+            the same tokens, which is faster. Tokens past the last entry belong to no sequence and
             give 0.
         causal: aligned to the lower right of each sequence, as in `scaled_dot_product_attention`.
         scale, sinks, window, softcap, backend: as in `scaled_dot_product_attention`; the window counts positions
@@ -57,12 +58,13 @@ def varlen_attention(
         raise ValueError(
             f"cu_seqlens_kv: expected {list(cu_seqlens_q.shape)} as of cu_seqlens_q, got {list(cu_seqlens_kv.shape)}"
         )
-    left, right = (-1, -1) if window is None else check_window(window)
-    intervals = packed_intervals(q.shape[0], cu_seqlens_q, cu_seqlens_kv, left, 0 if causal else right)
+    same = cu_seqlens_q is cu_seqlens_kv and q.shape[0] == k.shape[0]
+    segments = Segments.packed(cu_seqlens_q, None if same else cu_seqlens_kv, causal=causal)
     result = scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         scale=scale,
-        mask=intervals,
+        mask=segments,
+        window=window,
         sinks=sinks,
         softcap=softcap,
         return_lse=return_lse,

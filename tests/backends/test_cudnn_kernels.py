@@ -16,6 +16,7 @@ from cases import relative_error
 import fastattn
 from fastattn.backends.cudnn.places import places
 from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
+from fastattn.problem import Call
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="native on a GPU")),
@@ -36,7 +37,8 @@ def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
     int32 = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
     q_lengths, kv_lengths = (int32(4, 99, -1), int32(9, 0, 5)) if data in ("lengths", "both") else (None, None)
     lo, hi = (int32(2, 0, 4)[:, None], int32(7, 9, 4)[:, None]) if data in ("intervals", "both") else (None, None)
-    found = places(tensors, rows, fold, q_lengths, kv_lengths, lo, hi)
+    call = Call(*(tensors[role] for role in "qkv"), lo=lo, hi=hi, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    found = places(tensors, rows, fold, call)
     for row in range(rows):
         b, f = divmod(row, fold)
         queries, keys, first = 9, 9, 0
@@ -55,6 +57,34 @@ def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
                 start = first if heads[role] == 2 else 0
                 want = b * x.stride(0) + head * x.stride(1) + start * x.stride(2)
                 assert int(found[f"ragged_{role}"][row, 0, 0, 0]) == want, (row, role)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kinds", [3, 5])
+def test_offsets_of_segments(device: str, kinds: int) -> None:
+    fold, rows = 2, 16
+    q, k = torch.empty(3, 9, 6, 8, device=device).transpose(1, 2), torch.empty(3, 2, 12, 8, device=device)[:, :, :9]
+    lse = torch.empty(3, 9, 6, device=device).transpose(1, 2)
+    entry, start, stop = [0, 0, 1, 2, 2, 7], [0, 4, 2, -3, 5, 0], [4, 9, 2, 3, 99, 9]
+    kv_start, kv_stop = ([1, 1, 0, 2, 5, 0], [4, 9, 9, 2, 6, 9]) if kinds == 5 else (start, stop)
+    columns = [entry, start, stop] + [kv_start, kv_stop] * (kinds == 5)
+    segments = torch.tensor(columns, dtype=torch.int32, device=device)
+    tensors = {"q": q, "k": k, "v": k, "o": q, "stats": lse}
+    found = places(tensors, rows, fold, Call(q, k, k, segments=segments))
+    clamp = lambda x: min(max(x, 0), 9)  # noqa: E731
+    for row in range(rows):
+        n, f = divmod(row, fold)
+        if n >= len(entry):
+            assert int(found["seq_q"][row, 0, 0, 0]) == int(found["seq_kv"][row, 0, 0, 0]) == 0
+            continue
+        b, first, last, first_kv, last_kv = min(entry[n], 2), *map(clamp, (start[n], stop[n], kv_start[n], kv_stop[n]))
+        keys = max(last_kv - first_kv, 0)
+        assert int(found["seq_kv"][row, 0, 0, 0]) == keys
+        assert int(found["seq_q"][row, 0, 0, 0]) == (max(last - first, 0) if keys else 0)
+        for role, x in tensors.items():
+            head, at = (f, first_kv) if role in "kv" else (3 * f, first)
+            want = b * x.stride(0) + head * x.stride(1) + at * x.stride(2)
+            assert int(found[f"ragged_{role}"][row, 0, 0, 0]) == want, (row, role)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -87,11 +117,12 @@ def test_sinks_around_a_softmax_without_them(device: str, length: int, dim: int)
 def test_lengths_intervals_and_sinks_of_any_strides(device: str) -> None:
     table = torch.tensor([[3, 8], [4, 8], [5, 8], [6, 8]], dtype=torch.int32, device=device)
     q, k = torch.empty(4, 2, 9, 8, device=device), torch.empty(4, 2, 9, 8, device=device)
-    found = places({"q": q, "k": k}, 8, 2, table[:1, 0].expand(4), table[:, 0], None, None)
+    call = Call(q, k, k, q_lengths=table[:1, 0].expand(4), kv_lengths=table[:, 0])
+    found = places({"q": q, "k": k}, 8, 2, call)
     assert found["seq_kv"].flatten().tolist() == [3, 3, 4, 4, 5, 5, 6, 6]
     assert found["seq_q"].flatten().tolist() == [3] * 8
     lo = torch.zeros(4, 1, dtype=torch.int32, device=device)
-    found = places({"q": q, "k": k}, 8, 2, None, None, lo, table[2:3, :1].expand(4, 1))
+    found = places({"q": q, "k": k}, 8, 2, Call(q, k, k, lo=lo, hi=table[2:3, :1].expand(4, 1)))
     assert found["seq_kv"].flatten().tolist() == [5] * 8
     out, stats = torch.randn(1, 4, 3, 8, device=device), torch.zeros(1, 4, 3, device=device)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -95,6 +95,17 @@ def groups() -> dict[str, list[Case]]:
             ("b1", None, (5, 200), "qkv"),
         )
     ]  # fmt: skip
+    long = _BASE.but(q_len=1000, kv_len=1000)
+    segments = [
+        turn(c.but(mask=f"segments:{m}", window=w, sinks=s, grads=g))
+        for c, m, w, s, g in (
+            (_BASE, "3", None, None, "qkv"), (long, "3c", None, None, "qkv"), (_MIXED, "5", None, None, "qkv"),
+            (_BASE.but(q_len=2049, kv_len=2049), "pc", None, None, "qkv"), (_MIXED, "5c", None, FP32, "qkvs"),
+            (_MIXED, "pc", None, None, "qkv"), (long.but(batch=1, head_dim=64), "3c", (60, -1), BF16, "qkvs"),
+            (_MIXED.but(q_len=200), "5c", (20, 0), None, "qkv"), (_BASE.but(batch=5, head_dim=72), "pc", None, None, "qkv"),
+            (_MIXED.but(return_lse=True), "5c", None, None, "qkv"), (_MIXED, "5c", None, None, ""),
+        )
+    ]  # fmt: skip
     other = [
         _BASE.but(scale=0.0, **train),
         _BASE.but(scale=-0.05, mask="causal", **train),
@@ -120,7 +131,8 @@ def groups() -> dict[str, list[Case]]:
     ]
     return {
         "square": square, "rectangles": rectangles, "dims": dims, "layouts": layout, "masks": mask, "windows": window,
-        "sinks": sinks, "lengths": lengths, "intervals": interval, "other": other, "decode": list(_decode()),
+        "sinks": sinks, "lengths": lengths, "intervals": interval,
+        "segments": segments, "other": other, "decode": list(_decode()),
         "float16": half, "float32": single,
     }  # fmt: skip
 
@@ -144,6 +156,8 @@ def _decode() -> Iterator[Case]:
         long.but(sinks=BF16, kv_lengths=(1500, 0)),
         long.but(mask="intervals:b1", q_len=3),
         long.but(mask="intervals:bq", q_len=3, window=(900, 0)),
+        long.but(mask="segments:pc", q_len=3),
+        long.but(mask="segments:5c", q_len=8),
         long.but(mask="bool:b11k", layout="bhsd"),
         long.but(mask="additive:bhqk", q_len=2, layout="sliced"),
         long.but(mask="finfo:b11k", mask_dtype=FP32),
@@ -181,7 +195,7 @@ def must_serve(backend: str, case: Case) -> bool:
         return c.softcap is None and c.sinks is None and not c.return_lse and "m" not in c.grads
     if backend == "decode":
         few = c.q_len * c.q_heads // c.kv_heads <= 64
-        return few and not c.grads and c.softcap is None and c.mask_kind in ("none", "causal", "intervals")
+        return few and not c.grads and c.softcap is None and c.mask_kind in ("none", "causal", "intervals", "segments")
     trivial = c.q_len == c.kv_len == 1 and bool(c.grads)
     plain = c.softcap is None and "m" not in c.grads and not trivial
     return plain and c.dtype in (BF16, FP16) and max(c.head_dim, value_dim) <= 128

@@ -56,7 +56,7 @@ class Asker:
         self.asked += 1
         return self.asked
 
-    def best(self, exact: PlanKey | None, general: PlanKey) -> Asker:
+    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = ()) -> Asker:
         if exact is not None:
             self.get(exact)
         return self.get(general)
@@ -92,6 +92,8 @@ def calls() -> Iterator[tuple[str, Call]]:
             {"mask": "causal", "q_lengths": lengths(q_len, 0), "kv_lengths": lengths(kv_len, 1)},
             {"mask": torch.zeros(q_len, kv_len), "kv_lengths": lengths(kv_len, 1)},
             {"mask": "causal", "sinks": torch.zeros(8)},
+            {"mask": fastattn.Segments(torch.zeros(5, 3, dtype=torch.int32), True)},
+            {"mask": fastattn.Segments(torch.zeros(5, 100, dtype=torch.int32)), "window": (9, 0)},
         ]
         for options in some:
             q, k, v = tensor(8, q_len, dim), tensor(2, kv_len, dim), tensor(2, kv_len, value_dim)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import naive
 import pytest
 import tiny_models  # noqa: F401  (registers "fastattn", quietly)
 import torch
@@ -17,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastattn.hf import interval_mask
 from fastattn.hf import mask as mask_module
-from fastattn.hf.mask import band_of
+from fastattn.hf.mask import Band, Pieces, hint_of
 from fastattn.hf.patterns import Pattern, recognise
 
 #: q_length, kv_length, q_offset, kv_offset
@@ -70,8 +71,8 @@ def seen_through(mask: Tensor | None, causal: bool, q_length: int, kv_length: in
 
 
 def seen_through_band(mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
-    band = band_of(mask)
-    if band is None:
+    band = hint_of(mask)
+    if not isinstance(band, Band):
         return None
     assert band.keys <= kv_length
     i, j = torch.arange(q_length)[:, None] + band.keys - q_length, torch.arange(kv_length)
@@ -81,6 +82,20 @@ def seen_through_band(mask: Tensor, q_length: int, kv_length: int) -> Tensor | N
     if band.right >= 0:
         seen = seen & (j <= i + band.right)
     return seen[None, None]
+
+
+def same_as_pieces(mask: Tensor, seen: Tensor) -> None:
+    """What a mask says of the queries in its Pieces, if it has any, and that those are all that are no padding."""
+    hint = hint_of(mask)
+    if not isinstance(hint, Pieces):
+        return
+    batch, q_length, kv_length = seen.shape[0], *seen.shape[2:]
+    q, k = torch.empty(batch, 1, q_length, 4), torch.empty(batch, 1, kv_length, 4)
+    found = naive.visible(q, k, mask=hint.segments, window=(hint.left, -1))
+    real = found.any(-1, keepdim=True)
+    assert torch.equal(found, seen & real)
+    if hint.segments.table.shape[0] == 3:  # there a query is real when it sees itself
+        assert torch.equal(seen.diagonal(dim1=-2, dim2=-1), real[..., 0])
 
 
 def check(
@@ -99,6 +114,7 @@ def check(
     if found is not None and found.dtype == torch.int32:
         band = seen_through_band(found, place[0], place[1])
         assert band is None or torch.equal(band.expand_as(expected), expected)
+        same_as_pieces(found, expected)
     return found
 
 
@@ -177,21 +193,24 @@ def test_what_needs_no_mask_gets_none() -> None:
 
 def test_bands() -> None:
     sliding = hf.sliding_window_causal_mask_function(3)
-    assert band_of(interval_mask(2, 9, 9, mask_function=sliding)) == (9, 2, 0)
-    assert band_of(interval_mask(2, 4, 6, 5, 3, mask_function=sliding)) == (6, 2, 0)
-    assert band_of(interval_mask(2, 9, 20)) == (9, -1, 0)  # an empty static cache
-    assert band_of(interval_mask(2, 4, 20, torch.tensor(5))) == (9, -1, 0)  # and one that holds 5
-    assert band_of(interval_mask(2, 1, 20, torch.tensor(5))) is None  # not worth a wait
-    assert band_of(interval_mask(2, 9, 9, attention_mask=PADDING["left"](2, 9))) is None
+    assert hint_of(interval_mask(2, 9, 9, mask_function=sliding)) == (9, 2, 0)
+    assert hint_of(interval_mask(2, 4, 6, 5, 3, mask_function=sliding)) == (6, 2, 0)
+    assert hint_of(interval_mask(2, 9, 20)) == (9, -1, 0)  # an empty static cache
+    assert hint_of(interval_mask(2, 4, 20, torch.tensor(5))) == (9, -1, 0)  # and one that holds 5
+    assert hint_of(interval_mask(2, 1, 20, torch.tensor(5))) is None  # not worth a wait
+    pieces = hint_of(interval_mask(2, 9, 9, attention_mask=PADDING["left"](2, 9)))
+    assert isinstance(pieces, Pieces) and pieces.segments.causal
+    assert pieces.segments.table.tolist()[1:] == [[0, 1], [9, 9]], "tokens from the first real one to the last"
+    assert hint_of(interval_mask(2, 1, 9, 8, attention_mask=PADDING["left"](2, 9))) is None, "a kernel of its own"
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_mask_changed_in_place_loses_its_band(inference: bool) -> None:
     with torch.inference_mode(inference):
         mask = interval_mask(2, 9, 20)
-        assert band_of(mask) is not None
+        assert hint_of(mask) is not None
         mask.copy_(interval_mask(2, 9, 20, 4))
-        assert band_of(mask) is None
+        assert hint_of(mask) is None
 
 
 def test_the_live_length_of_a_static_cache_is_copied() -> None:

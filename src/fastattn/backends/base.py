@@ -23,8 +23,8 @@ class Backend(Protocol):
     """One way of computing attention.
 
     All backends agree on what they return: `out` `[B,Hq,Sq,Dv]` in q's dtype, token-major in memory, 0 in rows that
-    see nothing; `lse` `[B,Hq,Sq]`, natural logarithm, sinks included, float32 (float64 for float64 inputs), -inf in
-    rows that see nothing. Therefore the backward of one may follow the forward of another.
+    see nothing; `lse` `[B,Hq,Sq]` in any layout, natural logarithm, sinks included, float32 (float64 for float64
+    inputs), -inf in rows that see nothing. Therefore the backward of one may follow the forward of another.
     """
 
     name: str

@@ -13,7 +13,7 @@ from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
 from ..notice import warn_once
 from ..varlen import packed_intervals, varlen_attention
-from .mask import band_of
+from .mask import Band, Pieces, hint_of
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
 REFUSED = {
@@ -96,7 +96,8 @@ def attention_forward(
         window = (sliding_window - 1, -1) if sliding_window and causal else None
         return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
 
-    sight = _sight(query.shape[2], key.shape[2], attention_mask, causal, sliding_window)
+    alone = not (packing or dropout) and indices is None and position_bias is None
+    sight = _sight(query.shape[2], key.shape[2], attention_mask, causal, sliding_window, alone)
     if packing:
         sight = sight._replace(mask=_meet(sight.mask, _segments(query, key, *packing), sight.keys))
     if indices is not None:
@@ -119,7 +120,10 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
-def _sight(q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_window: int | None) -> Sight:
+def _sight(
+    q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_window: int | None, alone: bool
+) -> Sight:
+    """alone: nothing else masks, so that the mask may stay what only the op knows."""
     if mask is None:
         if not causal:
             # The windows of encoders are in their masks; a bare `sliding_window` is counted differently by each.
@@ -137,9 +141,11 @@ def _sight(q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_w
         )
     if not torch.compiler.is_compiling() and not _capturing(mask):
         # Numbers of the host hold for this very mask; a graph is replayed with others.
-        band = band_of(mask)
-        if band is not None and band.keys <= kv_len:
-            return Sight(None, (band.left, band.right), band.keys)
+        hint = hint_of(mask)
+        if isinstance(hint, Band) and hint.keys <= kv_len:
+            return Sight(None, (hint.left, hint.right), hint.keys)
+        if isinstance(hint, Pieces) and alone:
+            return Sight(hint.segments, (hint.left, -1), kv_len)
     return Sight(Intervals(mask[:, 0, :, 0], mask[:, 0, :, 1]), None, kv_len)
 
 

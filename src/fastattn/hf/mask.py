@@ -9,7 +9,8 @@ transformers calls it once per forward and layer type. It answers with
 - eager's additive mask, to a model that brings its own attention and never calls ours.
 
 Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
-as a window over the first few keys, for which the fastest kernels are made.
+as a window over the first few keys, for which the fastest kernels are made. Where it is padding or packing it carries
+the same as `Pieces`: whole sequences, which kernels take as offsets and lengths.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
+from ..masks import Segments
 from ..notice import warn_once
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
 from .patterns import Pattern, recognise
@@ -55,7 +57,7 @@ PARTLY_EAGER = frozenset({"bigbird_pegasus", "blip_text_model"})
 #: Models with causal layers that call themselves bidirectional: None would be misread by them.
 MISTAKEN_FOR_BIDIRECTIONAL = frozenset({"git", "informer", "nllb-moe", "pegasus_x"})
 
-_BAND = "_fastattn_band"
+_HINT = "_fastattn_hint"
 
 
 class Place(NamedTuple):
@@ -81,6 +83,16 @@ class Band(NamedTuple):
     keys: int
     left: int
     right: int
+
+
+class Pieces(NamedTuple):
+    """The same mask as its tensor for all queries that are no padding: causal segments, within a window.
+
+    Padding sees nothing here, what it sees in the tensor is nobody's business.
+    """
+
+    segments: Segments
+    left: int  #: -1 = open
 
 
 def interval_mask(
@@ -175,13 +187,14 @@ def interval_mask(
     if pattern.is_open:
         positions = positions[:, :1]  # all queries see the same
     lo, hi = intervals_of(pattern, positions, kv_offset, kv_length, padding)
-    return _pack(lo, hi, batch_size, band)
+    hint = band if band is not None or not readable else _pieces(pattern, place, padding, batch_size)
+    return _pack(lo, hi, batch_size, hint)
 
 
-def band_of(mask: Tensor) -> Band | None:
-    """The Band of a mask made here, None if it has none, or was changed in place since."""
-    band, version = getattr(mask, _BAND, (None, 0))
-    return band if band is not None and mask._version == version else None
+def hint_of(mask: Tensor) -> Band | Pieces | None:
+    """The same in other words, of a mask made here; None if there are none, or it was changed in place since."""
+    hint, version = getattr(mask, _HINT, (None, 0))
+    return hint if hint is not None and mask._version == version else None
 
 
 def _brings_its_own_attention(config: Any) -> bool:
@@ -231,13 +244,41 @@ def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | Non
     return Band(keys, left, right)
 
 
-def _pack(lo: Tensor, hi: Tensor, batch_size: int, band: Band | None) -> Tensor:
+def _pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int) -> Pieces | None:
+    """The mask as Pieces, where it is nothing but causal padding or packing and more than a query's worth."""
+    keys, end = place.kv_length, place.end
+    chunked = 0 < pattern.chunk < keys + place.kv_offset
+    if end is None or place.q_length == 1 or pattern.is_open or pattern.right != 0 or chunked:
+        return None
+    left = -1 if pattern.left >= keys - 1 else pattern.left
+    if pattern.segments is not None:
+        if padding is not None:
+            return None
+        ids = pattern.segments.expand(batch_size, -1)
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        row, start = (x.to(torch.int32) for x in starts.nonzero(as_tuple=True))  # waits for the device: how many?
+        stop = torch.full_like(start, keys)
+        stop[:-1] = torch.where(row[1:] == row[:-1], start[1:], keys)
+        return Pieces(Segments(torch.stack([row, start, stop]), causal=True), left)
+    if padding is None or end > keys:
+        return None
+    first, stop = (x[:, 0].to(torch.int32).expand(batch_size) for x in (padding.first, padding.stop.clamp(max=end)))
+    row = torch.arange(batch_size, dtype=torch.int32, device=first.device)
+    before = end - place.q_length  # keys before the first query's own
+    if not before and place.q_length == keys:
+        return Pieces(Segments(torch.stack([row, first, stop]), causal=True), left)
+    q_first, q_stop = ((x - before).clamp(0, place.q_length) for x in (first, stop))
+    return Pieces(Segments(torch.stack([row, q_first, q_stop, first, stop]), causal=True), left)
+
+
+def _pack(lo: Tensor, hi: Tensor, batch_size: int, hint: Band | Pieces | None) -> Tensor:
     """int32 `[B, 1, Sq | 1, 2]`, laid out so that lo and hi are each contiguous `[B, Sq | 1]`."""
     lo, hi = (x.to(torch.int32).expand(batch_size, -1) for x in torch.broadcast_tensors(lo, hi))
     if torch.compiler.is_compiling():
         return torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
     with torch.inference_mode(False):  # tensors made in inference mode do not tell when they change
         mask = torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
-    if band is not None:
-        setattr(mask, _BAND, (band, mask._version))
+    if hint is not None:
+        setattr(mask, _HINT, (hint, mask._version))
     return mask

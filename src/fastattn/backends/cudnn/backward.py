@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from ... import masks, reference
 from ...memo import Memo
-from ...problem import Call, Gradients, Problem, token_major
+from ...problem import Call, Gradients, Problem, as_token_major, token_major
 from ..layout import copied, readable
 from .forward import (
+    MIN_CAPACITY,
     SCALE,
     band,
     capacity,
@@ -24,20 +27,26 @@ from .forward import (
     may_be_exact,
     ragged_operand,
     ragged_rows,
+    ragged_stats,
+    segments_fit,
+    stats_operand,
+    total,
 )
 from .graphs import KEY_SIDE, PlanKey
-from .operands import bias, cleared, needs_bias, packed, scale_operand
+from .operands import bias, cleared, needs_bias, scale_operand
 from .places import Places
 from .plans import Choice, Plan, cache
 from .sinks import sink_gradient
 from .support import deterministic_refusal
 
-_MIN_CAPACITY = 1 << 10  #: the backward's workspace grows with the declared length
+_MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace, and the time to clear it, grow with what is declared
 _GRADIENTS = (("dq", "q"), ("dk", "k"), ("dv", "v"))
 
 
 def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Gradients of the call's inputs; cuDNN's backward takes no gradient of the log-sum-exp, the reference's does."""
+    if not segments_fit(p):
+        p, c = masks.as_intervals(p, c)
     dense = needs_bias(p)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not dense)):
@@ -61,25 +70,44 @@ class _Recipe:
 
     choice: Choice
     places: Places
-    stats: tuple[int, int, int, int]  #: of the plan for any length
 
 
 _recipes: Memo[Any, _Recipe] = Memo(1 << 13)
 
 
 def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
-    left, right = band(p)
-    rows = ragged_rows(p, p.kv_heads)
-    q_max, kv_max = capacity(p.q_len, _MIN_CAPACITY), capacity(p.kv_len, _MIN_CAPACITY)
-    lengths = {role: kv_max if role in KEY_SIDE else q_max for role in tensors}
-    operands = [ragged_operand(role, x, rows, p.kv_heads, lengths[role]) for role, x in tensors.items()]
-    dims = (rows, p.group, q_max, 1)
-    operands += [SCALE, *length_operands(rows, tuple(tensors)), packed("stats", dims, torch.float32)]
-    general = PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic)
     only = None
     if may_be_exact(p):
         only = exact_key(p, tensors, direction="backward", deterministic=deterministic)
-    return _Recipe(Choice(only, general), Places(p, rows, p.kv_heads), dims)
+    q_max, kv_max = (capacity(n, MIN_CAPACITY if total(p) else _MIN_CAPACITY) for n in (p.q_len, p.kv_len))
+    general = _general_key(p, tensors, deterministic, q_max, kv_max)
+    larger = partial(_larger_keys, p, _shapes(tensors), deterministic, q_max, kv_max)
+    return _Recipe(Choice(only, general, larger), Places(p, ragged_rows(p, p.kv_heads), p.kv_heads))
+
+
+def _general_key(p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int) -> PlanKey:
+    """The plan for any length up to q_max queries and kv_max keys."""
+    left, right = band(p)
+    rows = ragged_rows(p, p.kv_heads)
+    lengths = {role: kv_max if role in KEY_SIDE else q_max for role in tensors}
+    operands = [ragged_operand(role, x, rows, p.kv_heads, lengths[role]) for role, x in tensors.items()]
+    roles = [*tensors, "stats"] if ragged_stats(p) else list(tensors)
+    operands += [SCALE, *length_operands(rows, roles), stats_operand(p, rows, p.kv_heads, q_max)]
+    return PlanKey("backward", p.index, tuple(operands), left, right, lower_right(p), deterministic, total(p))
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without memory, to be kept."""
+    return {role: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for role, x in tensors.items()}
+
+
+def _larger_keys(
+    p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int
+) -> Iterator[PlanKey]:
+    """Plans for longer calls that could serve this one: all that they cost is workspace."""
+    while max(q_max, kv_max) < MIN_CAPACITY:
+        q_max, kv_max = min(2 * q_max, MIN_CAPACITY), min(2 * kv_max, MIN_CAPACITY)
+        yield _general_key(p, tensors, deterministic, q_max, kv_max)
 
 
 def _without_bias(
@@ -88,6 +116,8 @@ def _without_bias(
     # Heads of a group share their K/V gradient, so they stay together and their stride is baked into the plan.
     q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
     k, v = readable(c.k), readable(c.v)
+    if total(p):  # cuDNN (9.19) looks for what it accumulates at q's and k's offsets, not at those of dq and dk
+        q, k, v = as_token_major(q, p.dtype), as_token_major(k, p.dtype), as_token_major(v, p.dtype)
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
     name = (p, deterministic, tuple([x.stride() for x in tensors.values()]))
     recipe = _recipes.get(name)
@@ -99,9 +129,15 @@ def _without_bias(
     if leaves_gaps(p):
         for d, _ in _GRADIENTS:
             tensors[d].zero_()
-    tensors |= recipe.places(tensors, c)
-    spread = tensors["stats"] = stats.new_empty(recipe.stats)
-    spread.view(-1, p.q_heads, recipe.stats[2])[: p.batch, :, : p.q_len] = stats
+    if ragged_stats(p):
+        tensors["stats"] = stats.transpose(1, 2).contiguous().transpose(1, 2)
+        tensors |= recipe.places(tensors, c)
+    else:
+        tensors |= recipe.places(tensors, c)
+        operand = plan.key.operand("stats")
+        assert operand is not None
+        spread = tensors["stats"] = stats.new_empty(operand.dims)
+        spread.view(-1, p.q_heads, operand.dims[2])[: p.batch, :, : p.q_len] = stats
     tensors["scale"] = scale_operand(c.scale)
     plan.run(tensors)
     return tensors

@@ -26,7 +26,7 @@ from ...switches import OFF
 from . import runtime
 from .graphs import PlanKey
 
-FORMAT = 1  #: of these files, and of what a key means; raise it when either changes
+FORMAT = 2  #: of these files, and of what a key means; raise it when either changes
 MAGIC = b"fastattn plan\n"
 MAX_BYTES = 512 << 20  #: of all files together; the least recently used go first
 MAX_FILE = 64 << 20  #: a plan is about 80 KB; what is larger is not one of ours

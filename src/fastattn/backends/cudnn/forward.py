@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import masks
 from ...memo import Memo
 from ...problem import Call, Problem, token_major, token_major_strides
 from ..base import Runner
@@ -17,14 +19,41 @@ from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scal
 from .places import Places
 from .plans import Choice, cache
 from .sinks import add_sinks
+from .support import GENERIC
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
+MIN_SEGMENTS = 16  #: packed sequences that a plan has room for, at the least; a place left empty costs 1 to 4 us
+MIN_TOTAL = 1 << 10  #: tokens of all of them that its backward has room for, at the least
 MIN_CAPACITY = 1 << 14  #: length that an any-length plan is declared for, at the least; a larger one costs no time
 
 
 def bind(p: Problem, c: Call) -> Runner:
     """See `Backend.bind`."""
+    if not segments_fit(p):
+        run = bind(*masks.as_intervals(p, c))
+        return lambda c: run(masks.as_intervals(p, c)[1])
     return partial(_with_bias, p) if needs_bias(p) else _without_bias(p, *c[:3])
+
+
+def is_packed(p: Problem) -> bool:
+    """True for segments whose number is not the batch's: another one in each call, of which most are short."""
+    return p.mask == "segments" and p.mask_shape[1] != p.batch
+
+
+def segments_fit(p: Problem) -> bool:
+    """False when segments have to become Intervals, and those a dense bias."""
+    return p.mask != "segments" or not p.grads or (p.capability not in GENERIC and not (is_packed(p) and not total(p)))
+
+
+def total(p: Problem) -> int:
+    """Tokens that the workspace of a backward for packed sequences is made for; 0 where cuDNN can make it only for all
+    rows at full length.
+
+    Its accumulators lie as dq, dk and dv do, so what counts is where the last head of the last token ends: one more.
+    """
+    if not is_packed(p) or p.capability in GENERIC or p.head_dim % 16 or p.value_dim % 16:
+        return 0
+    return capacity(p.batch * max(p.q_len, p.kv_len), MIN_TOTAL) + 1
 
 
 def may_be_exact(p: Problem) -> bool:
@@ -39,6 +68,8 @@ def band(p: Problem) -> tuple[int, int]:
 
 def lower_right(p: Problem) -> bool:
     """False when upper-left says the same: it is 1.4 to 1.6 times faster in the backward."""
+    if p.mask == "segments":
+        return p.mask_shape[0] == 5
     return p.q_len != p.kv_len or p.q_lengths or p.kv_lengths
 
 
@@ -54,7 +85,8 @@ def ragged_operand(role: str, x: Tensor, rows: int, fold: int, length: int) -> O
     """
     heads, dim = x.shape[1] // fold if x.shape[1] > fold else 1, x.shape[3]
     token = x.stride(2) if x.shape[2] > 1 else x.shape[1] * dim
-    head = x.stride(1) if heads > 1 else token
+    # One head has no stride, but cuDNN lays a group's unreduced K/V gradients out by it.
+    head = x.stride(1) if heads > 1 else dim
     return Operand(role, (rows, heads, length, dim), (heads * length * dim, head, token, 1), x.dtype)
 
 
@@ -65,12 +97,26 @@ def heads_lie_apart(x: Tensor) -> bool:
 
 def ragged_rows(p: Problem, fold: int) -> int:
     """Ragged entries of a plan: batch sizes share plans by powers of two, the surplus has length 0."""
-    return (1 << (p.batch - 1).bit_length()) * fold
+    count = max(p.mask_shape[1], MIN_SEGMENTS) if is_packed(p) else p.batch
+    return (1 << (count - 1).bit_length()) * fold
 
 
 def leaves_gaps(p: Problem) -> bool:
     """True when an any-length plan may leave some queries and keys untouched: their lengths are data."""
-    return p.q_lengths or p.kv_lengths or p.mask == "intervals"
+    return p.q_lengths or p.kv_lengths or p.mask in ("intervals", "segments")
+
+
+def ragged_stats(p: Problem) -> bool:
+    """True when the log-sum-exp of an any-length plan can lie token-major, at offsets of its own."""
+    return p.capability not in GENERIC or not p.grads
+
+
+def stats_operand(p: Problem, rows: int, fold: int, length: int) -> Operand:
+    """The log-sum-exp of an any-length plan."""
+    dims = (rows, p.q_heads // fold, length, 1)
+    if not ragged_stats(p):
+        return packed("stats", dims, torch.float32)
+    return Operand("stats", dims, (p.q_heads * length, 1, p.q_heads, 1), torch.float32)
 
 
 def exact_key(
@@ -90,7 +136,7 @@ def exact_key(
     return PlanKey(direction, p.index, tuple(operands), left, right, lower, deterministic)
 
 
-def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
+def length_operands(rows: int, roles: Iterable[str]) -> list[Operand]:
     one = (1, 1, 1, 1)
     offsets = [Operand(f"ragged_{role}", (rows + 1, 1, 1, 1), one, torch.int64) for role in roles]
     return [*offsets, *(Operand(role, (rows, 1, 1, 1), one, torch.int32) for role in ("seq_q", "seq_kv"))]
@@ -99,7 +145,7 @@ def length_operands(rows: int, roles: tuple[str, ...]) -> list[Operand]:
 class _WithoutBias:
     """The forward of calls that need no bias, all of one problem and one set of strides: what can be is made once."""
 
-    __slots__ = ("_choice", "_in_place", "_lse", "_out", "_places", "_problem", "_stats")
+    __slots__ = ("_choice", "_in_place", "_lse", "_out", "_places", "_problem", "_ragged_stats", "_stats")
 
     def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._problem = p
@@ -107,6 +153,7 @@ class _WithoutBias:
         fold = p.q_heads if heads_lie_apart(q) else p.kv_heads
         rows, q_max, kv_max = ragged_rows(p, fold), capacity(p.q_len), capacity(p.kv_len)
         self._places = Places(p, rows, fold)
+        self._ragged_stats = ragged_stats(p)
         out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
         self._out = out.shape, token_major_strides(p.q_heads, p.q_len, p.value_dim)
         operands = [
@@ -115,13 +162,17 @@ class _WithoutBias:
             ragged_operand("v", v, rows, p.kv_heads, kv_max),
             ragged_operand("o", out, rows, fold, q_max),
             SCALE,
-            *length_operands(rows, ("q", "k", "v", "o")),
         ]
-        stats = _needs_stats(p)
-        self._lse = stats
-        self._stats = (rows, p.q_heads // fold, q_max, 1) if stats else None  #: of the plan for any length
-        if self._stats:
-            operands.append(packed("stats", self._stats, torch.float32))
+        roles = ["q", "k", "v", "o"]
+        self._lse = stats = _needs_stats(p)
+        self._stats: tuple[int, ...] = ()  #: of the plan for any length, where they do not lie token-major
+        if stats:
+            operands.append(stats_operand(p, rows, fold, q_max))
+            if self._ragged_stats:
+                roles.append("stats")
+            else:
+                self._stats = operands[-1].dims
+        operands += length_operands(rows, roles)
         left, right = band(p)
         general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
         only = exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_exact(p) else None
@@ -146,6 +197,10 @@ class _WithoutBias:
         else:
             if leaves_gaps(p):
                 out.zero_()
+            if self._lse and self._ragged_stats:
+                lse = tensors["stats"] = token_major_lse(p, q)
+                if leaves_gaps(p):
+                    lse.fill_(-torch.inf)
             tensors |= self._places(tensors, c)
             if self._stats:
                 found = tensors["stats"] = q.new_full(self._stats, -torch.inf, dtype=torch.float32)
@@ -188,7 +243,12 @@ def _exact_stats(p: Problem, tensors: dict[str, Tensor]) -> Tensor:
     return found[..., 0]
 
 
+def token_major_lse(p: Problem, like: Tensor) -> Tensor:
+    """Room for a log-sum-exp `[B,H,S]` whose memory runs `[B,S,H]`: then any length can have the same plan."""
+    return like.new_empty((p.batch, p.q_len, p.q_heads), dtype=torch.float32).transpose(1, 2)
+
+
 def _finished(c: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if c.sinks is not None and lse is not None:
         return out, add_sinks(out, lse, c.sinks)
-    return out, None if lse is None else lse.contiguous()
+    return out, lse

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 #: The tensors that may lie at ragged offsets; the offsets of `x` are the tensor `ragged_x`.
-RAGGED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+RAGGED = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "stats")
 KEY_SIDE = ("k", "v", "dk", "dv")  #: those of them that are as long as the keys
 #: Every tensor that a graph may have, by role. The number is the tensor's id within the graph and in what is executed.
 ROLES = {
     role: number
     for number, role in enumerate(
-        (*RAGGED, *(f"ragged_{role}" for role in RAGGED), "stats", "scale", "bias", "dbias", "seq_q", "seq_kv"), start=1
+        (*RAGGED, *(f"ragged_{role}" for role in RAGGED), "scale", "bias", "dbias", "seq_q", "seq_kv"), start=1
     )
 }
 OUTPUTS = {"forward": ("o", "stats"), "backward": ("dq", "dk", "dv", "dbias")}
@@ -50,6 +50,9 @@ class PlanKey:
     right: int = -1
     lower_right: bool = False  #: p = i + Skv - Sq (with lengths: the row's own) rather than p = i
     deterministic: bool = False
+    #: ragged backward: queries and keys of all rows together at the most, what the workspace is made for; 0 = as many
+    #: as the dims allow
+    total: int = 0
 
     @cached_property
     def _hash(self) -> int:
@@ -99,7 +102,8 @@ def build(cudnn: Any, key: PlanKey, handle: Any = None, **device: Any) -> Any:
         options |= {"dBias": tensors["dbias"]} if "dbias" in tensors else {}
         found = graph.sdpa_backward(
             q, k, v, tensors["o"], tensors["do"], tensors["stats"],
-            use_deterministic_algorithm=key.deterministic, **options,
+            use_deterministic_algorithm=key.deterministic,
+            max_total_seq_len_q=key.total or None, max_total_seq_len_kv=key.total or None, **options,
         )  # fmt: skip
         results = dict(zip(("dq", "dk", "dv"), found, strict=True))
     for role, tensor in results.items():

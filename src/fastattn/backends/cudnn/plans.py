@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -158,8 +159,10 @@ class PlanCache:
         """The plan for a key, built now if it is not there."""
         return self._find(key) or self._make(key, "")
 
-    def best(self, exact: PlanKey | None, general: PlanKey) -> Plan:
-        """The exact plan if it is there, else the general one, built now if need be.
+    def best(self, exact: PlanKey | None, general: PlanKey, larger: Callable[[], Iterable[PlanKey]] = tuple) -> Plan:
+        """The exact plan if it is there, else the general one, or one of the larger ones if that is there.
+
+        If none is, the general one is built now, and the next larger one in the background: lengths vary.
 
         An exact plan that has been missed on `EXACT_AFTER` occasions is built in the background; nobody waits for it.
         See `policy` for what changes that.
@@ -173,7 +176,27 @@ class PlanCache:
                 if plan is not None:
                     return plan
                 self._miss(exact)
-        return self.get(general)
+        plan = self._find(general)
+        if plan is not None:
+            return plan
+        others = [key for key in larger() if not torch.cuda.is_current_stream_capturing()]
+        for key in others:
+            plan = self._find(key)
+            if plan is not None:
+                self._later(general)
+                return plan
+        plan = self._make(general, "")
+        if others:
+            self._later(others[0])
+        return plan
+
+    def _later(self, key: PlanKey) -> None:
+        """Has a plan built in the background, once."""
+        with self._lock:
+            if key in self._asked:
+                return
+            self._asked[key] = EXACT_AFTER, time.monotonic()
+        self._worker.submit(partial(self._make_in_background, key), DELAY)
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Waits, for at most `timeout` seconds, until no plan is being built in the background. True if none is."""
@@ -247,7 +270,8 @@ class PlanCache:
             self._plans[key] = plan
             self.generation += 1
             while len(self._plans) > self.capacity:
-                self._plans.popitem(last=False)
+                gone, _ = self._plans.popitem(last=False)
+                self._asked.pop(gone, None)  # it may come back
                 self._stats["evictions"] += 1
 
     def _make_in_background(self, key: PlanKey) -> None:
@@ -269,11 +293,14 @@ cache = PlanCache()
 class Choice:
     """The plan for one kind of call, remembered until the cache or the policy changes."""
 
-    __slots__ = ("_again", "_exact", "_found", "_general", "_state")
+    __slots__ = ("_again", "_exact", "_found", "_general", "_larger", "_state")
 
-    def __init__(self, exact: PlanKey | None, general: PlanKey) -> None:
+    def __init__(
+        self, exact: PlanKey | None, general: PlanKey, larger: Callable[[], Iterable[PlanKey]] = tuple
+    ) -> None:
         self._exact = exact
         self._general = general
+        self._larger = larger
         self._found: tuple[Plan, bool] | None = None
         self._state: tuple[int, str] = -1, ""
         self._again = 0.0
@@ -284,7 +311,7 @@ class Choice:
         found = self._found
         if found is not None and self._state == state and time.monotonic() < self._again:
             return found
-        plan = cache.best(self._exact, self._general)
+        plan = cache.best(self._exact, self._general, self._larger)
         is_exact = plan.key == self._exact
         self._found, self._state = (plan, is_exact), state
         # Until an exact plan is there the cache has to hear now and then that the shape is still wanted.

@@ -49,6 +49,7 @@ LIMITS = (
         lambda p: p.dtype not in (torch.float16, torch.bfloat16),
     ),
     Limit("no queries or no keys", lambda p: p.empty),
+    Limit("no segments", lambda p: p.mask == "segments" and not p.mask_shape[1]),
     Limit("softcap is not offered", lambda p: p.softcap > 0),
     Limit("head dims must be multiples of 8", lambda p: bool(p.head_dim % 8 or p.value_dim % 8)),
     Limit("head dims above 256 have no fast kernel", lambda p: max(p.head_dim, p.value_dim) > 256),

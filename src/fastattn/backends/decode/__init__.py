@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ... import masks
 from ...problem import Call, Gradients, Problem
 from ...switches import is_on
 from ..base import Runner
@@ -49,6 +50,9 @@ class DecodeBackend:
     def bind(self, problem: Problem, call: Call) -> Runner:
         from .kernel import bind
 
+        if call.segments is not None:
+            run = self.bind(*masks.as_intervals(problem, call))
+            return lambda call: run(masks.as_intervals(problem, call)[1])
         return bind(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
 
     def backward(

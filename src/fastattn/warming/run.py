@@ -1,0 +1,233 @@
+"""`warmup`: everything that calls of given kinds would otherwise build at their first time, built ahead.
+
+Nothing here knows how a plan or a kernel is made: the op is called, on small random tensors, once for each kind of call
+that has one of its own. What is known here is which those are (see docs/plans.md): lengths matter to a plan only by the
+power of two that holds them, batch sizes likewise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..api import Explanation, explain, scaled_dot_product_attention
+from ..backends.cudnn import plans
+from ..masks import Intervals, Segments
+from ..validate import check_flag
+from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
+from .progress import track
+from .report import Family, Warmth
+
+
+def warmup(
+    *,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    max_length: int = 8192,
+    masks: Sequence[str | None] = ("causal",),
+    windows: Sequence[tuple[int, int] | None] = (None,),
+    sinks: bool = False,
+    softcap: float | None = None,
+    phases: Sequence[str] = ("prefill", "chunked", "decode"),
+    layouts: Sequence[str] = ("token_major", "cache"),
+    progress: bool = True,
+) -> Warmth:
+    """Builds ahead what calls of the op would build at their first time: no later call of these kinds waits for that.
+
+    Every combination of the arguments is made ready, for any length up to `max_length`. This is done by calling the op
+    on small random tensors; torch's random numbers are left alone. A device without plans (the CPU) has little to
+    build.
+
+    Args:
+        q_heads, kv_heads, head_dim, value_dim: Hq, Hkv, D and Dv (default D) of the op.
+        dtype: of q, k, v and the sinks.
+        device: default: the current GPU if there is one, else the CPU.
+        batch_sizes: numbers of sequences. Those up to the same power of two share plans.
+        max_length: the longest sequence, queries or keys.
+        masks: None and "causal", as in the op.
+        windows: None and pairs `(left, right)`, as in the op. A window that is given only where the keys exceed it
+            (as `fastattn.hf` does) wants both.
+        sinks, softcap: as in the op; sinks says whether there are any.
+        phases: of "prefill" (as many queries as keys, with padding on the left or none), "chunked" (fewer queries than
+            keys, or lengths on the device), "decode" (one query), "training" (as prefill, with gradients for q, k, v
+            and sinks) and "packed" (up to 16 sequences end to end, `Segments` of three rows; with "training" among the
+            phases, that as well).
+        layouts: of "token_major" (`[B,S,H,D]` in memory), "cache" (queries token-major, keys and values slices of
+            `[B,H,capacity,D]`), "head_major" (the queries too are `[B,H,S,D]`) and "head_major_qk" (all but the
+            values).
+        progress: show it on stderr.
+
+    Returns:
+        What was built, by family, and which backend serves each. Printing it gives a table.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+    """
+    attention = Attention(
+        q_heads,
+        kv_heads,
+        head_dim,
+        head_dim if value_dim is None else value_dim,
+        dtype,
+        check_sequence("masks", masks),
+        check_sequence("windows", windows),
+        sinks,
+        softcap,
+        check_sequence("phases", phases),
+        check_sequence("layouts", layouts),
+    )
+    return warm([attention], device=device, batch_sizes=batch_sizes, max_length=max_length, progress=progress)
+
+
+def warm(
+    attentions: Sequence[Attention],
+    *,
+    device: str | torch.device | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    max_length: int = 8192,
+    progress: bool = True,
+    notes: Sequence[str] = (),
+) -> Warmth:
+    """`warmup` for several kinds of attention. notes: what the report is to say besides."""
+    from ..lm.load import pick_device
+
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    batches = check_sequence("batch_sizes", batch_sizes)
+    for batch in batches:
+        check_positive("batch_sizes", batch)
+    check_positive("max_length", max_length)
+    check_flag("progress", progress)
+    kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(place))]
+    start = time.perf_counter()
+    families = tuple(_ready(kind, place) for kind in track(kinds, str, progress))
+    return Warmth(str(place), families, tuple(notes), (time.perf_counter() - start) * 1e3)
+
+
+def _has_plans(device: torch.device) -> bool:
+    """False where a call's length decides nothing about what is built for it."""
+    return device.type == "cuda"
+
+
+def _ready(kind: Kind, device: torch.device) -> Family:
+    """Makes the calls of one kind."""
+    before, start = dispatch.stats()["plans"], time.perf_counter()
+    served: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    avoidable = False
+    for trial in kind.trials:
+        try:
+            found = _call(kind, trial, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            notes[f"not ready: out of memory at {trial.q_len} queries and {trial.kv_len} keys"] = None
+            avoidable = True
+            continue
+        if found.chosen is None:
+            notes[f"no allowed backend serves it: {_refusals(found)}"] = None
+            avoidable = True
+            continue
+        served[found.chosen] = None
+        if found.chosen == "reference":
+            notes[f"runs on the slow reference: {_refusals(found)}"] = None
+            avoidable |= _avoidable(found)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        plans.cache.wait()  # some are built in the background; a process that ends now would leave them out
+    after = dispatch.stats()["plans"]
+    return Family(
+        str(kind),
+        tuple(served),
+        sum(int(after[name] - before[name]) for name in ("builds", "background_builds")),
+        int(after["disk_loads"] - before["disk_loads"]),
+        (time.perf_counter() - start) * 1e3,
+        tuple(notes),
+        avoidable,
+    )
+
+
+def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
+    """Makes one call. Returns who served it, and why the others did not."""
+    a, training = kind.attention, kind.phase.endswith("training")
+    with torch.inference_mode(False), torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = (
+            (a.q_heads, trial.q_len, a.head_dim),
+            (a.kv_heads, trial.kv_len, a.head_dim),
+            (a.kv_heads, trial.kv_len, a.value_dim),
+        )
+        inputs = [
+            _tensor(lies, (kind.batch, *shape), row, a.dtype, generator)
+            for lies, shape, row in zip(LAYOUTS[trial.layout], shapes, a.rows)
+        ]
+        arguments: dict[str, Any] = {"mask": kind.mask, "window": kind.window, "softcap": a.softcap}
+        if a.sinks:
+            arguments["sinks"] = torch.randn(a.q_heads, dtype=a.dtype, device=device, generator=generator)
+        if training:
+            wanted = [x.requires_grad_() for x in (*inputs, *([arguments["sinks"]] if a.sinks else []))]
+        arguments |= _lengths(trial, kind.batch, kind.mask == "causal", device)
+        q, k, v = inputs
+        try:
+            out = scaled_dot_product_attention(q, k, v, **arguments)
+        except dispatch.BackendError:
+            return explain(q, k, v, **arguments)
+        if training:
+            assert isinstance(out, Tensor)
+            torch.autograd.grad(out, wanted, torch.zeros_like(out))
+        return explain(q, k, v, **arguments)  # now, when a backend that refused only when called has done so
+
+
+def _lengths(trial: Trial, batch: int, causal: bool, device: torch.device) -> dict[str, Any]:
+    """The op's arguments that say lengths on the device. They are full lengths: no query is left without keys."""
+
+    def number(n: int, *shape: int) -> Tensor:
+        return torch.full(shape, n, dtype=torch.int32, device=device)
+
+    if trial.lengths == "intervals":
+        return {"mask": Intervals(number(0, batch, 1), number(trial.kv_len, batch, 1)), "window": None}
+    if trial.lengths == "padded":
+        return {"mask": Segments.left_padded(number(0, batch), trial.q_len, trial.kv_len, causal=causal)}
+    if trial.lengths == "packed":
+        half = trial.q_len // 2
+        row = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(2)
+        bounds = torch.tensor([[0, half], [half, trial.q_len]], dtype=torch.int32, device=device).repeat(1, batch)
+        return {"mask": Segments(torch.cat([row[None], bounds]), causal)}
+    found = {"kv_lengths": number(trial.kv_len, batch)} if trial.lengths else {}
+    return found | ({"q_lengths": number(trial.q_len, batch)} if trial.lengths == "both" else {})
+
+
+def _tensor(lies: str, shape: tuple[int, ...], row: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    batch, heads, length, dim = shape
+    settings: Any = {"dtype": dtype, "device": generator.device, "generator": generator}
+    if lies == "token":
+        whole = torch.randn(batch, length, max(row, heads * dim), **settings)
+        return whole[..., : heads * dim].unflatten(-1, (heads, dim)).transpose(1, 2)
+    return torch.randn(batch, heads, length + (lies == "slice"), dim, **settings)[:, :, :length]
+
+
+def _refusals(found: Explanation) -> str:
+    return "; ".join(f"{name}: {', '.join(why)}" for name, why in found.reasons.items() if why)
+
+
+def _avoidable(found: Explanation) -> bool:
+    """True when a fast backend serves such calls, but not here: it is switched off, or something is not installed."""
+    problem = found.problem
+    absent = [name for name in dispatch.NAMES[:-1] if name not in found.reasons]
+    if not all(dispatch.reasons(problem, absent).values()):
+        return True
+    if problem.device != "cuda":
+        return False
+    from ..backends.cudnn import runtime, support
+
+    return not support.reasons(problem, runtime.frontend().version)
