@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import dispatch, masks
 from fastattn.backends import cudnn, decode
-from fastattn.backends.cudnn import backward, forward, plans, support
+from fastattn.backends.cudnn import backward, forward, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.decode import launch
 from fastattn.memo import Memo
@@ -91,7 +91,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         set_(module, "Places", lambda *rest: places)
     set_(forward, "_bound", {})
     set_(backward, "_recipes", {})
-    set_(forward, "add_sinks", lambda out, lse, sinks: lse.contiguous())
-    set_(backward, "sink_gradient", lambda out, grad, lse, sinks: torch.zeros_like(sinks))
+    set_(sinks, "add_sinks", lambda out, lse, given: lse.contiguous())
+    set_(sinks, "sink_gradient", lambda out, grad, lse, given: torch.zeros_like(given))
     set_(run, "_has_plans", lambda device: True)
     return gpu

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from cases import relative_error
 
 import fastattn
-from fastattn.backends.cudnn.places import places
+from fastattn.backends.cudnn.places import places, places_from_host
 from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
 from fastattn.problem import Call
 
@@ -39,6 +39,10 @@ def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
     lo, hi = (int32(2, 0, 4)[:, None], int32(7, 9, 4)[:, None]) if data in ("intervals", "both") else (None, None)
     call = Call(*(tensors[role] for role in "qkv"), lo=lo, hi=hi, q_lengths=q_lengths, kv_lengths=kv_lengths)
     found = places(tensors, rows, fold, call)
+    if data == "none":
+        host = places_from_host(tensors, rows, fold, call)
+        assert found.keys() == host.keys()
+        assert all(torch.equal(found[name], host[name]) and found[name].dtype == host[name].dtype for name in found)
     for row in range(rows):
         b, f = divmod(row, fold)
         queries, keys, first = 9, 9, 0

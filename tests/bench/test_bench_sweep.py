@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -13,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pretended_gpu import pretend
 
 import fastattn
-from fastattn.bench import calls, first_call, rows, sweep, sweep_decode, sweep_plans, timing
+from fastattn.bench import calls, first_call, rows, sweep, sweep_decode, sweep_fresh, sweep_plans, timing
 from fastattn.bench.calls import IMPLEMENTATIONS, Case
 from fastattn.bench.rows import Sweep
 from fastattn.bench.timing import Contender, Timing
@@ -97,12 +99,16 @@ def test_plans_rows(made):
             eager = [ours[name]["eager"]["us"] for name in ("fastattn-any", "fastattn-exact")]
             assert row["ratios"]["any/exact eager"] == eager[0] / eager[1]
     assert all(e["method"] == "host" for row in sections["host"] for e in row["implementations"].values())
-    trained, chunked = (row["figures"] for row in sections["fresh lengths"])
+    found = {row["label"]: row["figures"] for row in sections["fresh lengths"]}
+    assert list(found) == ["forward and backward", "left-padded batches", "packed batches", "chunks over a cache"]
+    *trained, chunked = found.values()
     common = {"lengths", "warm_builds", "warm_disk_loads", "builds", "disk_loads", "checked", "largest_error"}
     common |= {"forward_median_ms", "forward_worst_ms"}
     assert set(chunked) == common
-    assert set(trained) == common | {"backward_median_ms", "backward_worst_ms", "largest_gradient_error"}
-    assert trained["forward_median_ms"] <= trained["forward_worst_ms"]
+    for figures in trained:
+        assert set(figures) == common | {"backward_median_ms", "backward_worst_ms", "largest_gradient_error"}
+        assert figures["forward_median_ms"] <= figures["forward_worst_ms"]
+        assert figures["checked"] > 0
     assert len(sections["first call"]) == 3
     for row in sections["first call"]:
         steps = "forward", "forward and backward", "forward, again", "forward and backward, again"
@@ -257,12 +263,70 @@ def test_settling_comes_back_until_the_exact_plan_is_wanted(monkeypatch):
 
 
 def test_a_wrong_fresh_length_keeps_its_figures():
-    good = sweep_plans._with_errors({"x": 1.0}, [(), (1e-3, 2e-3), (2e-3, 1e-3)])
+    good = sweep_fresh._with_errors({"x": 1.0}, [(), (1e-3, 2e-3), (2e-3, 1e-3)])
     assert good == {"figures": {"x": 1.0, "checked": 2, "largest_error": 2e-3, "largest_gradient_error": 2e-3}}
-    bad = sweep_plans._with_errors({"x": 1.0}, [(1e-3,), (float("nan"),), (2e-3,)])
+    bad = sweep_fresh._with_errors({"x": 1.0}, [(1e-3,), (float("nan"),), (2e-3,)])
     assert bad["figures"] == {"x": 1.0, "checked": 3, "largest_error": None}
     assert "relative error nan" in bad["error"]
     assert "relative error nan" in rows.summary({"label": "r", **bad})
+
+
+# --- fresh lengths
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU that computes nothing, and a sweep that takes it for one: (what was asked of the GPU, the sweep)."""
+    gpu, bench = pretend(monkeypatch), a_sweep()
+    monkeypatch.setattr(bench, "pick", lambda full, quick, tiny: quick)
+    monkeypatch.setattr(sweep_fresh, "CHECKED", 0)
+    return gpu, bench
+
+
+def test_packed_batches_find_all_that_they_need(pretended):
+    gpu, bench = pretended
+    sweep_fresh._warm_up_packed(bench, 8192, 60)
+    plans = set(gpu.plans)
+    figures = sweep_fresh._packed_batches(bench, random.Random(1))["figures"]
+    assert (figures["builds"], figures["checked"]) == (0, 0)
+    packed = {key for key in plans if key.total}
+    # Sequences to 16, 32 and 64, tokens to 1024, 2048, 4096 and 8192, and K/V heads folded into the places.
+    assert {key.operand("q").dims[0] for key in packed} == {2 * 16, 2 * 32, 2 * 64}
+    assert {key.total for key in packed} == {1024 + 1, 2048 + 1, 4096 + 1, 8192 + 1}
+    assert gpu.plans == plans
+
+
+def test_chunks_find_all_that_they_need(pretended, monkeypatch):
+    gpu, bench = pretended
+    pairs = [(1, 5000), (2, 3), (4, 900), (6, 7), (8, 8192), (9, 20), (16, 3000), (17, 18), (300, 301), (4000, 7000)]
+    monkeypatch.setattr(sweep_fresh, "_pairs", lambda *given: pairs)
+    sweep_fresh._warm_up(bench, ("chunked", "decode"), "cache", 1, 8192)
+    plans, kernels = set(gpu.plans), set(gpu.kernels)
+    assert {kernel[5].block_m for kernel in kernels} == {16, 32, 64}
+    assert sweep_fresh._chunks(bench, random.Random(1))["figures"]["builds"] == 0
+    assert (gpu.plans, gpu.kernels) == (plans, kernels)
+
+
+def test_the_batches_are_what_they_say(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep_fresh, "_steps", lambda sweep, rng, fresh, warm_up: seen.append(fresh))
+    bench = a_sweep()
+    monkeypatch.setattr(bench, "pick", lambda full, quick, tiny: full)
+    sweep_fresh._padded_batches(bench, random.Random(1))
+    sweep_fresh._packed_batches(bench, random.Random(1))
+    padded, packed = seen
+    assert len(padded) == len(packed) == 50
+    for batch in padded:
+        assert batch.size == 4 and 64 <= batch.length <= 2048 and batch.mask.causal
+        row, first, end = batch.mask.table
+        assert row.tolist() == [0, 1, 2, 3]
+        assert bool((first >= 0).all() and (first < end).all() and (end == batch.length).all())
+    for batch in packed:
+        assert batch.size == 1 and 512 <= batch.length <= 8192 and batch.mask.causal
+        _, first, end = batch.mask.table
+        assert 2 <= len(first) <= 60 and bool((first < end).all())
+        assert torch.equal(first[1:], end[:-1]) and (int(first[0]), int(end[-1])) == (0, batch.length)
+    assert max(batch.mask.table.shape[1] for batch in packed) > 32 >= min(batch.mask.table.shape[1] for batch in packed)
 
 
 # --- calls

@@ -102,7 +102,8 @@ def groups() -> dict[str, list[Case]]:
             (_BASE, "3", None, None, "qkv"), (long, "3c", None, None, "qkv"), (_MIXED, "5", None, None, "qkv"),
             (_BASE.but(q_len=2049, kv_len=2049), "pc", None, None, "qkv"), (_MIXED, "5c", None, FP32, "qkvs"),
             (_MIXED, "pc", None, None, "qkv"), (long.but(batch=1, head_dim=64), "3c", (60, -1), BF16, "qkvs"),
-            (_MIXED.but(q_len=200), "5c", (20, 0), None, "qkv"), (_BASE.but(batch=5, head_dim=72), "pc", None, None, "qkv"),
+            (_MIXED.but(q_len=200), "5c", (20, 0), None, "qkv"),
+            (_BASE.but(batch=5, head_dim=72), "pc", None, None, "qkv"),
             (_MIXED.but(return_lse=True), "5c", None, None, "qkv"), (_MIXED, "5c", None, None, ""),
         )
     ]  # fmt: skip

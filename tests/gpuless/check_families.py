@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import api
-from fastattn.backends.cudnn import backward, forward, graphs, plans, support
+from fastattn.backends.cudnn import backward, forward, graphs, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.problem import Call, Problem
 
@@ -110,8 +110,8 @@ def main(major: int, minor: int) -> None:
         module.cache = asker  # type: ignore[assignment]
     for module in (forward, backward):
         module.Places = lambda *rest: lambda *rest: {}  # type: ignore[assignment, misc]
-    forward.add_sinks = lambda out, stats, sinks: stats.contiguous()  # type: ignore[assignment]
-    backward.sink_gradient = lambda out, grad, lse, sinks: sinks  # type: ignore[assignment]
+    sinks.add_sinks = lambda out, stats, sinks: stats.contiguous()  # type: ignore[assignment]
+    sinks.sink_gradient = lambda out, grad, lse, sinks: sinks  # type: ignore[assignment]
     print(json.dumps({"cudnn": cudnn.backend_version()}))
     for name, call in calls():
         problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(major, minor))

@@ -36,7 +36,6 @@ from .graphs import KEY_SIDE, PlanKey
 from .operands import bias, cleared, needs_bias, scale_operand
 from .places import Places
 from .plans import Choice, Plan, cache
-from .sinks import sink_gradient
 from .support import deterministic_refusal
 
 _MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace, and the time to clear it, grow with what is declared
@@ -59,6 +58,8 @@ def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, gr
     if "m" in p.grads and c.mask is not None:
         dmask = _mask_gradient(p, c, tensors, out, lse, grad_out).to(c.mask.dtype)
     if "s" in p.grads and c.sinks is not None:
+        from .sinks import sink_gradient  # and with it Triton
+
         dsinks = sink_gradient(out, grad_out, lse, c.sinks)
     found = {role: tensors[d] for d, role in _GRADIENTS if role in p.grads}
     return Gradients(**found, mask=dmask, sinks=dsinks)

@@ -18,7 +18,6 @@ from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
 from .places import Places
 from .plans import Choice, cache
-from .sinks import add_sinks
 from .support import GENERIC
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
@@ -250,5 +249,7 @@ def token_major_lse(p: Problem, like: Tensor) -> Tensor:
 
 def _finished(c: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if c.sinks is not None and lse is not None:
+        from .sinks import add_sinks  # and with it Triton
+
         return out, add_sinks(out, lse, c.sinks)
     return out, lse

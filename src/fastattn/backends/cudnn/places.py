@@ -7,9 +7,9 @@ query heads stays together, the stride between them) is all that a plan has to k
 
 from __future__ import annotations
 
+import sys
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...problem import Call, Problem
@@ -38,7 +38,9 @@ class Places:
         if found is None:
             if len(self._kept) >= MOST_STREAMS:
                 self._kept.clear()
-            found = self._kept[stream] = places(tensors, self._rows, self._fold, c)
+            # Triton takes 0.3 s to import: a process's first call does without.
+            make = places if "triton" in sys.modules else places_from_host
+            found = self._kept[stream] = make(tensors, self._rows, self._fold, c)
         return found
 
 
@@ -65,7 +67,6 @@ def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[st
             strides += [0, 0, 0]
         else:
             strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]
-    roles = [role for role in RAGGED if role in tensors]
     offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
     lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
     # The kernel reads them one after another; validation lets any strides through.
@@ -74,10 +75,12 @@ def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[st
     )
     interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
     count = batch if segments is None else segments.shape[1]
+    from .places_kernel import places_kernel
+
     block = 128
     launch = Launcher(
-        _places,
-        (triton.cdiv(rows + 1, block),),
+        places_kernel,
+        (-(-(rows + 1) // block),),
         q.device,
         (rows, fold, fold // kv_heads, count, batch, q_len, kv_len, interval_stride, *strides),
         (
@@ -90,61 +93,28 @@ def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[st
         num_warps=4,
     )
     launch((offsets, lengths, q_lengths, kv_lengths, lo, hi, segments))
-    found = {f"ragged_{role}": offsets[RAGGED.index(role)].view(-1, 1, 1, 1) for role in roles}
+    return _named(tensors, offsets, lengths)
+
+
+def places_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+    """The same for a call without lengths, Intervals or segments, computed by the host."""
+    q, k = tensors["q"], tensors["k"]
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    row = torch.arange(rows + 1)
+    entry, head = (row // fold).clamp(max=batch - 1), row % fold
+    offsets = torch.zeros((len(RAGGED), rows + 1), dtype=torch.int64)
+    for i, role in enumerate(RAGGED):
+        x = tensors.get(role)
+        if x is not None:
+            part = head // (fold // kv_heads) if role in KEY_SIDE else head * (q_heads // fold)
+            offsets[i] = entry * x.stride(0) + part * x.stride(1)
+    lengths = torch.tensor([[q_len if kv_len else 0], [kv_len]], dtype=torch.int32) * (row[:-1] < batch * fold)
+    # From memory that is not pinned: the copy has left it when the call returns, and waits for nothing on the device.
+    return _named(tensors, *(x.to(q.device, non_blocking=True) for x in (offsets, lengths.int())))
+
+
+def _named(tensors: dict[str, Tensor], offsets: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    found = {f"ragged_{role}": offsets[i].view(-1, 1, 1, 1) for i, role in enumerate(RAGGED) if role in tensors}
     found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
     return found
-
-
-@triton.jit(do_not_specialize=list(range(7, 15 + 3 * 9)))
-def _places(  # type: ignore[no-untyped-def]
-    offsets, lengths, q_lengths, kv_lengths, lo, hi, segments,
-    rows, fold, kv_group, count, batch, q_len, kv_len, interval_stride,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    do_b, do_h, do_t, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, s_b, s_h, s_t,
-    HAS_Q: tl.constexpr, HAS_KV: tl.constexpr, HAS_LO: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    entry = row // fold
-    there = entry < count
-    # Offsets of the surplus entries stay inside the tensors; their length 0 keeps them from being read.
-    entry = tl.minimum(entry, count - 1)
-    b = entry.to(tl.int64)
-    head = (row % fold).to(tl.int64)
-    kv_head = head // kv_group
-    queries = tl.zeros_like(row) + q_len
-    keys = tl.zeros_like(row) + kv_len
-    first = tl.zeros_like(row)
-    first_q = tl.zeros_like(row)
-    if HAS_Q:
-        queries = tl.minimum(tl.maximum(tl.load(q_lengths + b), 0), q_len)
-    if HAS_KV:
-        keys = tl.minimum(tl.maximum(tl.load(kv_lengths + b), 0), kv_len)
-    if HAS_LO:
-        first = tl.minimum(tl.maximum(tl.load(lo + b * interval_stride), 0), keys)
-        last = tl.minimum(tl.load(hi + b * interval_stride), keys)
-        keys = tl.maximum(last - first, 0)
-    if SEGMENTS:
-        b = tl.minimum(tl.maximum(tl.load(segments + entry), 0), batch - 1).to(tl.int64)
-        first_q = tl.minimum(tl.maximum(tl.load(segments + count + entry), 0), q_len)
-        last_q = tl.minimum(tl.maximum(tl.load(segments + 2 * count + entry), 0), q_len)
-        queries = tl.maximum(last_q - first_q, 0)
-        first = tl.minimum(tl.maximum(tl.load(segments + (SEGMENTS - 2) * count + entry), 0), kv_len)
-        last = tl.minimum(tl.maximum(tl.load(segments + (SEGMENTS - 1) * count + entry), 0), kv_len)
-        keys = tl.maximum(last - first, 0)
-    # Where there is no key, no query is to be read: it may hold anything.
-    queries = tl.where(keys > 0, queries, 0)
-    tl.store(lengths + row, tl.where(there, queries, 0).to(tl.int32), mask=row < rows)
-    tl.store(lengths + rows + row, tl.where(there, keys, 0).to(tl.int32), mask=row < rows)
-    start = first.to(tl.int64)
-    start_q = first_q.to(tl.int64)
-    stored = row <= rows
-    step = rows + 1
-    tl.store(offsets + 0 * step + row, b * q_b + head * q_h + start_q * q_t, mask=stored)
-    tl.store(offsets + 1 * step + row, b * k_b + kv_head * k_h + start * k_t, mask=stored)
-    tl.store(offsets + 2 * step + row, b * v_b + kv_head * v_h + start * v_t, mask=stored)
-    tl.store(offsets + 3 * step + row, b * o_b + head * o_h + start_q * o_t, mask=stored)
-    tl.store(offsets + 4 * step + row, b * do_b + head * do_h + start_q * do_t, mask=stored)
-    tl.store(offsets + 5 * step + row, b * dq_b + head * dq_h + start_q * dq_t, mask=stored)
-    tl.store(offsets + 6 * step + row, b * dk_b + kv_head * dk_h + start * dk_t, mask=stored)
-    tl.store(offsets + 7 * step + row, b * dv_b + kv_head * dv_h + start * dv_t, mask=stored)
-    tl.store(offsets + 8 * step + row, b * s_b + head * s_h + start_q * s_t, mask=stored)

@@ -17,7 +17,8 @@ MAX_ROWS = 64  #: queries times heads per K/V head; one tensor-core tile
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
-MAX_SCORES = 4096  #: rows x keys of one step: more would crowd the registers
+FINE_KEYS = 4096  #: see `_fine`
+MAX_SCORES = 2048  #: rows x keys of one step: more crowd the registers (64 x 32 against 64 x 64: 13.8 us for 17.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,24 @@ class Rule:
 
     tile_bytes: int  #: size of the K tile of one step (and about that of the V tile)
     stages: int  #: steps being loaded or computed
-    programs_per_sm: int  #: programs that are to be resident on each SM
-    ragged: int  #: times as many programs when the rows' lengths differ, so that the SMs even out
+    programs_per_sm: int  #: programs among which the work is divided, for each SM
+    ragged: int  #: the same when the rows' lengths differ, so that the SMs even out
+    crowd_bytes: int  #: the K tile when there are more K/V heads than SMs: many programs of two warps fit each
 
 
-#: By compute capability; set by arithmetic. To draw its share of the memory's bandwidth an SM must have latency x
-#: bandwidth / SMs bytes under way, about 16 KiB on an H100. Two resident programs that each load one or two steps of
-#: 2 x 16 KiB ahead have several times that, and fit the SM's shared memory: 227 KiB on 9.0 and 10.x, 163 KiB on 8.0.
+#: By compute capability. 9.0 is measured (`python -m fastattn.bench.tune_decode`, benchmarks/results/h100/
+#: tune-decode.json): one program for each SM with 2 x 16 KiB in flight beats two, in which the combine kernel reads
+#: twice as much; only heads of 64 numbers want two. The others are set by arithmetic: to draw its share of the memory's
+#: bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight have to
+#: fit its shared memory, 227 KiB on 10.x and 163 KiB on 8.0.
 RULES = {
-    (8, 0): Rule(tile_bytes=16384, stages=2, programs_per_sm=2, ragged=4),
-    (9, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=2, ragged=4),
-    (10, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=2, ragged=4),
-    (10, 3): Rule(tile_bytes=16384, stages=3, programs_per_sm=2, ragged=4),
+    (8, 0): Rule(tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
+    (9, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 3): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
 }
-DEFAULT = Rule(tile_bytes=8192, stages=2, programs_per_sm=2, ragged=4)  #: 99 KiB, as on 8.6, 8.9 and 12.0
+#: 99 KiB, as on 8.6, 8.9 and 12.0
+DEFAULT = Rule(tile_bytes=8192, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,19 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
     block_m, block_d, block_dv = _block(rows(p)), _block(p.head_dim), _block(p.value_dim)
+    crowded = _crowded(p, rule, sm_count)
+    # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
+    # are small ones.
+    stages = rule.stages - (block_m * block_d * p.dtype.itemsize >= 1 << 16)
+    many_rows = block_m == MAX_ROWS and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
     return Launch(
         splits=splits(p, sm_count),
         block_m=block_m,
-        block_n=_block_n(p, rule),
+        block_n=_block_n(p, rule, crowded),
         block_d=block_d,
         block_dv=block_dv,
-        warps=8 if _many_registers(p, block_m, block_dv) else 4,
-        # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place.
-        stages=rule.stages - (block_m * block_d * p.dtype.itemsize >= 1 << 16),
+        warps=8 if _many_registers(p, block_m, block_dv) else 2 if crowded else 4,
+        stages=stages + many_rows,
     )
 
 
@@ -82,21 +91,44 @@ def splits(problem: Problem, sm_count: int) -> int:
     """Among how many programs the keys of each K/V head and batch entry are divided."""
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
-    ragged = p.batch > 1 and (p.kv_lengths or p.mask == "intervals")
-    programs = sm_count * rule.programs_per_sm * (rule.ragged if ragged else 1)
-    reach = p.kv_len
-    if p.left >= 0 and p.right >= 0:  # the windows of q_len neighbours
-        reach = min(reach, p.left + p.right + p.q_len)
-    steps = -(-reach // _block_n(p, rule))
-    return max(1, min(programs // (p.batch * p.kv_heads), steps, MAX_SPLITS))
+    per_sm = rule.ragged if _ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
+    steps = -(-_reach(p) // _block_n(p, rule, _crowded(p, rule, sm_count)))
+    return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), steps, MAX_SPLITS))
 
 
-def _block_n(p: Problem, rule: Rule) -> int:
-    tile_bytes = rule.tile_bytes
+def _ragged(p: Problem) -> bool:
+    """True when the rows may be of different lengths."""
+    return p.batch > 1 and (p.kv_lengths or p.mask == "intervals")
+
+
+def _reach(p: Problem) -> int:
+    """Keys that the queries of one tile see at the most."""
+    windowed = p.left >= 0 and p.right >= 0  # the windows of q_len neighbours
+    return min(p.kv_len, p.left + p.right + p.q_len) if windowed else p.kv_len
+
+
+def _fine(p: Problem) -> bool:
+    """True for many keys of few bytes: smaller steps and twice the programs load them faster (12.5 us to 11.8)."""
+    return _row_bytes(p) <= 128 and _reach(p) >= FINE_KEYS
+
+
+def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:
+    """True when every SM has a K/V head to itself and more: no splits, and what counts is how many programs fit."""
+    half = p.dtype != torch.float32 and _block(rows(p)) == MIN_DOT
+    return half and not _ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
+
+
+def _block_n(p: Problem, rule: Rule, crowded: bool) -> int:
+    tile_bytes = rule.crowd_bytes if crowded else rule.tile_bytes
     if p.dtype == torch.float32:  # without tensor cores the operands of a product sit in registers whole
         tile_bytes //= 2
-    row_bytes = max(_block(p.head_dim), _block(p.value_dim)) * p.dtype.itemsize
-    return max(MIN_DOT, min(MAX_SCORES // _block(rows(p)), MAX_KEYS, tile_bytes // row_bytes))
+    most = MAX_KEYS // 2 if _fine(p) else MAX_KEYS
+    return max(MIN_DOT, min(MAX_SCORES // _block(rows(p)), most, tile_bytes // _row_bytes(p)))
+
+
+def _row_bytes(p: Problem) -> int:
+    """Of one key or value in the kernel's blocks."""
+    return max(_block(p.head_dim), _block(p.value_dim)) * p.dtype.itemsize
 
 
 def _many_registers(p: Problem, block_m: int, block_dv: int) -> bool:
