@@ -20,7 +20,8 @@ attend = fastattn.scaled_dot_product_attention
 #: One call for each way into the op: every kind of mask, every optional tensor, every layout.
 REPRESENTATIVE = [
     "causal", "bool-b1qk", "additive-1h1k", "intervals-bq", "segments-apart-causal", "sinks-window", "softcap",
-    "lengths-causal", "value-dim-larger", "no-keys", "no-queries", "layout-sliced", "layout-dmajor", "layout-expanded", "everything",
+    "lengths-causal", "value-dim-larger", "no-keys", "no-queries", "layout-sliced", "layout-dmajor", "layout-expanded",
+    "everything",
 ]  # fmt: skip
 
 

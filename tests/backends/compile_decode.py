@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from fastattn.api import prepare
-from fastattn.backends.decode import kernel, launch
+from fastattn.backends.decode import bound, combine, kernel, launch
 from fastattn.masks import Intervals
 from fastattn.problem import Problem
 
@@ -85,12 +85,12 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
 
 def main(major: int, minor: int) -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    recorders = [Recorder(kernel.attend_kernel), Recorder(kernel.combine_kernel)]
-    kernel.attend_kernel, kernel.combine_kernel = recorders
+    recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
+    bound.attend_kernel, bound.combine_kernel = recorders
     for name, (q, k, v), options in calls():
         call = prepare(q, k, v, **options)
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
-        kernel.bind(problem, call, launch.choose(problem, 132))(call)
+        bound.bind(problem, call, launch.choose(problem, 132))(call)
         for recorder in recorders:
             for compiled in recorder.compile(target):
                 print(json.dumps({"call": name, "kernel": compiled.name, "shared": compiled.metadata.shared}))

@@ -22,7 +22,7 @@ import torch
 
 from .. import api
 from ..backends.decode import launch as rules
-from ..backends.decode.kernel import bind
+from ..backends.decode.bound import bind
 from ..backends.decode.launch import Launch
 from ..problem import Call, Problem
 from . import results

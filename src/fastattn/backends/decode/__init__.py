@@ -21,7 +21,7 @@ HEAD_DIMS = range(8, 257, 8)  #: of q, k and of v
 
 
 class DecodeBackend:
-    """See `kernel.py`. triton is imported with the first call that it serves."""
+    """See `kernel.py` and `bound.py`. triton is imported with the first call that it serves."""
 
     name = "decode"
 
@@ -48,7 +48,7 @@ class DecodeBackend:
         return why
 
     def bind(self, problem: Problem, call: Call) -> Runner:
-        from .kernel import bind
+        from .bound import bind
 
         if call.segments is not None:
             run = self.bind(*masks.as_intervals(problem, call))

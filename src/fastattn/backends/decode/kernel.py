@@ -1,8 +1,9 @@
-"""Split-KV attention for few queries ("flash decoding"): the kernel, and the code that launches it.
+"""Split-KV attention for few queries ("flash decoding"): the kernel.
 
 Decode is bound by the reading of K and V, so each key is read once: the queries of all heads that share a K/V head are
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
-("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
+("splits"); each leaves its unfinished softmax and output. The last of them to be done puts all together (`tickets.py`),
+or, where that would be much for one program, a second kernel does (`combine.py`).
 
 Lengths are read on the device: each program finds the range of keys that any row of its tile sees and takes its share
 of *that* range. Short rows finish early, and a launch does not depend on a length.
@@ -10,23 +11,13 @@ of *that* range. Short rows finish early, and a launch does not depend on a leng
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...problem import Call, Problem, token_major_strides
-from ..base import Runner
-from ..scratch import scratch
-from ..triton_launch import Launcher
-from .combine import combine_kernel
-from .launch import MAX_SPLITS, Launch, rows
+from .combine import put_together
 
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
-# because the strides of q, k, v come in units of 8 elements (see `attend`).
+# because the strides of q, k, v come in units of 8 elements (see `bound.py`).
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "interval_sb", "interval_si"]
 _INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right"]
@@ -77,6 +68,7 @@ def attend_kernel(
     sinks_ptr,
     q_lengths_ptr,
     kv_lengths_ptr,
+    tickets_ptr,  # None: parts are left to the combine kernel; else see `tickets.py`
     q_sb,
     q_sh,
     q_si,
@@ -108,6 +100,8 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
+    BLOCK_R: tl.constexpr,  # numbers of a tile's output, padded, for the last program to put together
+    CHUNK: tl.constexpr,  # splits that it reads at a time
     PRECISION: tl.constexpr,  # of float32 products
 ):
     tile = tl.program_id(0)
@@ -211,120 +205,12 @@ def attend_kernel(
         tl.store(scratch_ptr + part[:, None] * DV + dv[None, :], acc, mask=acc_mask)
         tl.store(scratch_ptr + parts * DV + part, m, mask=valid)
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)
-
-
-def bind(problem: Problem, call: Call, launch: Launch) -> Runner:
-    """See `Backend.bind`."""
-    plain, p = _plain(problem, call)
-    if plain is call:
-        return _Bound(p, call, launch)
-
-    def run(call: Call) -> tuple[Tensor, Tensor | None]:
-        plain, p = _plain(problem, call)
-        out, lse = _Bound(p, plain, launch)(plain)
-        return out.to(problem.dtype), lse
-
-    return run
-
-
-def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
-    """The call, what the kernel cannot read in place copied; the same object if there is no such thing."""
-    if p.device == "cpu" and p.dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
-        q, k, v = (x.float() for x in call[:3])
-        return _plain(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
-    changed: dict[str, Any] = {}
-    for name in ("q", "k", "v"):
-        x = getattr(call, name)
-        if x.stride(3) != 1:
-            changed[name] = x.contiguous()
-    for name in ("sinks", "q_lengths", "kv_lengths"):
-        x = getattr(call, name)
-        if x is not None and not x.is_contiguous():
-            changed[name] = x.contiguous()
-    if call.lo is not None and call.hi is not None and call.lo.stride() != call.hi.stride():
-        changed |= {"lo": call.lo.contiguous(), "hi": call.hi.contiguous()}
-    return call._replace(**changed) if changed else call, p
-
-
-class _Bound:
-    """The kernels bound to one problem and one set of strides."""
-
-    __slots__ = ("_attend", "_combine", "_lse", "_out", "_problem", "_scratch", "_softcap")
-
-    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
-        self._problem = p
-        device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
-        self._out = (p.batch, p.q_heads, p.q_len, p.value_dim), token_major_strides(p.q_heads, p.q_len, p.value_dim)
-        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
-        self._softcap = p.softcap or None
-        integers, constants = _arguments(p, launch, call)
-        grid = (tiles, launch.splits)
-        self._attend = {
-            precision: Launcher(
-                attend_kernel,
-                grid,
-                device,
-                integers,
-                (*constants, precision),
-                num_warps=launch.warps,
-                num_stages=launch.stages,
-            )
-            for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
-        }
-        self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
-        self._combine = Launcher(
-            combine_kernel,
-            (tiles, count),
-            device,
-            (p.q_len, launch.splits),
-            # the last: splits read at a time, so that they fill 32 registers a thread
-            (p.kv_heads, p.group, p.value_dim, launch.block_dv, MAX_SPLITS, 4096 // launch.block_dv),
-            num_warps=4,
-        )
-
-    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        p, q = self._problem, call.q
-        out = torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
-        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
-        parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
-        self._attend[_precision(p.dtype)](
-            (q, call.k, call.v, out, lse, parts, *call[3:9]),
-            (call.scale, self._softcap),
-        )
-        if parts is not None:
-            self._combine((parts, out, lse, call.sinks))
-        return out, lse
-
-
-def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The kernel's integers and constants."""
-    flat = [stride for x in call[:3] for stride in x.stride()[:3]]
-    # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
-    unit = 1 if any(stride % 8 for stride in flat) else 8
-    far = p.q_len + p.kv_len  # as good as open, and no position overflows by it
-    left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
-    integers = (
-        *(stride // unit for stride in flat),
-        *_broadcast_strides(p.mask_shape, None if call.mask is None else call.mask.stride(), 4),
-        *_broadcast_strides(p.mask_shape, None if call.lo is None else call.lo.stride(), 2),
-        p.q_len,
-        p.kv_len,
-        left,
-        right,
-    )
-    blocks = (launch.block_m, launch.block_n, launch.block_d, launch.block_dv)
-    gaps = p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
-    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps)
-
-
-def _broadcast_strides(shape: tuple[int, ...], strides: tuple[int, ...] | None, dims: int) -> tuple[int, ...]:
-    """The strides, 0 along the dims that are broadcast."""
-    if strides is None:
-        return (0,) * dims
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products are exact unless the user let torch's own use TF32. Other dtypes have only one way."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+        if tickets_ptr is not None:
+            tl.debug_barrier()  # the whole program's part is written before its ticket is drawn
+            drawn = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel")
+            if drawn == splits - 1:
+                tl.store(tickets_ptr + tile, 0)
+                put_together(
+                    scratch_ptr, out_ptr, lse_ptr, sinks_ptr, tile, splits, parts, q_len,
+                    KV_HEADS, GROUP, DV, BLOCK_R, CHUNK,
+                )  # fmt: skip
