@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import gc
+import os
 import random
 import threading
 import time
@@ -90,8 +91,7 @@ class Prepared:
             torch.cuda.synchronize()
         alone = Caller(self, self.turns * 2, threading.Barrier(1))
         alone.run()
-        assert alone.failure is None, f"alone, {alone.turns[alone.done]}: {alone.failure!r}"
-        assert list(alone.wrong()) == []
+        assert [*alone.failures(), *alone.wrong()] == []
 
 
 def small(case: Case) -> Case:
@@ -117,9 +117,7 @@ class Caller(threading.Thread):
         super().__init__(daemon=True)  # one that waits for ever shall not keep the process from ending
         self.turns = turns
         self.done = 0
-        self.errors: list[
-            list[float]
-        ] = []  #: of each turn, the relative error of each of RESULTS, 0 where there is none
+        self.errors: list[list[float]] = []  #: of each turn the relative errors of RESULTS, 0 where there is none
         self.failure: Exception | None = None
         self._prepared, self._gate = prepared, gate
 
@@ -145,6 +143,9 @@ class Caller(threading.Thread):
             self.done += 1
         self.errors = errors.tolist()
 
+    def failures(self) -> list[str]:
+        return [] if self.failure is None else [f"{self.name}, {self.turns[self.done :][:1]}: {self.failure!r}"]
+
     def wrong(self) -> Iterator[str]:
         for (name, backend), found in zip(self.turns, self.errors):
             for result, error in zip(RESULTS, found):
@@ -167,8 +168,7 @@ def stress(prepared: Prepared, calls: int, seed: int, folder: Path) -> None:
             file.seek(0)
             done = ", ".join(f"{thread.name} {thread.done}" for thread in threads)
             pytest.fail(f"threads still run after {LIMIT:.0f} s (calls made: {done})\n{file.read()}")
-    failures = [f"{t.name}, {t.turns[t.done : t.done + 1]}: {t.failure!r}" for t in threads if t.failure is not None]
-    failures += [line for thread in threads for line in thread.wrong()]
+    failures = [line for thread in threads for line in (*thread.failures(), *thread.wrong())]
     assert not failures, f"{len(failures)} failures in {calls} calls:\n" + "\n".join(failures[:20])
     assert sum(len(thread.errors) for thread in threads) == calls
 
@@ -176,10 +176,12 @@ def stress(prepared: Prepared, calls: int, seed: int, folder: Path) -> None:
 @pytest.fixture(autouse=True)
 def no_deadlock(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Threads that wait for each other while one of them holds the interpreter's lock stop the test's own clock too."""
-    with capfd.disabled():  # the stacks are to be seen
-        faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
-        yield
-        faulthandler.cancel_dump_traceback_later()
+    with capfd.disabled():
+        stderr = os.dup(2)  # the process ends without showing what was captured
+    faulthandler.dump_traceback_later(2 * LIMIT, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(stderr)
 
 
 @contextmanager

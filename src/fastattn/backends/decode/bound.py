@@ -14,11 +14,7 @@ from ..scratch import scratch
 from ..triton_launch import Launcher
 from .combine import combine_kernel
 from .kernel import attend_kernel
-from .launch import MAX_SPLITS, MIN_DOT, Launch, rows
-from .tickets import tickets
-
-MAX_FUSED = 1024  #: numbers of a tile's output that its last program puts together; more keep one program too long
-FUSED_NUMBERS = 8192  #: that it reads at a time: 64 registers a thread
+from .launch import MAX_SPLITS, Launch, rows
 
 
 def bind(problem: Problem, call: Call, launch: Launch) -> Runner:
@@ -57,7 +53,7 @@ def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
 class _Bound:
     """The kernels bound to one problem and one set of strides."""
 
-    __slots__ = ("_attend", "_combine", "_fused", "_lse", "_out", "_problem", "_scratch", "_softcap", "_tiles")
+    __slots__ = ("_attend", "_combine", "_lse", "_out", "_problem", "_scratch", "_softcap")
 
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         self._problem = p
@@ -67,23 +63,17 @@ class _Bound:
         self._softcap = p.softcap or None
         integers, constants = _arguments(p, launch, call)
         grid = (tiles, launch.splits)
-        block_r = 1 << (count * p.value_dim - 1).bit_length()
-        self._fused = launch.splits > 1 and block_r <= MAX_FUSED
-        self._tiles = tiles
-        if not self._fused:
-            block_r = MIN_DOT
         self._attend = {
-            (precision, alone): Launcher(
+            precision: Launcher(
                 attend_kernel,
                 grid,
                 device,
                 integers,
-                (*constants, block_r, max(1, FUSED_NUMBERS // block_r), precision),
+                (*constants, precision),
                 num_warps=launch.warps,
                 num_stages=launch.stages,
             )
             for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
-            for alone in (True, False)  # a launch without tickets is another kernel
         }
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
         self._combine = Launcher(
@@ -101,12 +91,11 @@ class _Bound:
         out = torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
-        drawn = tickets(q.device, self._tiles) if self._fused else None
-        self._attend[_precision(p.dtype), drawn is None](
-            (q, call.k, call.v, out, lse, parts, *call[3:9], drawn),
+        self._attend[_precision(p.dtype)](
+            (q, call.k, call.v, out, lse, parts, *call[3:9]),
             (call.scale, self._softcap),
         )
-        if parts is not None and drawn is None:
+        if parts is not None:
             self._combine((parts, out, lse, call.sinks))
         return out, lse
 

@@ -2,8 +2,7 @@
 
 Decode is bound by the reading of K and V, so each key is read once: the queries of all heads that share a K/V head are
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
-("splits"); each leaves its unfinished softmax and output. The last of them to be done puts all together (`tickets.py`),
-or, where that would be much for one program, a second kernel does (`combine.py`).
+("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
 
 Lengths are read on the device: each program finds the range of keys that any row of its tile sees and takes its share
 of *that* range. Short rows finish early, and a launch does not depend on a length.
@@ -13,8 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .combine import put_together
 
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
 # because the strides of q, k, v come in units of 8 elements (see `bound.py`).
@@ -68,7 +65,6 @@ def attend_kernel(
     sinks_ptr,
     q_lengths_ptr,
     kv_lengths_ptr,
-    tickets_ptr,  # None: parts are left to the combine kernel; else see `tickets.py`
     q_sb,
     q_sh,
     q_si,
@@ -100,8 +96,6 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
-    BLOCK_R: tl.constexpr,  # numbers of a tile's output, padded, for the last program to put together
-    CHUNK: tl.constexpr,  # splits that it reads at a time
     PRECISION: tl.constexpr,  # of float32 products
 ):
     tile = tl.program_id(0)
@@ -205,12 +199,3 @@ def attend_kernel(
         tl.store(scratch_ptr + part[:, None] * DV + dv[None, :], acc, mask=acc_mask)
         tl.store(scratch_ptr + parts * DV + part, m, mask=valid)
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)
-        if tickets_ptr is not None:
-            tl.debug_barrier()  # the whole program's part is written before its ticket is drawn
-            drawn = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel")
-            if drawn == splits - 1:
-                tl.store(tickets_ptr + tile, 0)
-                put_together(
-                    scratch_ptr, out_ptr, lse_ptr, sinks_ptr, tile, splits, parts, q_len,
-                    KV_HEADS, GROUP, DV, BLOCK_R, CHUNK,
-                )  # fmt: skip
