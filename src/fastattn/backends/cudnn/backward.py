@@ -28,7 +28,6 @@ from .forward import (
     ragged_operand,
     ragged_rows,
     ragged_stats,
-    segments_fit,
     stats_operand,
     total,
 )
@@ -36,9 +35,9 @@ from .graphs import KEY_SIDE, PlanKey
 from .operands import bias, cleared, needs_bias, scale_operand
 from .places import Places
 from .plans import Choice, Plan, cache
-from .support import deterministic_refusal
+from .support import deterministic_refusal, segments_fit
 
-_MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace, and the time to clear it, grow with what is declared
+_MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace grows with what is declared (its time does not)
 _GRADIENTS = (("dq", "q"), ("dk", "k"), ("dv", "v"))
 
 

@@ -18,7 +18,7 @@ from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
 from .places import Places
 from .plans import Choice, cache
-from .support import GENERIC
+from .support import GENERIC, is_packed, segments_fit, sums_lengths
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)
 MIN_SEGMENTS = 16  #: packed sequences that a plan has room for, at the least; a place left empty costs 1 to 4 us
@@ -34,23 +34,13 @@ def bind(p: Problem, c: Call) -> Runner:
     return partial(_with_bias, p) if needs_bias(p) else _without_bias(p, *c[:3])
 
 
-def is_packed(p: Problem) -> bool:
-    """True for segments whose number is not the batch's: another one in each call, of which most are short."""
-    return p.mask == "segments" and p.mask_shape[1] != p.batch
-
-
-def segments_fit(p: Problem) -> bool:
-    """False when segments have to become Intervals, and those a dense bias."""
-    return p.mask != "segments" or not p.grads or (p.capability not in GENERIC and not (is_packed(p) and not total(p)))
-
-
 def total(p: Problem) -> int:
     """Tokens that the workspace of a backward for packed sequences is made for; 0 where cuDNN can make it only for all
     rows at full length.
 
     Its accumulators lie as dq, dk and dv do, so what counts is where the last head of the last token ends: one more.
     """
-    if not is_packed(p) or p.capability in GENERIC or p.head_dim % 16 or p.value_dim % 16:
+    if not (is_packed(p) and sums_lengths(p)):
         return 0
     return capacity(p.batch * max(p.q_len, p.kv_len), MIN_TOTAL) + 1
 
@@ -144,7 +134,7 @@ def length_operands(rows: int, roles: Iterable[str]) -> list[Operand]:
 class _WithoutBias:
     """The forward of calls that need no bias, all of one problem and one set of strides: what can be is made once."""
 
-    __slots__ = ("_choice", "_in_place", "_lse", "_out", "_places", "_problem", "_ragged_stats", "_stats")
+    __slots__ = ("_choice", "_in_place", "_like_q", "_lse", "_out", "_places", "_problem", "_ragged_stats", "_stats")
 
     def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._problem = p
@@ -155,6 +145,7 @@ class _WithoutBias:
         self._ragged_stats = ragged_stats(p)
         out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
         self._out = out.shape, token_major_strides(p.q_heads, p.q_len, p.value_dim)
+        self._like_q = (q.shape, q.stride()) == self._out  # empty_like is 2 us faster
         operands = [
             ragged_operand("q", q, rows, fold, q_max),
             ragged_operand("k", k, rows, p.kv_heads, kv_max),
@@ -187,7 +178,7 @@ class _WithoutBias:
     def _run(self, c: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, c.q
         plan, is_exact = self._choice.plan()
-        out = torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
+        out = torch.empty_like(q) if self._like_q else torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
         tensors = {"q": q, "k": c.k, "v": c.v, "o": out, "scale": scale_operand(c.scale)}
         lse = None
         if is_exact:

@@ -38,6 +38,23 @@ class Limit:
         )
 
 
+def is_packed(p: Problem) -> bool:
+    """True for segments whose number is not the batch's: another one in each call, of which most are short."""
+    return p.mask == "segments" and p.mask_shape[1] != p.batch
+
+
+def sums_lengths(p: Problem) -> bool:
+    """True when the backward's workspace can be made for so many tokens, whatever rows they are in."""
+    return p.capability not in GENERIC and not (p.head_dim % 16 or p.value_dim % 16)
+
+
+def segments_fit(p: Problem) -> bool:
+    """False when segments have to become Intervals, and those a dense bias."""
+    if p.mask != "segments" or not p.grads:
+        return True
+    return p.capability not in GENERIC and (not is_packed(p) or sums_lengths(p))
+
+
 def _backward_above(limit: int) -> Callable[[Problem], bool]:
     return lambda p: bool(p.grads) and max(p.head_dim, p.value_dim) > limit
 
@@ -69,7 +86,10 @@ LIMITS = (
     Limit("one query is wrong in this cuDNN", lambda p: p.q_len == 1, DATACENTER_BLACKWELL, since=91900, below=92501),
     Limit(
         "one interval per query would become a dense mask of more than 2^28 numbers",
-        lambda p: p.mask == "intervals" and needs_bias(p) and p.batch * p.q_len * p.kv_len > 1 << 28,
+        lambda p: (
+            ((p.mask == "intervals" and needs_bias(p)) or not segments_fit(p))
+            and p.batch * p.q_len * p.kv_len > 1 << 28
+        ),
     ),
     Limit("float64 masks have no cuDNN type", lambda p: p.mask_dtype == torch.float64),
 )
