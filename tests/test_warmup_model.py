@@ -133,7 +133,7 @@ def test_an_encoder_decoder_has_three_kinds() -> None:
         (transformers.GPTJConfig(), "compute attention themselves"),
         (transformers.DogeConfig(), "computes with dense masks"),
         (config("Llama4Text", layer_types=["chunked_attention", "full_attention"]), "ready only up to one chunk"),
-        (config("Qwen3", layer_types=["full_attention", "indexed_attention"]), "fastattn does not know them"),
+        (config("Qwen3", layer_types=["full_attention", "compressed_sparse_attention"]), "fastattn does not know them"),
         (transformers.LlavaConfig(), "only the text part"),
         (transformers.Gemma4TextConfig(), "its layers differ"),
         (transformers.MambaConfig(), "compute attention themselves"),

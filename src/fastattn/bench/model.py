@@ -12,9 +12,7 @@ Prompts are random tokens, new ones for each trial and the same for each impleme
 
 from __future__ import annotations
 
-import gc
 import random
-import resource
 import sys
 import time
 from collections import deque
@@ -26,13 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import stats
 from ..lm import Loaded, generate_tokens, load, set_attention
 from ..lm.load import check_attention
+from .loaded import DTYPES, clock, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
-
-DTYPES = ("bfloat16", "float16", "float32")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,11 +57,6 @@ class Settings:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not self.attn or len(set(self.attn)) < len(self.attn):
             raise ValueError(f"attn: expected one or more names, each once, got {','.join(self.attn) or 'none'}")
-
-
-def default_model() -> str:
-    """The preset to measure when none is named: the real thing where there is a GPU for it."""
-    return "llama-3.1-8b" if torch.cuda.is_available() else "tiny"
 
 
 def run(settings: Settings) -> Report:
@@ -104,7 +94,7 @@ def run(settings: Settings) -> Report:
         def speaker(name: str) -> Callable[[str], None]:
             return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
 
-        say(_describe(loaded))
+        say(describe(loaded))
         turns = [
             (result, _measure(loaded, result, own, settings, speaker(result.attn), bar.update))
             for result, own in zip(results, lengths)
@@ -114,8 +104,8 @@ def run(settings: Settings) -> Report:
         for result in results:
             if result.calls:
                 speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
-    used = {"dtype": _text(loaded.model.dtype), "device": str(loaded.model.device)}
-    return Report(asdict(settings) | used, _identity(loaded), results)
+    used = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+    return Report(asdict(settings) | used, identity(loaded), results)
 
 
 def fresh_lengths(settings: Settings, limit: int) -> list[list[int]]:
@@ -149,18 +139,8 @@ def fresh_lengths(settings: Settings, limit: int) -> list[list[int]]:
 def _turn(loaded: Loaded, result: Result, steps: Iterator[None]) -> bool:
     """Takes one step of an implementation. False when that was the last."""
     set_attention(loaded.model, result.attn)
-    before = stats()["calls"]
-    try:
-        next(steps)
-    except StopIteration:
-        return False
-    finally:
-        after = stats()
-        for key, n in after["calls"].items():
-            if n > before.get(key, 0):
-                result.calls[key] = result.calls.get(key, 0) + n - before.get(key, 0)
-                result.plans = after["plans"]
-    return True
+    with counted(result):
+        return next(steps, _DONE) is not _DONE
 
 
 def _measure(
@@ -173,7 +153,7 @@ def _measure(
 ) -> Iterator[None]:
     """The measurement of one implementation, in steps between which another may take its turn."""
     try:
-        _release()
+        release()
         say("Running warmup..")
         _trial(loaded, settings, 0)
         advance()
@@ -202,7 +182,7 @@ def _measure(
     except torch.OutOfMemoryError:
         result.error = "out of memory"
         say(f"{result.attn}: {result.error}, given up")
-        _release()
+        release()
 
 
 def _trial(loaded: Loaded, settings: Settings, number: int) -> Trial:
@@ -212,15 +192,15 @@ def _trial(loaded: Loaded, settings: Settings, number: int) -> Trial:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
-    begin = _clock(device)
+    begin = clock(device)
     next(tokens)
-    first = _clock(device)
+    first = clock(device)
     _drain(islice(tokens, g - 1))
-    end = _clock(device)
+    end = clock(device)
     return Trial(
         prompt_tps=b * p / (first - begin),
         generation_tps=b * g / (end - first) if g > 1 else 0.0,
-        peak_memory=_peak_memory(device) / 1e9,
+        peak_memory=peak_memory(device) / 1e9,
         total_time=end - begin,
     )
 
@@ -229,9 +209,9 @@ def _time_to_first(loaded: Loaded, settings: Settings, length: int, number: int)
     """Seconds from a prompt of that length to its first new token."""
     ids = _prompts(loaded, settings, length, number)
     tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
-    begin = _clock(loaded.model.device)
+    begin = clock(loaded.model.device)
     next(tokens)
-    return _clock(loaded.model.device) - begin
+    return clock(loaded.model.device) - begin
 
 
 def _prompts(loaded: Loaded, settings: Settings, length: int, number: int) -> Tensor:
@@ -241,46 +221,5 @@ def _prompts(loaded: Loaded, settings: Settings, length: int, number: int) -> Te
     return ids.to(loaded.model.device)
 
 
-def _clock(device: torch.device) -> float:
-    """The time when all that was queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _drain(tokens: Iterator[Tensor]) -> None:
     deque(tokens, maxlen=0)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def _release() -> None:
-    """Gives back what the last implementation left in the allocator, so that it does not count against the next."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _identity(loaded: Loaded) -> dict[str, Any]:
-    config, parameters = loaded.config, sum(parameter.numel() for parameter in loaded.model.parameters())
-    random_weights = loaded.tokenizer is None
-    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    found = {"name": loaded.name, "type": config.model_type, "parameters": parameters, "random_weights": random_weights}
-    return found | {key: getattr(config, key, None) for key in shape}
-
-
-def _describe(loaded: Loaded) -> str:
-    model, count = loaded.model, sum(parameter.numel() for parameter in loaded.model.parameters())
-    size = f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.2f}e6"
-    where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU"
-    weights = "random weights" if loaded.tokenizer is None else "its own weights"
-    return f"Model {loaded.name}: {size} parameters ({weights}), {_text(model.dtype)}, on {where}"
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

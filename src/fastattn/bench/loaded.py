@@ -1,0 +1,89 @@
+"""A loaded model under measurement, in generation or in training: clock, memory, backends, and what names it."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from .. import stats
+from ..lm import Loaded
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Served(Protocol):
+    """A result that says by which of fastattn's backends it was served."""
+
+    calls: dict[str, int]
+    plans: dict[str, Any]
+
+
+def default_model() -> str:
+    """The preset to measure when none is named: the real thing where there is a GPU for it."""
+    return "llama-3.1-8b" if torch.cuda.is_available() else "tiny"
+
+
+def clock(device: torch.device) -> float:
+    """The time when all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of torch's CUDA allocator since its peak was last reset; on a CPU of the process, ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def release() -> None:
+    """Gives back what the last implementation left in the allocator, so that it does not count against the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def counted(result: Served) -> Iterator[None]:
+    """Adds the calls that fastattn serves within the block to the result, by backend."""
+    before = stats()["calls"]
+    try:
+        yield
+    finally:
+        after = stats()
+        for key, n in after["calls"].items():
+            if n > before.get(key, 0):
+                result.calls[key] = result.calls.get(key, 0) + n - before.get(key, 0)
+                result.plans = after["plans"]
+
+
+def identity(loaded: Loaded) -> dict[str, Any]:
+    """The model as a result file names it."""
+    config, parameters = loaded.config, sum(parameter.numel() for parameter in loaded.model.parameters())
+    random_weights = loaded.tokenizer is None
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    found = {"name": loaded.name, "type": config.model_type, "parameters": parameters, "random_weights": random_weights}
+    return found | {key: getattr(config, key, None) for key in shape}
+
+
+def describe(loaded: Loaded) -> str:
+    """The model in one line."""
+    model, count = loaded.model, sum(parameter.numel() for parameter in loaded.model.parameters())
+    size = f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.2f}e6"
+    where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU"
+    weights = "random weights" if loaded.tokenizer is None else "its own weights"
+    return f"Model {loaded.name}: {size} parameters ({weights}), {dtype_text(model.dtype)}, on {where}"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
