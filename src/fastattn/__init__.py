@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import Explanation, explain, scaled_dot_product_attention
     from .backends.cudnn.plans import clear_plans
     from .dispatch import BackendError, stats, use_backend
+    from .kvcache import KVCache
     from .masks import Intervals, Segments
     from .notice import FastattnWarning
     from .varlen import varlen_attention
@@ -21,6 +22,7 @@ __all__ = [
     "Explanation",
     "FastattnWarning",
     "Intervals",
+    "KVCache",
     "Segments",
     "clear_plans",
     "explain",
@@ -36,6 +38,7 @@ _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
     **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch"),
     "FastattnWarning": "notice",
+    "KVCache": "kvcache",
     **dict.fromkeys(("Intervals", "Segments"), "masks"),
     "clear_plans": "backends.cudnn.plans",
     "varlen_attention": "varlen",
