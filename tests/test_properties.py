@@ -37,7 +37,9 @@ def cases(draw: st.DrawFn) -> Case:
         st.sampled_from(["none", "causal"])
         | st.builds("{}:{}".format, kinds, st.sampled_from(BROADCASTS))
         | st.builds("intervals:{}".format, st.sampled_from(["bq", "b1", "1q", "11"]))
+        | st.builds("segments:{}".format, st.sampled_from(["p", "pc", "5", "5c", *["3", "3c"] * (q_len == kv_len)]))
     )
+    lengths = not mask.startswith("segments")  # which say them themselves
     side = st.integers(-1, 45)
     case = Case(
         batch=batch,
@@ -57,8 +59,8 @@ def cases(draw: st.DrawFn) -> Case:
         window=rarely(st.tuples(side, side)),
         softcap=rarely(st.sampled_from([0.5, 3.0, 50.0])),
         scale=rarely(st.sampled_from([0.0, 0.01, 0.2, -0.1])),
-        q_lengths=rarely(st.tuples(*[st.integers(-2, q_len + 2)] * batch)),
-        kv_lengths=rarely(st.tuples(*[st.integers(-2, kv_len + 2)] * batch)),
+        q_lengths=rarely(st.tuples(*[st.integers(-2, q_len + 2)] * batch)) if lengths else None,
+        kv_lengths=rarely(st.tuples(*[st.integers(-2, kv_len + 2)] * batch)) if lengths else None,
         return_lse=draw(st.integers(0, 3)) == 3,
     )
     grads = draw(st.just("") | st.sets(st.sampled_from("qkv")) | st.sets(st.sampled_from(case.leaves)))
