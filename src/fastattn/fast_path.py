@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import debug, dispatch, ops
 from .backends.base import Refusal
@@ -54,6 +55,8 @@ def name_of(
             mask = _tensor(mask.table), mask.causal
         else:
             return None
+        if _ODD in mask:
+            return None
     options: Any = None
     if not (window is softcap is sinks is q_lengths is kv_lengths is None):
         if window is not None and not (type(window) is tuple and [type(x) for x in window] == [int, int]):
@@ -63,6 +66,8 @@ def name_of(
         if sinks is not None and torch.is_grad_enabled() and getattr(sinks, "requires_grad", False):
             return None
         options = window, softcap, _tensor(sinks), _tensor(q_lengths), _tensor(kv_lengths)
+        if _ODD in options:
+            return None
     device = q.device
     if device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
@@ -77,15 +82,16 @@ def name_of(
     return tensors, mask, options, return_lse, backend, dispatch.allowed() if backend is None else None
 
 
+_ODD = "no plain tensor"
+
+
 def _tensor(x: Any) -> Any:
-    """All that is not data of a dense tensor; of anything else its type, which no call that was served has."""
+    """All that is not data of a plain dense tensor, `_ODD` for anything else but None."""
     if x is None:
         return None
-    return (
-        (x.shape, x.stride(), x.dtype, x.device)
-        if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
-        else type(x)
-    )
+    if not (type(x) is Tensor or type(x) is Parameter) or x.layout != torch.strided or x.is_nested or x.is_neg():
+        return _ODD
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def run(
