@@ -2,5 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+
 #: What a dtype is called on the command line -> torch's name for it.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in ("bfloat16", "float16", "float32")}
+
+
+def add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
+    """`--dtype`, one of `DTYPES`, with its default and what to call it; `--device`."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, metavar="DTYPE", help=f"bf16, fp16, fp32 ({text})")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
+
+
+def numbers(count: int) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: so many whole numbers, separated by commas."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if len(found) != count:
+            raise argparse.ArgumentTypeError(f"expected {count} whole numbers separated by commas, got {text!r}")
+        return found
+
+    return parse

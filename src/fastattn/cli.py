@@ -7,13 +7,14 @@ imported by the subcommand that needs it.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .arguments import DTYPES
+from .arguments import DTYPES, add_dtype_and_device, numbers
+from .bench.command import add_command as add_benchmark
 from .bench.sweep import add_command as add_sweep
+from .generation import add_command as add_generate
 from .warming.command import add_command as add_warmup
 
 MASKS = ("none", "causal", "bool", "additive", "intervals")
@@ -68,47 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastattn", description="Fast attention for PyTorch: measure it, check this machine, ask.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_benchmark(commands)
+    add_benchmark(commands)
+    add_generate(commands)
     add_sweep(commands)
     add_warmup(commands)
     _add_doctor(commands)
     _add_explain(commands)
     return parser
-
-
-def _add_benchmark(commands: Any) -> None:
-    text = "Measure a language model's prefill and generation speed, for one or more attention implementations."
-    parser = commands.add_parser("benchmark", help="tokens per second of a whole model", description=text)
-    add = parser.add_argument
-    add(
-        "--model",
-        help="a Hugging Face model directory, or a preset with random weights: tiny, llama-3.2-1b, "
-        "llama-3.1-8b (default: llama-3.1-8b with a GPU, tiny without)",
-    )
-    add("-p", "--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (%(default)s)")
-    add("-g", "--generation-tokens", type=int, default=1024, metavar="N", help="length of the completion (%(default)s)")
-    add("-b", "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (%(default)s)")
-    add("-n", "--num-trials", type=int, default=5, metavar="N", help="timed trials after one warmup (%(default)s)")
-    add("--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens at a time (%(default)s)")
-    add("--delay", type=float, default=0.0, metavar="SECONDS", help="rest before each trial (%(default)s)")
-    add(
-        "--attn",
-        default="fastattn",
-        metavar="NAMES",
-        help="implementations to compare, separated by commas: "
-        "fastattn, sdpa, eager or any other that transformers knows (%(default)s)",
-    )
-    add(
-        "--fresh-lengths",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also time N prompt lengths that were not seen before, the first and the second time",
-    )
-    add("--json", metavar="FILE", help="write all figures and the environment to FILE")
-    _add_dtype_and_device(parser, None, "the model's own; for presets bf16 on a GPU, fp32 on the CPU")
-    add("--seed", type=int, default=0, metavar="N", help="of the prompts and of a preset's weights (%(default)s)")
-    parser.set_defaults(run=_benchmark)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -122,13 +89,13 @@ def _add_explain(commands: Any) -> None:
     text = "Say which backend would serve a call of the op here, and why not the others. Nothing is computed."
     parser = commands.add_parser("explain", help="which backend serves a call, and why", description=text)
     add = parser.add_argument
-    add("--q", type=_numbers(4), required=True, metavar="B,H,S,D", help="shape of the queries")
+    add("--q", type=numbers(4), required=True, metavar="B,H,S,D", help="shape of the queries")
     add("--kv-heads", type=int, metavar="N", help="heads of keys and values (as q)")
     add("--kv-len", type=int, metavar="N", help="number of keys (as q)")
     add("--value-dim", type=int, metavar="N", help="head dim of the values (as q)")
-    _add_dtype_and_device(parser, "bf16", "bf16")
+    add_dtype_and_device(parser, "bf16", "bf16")
     add("--mask", choices=MASKS, default="none", help="kind of mask (%(default)s)")
-    add("--window", type=_numbers(2), metavar="L,R", help="sliding window; -1 is open: --window=-1,0")
+    add("--window", type=numbers(2), metavar="L,R", help="sliding window; -1 is open: --window=-1,0")
     add("--softcap", type=float, metavar="CAP")
     add("--sinks", action="store_true", help="with attention sinks")
     add("--q-lengths", action="store_true", help="with a length for each batch entry's queries")
@@ -136,52 +103,6 @@ def _add_explain(commands: Any) -> None:
     add("--return-lse", action="store_true", help="with the log-sum-exp")
     add("--grad", action="store_true", help="with gradients for q, k and v")
     parser.set_defaults(run=_explain)
-
-
-def _add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default=default, metavar="DTYPE", help=f"bf16, fp16, fp32 ({text})")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
-
-
-def _numbers(count: int) -> Any:
-    def parse(text: str) -> tuple[int, ...]:
-        try:
-            found = tuple(int(part) for part in text.split(","))
-        except ValueError:
-            found = ()
-        if len(found) != count:
-            raise argparse.ArgumentTypeError(f"expected {count} whole numbers separated by commas, got {text!r}")
-        return found
-
-    return parse
-
-
-def _benchmark(arguments: argparse.Namespace) -> int:
-    from .bench import model, results
-
-    if arguments.json:
-        results.check_writable(arguments.json)
-    settings = model.Settings(
-        model=arguments.model or model.default_model(),
-        prompt_tokens=arguments.prompt_tokens,
-        generation_tokens=arguments.generation_tokens,
-        batch_size=arguments.batch_size,
-        num_trials=arguments.num_trials,
-        prefill_step_size=arguments.prefill_step_size,
-        delay=arguments.delay,
-        attn=tuple(name.strip() for name in arguments.attn.split(",")),
-        fresh_lengths=arguments.fresh_lengths,
-        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
-        device=arguments.device,
-        seed=arguments.seed,
-    )
-    report = model.run(settings)
-    if len(report.results) > 1:
-        print(f"\n{report.comparison()}", flush=True)
-    if arguments.json:
-        results.write_json(arguments.json, report.as_dict(shlex.join(["fastattn", *arguments.argv])))
-        print(f"Wrote {arguments.json}")
-    return 1 if all(result.error for result in report.results) else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

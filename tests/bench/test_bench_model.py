@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+import fastattn
 from fastattn.bench import model as bench
 from fastattn.bench.model import Settings, fresh_lengths, run
 from fastattn.bench.report import FreshLength, Report, Result, Trial
@@ -81,8 +82,8 @@ def test_lines_are_those_of_mlx_lm(capsys):
 def test_definitions(monkeypatch):
     """The clock is read when a trial starts, at the first token and at the end: 0, 2 and 5 seconds."""
     times = iter([0.0, 2.0, 5.0] * 3)
-    monkeypatch.setattr(bench, "_clock", lambda device: next(times))
-    monkeypatch.setattr(bench, "_peak_memory", lambda device: 7_500_000_000)
+    monkeypatch.setattr(bench, "clock", lambda device: next(times))
+    monkeypatch.setattr(bench, "peak_memory", lambda device: 7_500_000_000)
     (result,) = run(Settings(**SMALL, attn=("sdpa",), batch_size=4)).results
     assert result.trials == [Trial(4 * 12 / 2, 4 * 3 / 3, 7.5, 5.0)] * 2
     assert result.average("prompt_tps") == 24.0
@@ -160,12 +161,12 @@ def test_unusable_settings_are_refused_before_anything_runs(changes, message, mo
 
 
 def test_fastattn_against_eager():
-    before = bench.stats()["calls"]
+    before = fastattn.stats()["calls"]
     report = run(Settings(**SMALL, attn=("fastattn", "eager"), fresh_lengths=1))
     ours, eager = report.results
     # Two layers; a prompt in one step and its last token, then two steps; three times; and four prompts.
     assert sum(ours.calls.values()) == 2 * (3 * (2 + 2) + 2 * 2)
-    assert sum(bench.stats()["calls"].values()) - sum(before.values()) == sum(ours.calls.values())
+    assert sum(fastattn.stats()["calls"].values()) - sum(before.values()) == sum(ours.calls.values())
     assert eager.calls == {}
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: a whole model (`model.py`), and what every result file carries (`results.py`)."""
+"""Benchmarks: a model generating (`model.py`), a model in training (`train.py`), single calls (`sweep.py`)."""

@@ -6,7 +6,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,6 +23,21 @@ class Served(Protocol):
 
     calls: dict[str, int]
     plans: dict[str, Any]
+
+
+def check_settings(settings: Any, counts: Iterable[str], quantities: Iterable[str]) -> None:
+    """Raises ValueError, naming the field, for a count below 1, a quantity below 0, a bad dtype or list of names."""
+    for name in counts:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(settings, name)}")
+    for name in quantities:
+        if not 0 <= getattr(settings, name) < 2**63:
+            raise ValueError(f"{name}: expected 0 or more, got {getattr(settings, name)}")
+    if settings.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    attn = settings.attn
+    if not attn or len(set(attn)) < len(attn):
+        raise ValueError(f"attn: expected one or more names, each once, got {','.join(attn) or 'none'}")
 
 
 def default_model() -> str:

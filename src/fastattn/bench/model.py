@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..lm import Loaded, generate_tokens, load, set_attention
 from ..lm.load import check_attention
-from .loaded import DTYPES, clock, counted, describe, dtype_text, identity, peak_memory, release
+from .loaded import check_settings, clock, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,21 +43,13 @@ class Settings:
     delay: float = 0.0  #: seconds to rest before each trial
     attn: tuple[str, ...] = ("fastattn",)
     fresh_lengths: int = 0  #: how many never-seen prompt lengths to time, per implementation
-    dtype: str | None = None  #: one of DTYPES; None as in `fastattn.lm.load`
+    dtype: str | None = None  #: one of `loaded.DTYPES`; None as in `fastattn.lm.load`
     device: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("delay", "fresh_lengths", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not self.attn or len(set(self.attn)) < len(self.attn):
-            raise ValueError(f"attn: expected one or more names, each once, got {','.join(self.attn) or 'none'}")
+        counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
+        check_settings(self, counts, ("delay", "fresh_lengths", "seed"))
 
 
 def run(settings: Settings) -> Report:
@@ -140,7 +133,11 @@ def _turn(loaded: Loaded, result: Result, steps: Iterator[None]) -> bool:
     """Takes one step of an implementation. False when that was the last."""
     set_attention(loaded.model, result.attn)
     with counted(result):
-        return next(steps, _DONE) is not _DONE
+        try:
+            next(steps)
+        except StopIteration:
+            return False
+    return True
 
 
 def _measure(

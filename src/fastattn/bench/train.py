@@ -1,0 +1,216 @@
+"""`fastattn benchmark --train`: tokens per second of training steps, for one or more attention implementations.
+
+A step is forward, backward and optimizer on one batch of random tokens, whose labels are the tokens themselves: the
+model shifts them. tokens_per_second counts the batch's tokens; peak_memory is as in `model.py`.
+
+The implementations take turns step by step on one model: the same batches, and the same weights, because the learning
+rate is 0. AdamW or SGD then do all of their work and change nothing. So any model is held once, however many
+implementations there are, and their losses and gradients have to agree in every step.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lm import Loaded, load, set_attention
+from ..lm.load import check_attention, pick_device
+from .command import OPTIMIZERS
+from .loaded import check_settings, clock, counted, describe, dtype_text, identity, peak_memory, release
+from .train_report import Report, Result, Step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Raises ValueError, naming the field, for a value that makes no sense."""
+
+    model: str
+    prompt_tokens: int = 512  #: tokens of each sequence, unless variable_lengths is given
+    batch_size: int = 1
+    num_trials: int = 10  #: timed steps of each implementation
+    warmup_steps: int = 3
+    variable_lengths: tuple[int, int] | None = None  #: least and most tokens: each step its own length
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    delay: float = 0.0  #: seconds to rest before each step
+    attn: tuple[str, ...] = ("fastattn",)
+    dtype: str | None = None  #: one of `loaded.DTYPES`; None: bfloat16 on a GPU, else as in `fastattn.lm.load`
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("batch_size", "num_trials", "warmup_steps"), ("delay", "seed"))
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.prompt_tokens < 2:
+            raise ValueError(f"prompt_tokens: expected at least 2 to train on, got {self.prompt_tokens}")
+        if self.variable_lengths is not None:
+            low, high = self.variable_lengths
+            steps = self.warmup_steps + self.num_trials
+            if low < 2 or high - low + 1 < steps:
+                raise ValueError(
+                    f"variable_lengths: expected LOW,HIGH from 2 on with a length for each of {steps} steps, "
+                    f"got {low},{high}"
+                )
+
+
+def run(settings: Settings) -> Report:
+    """Loads the model once, then measures the implementations in turns: the first step of each, the second, ...
+
+    Who goes first changes from step to step, because whoever meets a length first also pays for what belongs to none:
+    the allocator's and cuBLAS's part. Prints as it goes; a progress bar appears on a terminal. An implementation that
+    runs out of memory is reported and passed over. Raises ValueError before anything runs when the model, the device or
+    an implementation is not usable.
+    """
+    for name in settings.attn:
+        check_attention(name)
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
+    dtype = settings.dtype or ("bfloat16" if pick_device(settings.device).type == "cuda" else None)
+    torch_dtype = getattr(torch, dtype) if dtype else None
+    loaded = load(settings.model, settings.attn[0], torch_dtype, settings.device, settings.seed)
+    for name in settings.attn[1:]:
+        set_attention(loaded.model, name)
+    lengths = step_lengths(settings)
+    limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
+    if max(lengths) > limit:
+        field = "variable_lengths" if settings.variable_lengths else "prompt_tokens"
+        raise ValueError(f"{field}: expected at most the model's {limit}, got {max(lengths)}")
+    _prepare(loaded, settings.gradient_checkpointing)
+
+    results = [Result(name) for name in settings.attn]
+    with tqdm(total=len(results) * len(lengths), unit="step", leave=False, disable=None) as bar:
+
+        def say(line: str, result: Result | None = None) -> None:
+            bar.write(line if result is None or len(results) == 1 else f"[{result.attn}] {line}")
+            sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
+
+        say(describe(loaded))
+        _measure(loaded, results, lengths, settings, say, bar.update)
+        used = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+        report = Report(asdict(settings) | used, identity(loaded), results)
+        for result in results:
+            if result.error is None:
+                say(f"All steps: {result.summary()}", result)
+            if result.calls:
+                say("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()), result)
+        for line in report.disagreements():
+            say(f"Warning: {line}")
+    return report
+
+
+def step_lengths(settings: Settings) -> list[int]:
+    """Tokens of each step's sequences, warmup first: a function of the settings alone.
+
+    Of variable lengths none comes twice. The warmup begins with the longest, so that the allocator need not grow in
+    the timed steps.
+    """
+    steps = settings.warmup_steps + settings.num_trials
+    if settings.variable_lengths is None:
+        return [settings.prompt_tokens] * steps
+    low, high = settings.variable_lengths
+    return [high, *random.Random(settings.seed).sample(range(low, high), steps - 1)]
+
+
+def _prepare(loaded: Loaded, checkpointing: bool) -> None:
+    """Brings a model loaded for inference into training."""
+    model = loaded.model
+    model.train()
+    if checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing: {type(model).__name__} does not support it")
+        # Newer versions of transformers warn of the older name, older versions have only that.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def _optimizer(model: torch.nn.Module, name: str, device: torch.device) -> torch.optim.Optimizer:
+    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    # None leaves the choice to torch; on a GPU fused is the fastest, and what one trains with.
+    found: torch.optim.Optimizer = kind(model.parameters(), lr=0.0, fused=True if device.type == "cuda" else None)
+    return found
+
+
+def _measure(
+    loaded: Loaded,
+    results: list[Result],
+    lengths: list[int],
+    settings: Settings,
+    say: Callable[..., None],
+    advance: Callable[[], Any],
+) -> None:
+    """Fills the results. `say(line, result)` prints."""
+    optimizer = _optimizer(loaded.model, settings.optimizer, loaded.model.device)
+    say("Running warmup..")
+    for i, length in enumerate(lengths):
+        number = i - settings.warmup_steps + 1  # of the timed steps, from 1
+        if number == 1:
+            say(_announcement(settings))
+        first = i % len(results)
+        for result in (*results[first:], *results[:first]):
+            if result.error is not None:
+                continue
+            set_attention(loaded.model, result.attn)
+            time.sleep(settings.delay)
+            step = None
+            with suppress(torch.OutOfMemoryError), counted(result):
+                step = _step(loaded, optimizer, _tokens(loaded, settings, length, i), last=i == len(lengths) - 1)
+            if step is None:  # by now the exception is gone, and with it what its frames held
+                result.error = "out of memory"
+                say(f"{result.attn}: {result.error}, given up", result)
+                optimizer.zero_grad()
+                release()
+                continue
+            advance()
+            if number >= 1:
+                result.steps.append(step)
+                say(f"Step {number}:  {step}", result)
+
+
+def _step(loaded: Loaded, optimizer: torch.optim.Optimizer, ids: Tensor, last: bool) -> Step:
+    """One step of training on ids `[B, S]`. last: with the norm of its gradients, which is not timed."""
+    device = loaded.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = clock(device)
+    loss = loaded.model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    seconds = clock(device) - begin
+    memory = peak_memory(device)
+    norm = _norm(loaded.model) if last else None
+    optimizer.zero_grad()  # sets them to None: the next one starts from as much memory as this one
+    return Step(ids.shape[1], ids.numel() / seconds, seconds, loss.item(), memory / 1e9, norm)
+
+
+def _norm(model: torch.nn.Module) -> float:
+    """The norm of all gradients, summed in fp32."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm().item()
+
+
+def _tokens(loaded: Loaded, settings: Settings, length: int, number: int) -> Tensor:
+    """Random tokens `[B, length]`: a function of the settings, the length and the step's number alone."""
+    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed} {length} {number}").getrandbits(63))
+    ids = torch.randint(loaded.config.vocab_size, (settings.batch_size, length), generator=generator)
+    return ids.to(loaded.model.device)
+
+
+def _announcement(settings: Settings) -> str:
+    low_high = settings.variable_lengths
+    length = (
+        f"prompt_tokens={settings.prompt_tokens}" if low_high is None else f"lengths={low_high[0]} to {low_high[1]}"
+    )
+    checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
+    return f"Timing training with {length}, batch_size={settings.batch_size}, {settings.optimizer}{checkpointing}."
