@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .results import environment, now
+from .results import header
 from .table import ratio, table
 
 KEYS = ("prompt_tps", "generation_tps", "peak_memory")  #: what is averaged over the trials
@@ -84,11 +84,7 @@ class Report:
 
     def as_dict(self, command: str) -> dict[str, Any]:
         """All of it for a JSON file, with the environment of this process and the command that was run."""
-        return {
-            "benchmark": "model",
-            "date": now(),
-            "command": command,
-            "environment": environment(torch.device(self.arguments["device"])),
+        return header("model", command, torch.device(self.arguments["device"])) | {
             "arguments": self.arguments,
             "model": self.model,
             "implementations": {result.attn: result.as_dict() for result in self.results},

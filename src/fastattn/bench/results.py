@@ -53,6 +53,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def header(benchmark: str, command: str, device: torch.device) -> dict[str, Any]:
+    """What every file of figures begins with: what was run, when and where."""
+    return {"benchmark": benchmark, "date": now(), "command": command, "environment": environment(device)}
+
+
 def now() -> str:
     """The time in UTC to the second, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

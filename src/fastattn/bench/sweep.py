@@ -81,11 +81,8 @@ def report(sweep: Sweep, method: dict[str, str], arguments: argparse.Namespace, 
     """All of it for a JSON file, with the environment of this process and the command that was run."""
     from .. import stats
 
-    return {
-        "benchmark": f"sweep {arguments.name}",
-        "date": results.now(),
-        "command": shlex.join(["fastattn", *arguments.argv]),
-        "environment": results.environment(sweep.device),
+    command = shlex.join(["fastattn", *arguments.argv])
+    return results.header(f"sweep {arguments.name}", command, sweep.device) | {
         "arguments": {
             "name": arguments.name,
             "quick": arguments.quick,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .results import environment, now
+from .results import header
 from .table import ratio, table
 
 #: How far losses and norms of gradients of two implementations may lie apart, relatively, by the weights' dtype. All
@@ -107,11 +107,7 @@ class Report:
 
     def as_dict(self, command: str) -> dict[str, Any]:
         """All of it for a JSON file, with the environment of this process and the command that was run."""
-        return {
-            "benchmark": "train",
-            "date": now(),
-            "command": command,
-            "environment": environment(torch.device(self.arguments["device"])),
+        return header("train", command, torch.device(self.arguments["device"])) | {
             "arguments": self.arguments,
             "model": self.model,
             "implementations": {result.attn: result.as_dict() for result in self.results},

@@ -184,11 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{tile.name}\n{_table(found)}", flush=True)
             torch.cuda.empty_cache()
     if arguments.json:
-        report = {
-            "benchmark": "tune_decode",
-            "date": results.now(),
-            "command": shlex.join(["python", "-m", "fastattn.bench.tune_decode", *argv]),
-            "environment": results.environment(device),
+        command = shlex.join(["python", "-m", "fastattn.bench.tune_decode", *argv])
+        report = results.header("tune_decode", command, device) | {
             "method": METHOD,
             "seconds": time.perf_counter() - begin,
             "rows": rows,
