@@ -11,9 +11,11 @@ from typing import Any
 import naive
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import Intervals, Segments
+from fastattn.problem import Problem
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -346,3 +348,26 @@ def refusals(inputs: Inputs, backend: str) -> list[str]:
     """Why the backend cannot serve the case."""
     options = inputs.options | {"backend": backend}
     return fastattn.explain(inputs.q, inputs.k, inputs.v, **options).reasons[backend]
+
+
+def a_problem(**fields: Any) -> Problem:
+    """A causal call of one query on an H100, but for the fields given."""
+    common = {
+        "device": "cuda", "index": 0, "capability": (9, 0), "dtype": BF16, "batch": 1, "q_heads": 32, "kv_heads": 8,
+        "q_len": 1, "kv_len": 8192, "head_dim": 128, "value_dim": 128, "mask": "none", "mask_shape": (),
+        "mask_dtype": None, "left": -1, "right": 0, "softcap": 0.0, "sinks": False, "q_lengths": False,
+        "kv_lengths": False, "return_lse": False, "grads": "",
+    }  # fmt: skip
+    return Problem(**(common | fields))
+
+
+class Watcher(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))

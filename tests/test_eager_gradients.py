@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP32, Case, Inputs, make
+from cases import BF16, FP32, Case, Inputs, Watcher, make
 from features import FEATURES
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -352,16 +351,6 @@ def test_anomaly_detection_names_the_function() -> None:
         out = attend(q, k, v, backend="reference")
         with pytest.raises(RuntimeError, match="'_AttentionBackward' returned nan values"):
             out.backward(torch.full_like(out, torch.nan))
-
-
-class Watcher(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_who_watches_sees_operators() -> None:

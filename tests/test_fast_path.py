@@ -17,13 +17,12 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
-from cases import BF16, FP16, FP32, FP64, make
+from cases import BF16, FP16, FP32, FP64, Watcher, make
 from features import FEATURES
 from test_validation import BAD, good
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import Intervals, Segments, debug, dispatch, fast_path, notice, ops
@@ -352,18 +351,6 @@ def test_other_layouts_after_good_calls(name: str, convert: str) -> None:
 
 
 # Who watches, and who wants gradients.
-
-
-class Watcher(TorchDispatchMode):
-    """Sees every operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 class Marked(Tensor):

@@ -15,16 +15,17 @@ def add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, t
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
 
 
-def numbers(count: int) -> Callable[[str], tuple[int, ...]]:
-    """An argparse type: so many whole numbers, separated by commas."""
+def numbers(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: so many whole numbers (None: one or more), separated by commas."""
 
     def parse(text: str) -> tuple[int, ...]:
         try:
             found = tuple(int(part) for part in text.split(","))
         except ValueError:
             found = ()
-        if len(found) != count:
-            raise argparse.ArgumentTypeError(f"expected {count} whole numbers separated by commas, got {text!r}")
+        if len(found) != count if count else not found:
+            many = f"{count} whole" if count else "whole"
+            raise argparse.ArgumentTypeError(f"expected {many} numbers separated by commas, got {text!r}")
         return found
 
     return parse

@@ -105,7 +105,8 @@ def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor,
     Returns two int32 tensors `[B|1, stop - start]`. A bool or additive mask is not part of it.
     """
     if call.segments is not None:
-        return _segment_bounds(call, start, stop)
+        sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+        return segment_bounds(call.segments, *sizes, call.left, call.right, start, stop)
     q_len, kv_len = q_lengths(call), kv_lengths(call)
     rows = torch.arange(start, call.q.shape[2] if stop is None else stop, device=call.q.device, dtype=torch.int32)
     rows = rows[None, :]
@@ -124,11 +125,17 @@ def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor,
     return lo, hi
 
 
-def _segment_bounds(call: Call, start: int, stop: int | None) -> tuple[Tensor, Tensor]:
-    assert call.segments is not None
-    batch, _, q_total, _ = call.q.shape
-    kv_total = call.k.shape[2]
-    table = call.segments
+def segment_bounds(
+    table: Tensor,
+    batch: int,
+    q_total: int,
+    kv_total: int,
+    left: int = -1,
+    right: int = -1,
+    start: int = 0,
+    stop: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`bounds` of the segments of a `Segments.table` in a batch of that many entries, queries and keys."""
     row, q_first, q_end = table[0], table[1].clamp(0, q_total), table[2].clamp(0, q_total)
     first, end = table[-2].clamp(0, kv_total), table[-1].clamp(0, kv_total)
     tokens = torch.arange(start, q_total if stop is None else stop, dtype=torch.int32, device=table.device)
@@ -143,10 +150,10 @@ def _segment_bounds(call: Call, start: int, stop: int | None) -> tuple[Tensor, T
     inside = (row[n] == entry) & (tokens >= q_first[n]) & (tokens < q_end[n])
     position = tokens + (end - q_end)[n]  # the segment's last query stands on its last key
     lo, hi = first[n], end[n]
-    if call.left >= 0:
-        lo = torch.maximum(lo, position - call.left)
-    if call.right >= 0:
-        hi = torch.minimum(hi, position + call.right + 1)
+    if left >= 0:
+        lo = torch.maximum(lo, position - left)
+    if right >= 0:
+        hi = torch.minimum(hi, position + right + 1)
     return lo, torch.where(inside, hi, 0)
 
 

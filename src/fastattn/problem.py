@@ -164,11 +164,6 @@ def token_major(
     return like.new_empty((batch, length, heads, dim), dtype=dtype or like.dtype).transpose(1, 2)
 
 
-def token_major_strides(heads: int, length: int, dim: int) -> tuple[int, int, int, int]:
-    """The strides of such a tensor, for where 2 us count."""
-    return length * heads * dim, dim, heads * dim, 1
-
-
 def as_token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x `[B,H,S,D]` in that dtype and in the layout of every output and gradient."""
     batch, heads, length, dim = x.shape

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .api import scaled_dot_product_attention
-from .masks import Intervals, Segments
+from .masks import Segments
 from .validate import check_tensor
 
 
@@ -73,19 +73,3 @@ def varlen_attention(
     if isinstance(result, tuple):
         return result[0][0].transpose(0, 1), result[1][0]
     return result[0].transpose(0, 1)
-
-
-def packed_intervals(tokens: int, cu_q: Tensor, cu_kv: Tensor, left: int = -1, right: int = -1) -> Intervals:
-    """The keys that each of the packed queries sees: `Intervals` `[1, tokens]`, computed on the device."""
-    token = torch.arange(tokens, dtype=torch.int32, device=cu_q.device)
-    count = cu_q.shape[0] - 1
-    inside = (token >= cu_q[0]) & (token < cu_q[-1])
-    if count == 0:
-        zeros = torch.zeros_like(token)[None]
-        return Intervals(zeros, zeros)
-    n = torch.bucketize(token, cu_q[1:], right=True, out_int32=True).clamp(max=count - 1)
-    first, last = cu_kv[n], cu_kv[n + 1]
-    position = token - cu_q[n + 1] + last  # lower-right alignment within the sequence
-    lo = first if left < 0 else torch.maximum(first, position - left)
-    hi = last if right < 0 else torch.minimum(last, position + right + 1)
-    return Intervals(lo[None].contiguous(), torch.where(inside, hi, 0)[None].contiguous())

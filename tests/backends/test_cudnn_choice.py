@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import a_problem
 from torch import Tensor
 
 from fastattn import dispatch
@@ -21,7 +22,7 @@ from fastattn.backends import scratch
 from fastattn.backends.cudnn import plans, runtime
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.plans import Choice, PlanCache
-from fastattn.problem import Call, Problem
+from fastattn.problem import Call
 
 
 def key(length: int) -> PlanKey:
@@ -337,30 +338,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     return found
 
 
-PROBLEM = Problem(
-    device="cuda",
-    index=0,
-    capability=(9, 0),
-    dtype=torch.float16,
-    batch=1,
-    q_heads=4,
-    kv_heads=2,
-    q_len=5,
-    kv_len=5,
-    head_dim=8,
-    value_dim=8,
-    mask="none",
-    mask_shape=(),
-    mask_dtype=None,
-    left=-1,
-    right=0,
-    softcap=0.0,
-    sinks=False,
-    q_lengths=False,
-    kv_lengths=False,
-    return_lse=False,
-    grads="",
-)
+PROBLEM = a_problem(dtype=torch.float16, q_heads=4, kv_heads=2, q_len=5, kv_len=5, head_dim=8, value_dim=8)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
-from cases import BF16, FP16, FP32, FP64, Case, check, make, relative_error
+from cases import BF16, FP16, FP32, FP64, Case, a_problem, check, make, relative_error
 from features import BROADCASTS, FEATURES
 
 import fastattn
@@ -244,30 +244,7 @@ def compare(q, k, v, tolerance: float = 1e-5, **options) -> None:
 
 # Without a kernel: what is refused, and how a launch is chosen.
 
-PROBLEM = Problem(
-    device="cuda",
-    index=0,
-    capability=(9, 0),
-    dtype=BF16,
-    batch=1,
-    q_heads=32,
-    kv_heads=8,
-    q_len=1,
-    kv_len=8192,
-    head_dim=128,
-    value_dim=128,
-    mask="none",
-    mask_shape=(),
-    mask_dtype=None,
-    left=-1,
-    right=0,
-    softcap=0.0,
-    sinks=False,
-    q_lengths=False,
-    kv_lengths=False,
-    return_lse=False,
-    grads="",
-)
+PROBLEM = a_problem()
 
 
 def but(**changes) -> Problem:

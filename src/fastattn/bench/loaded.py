@@ -8,21 +8,15 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .. import stats
 from ..lm import Loaded
+from .report import Outcome
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-class Served(Protocol):
-    """A result that says by which of fastattn's backends it was served."""
-
-    calls: dict[str, int]
-    plans: dict[str, Any]
 
 
 def check_settings(settings: Any, counts: Iterable[str], quantities: Iterable[str]) -> None:
@@ -68,7 +62,7 @@ def release() -> None:
 
 
 @contextmanager
-def counted(result: Served) -> Iterator[None]:
+def counted(result: Outcome) -> Iterator[None]:
     """Adds the calls that fastattn serves within the block to the result, by backend."""
     before = stats()["calls"]
     try:

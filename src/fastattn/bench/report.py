@@ -38,15 +38,35 @@ class FreshLength:
 
 
 @dataclass
-class Result:
-    """What was measured for one attention implementation."""
+class Outcome:
+    """One attention implementation in a benchmark, whatever was measured of it."""
 
     attn: str
+    calls: dict[str, int] = field(default_factory=dict, kw_only=True)  #: by backend, where fastattn served them
+    plans: dict[str, Any] = field(default_factory=dict, kw_only=True)  #: fastattn's plan counters when it was done
+    error: str | None = field(default=None, kw_only=True)  #: why it was given up
+
+    def rest(self) -> dict[str, Any]:
+        """What a file keeps of it beside the figures."""
+        found: dict[str, Any] = {"calls": self.calls, "plans": self.plans} if self.calls else {}
+        return found | ({"error": self.error} if self.error else {})
+
+
+def as_dict(kind: str, command: str, arguments: dict[str, Any], model: dict[str, Any], results: Any) -> dict[str, Any]:
+    """A finished run for a JSON file, with the environment of this process and the command that was run."""
+    return header(kind, command, torch.device(arguments["device"])) | {
+        "arguments": arguments,
+        "model": model,
+        "implementations": {result.attn: result.as_dict() for result in results},
+    }
+
+
+@dataclass
+class Result(Outcome):
+    """What was measured for one attention implementation."""
+
     trials: list[Trial] = field(default_factory=list)
     fresh: list[FreshLength] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)  #: by backend, where fastattn served them
-    plans: dict[str, Any] = field(default_factory=dict)  #: fastattn's plan counters when it was done
-    error: str | None = None  #: why it was given up
 
     def average(self, key: str) -> float | None:
         """The mean of a `Trial`'s field over the trials; None when it was given up."""
@@ -67,11 +87,7 @@ class Result:
                 {"length": f.length, "first_s": f.first, "second_s": f.second, "ratio": f.ratio} for f in self.fresh
             ]
             found["fresh_lengths"] = {"median_ratio": self.fresh_ratio, "lengths": lengths}
-        if self.calls:
-            found["calls"], found["plans"] = self.calls, self.plans
-        if self.error:
-            found["error"] = self.error
-        return found
+        return found | self.rest()
 
 
 @dataclass(frozen=True)
@@ -83,12 +99,8 @@ class Report:
     results: list[Result]
 
     def as_dict(self, command: str) -> dict[str, Any]:
-        """All of it for a JSON file, with the environment of this process and the command that was run."""
-        return header("model", command, torch.device(self.arguments["device"])) | {
-            "arguments": self.arguments,
-            "model": self.model,
-            "implementations": {result.attn: result.as_dict() for result in self.results},
-        }
+        """All of it for a JSON file."""
+        return as_dict("model", command, self.arguments, self.model, self.results)
 
     def comparison(self) -> str:
         """A table of the implementations, with ratios to sdpa if it was measured, else to the first one."""

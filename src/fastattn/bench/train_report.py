@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from .results import header
+from .report import Outcome, as_dict
 from .table import ratio, table
 
 #: How far losses and norms of gradients of two implementations may lie apart, relatively, by the weights' dtype. All
@@ -37,14 +35,10 @@ class Step:
 
 
 @dataclass
-class Result:
+class Result(Outcome):
     """What was measured for one attention implementation."""
 
-    attn: str
     steps: list[Step] = field(default_factory=list)  #: without the warmup
-    calls: dict[str, int] = field(default_factory=dict)  #: by backend, where fastattn served them
-    plans: dict[str, Any] = field(default_factory=dict)  #: fastattn's plan counters when it was done
-    error: str | None = None  #: why it was given up
 
     @property
     def done(self) -> bool:
@@ -89,12 +83,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         steps = [asdict(s) | {"loss": _finite(s.loss), "gradient_norm": _finite(s.gradient_norm)} for s in self.steps]
-        found: dict[str, Any] = {"steps": steps, "averages": self.averages()}
-        if self.calls:
-            found["calls"], found["plans"] = self.calls, self.plans
-        if self.error:
-            found["error"] = self.error
-        return found
+        return {"steps": steps, "averages": self.averages()} | self.rest()
 
 
 @dataclass(frozen=True)
@@ -106,13 +95,9 @@ class Report:
     results: list[Result]
 
     def as_dict(self, command: str) -> dict[str, Any]:
-        """All of it for a JSON file, with the environment of this process and the command that was run."""
-        return header("train", command, torch.device(self.arguments["device"])) | {
-            "arguments": self.arguments,
-            "model": self.model,
-            "implementations": {result.attn: result.as_dict() for result in self.results},
-            "disagreements": self.disagreements(),
-        }
+        """All of it for a JSON file."""
+        found = as_dict("train", command, self.arguments, self.model, self.results)
+        return found | {"disagreements": self.disagreements()}
 
     def disagreements(self) -> list[str]:
         """A line for each implementation whose losses or last gradients are not the base's, or not finite."""

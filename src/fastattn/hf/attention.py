@@ -12,7 +12,7 @@ from .. import masks
 from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
 from ..notice import warn_once
-from ..varlen import packed_intervals, varlen_attention
+from ..varlen import varlen_attention
 from .mask import Band, Pieces, hint_of
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
@@ -175,7 +175,8 @@ def _segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Interva
     """The packed sequence of each query, as an interval of its row's keys."""
     batch, _, q_len, _ = query.shape
     cu_q, cu_k = (cu.to(device=query.device, dtype=torch.int32) for cu in (cu_q, cu_k))
-    lo, hi = packed_intervals(batch * q_len, cu_q, cu_k)
+    table = masks.Segments.packed(cu_q, cu_k).table
+    lo, hi = masks.segment_bounds(table, 1, batch * q_len, batch * key.shape[2])
     row = torch.arange(batch, device=query.device, dtype=torch.int32)[:, None] * key.shape[2]
     return Intervals(lo.view(batch, q_len) - row, hi.view(batch, q_len) - row)
 

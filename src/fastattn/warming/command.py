@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..arguments import DTYPES
+from ..arguments import DTYPES, add_dtype_and_device, numbers
 
 
 def add_command(commands: Any) -> None:
@@ -19,15 +19,14 @@ def add_command(commands: Any) -> None:
     add("--model", required=True, help="a Hugging Face model directory, or tiny, llama-3.2-1b, llama-3.1-8b")
     add(
         "--batch-sizes",
-        type=_sizes,
+        type=numbers(),
         default=(1,),
         metavar="N,N",
         help="sequences at a time, separated by commas; powers of two stand for those below (1)",
     )
     add("--max-length", type=int, default=8192, metavar="N", help="tokens of the longest sequence (%(default)s)")
     add("--training", action="store_true", help="training as well")
-    add("--dtype", choices=DTYPES, metavar="DTYPE", help="bf16, fp16, fp32 (the model's own)")
-    add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
+    add_dtype_and_device(parser, None, "the model's own")
     add("--no-progress", action="store_true", help="only the report")
     parser.set_defaults(run=run)
 
@@ -49,10 +48,3 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(warmth, flush=True)
     return 0 if warmth.complete else 1
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None

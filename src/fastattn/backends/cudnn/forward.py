@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ... import masks
 from ...memo import Memo
-from ...problem import Call, Problem, token_major, token_major_strides
+from ...problem import Call, Problem, token_major
 from ..base import Runner
-from ..layout import ALIGNMENT, fits, readable
+from ..layout import ALIGNMENT, Output, fits, readable
 from .graphs import Operand, PlanKey
 from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
 from .places import Places
@@ -134,7 +134,7 @@ def length_operands(rows: int, roles: Iterable[str]) -> list[Operand]:
 class _WithoutBias:
     """The forward of calls that need no bias, all of one problem and one set of strides: what can be is made once."""
 
-    __slots__ = ("_choice", "_in_place", "_like_q", "_lse", "_out", "_places", "_problem", "_ragged_stats", "_stats")
+    __slots__ = ("_choice", "_gaps", "_in_place", "_lse", "_output", "_places", "_problem", "_ragged_stats", "_stats")
 
     def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._problem = p
@@ -144,8 +144,8 @@ class _WithoutBias:
         self._places = Places(p, rows, fold)
         self._ragged_stats = ragged_stats(p)
         out = token_major(q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
-        self._out = out.shape, token_major_strides(p.q_heads, p.q_len, p.value_dim)
-        self._like_q = (q.shape, q.stride()) == self._out  # empty_like is 2 us faster
+        self._output = Output(p, q)
+        self._gaps = leaves_gaps(p)
         operands = [
             ragged_operand("q", q, rows, fold, q_max),
             ragged_operand("k", k, rows, p.kv_heads, kv_max),
@@ -178,18 +178,18 @@ class _WithoutBias:
     def _run(self, c: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, c.q
         plan, is_exact = self._choice.plan()
-        out = torch.empty_like(q) if self._like_q else torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
+        out = self._output(q)
         tensors = {"q": q, "k": c.k, "v": c.v, "o": out, "scale": scale_operand(c.scale)}
         lse = None
         if is_exact:
             if self._lse:
                 lse = _exact_stats(p, tensors)
         else:
-            if leaves_gaps(p):
-                out.zero_()
             if self._lse and self._ragged_stats:
                 lse = tensors["stats"] = token_major_lse(p, q)
-                if leaves_gaps(p):
+            if self._gaps:
+                out.zero_()
+                if lse is not None:
                     lse.fill_(-torch.inf)
             tensors |= self._places(tensors, c)
             if self._stats:

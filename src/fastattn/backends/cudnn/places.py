@@ -12,10 +12,13 @@ import sys
 import torch
 from torch import Tensor
 
+from ...memo import Memo
 from ...problem import Call, Problem
 from ..scratch import may_keep
 from ..triton_launch import Launcher
 from .graphs import KEY_SIDE, RAGGED
+
+MOST_STREAMS = 64  #: of which offsets are kept
 
 
 class Places:
@@ -27,7 +30,8 @@ class Places:
         self._rows = rows
         self._fold = fold
         self._static = not (p.q_lengths or p.kv_lengths or p.mask != "none")
-        self._kept: dict[int, dict[str, Tensor]] = {}  #: by stream: what one computed, another may not read unordered
+        #: by stream: what one computed, another may not read unordered
+        self._kept: Memo[int, dict[str, Tensor]] = Memo(MOST_STREAMS)
 
     def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
         """See `places`."""
@@ -36,15 +40,10 @@ class Places:
         stream = torch._C._cuda_getCurrentRawStream(c.q.device.index)
         found = self._kept.get(stream)
         if found is None:
-            if len(self._kept) >= MOST_STREAMS:
-                self._kept.clear()
             # Triton takes 0.3 s to import: a process's first call does without.
             make = places if "triton" in sys.modules else places_from_host
             found = self._kept[stream] = make(tensors, self._rows, self._fold, c)
         return found
-
-
-MOST_STREAMS = 64
 
 
 def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Call, Problem, token_major_strides
+from ...problem import Call, Problem
 from ..base import Runner
+from ..layout import Output
 from ..scratch import scratch
 from ..triton_launch import Launcher
 from .combine import combine_kernel
@@ -53,13 +54,12 @@ def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
 class _Bound:
     """The kernels bound to one problem and one set of strides."""
 
-    __slots__ = ("_attend", "_combine", "_like_q", "_lse", "_out", "_problem", "_scratch", "_softcap")
+    __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap")
 
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         self._problem = p
         device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
-        self._out = (p.batch, p.q_heads, p.q_len, p.value_dim), token_major_strides(p.q_heads, p.q_len, p.value_dim)
-        self._like_q = (call.q.shape, call.q.stride()) == self._out  # empty_like is 2 us faster
+        self._output = Output(p, call.q)
         self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
         self._softcap = p.softcap or None
         integers, constants = _arguments(p, launch, call)
@@ -89,7 +89,7 @@ class _Bound:
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, call.q
-        out = torch.empty_like(q) if self._like_q else torch.empty_strided(*self._out, dtype=p.dtype, device=q.device)
+        out = self._output(q)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
         self._attend[_precision(p.dtype)](
