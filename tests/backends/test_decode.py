@@ -371,3 +371,16 @@ def test_offsets_beyond_32_bits() -> None:
     out = fastattn.scaled_dot_product_attention(q, cache, cache, window=(99, 0), backend="decode")
     want = fastattn.scaled_dot_product_attention(q.double(), tail.double(), tail.double(), backend="reference")
     assert relative_error(out, want) < 1e-3
+
+
+@pytest.mark.parametrize("head_dim, left, batch", [(128, -1, 1), (64, -1, 1), (64, 127, 1), (128, -1, 40)])
+def test_a_growing_cache_needs_no_other_kernel(head_dim: int, left: int, batch: int) -> None:
+    for capability in ((9, 0), (8, 0), (8, 6), (10, 0)):
+        compiled = set()
+        for length in (*range(1, 300), 500, 2000, 4095, 4096, 5000, 10**5):
+            problem = a_problem(
+                batch=batch, kv_len=length, head_dim=head_dim, value_dim=head_dim, left=left, capability=capability
+            )
+            found = launch.choose(problem, 132)
+            compiled.add((found.splits > 1, found.block_n, found.warps, found.stages))
+        assert len(compiled) == 1, capability

@@ -15,9 +15,18 @@ from torch import Tensor
 
 from ..memo import Memo
 
+OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
+
 _compiled: Memo[Any, Any] = Memo(1 << 12)
 _INT32 = 1 << 31
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
+
+
+def overlaps(capability: tuple[int, int]) -> bool:
+    """True where a kernel may be launched while the one before it in the stream still runs, to wait for that one itself
+    (programmatic dependent launch): 1 to 2 us less for each kernel. Such a kernel begins with `gdc_wait`, in every
+    program, and is launched with the option `launch_pdl`."""
+    return capability >= OVERLAP_CAPABILITY
 
 
 class Launcher:

@@ -12,7 +12,7 @@ from ...problem import Call, Problem
 from ..base import Runner
 from ..layout import Output
 from ..scratch import scratch
-from ..triton_launch import Launcher
+from ..triton_launch import Launcher, overlaps
 from .combine import combine_kernel
 from .kernel import attend_kernel
 from .launch import MAX_SPLITS, Launch, rows
@@ -83,7 +83,15 @@ class _Bound:
             device,
             (p.q_len, launch.splits),
             # the last: splits read at a time, so that they fill 32 registers a thread
-            (p.kv_heads, p.group, p.value_dim, launch.block_dv, MAX_SPLITS, 4096 // launch.block_dv),
+            (
+                p.kv_heads,
+                p.group,
+                p.value_dim,
+                launch.block_dv,
+                MAX_SPLITS,
+                4096 // launch.block_dv,
+                overlaps(p.capability),
+            ),
             num_warps=4,
         )
 

@@ -24,12 +24,15 @@ def combine_kernel(
     BLOCK_DV: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,  # splits read at a time
+    PDL: tl.constexpr,
 ):
     """One row of one tile: out = sum of exp(m_s - m) acc_s over sum of exp(m_s - m) l_s; a sink adds exp(sink - m).
 
     m, l and acc are those of a running softmax: the row's greatest score, the sum of exp(score - m), and the values so
     weighted. Their log-sum-exp alone would not do: m + log(l) loses l where m is as large as a mask's finfo.min.
     """
+    if PDL:  # the kernel after this one may get ready (it need not; and one that does waits for this one's end)
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     r = tl.program_id(1)
     count = tl.num_programs(1)

@@ -17,7 +17,6 @@ MAX_ROWS = 64  #: queries times heads per K/V head; one tensor-core tile
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
-FINE_KEYS = 4096  #: see `_fine`
 MAX_SCORES = 2048  #: rows x keys of one step: more crowd the registers (64 x 32 against 64 x 64: 13.8 us for 17.5)
 
 
@@ -92,7 +91,10 @@ def splits(problem: Problem, sm_count: int) -> int:
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
     per_sm = rule.ragged if _ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
-    steps = -(-_reach(p) // _block_n(p, rule, _crowded(p, rule, sm_count)))
+    block_n = _block_n(p, rule, _crowded(p, rule, sm_count))
+    steps = -(-_reach(p) // block_n)
+    if not _narrow(p, block_n):  # with one split the kernel is another: a growing cache must not compile it anew
+        steps = max(2, steps)
     return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), steps, MAX_SPLITS))
 
 
@@ -107,9 +109,14 @@ def _reach(p: Problem) -> int:
     return min(p.kv_len, p.left + p.right + p.q_len) if windowed else p.kv_len
 
 
+def _narrow(p: Problem, keys: int) -> bool:
+    """True when a window lets a tile see no more than so many keys, however many there are."""
+    return p.left >= 0 and p.right >= 0 and p.left + p.right + p.q_len <= keys
+
+
 def _fine(p: Problem) -> bool:
-    """True for many keys of few bytes: smaller steps and twice the programs load them faster (12.5 us to 11.8)."""
-    return _row_bytes(p) <= 128 and _reach(p) >= FINE_KEYS
+    """True for keys of few bytes: smaller steps and twice the programs load them faster (12.5 us to 11.8)."""
+    return _row_bytes(p) <= 128 and not _narrow(p, MAX_KEYS)
 
 
 def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:

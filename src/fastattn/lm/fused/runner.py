@@ -1,0 +1,116 @@
+"""`FusedRunner`: models of Llama's kind, layer by layer in few kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...api import scaled_dot_product_attention
+from .weights import Layer, check, read
+
+STEP = 2048  #: tokens of a prompt at a time: enough to fill the GPU, and what lies between layers stays small
+
+
+class FusedRunner:
+    """A `Runner` for a transformers model of one of `weights.FAMILIES`.
+
+    Four products per layer instead of seven, the norms and the residuals inside of them, and one kernel between the
+    first product and attention. Numbers differ from transformers' own by rounding: what is rounded between two
+    operations there stays in float32 here.
+
+    The model's parameters are merged in place (see `weights.read`); it goes on working, but is not to be trained, moved
+    or cast while the runner lives.
+
+    Args:
+        model: on its device, in bfloat16, float16 or float32; any attention implementation.
+        rows: sequences at a time.
+        capacity: tokens of each, prompt included.
+
+    Raises:
+        ValueError: the model is of another kind, or has what these layers have not; the message says which.
+    """
+
+    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+        check(model)
+        config, weight = model.config, model.lm_head.weight
+        self.rows, self.capacity, self.vocab_size = rows, capacity, weight.shape[0]
+        self.device: torch.device = weight.device
+        with torch.inference_mode():
+            self._embedding = model.model.embed_tokens.weight.detach()
+            self._layers, self._head = read(model, capacity)
+            shape = (len(self._layers), 2, rows, config.num_key_value_heads, capacity, self._layers[0].rotary.dim)
+            # Zeros: what lies past a row's length must be finite where a kernel reads it and multiplies it by 0.
+            self._memory = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+            self._lengths = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._fresh = [True] * rows  # nothing was ever put into the row: the host knows its length
+
+    @torch.inference_mode()
+    def prefill(self, row: int, ids: Tensor) -> Tensor:
+        """See `Runner`."""
+        known = 0 if self._fresh[row] else None
+        if self._fresh[row]:  # steps of a row that nobody uses count its length up all the same
+            self._lengths[row] = 0
+        self._fresh[row] = False
+        h = ids.new_empty(0)
+        for part in ids.split(_steps(ids.shape[0])):
+            h = self._forward(part[None], slice(row, row + 1), known)
+            known = None if known is None else known + part.shape[0]
+        return self._head(h[-1:])[0]
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """See `Runner`."""
+        return self._head(self._forward(ids[:, None], slice(0, ids.shape[0]), None))
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """See `Runner`."""
+        self._lengths[row] = 0
+        self._fresh[row] = True
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """See `Runner`."""
+        if source != target:
+            self._memory[:, :, target] = self._memory[:, :, source]
+            self._lengths[target] = self._lengths[source]
+            self._fresh[target] = self._fresh[source]
+            self.clear(source)
+
+    def _forward(self, ids: Tensor, rows: slice, known: int | None) -> Tensor:
+        """ids: int64 `[N, S]`, appended to the rows. known: the length of the one row, where the host knows it.
+        Returns what the last layer leaves, `[N * S, hidden]`."""
+        tokens = ids.shape[1]
+        lengths = self._lengths[rows]
+        ends = (lengths + tokens).clamp_(max=self.capacity)
+        h = functional.embedding(ids.reshape(-1), self._embedding)
+        for layer, memory in zip(self._layers, self._memory, strict=True):
+            keys, values = memory[0, rows], memory[1, rows]
+            q = layer.rotary(layer.qkv(h), keys, values, lengths)
+            if known is None:
+                out = _attend(layer, q, keys, values, ends)
+            else:
+                end = known + tokens
+                out = _attend(layer, q, keys[:, :, :end], values[:, :, :end], None)
+            layer.out(out.transpose(1, 2).reshape(h.shape[0], -1), h)
+            layer.down(layer.gate_up(h), h)
+        lengths.copy_(ends)
+        return h
+
+
+def _steps(tokens: int) -> list[int]:
+    """Sizes of a prompt's steps: `STEP`, the last up to a quarter more, as a short one would read all weights anew."""
+    count = max(1, -(-(tokens - STEP // 4) // STEP))
+    return [STEP] * (count - 1) + [tokens - STEP * (count - 1)]
+
+
+def _attend(layer: Layer, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
+    window = None if layer.window is None else (layer.window - 1, -1)
+    out = scaled_dot_product_attention(
+        q, keys, values, scale=layer.scale, mask="causal", window=window, kv_lengths=lengths
+    )
+    assert isinstance(out, Tensor)
+    return out

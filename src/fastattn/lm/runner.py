@@ -1,0 +1,44 @@
+"""What the engine asks of a model: memory for a few sequences, the prefill of one, and a decode step of all."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Runner(Protocol):
+    """A language model with a cache of `rows` sequences of at most `capacity` tokens each.
+
+    A row's length lives on the device. Rows are independent: what one holds never reaches another. All tensors are on
+    `device`; nothing here waits for the device.
+    """
+
+    rows: int
+    capacity: int
+    vocab_size: int
+    device: torch.device
+
+    def prefill(self, row: int, ids: Tensor) -> Tensor:
+        """Appends tokens, int64 `[S]`, to a row. Returns the logits `[V]` that follow the last of them.
+
+        Any S that fits, in steps inside: memory does not grow with S squared. Never captured in a CUDA graph.
+        """
+        ...
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Appends one token to each of the first N rows: int64 `[N]`. Returns logits `[N, V]`.
+
+        May be captured in a CUDA graph and replayed at other lengths: it depends on the host only through N. The step
+        of a row that is full or that nobody uses must be harmless to the others.
+        """
+        ...
+
+    def clear(self, row: int) -> None:
+        """Empties a row, for another sequence."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Makes row `target` what row `source` is; `source` is empty afterwards."""
+        ...
