@@ -1,14 +1,12 @@
-"""`fastattn generate`: continues a prompt, and prints the text as it comes.
-
-transformers' own `generate` does the work, so that sampling, stop tokens and caches are what its users know; attention
-is fastattn's.
-"""
+"""`fastattn generate`: continues one prompt, printing the text as it comes, or a file of prompts as a batch."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from .arguments import DTYPES, add_dtype_and_device
@@ -20,135 +18,149 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt", description=text)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a Hugging Face model directory, with its tokenizer")
-    add("--prompt", required=True, metavar="TEXT", help="what to continue; - reads it from stdin")
-    add("-g", "--generation-tokens", type=int, default=256, metavar="N", help="at most so many tokens (%(default)s)")
-    add(
-        "--temperature", type=float, default=0.0, metavar="T", help="draw tokens at this temperature (0: take the best)"
-    )
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="what to continue; - reads it from stdin")
+    what.add_argument("--prompts-file", metavar="FILE", help="a prompt on each line, to be continued as a batch")
+    names = ("-g", "--max-tokens", "--generation-tokens")
+    add(*names, type=int, default=256, metavar="N", help="at most so many tokens of each (%(default)s)")
+    number = {"type": float, "metavar": "X"}
+    add("--temperature", "--temp", default=0.0, **number, help="draw tokens at this temperature (0: take the best)")
+    add("--top-p", **number, help="draw from the likeliest tokens that together have probability X")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--min-p", **number, help="draw from tokens with at least X times the best one's probability")
+    add("--repetition-penalty", **number, help="above 1: tokens that were there before become less likely")
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn (%(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given repeatedly")
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
+    add("--batch-size", type=int, default=8, metavar="ROWS", help="prompts that run at a time (%(default)s)")
     add("--attn", default="fastattn", metavar="NAME", help="attention implementation (%(default)s)")
     add_dtype_and_device(parser, None, "the model's own")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: text on stdout, tokens per second on stderr. Returns the exit status.
+    """The command: text on stdout, what it took on stderr. Returns the exit status: 0, or 130 after Ctrl-C.
 
-    Raises ValueError for a model without a tokenizer, a prompt without tokens or beyond the model's length, or an
-    option out of its range.
+    Raises ValueError, naming the option, for a model without a tokenizer, a prompt without tokens or beyond the model's
+    length, or an option out of its range.
     """
-    options = sampling(arguments)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        raise ValueError(_name_option(str(error), arguments.prompts_file is None)) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .lm.sampling import Sampling
+
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    sampling = {name: getattr(arguments, name) for name in names}
+    Sampling(**sampling)  # before a model is loaded for nothing
+    for name in ("max_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(arguments, name)}")
+    prompts = _prompts(arguments)
+    _check_model(arguments.model)
     import torch
-    from transformers import TextStreamer
     from transformers.utils import logging
 
     from .lm import load
+    from .lm.stream import Meter, encode, stream_batch
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
-    _check_model(arguments.model)
     loaded = load(arguments.model, arguments.attn, dtype, arguments.device)
-    ids = _encode(loaded, sys.stdin.read() if arguments.prompt == "-" else arguments.prompt, arguments.chat)
-    limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
-    count = min(arguments.generation_tokens, limit - ids.shape[1])
-    if count < 1:
-        raise ValueError(f"--prompt: expected fewer tokens than the model's {limit}, got {ids.shape[1]}")
-
-    class Streamer(TextStreamer):
-        """Prints text as it comes, and notes when."""
-
-        def __init__(self, *rest: Any, **options: Any) -> None:
-            super().__init__(*rest, **options)
-            self.times: list[float] = []  #: of the prompt, then of each new token
-
-        def put(self, value: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
-            super().put(value)
-
-    streamer = Streamer(loaded.tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
-    torch.manual_seed(arguments.seed)
-    with torch.inference_mode():
-        loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),  # one prompt, no padding
-            max_new_tokens=count,
-            pad_token_id=_padding(loaded),
-            streamer=streamer,
-            **options,
-        )
-    sys.stdout.flush()
-    print(_speed(ids.shape[1], streamer.times), file=sys.stderr)
-    return 0
+    one = arguments.prompt is not None
+    ids = [
+        encode(loaded, prompt, chat=arguments.chat, name="prompt" if one else f"prompts[{i}]")
+        for i, prompt in enumerate(prompts)
+    ]
+    pieces = stream_batch(
+        loaded,
+        ids,
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop,
+        batch_size=arguments.batch_size,
+        **sampling,
+    )
+    printer = _Printer(["" if arguments.chat else prompt for prompt in prompts], headed=not one)
+    meter, status = Meter(sum(map(len, ids))), 0
+    try:
+        with closing(pieces):
+            for number, piece in pieces:
+                meter.tick()
+                printer.add(number, piece.text, piece.finish_reason is not None)
+    except KeyboardInterrupt:
+        status = 130
+    printer.finish()
+    print(meter.usage(loaded.model.device), file=sys.stderr)
+    return status
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of transformers' `generate` that say how a token is chosen. Raises ValueError for bad ones."""
-    if arguments.generation_tokens < 1:
-        raise ValueError(f"--generation-tokens: expected at least 1, got {arguments.generation_tokens}")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ValueError(f"--temperature: expected 0 or more, got {arguments.temperature}")
-    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
-        raise ValueError(f"--top-p: expected a number in (0, 1], got {arguments.top_p}")
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise ValueError(f"--top-k: expected at least 1, got {arguments.top_k}")
-    if not 0 <= arguments.seed < 2**63:
-        raise ValueError(f"--seed: expected 0 or more, got {arguments.seed}")
-    if arguments.temperature == 0:
-        if arguments.top_p is not None or arguments.top_k is not None:
-            raise ValueError("--top-p and --top-k: only with --temperature above 0, which makes it draw")
-        # None over what a model's generation_config.json may hold for drawing: generate would warn of it.
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    top_p, top_k = arguments.top_p or 1.0, arguments.top_k or 0
-    return {"do_sample": True, "temperature": arguments.temperature, "top_p": top_p, "top_k": top_k}
+class _Printer:
+    """Prints texts in their order: the first that is not done as it comes, those behind it once it is its turn."""
+
+    def __init__(self, prompts: list[str], headed: bool) -> None:
+        """headed: whether a line before each text says which it is."""
+        self._texts = prompts
+        self._done = [False] * len(prompts)
+        self._headed = headed
+        self._turn = -1
+        self._next()
+
+    def add(self, number: int, text: str, done: bool) -> None:
+        self._done[number] = done
+        if number != self._turn:
+            self._texts[number] += text
+            return
+        print(text, end="", flush=True)
+        while self._turn < len(self._texts) and self._done[self._turn]:
+            print(flush=True)
+            self._next()
+
+    def finish(self) -> None:
+        """Prints what there is of texts that are not done."""
+        while self._turn < len(self._texts):
+            print(flush=True)
+            self._next()
+
+    def _next(self) -> None:
+        self._turn += 1
+        if self._turn < len(self._texts):
+            if self._headed:
+                print(f"==> {self._turn + 1} <==")
+            print(self._texts[self._turn], end="", flush=True)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.prompts_file is None:
+        return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
+    try:
+        lines = Path(arguments.prompts_file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts_file: cannot be read: {error}") from error
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end
+    if not lines:
+        raise ValueError(f"prompts_file: expected a prompt on each line, {arguments.prompts_file} is empty")
+    return lines
 
 
 def _check_model(model: str) -> None:
     """Before a preset's 8 billion random numbers are made."""
-    from pathlib import Path
-
     from .lm.presets import PRESETS
 
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(
-            f"--model: the preset {model} has random weights and no tokenizer, so there is no text to generate: "
+            f"model: the preset {model} has random weights and no tokenizer, so there is no text to generate: "
             "expected a Hugging Face model directory (fastattn benchmark takes presets)"
         )
 
 
-def _encode(loaded: Any, prompt: str, chat: bool) -> Any:
-    """The prompt's tokens, int64 `[1, P]` on the model's device."""
-    import torch
-
-    if chat:
-        if not loaded.tokenizer.chat_template:
-            raise ValueError("--chat: this model's tokenizer has no chat template")
-        message = [{"role": "user", "content": prompt}]
-        prompt = loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    # A template writes the special tokens itself.
-    tokens = loaded.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    if not tokens:
-        raise ValueError("--prompt: expected some text, this one has no tokens")
-    return torch.tensor([tokens], device=loaded.model.device)
-
-
-def _padding(loaded: Any) -> int | None:
-    """Nothing is padded, but generate asks, and warns when it has to choose for itself."""
-    if loaded.tokenizer.pad_token_id is not None:
-        return int(loaded.tokenizer.pad_token_id)
-    end = loaded.model.generation_config.eos_token_id
-    return end[0] if isinstance(end, list) else end
-
-
-def _speed(prompt: int, times: list[float]) -> str:
-    """Both phases in one line. times: of the prompt and of each new token; the first belongs to the prompt's time."""
-    begin, first, *others = times
-    parts = [f"prompt: {prompt} tokens, {prompt / (first - begin):.1f} tokens/s"]
-    if others:
-        parts.append(f"generation: {len(others) + 1} tokens, {len(others) / (others[-1] - first):.1f} tokens/s")
-    else:
-        parts.append("generation: 1 token")
-    return "; ".join(parts)
+def _name_option(text: str, one: bool) -> str:
+    """The text of an error with the argument that it begins with named as the command line names it."""
+    if found := re.match(r"prompts\[(\d+)\]: ", text):
+        name = "--prompt" if one else f"--prompts-file: line {int(found[1]) + 1}"
+        return f"{name}: {text[found.end() :]}"
+    return re.sub(r"^([a-z_]+)(?=: )", lambda found: "--" + found[1].replace("_", "-"), text)

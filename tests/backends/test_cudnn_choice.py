@@ -26,7 +26,10 @@ from fastattn.problem import Call
 
 
 def key(length: int) -> PlanKey:
-    return PlanKey("forward", 0, (Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16),))
+    """Of a call with gradients, of which it has the log-sum-exp."""
+    operands = [Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16)]
+    operands.append(Operand("stats", (1, 1, length, 1), (length, length, 1, 1), torch.float32))
+    return PlanKey("forward", 0, tuple(operands))
 
 
 GENERAL, EXACT = key(0), key(100)

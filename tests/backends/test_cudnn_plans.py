@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -20,7 +21,10 @@ from fastattn.backends.cudnn.worker import Worker
 
 
 def key(length: int) -> PlanKey:
-    return PlanKey("forward", 0, (Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16),))
+    """Of a call with gradients, of which it has the log-sum-exp."""
+    operands = [Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16)]
+    operands.append(Operand("stats", (1, 1, length, 1), (length, length, 1, 1), torch.float32))
+    return PlanKey("forward", 0, tuple(operands))
 
 
 @pytest.fixture
@@ -113,6 +117,20 @@ def test_an_exact_plan_that_keeps_being_missed_is_built_in_the_background(
     stats = cache.stats()
     assert (stats["builds"], stats["background_builds"], stats["background_failures"]) == (1, 1, 0)
     assert stats["background_build_ms"] >= 5
+
+
+def test_what_serves_is_built_for_later_than_what_trains(
+    built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a plan is built other threads stand still at times: that has to pay."""
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    cache = plans.PlanCache()
+    exact = dataclasses.replace(key(100), operands=key(100).operands[:1])
+    for _ in range(plans.SERVED_AFTER - 1):
+        cache.best(exact, key(0))
+    assert cache.wait(10) and built == [key(0)]
+    cache.best(exact, key(0))
+    assert cache.wait(10) and built == [key(0), exact]
 
 
 def test_the_layers_of_a_model_are_one_occasion(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import torch
 
 import fastattn
 from fastattn.bench import model as bench
+from fastattn.bench import ways
+from fastattn.bench.loaded import Held
 from fastattn.bench.model import Settings, fresh_lengths, run
 from fastattn.bench.report import FreshLength, Report, Result, Trial
 
@@ -29,6 +31,9 @@ def test_counts_below_one(name, value):
         ({"fresh_lengths": -1}, "fresh_lengths: expected 0 or more"),
         ({"seed": -1}, "seed: expected 0 or more"),
         ({"dtype": "int8"}, "dtype: expected one of bfloat16"),
+        ({"prompt_lengths": (0, 5)}, "prompt_lengths: expected 1 <= low"),
+        ({"prompt_lengths": (6, 5)}, "prompt_lengths: expected 1 <= low"),
+        ({"prompt_lengths": (5, 6), "fresh_lengths": 1}, "fresh_lengths: only"),
         ({"attn": ()}, "attn: expected one or more names"),
         ({"attn": ("sdpa", "sdpa")}, "attn: expected one or more names, each once"),
     ],
@@ -82,7 +87,7 @@ def test_lines_are_those_of_mlx_lm(capsys):
 def test_definitions(monkeypatch):
     """The clock is read when a trial starts, at the first token and at the end: 0, 2 and 5 seconds."""
     times = iter([0.0, 2.0, 5.0] * 3)
-    monkeypatch.setattr(bench, "clock", lambda device: next(times))
+    monkeypatch.setattr(ways, "clock", lambda device: next(times))
     monkeypatch.setattr(bench, "peak_memory", lambda device: 7_500_000_000)
     (result,) = run(Settings(**SMALL, attn=("sdpa",), batch_size=4)).results
     assert result.trials == [Trial(4 * 12 / 2, 4 * 3 / 3, 7.5, 5.0)] * 2
@@ -96,14 +101,14 @@ def test_one_generated_token_has_no_generation_speed():
 
 def test_implementations_get_the_same_fresh_prompts(monkeypatch):
     seen = {}
-    real = bench.generate_tokens
+    real = ways.generate_tokens
 
     def spy(model, ids, **rest):
         seen.setdefault(model.config._attn_implementation, []).append(ids)
         assert rest == {"step": 5}
         return real(model, ids, **rest)
 
-    monkeypatch.setattr(bench, "generate_tokens", spy)
+    monkeypatch.setattr(ways, "generate_tokens", spy)
     run(Settings(**SMALL, attn=("sdpa", "eager"), prefill_step_size=5))
     assert len(seen["sdpa"]) == 3  # a warmup and two trials
     assert all(torch.equal(a, b) for a, b in zip(seen["sdpa"], seen["eager"]))
@@ -113,10 +118,10 @@ def test_implementations_get_the_same_fresh_prompts(monkeypatch):
 def test_fresh_lengths_are_timed_twice_each(monkeypatch, capsys):
     seen = []
     real = bench._time_to_first
-    monkeypatch.setattr(bench, "_time_to_first", lambda *args: (seen.append(args[2]), real(*args))[1])
+    monkeypatch.setattr(bench, "_time_to_first", lambda *args: (seen.append(args[3]), real(*args))[1])
     (result,) = run(Settings(**SMALL, attn=("sdpa",), fresh_lengths=3)).results
     lengths = [f.length for f in result.fresh]
-    assert seen == [n for n in lengths for _ in range(2)]
+    assert seen == [m for n in lengths for m in (12, n, n)]  # after a prompt of a length that is known
     assert 12 not in lengths
     assert result.fresh_ratio == sorted(f.first / f.second for f in result.fresh)[1]
     out = capsys.readouterr().out
@@ -127,10 +132,10 @@ def test_fresh_lengths_are_timed_twice_each(monkeypatch, capsys):
 def test_out_of_memory_costs_one_implementation_only(monkeypatch, capsys):
     real = bench._trial
 
-    def trial(loaded, settings, number):
+    def trial(loaded, way, settings, number, others):
         if loaded.model.config._attn_implementation == "eager" and number == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(loaded, settings, number)
+        return real(loaded, way, settings, number, others)
 
     monkeypatch.setattr(bench, "_trial", trial)
     report = run(Settings(**SMALL, attn=("eager", "sdpa")))
@@ -164,10 +169,70 @@ def test_fastattn_against_eager():
     before = fastattn.stats()["calls"]
     report = run(Settings(**SMALL, attn=("fastattn", "eager"), fresh_lengths=1))
     ours, eager = report.results
-    # Two layers; a prompt in one step and its last token, then two steps; three times; and four prompts.
-    assert sum(ours.calls.values()) == 2 * (3 * (2 + 2) + 2 * 2)
+    # Two layers; a prompt, then two steps; three times; and a new length twice, after a known one.
+    assert sum(ours.calls.values()) == 2 * (3 * (1 + 2) + 3)
     assert sum(fastattn.stats()["calls"].values()) - sum(before.values()) == sum(ours.calls.values())
     assert eager.calls == {}
+
+
+@pytest.mark.parametrize("name", ["fastattn", "fastattn-hf", "sdpa", "sdpa-static"])
+def test_every_way_continues_prompts_alike(name, monkeypatch):
+    """Greedily, each prompt as if it were alone, whatever their lengths."""
+    loaded = bench.load("tiny", ways.attention_of(name), torch.float32, "cpu", 0)
+    made = []
+    real = type(loaded.model).forward
+
+    def forward(self, *args, **kwargs):
+        found = real(self, *args, **kwargs)
+        made.append(found.logits[:, -1].argmax(-1).tolist())
+        return found
+
+    monkeypatch.setattr(type(loaded.model), "forward", forward)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    way = ways.make_way(loaded, name, 2, 16, 2048)
+    for some in (prompts[:1], prompts):
+        first, end = ways.timed(lambda some=some: way.run(some, 4), loaded.model.device)
+        assert 0 < first < end
+    if name != "fastattn":  # whose runner brings its own layers, and is compared with transformers elsewhere
+        expected = []
+        ids = torch.tensor(prompts[1:])
+        for _ in range(4):
+            with torch.inference_mode():
+                token = real(loaded.model, ids).logits[:, -1].argmax(-1)
+            expected.append(token.item())
+            ids = torch.cat([ids, token[:, None]], 1)
+        assert [tokens[1] for tokens in made if len(tokens) == 2] == expected
+
+
+def test_prompts_of_different_lengths(monkeypatch):
+    seen = []
+    real = ways._Engine.run
+
+    def run_(self, prompts, tokens):
+        seen.append([len(prompt) for prompt in prompts])
+        return real(self, prompts, tokens)
+
+    monkeypatch.setattr(ways._Engine, "run", run_)
+    settings = Settings(**{**SMALL, "prompt_lengths": (3, 9), "batch_size": 4})
+    (result,) = run(settings).results
+    assert seen == [settings.lengths(i) for i in range(3)]
+    assert all(3 <= n <= 9 for own in seen for n in own)
+    assert len({tuple(own) for own in seen}) == 3
+    trial = result.trials[0]
+    assert trial.prompt_tps * (trial.total_time - 4 * 3 / trial.generation_tps) == pytest.approx(sum(seen[1]), rel=0.01)
+
+
+def test_a_peak_is_not_due_to_what_others_hold(monkeypatch):
+    allocated = 100
+    held = Held(torch.device("cpu"))
+    monkeypatch.setattr(held, "_allocated", lambda: allocated)
+    with held.by("a"):
+        allocated = 130
+    with held.by("b"):
+        allocated = 135
+    with held.by("a"):
+        allocated = 140
+    assert (held.by_others("a"), held.by_others("b"), held.by_others("c")) == (5, 35, 40)
 
 
 def test_report_keeps_every_figure_and_its_circumstances():

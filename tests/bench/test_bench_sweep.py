@@ -17,7 +17,7 @@ import torch
 from pretended_gpu import pretend
 
 import fastattn
-from fastattn.bench import calls, first_call, rows, sweep, sweep_decode, sweep_fresh, sweep_plans, timing
+from fastattn.bench import calls, first_call, inputs, rows, sweep, sweep_decode, sweep_fresh, sweep_plans, timing
 from fastattn.bench.calls import IMPLEMENTATIONS, Case
 from fastattn.bench.rows import Sweep
 from fastattn.bench.timing import Contender, Timing
@@ -254,12 +254,12 @@ def test_ratios():
     assert rows.spread([1.0, 9.0, 2.0]) == {"median_ms": 2.0, "worst_ms": 9.0}
 
 
-def test_settling_comes_back_until_the_exact_plan_is_wanted(monkeypatch):
-    log = []
-    monkeypatch.setattr(rows.time, "sleep", lambda seconds: log.append(seconds > rows.plans.OCCASION))
-    monkeypatch.setattr(rows.plans.cache, "wait", lambda: log.append("wait"))
-    rows._come_back(lambda: log.append("call"))
-    assert log == [True, "call"] * (rows.plans.EXACT_AFTER - 1) + ["wait"]
+def test_settling_asks_for_the_exact_plan(monkeypatch):
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    seen = []
+    rows._come_back(lambda: seen.append(os.environ["FASTATTN_PLANS"]))
+    assert seen == ["exact"]
+    assert "FASTATTN_PLANS" not in os.environ
 
 
 def test_a_wrong_fresh_length_keeps_its_figures():
@@ -428,7 +428,7 @@ def test_enough_input_sets_to_overflow_the_cache_and_not_the_memory():
     assert calls.set_count(Case(1, 131072, head_major=True), l2) == 1
     window = Case(1, 8192, 8, 64, 8, 64, head_major=True, left=127, sinks=True)
     assert window.kv_bytes == 2 * 8 * 128 * 8 * 64 * 2
-    assert calls.set_count(window, l2) == calls.MOST_BYTES // (2 * 8 * 8 * 8192 * 64 * 2 + 2 * 8 * 64 * 64 * 2)
+    assert calls.set_count(window, l2) == inputs.MOST_BYTES // (2 * 8 * 8 * 8192 * 64 * 2 + 2 * 8 * 64 * 64 * 2)
     assert calls.set_count(small, 0) == 1
 
 
@@ -635,7 +635,7 @@ def test_every_implementation_on_a_gpu():
     bench = a_sweep(device)
     everyone = ("fastattn", "fastattn-any", "fastattn-exact", "torch-cudnn", "torch-flash")
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        for kind in rows.KINDS:
+        for kind in ("inference", "training", "backward"):
             row = bench.compare(Case(300, 300, batch=2), everyone, kind=kind, eager=True)
             for entry in row["implementations"].values():
                 assert (entry["method"], entry["eager"]["method"]) == ("graph", "queue"), entry

@@ -12,7 +12,7 @@ from . import results
 OPTIMIZERS = ("adamw", "sgd")
 
 # What either benchmark takes, and the other refuses. None is "not given": the default is that of the settings.
-GENERATION = ("generation_tokens", "prefill_step_size", "fresh_lengths")
+GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths")
 TRAINING = ("warmup_steps", "variable_lengths", "optimizer", "gradient_checkpointing")
 
 
@@ -37,8 +37,9 @@ def add_command(commands: Any) -> None:
         "--attn",
         default="fastattn",
         metavar="NAMES",
-        help="implementations to compare, separated by commas: "
-        "fastattn, sdpa, eager or any other that transformers knows (%(default)s)",
+        help="what to compare, separated by commas: fastattn, sdpa, eager or any other attention that transformers "
+        "knows. When generating, fastattn is its own engine and fastattn-hf transformers' loop with it; NAME-static is "
+        "transformers' static cache and compiled step (%(default)s)",
     )
     add("--json", metavar="FILE", help="write all figures and the environment to FILE")
     add_dtype_and_device(parser, None, "the model's own; for presets, and to train, bf16 on a GPU, fp32 on the CPU")
@@ -46,6 +47,7 @@ def add_command(commands: Any) -> None:
 
     add = parser.add_argument_group("generation").add_argument
     add("-g", "--generation-tokens", type=int, metavar="N", help="length of the completion (1024)")
+    add("--prompt-lengths", type=numbers(2), metavar="LOW,HIGH", help="each prompt of a batch its own length (not -p)")
     add("--prefill-step-size", type=int, metavar="N", help="prompt tokens at a time (2048)")
     add(
         "--fresh-lengths",

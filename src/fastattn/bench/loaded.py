@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import torch
 
 from .. import stats
 from ..lm import Loaded
+from ..lm.stream import peak_memory as peak_memory
 from .report import Outcome
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,19 +45,34 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of torch's CUDA allocator since its peak was last reset; on a CPU of the process, ever."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
 def release() -> None:
     """Gives back what the last implementation left in the allocator, so that it does not count against the next."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Held:
+    """Bytes that implementations keep between their turns: a peak while one has its turn is not due to the others'."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bytes: dict[str, int] = {}
+
+    @contextmanager
+    def by(self, name: str) -> Iterator[None]:
+        """What is allocated within the block and still there at its end is held by that one."""
+        before = self._allocated()
+        try:
+            yield
+        finally:
+            self._bytes[name] = self._bytes.get(name, 0) + self._allocated() - before
+
+    def by_others(self, name: str) -> int:
+        return sum(count for other, count in self._bytes.items() if other != name)
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can 
 - peak_memory: in 1e9 bytes. Of torch's CUDA allocator during the trial; on a CPU the process's peak, which only grows.
 
 Prompts are random tokens, new ones for each trial and the same for each implementation. No token ends a generation.
+What runs under which name is written in `ways.py`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..lm import Loaded, generate_tokens, load, set_attention
+from ..lm import Loaded, load, set_attention
 from ..lm.load import check_attention
-from .loaded import check_settings, clock, counted, describe, dtype_text, identity, peak_memory, release
+from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
+from .ways import Way, attention_of, make_way, timed
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Settings:
     prefill_step_size: int = 2048
     delay: float = 0.0  #: seconds to rest before each trial
     attn: tuple[str, ...] = ("fastattn",)
+    prompt_lengths: tuple[int, int] | None = (
+        None  #: (low, high): each prompt of a batch has its own length between them
+    )
     fresh_lengths: int = 0  #: how many never-seen prompt lengths to time, per implementation
     dtype: str | None = None  #: one of `loaded.DTYPES`; None as in `fastattn.lm.load`
     device: str | None = None
@@ -50,6 +53,24 @@ class Settings:
     def __post_init__(self) -> None:
         counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
         check_settings(self, counts, ("delay", "fresh_lengths", "seed"))
+        if self.prompt_lengths is not None:
+            low, high = self.prompt_lengths
+            if not 1 <= low <= high:
+                raise ValueError(f"prompt_lengths: expected 1 <= low <= high, got {low},{high}")
+            if self.fresh_lengths:
+                raise ValueError("fresh_lengths: only with prompts of one length")
+
+    def lengths(self, number: int) -> list[int]:
+        """Of the prompts of a trial."""
+        if self.prompt_lengths is None:
+            return [self.prompt_tokens] * self.batch_size
+        rng = random.Random(f"{self.seed} lengths {number}")
+        return [rng.randint(*self.prompt_lengths) for _ in range(self.batch_size)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt, at the most."""
+        return self.prompt_tokens if self.prompt_lengths is None else self.prompt_lengths[1]
 
 
 def run(settings: Settings) -> Report:
@@ -60,24 +81,26 @@ def run(settings: Settings) -> Report:
     model, the device or an implementation is not usable.
     """
     for name in settings.attn:
-        check_attention(name)
+        check_attention(attention_of(name))
     from tqdm import tqdm
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    loaded = load(settings.model, settings.attn[0], dtype, settings.device, settings.seed)
+    loaded = load(settings.model, attention_of(settings.attn[0]), dtype, settings.device, settings.seed)
     for name in settings.attn[1:]:
-        set_attention(loaded.model, name)
+        set_attention(loaded.model, attention_of(name))
     limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
-    longest = settings.prompt_tokens + settings.generation_tokens
+    longest = settings.longest + settings.generation_tokens
     if longest > limit:
         raise ValueError(f"prompt_tokens + generation_tokens: expected at most the model's {limit}, got {longest}")
     lengths = fresh_lengths(settings, limit)
 
     total = len(settings.attn) * (1 + settings.num_trials + 2 * settings.fresh_lengths)
     results = [Result(name) for name in settings.attn]
+    held = Held(loaded.model.device)
+    capacity = max(longest, *(n + 1 for own in lengths for n in own), 1)
     with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
 
         def say(line: str) -> None:
@@ -89,11 +112,11 @@ def run(settings: Settings) -> Report:
 
         say(describe(loaded))
         turns = [
-            (result, _measure(loaded, result, own, settings, speaker(result.attn), bar.update))
+            (result, _measure(loaded, result, own, settings, capacity, held, speaker(result.attn), bar.update))
             for result, own in zip(results, lengths)
         ]
         while turns:
-            turns = [(result, steps) for result, steps in turns if _turn(loaded, result, steps)]
+            turns = [(result, steps) for result, steps in turns if _turn(loaded, result, held, steps)]
         for result in results:
             if result.calls:
                 speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
@@ -129,10 +152,10 @@ def fresh_lengths(settings: Settings, limit: int) -> list[list[int]]:
     return dealt
 
 
-def _turn(loaded: Loaded, result: Result, steps: Iterator[None]) -> bool:
+def _turn(loaded: Loaded, result: Result, held: Held, steps: Iterator[None]) -> bool:
     """Takes one step of an implementation. False when that was the last."""
-    set_attention(loaded.model, result.attn)
-    with counted(result):
+    set_attention(loaded.model, attention_of(result.attn))
+    with counted(result), held.by(result.attn):
         try:
             next(steps)
         except StopIteration:
@@ -145,6 +168,8 @@ def _measure(
     result: Result,
     lengths: list[int],
     settings: Settings,
+    capacity: int,
+    held: Held,
     say: Callable[[str], None],
     advance: Callable[[], Any],
 ) -> Iterator[None]:
@@ -152,14 +177,15 @@ def _measure(
     try:
         release()
         say("Running warmup..")
-        _trial(loaded, settings, 0)
+        way = make_way(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
+        _trial(loaded, way, settings, 0, 0)
         advance()
         yield
-        p, g, b = settings.prompt_tokens, settings.generation_tokens, settings.batch_size
+        p, g, b = settings.prompt_lengths or settings.prompt_tokens, settings.generation_tokens, settings.batch_size
         say(f"Timing with prompt_tokens={p}, generation_tokens={g}, batch_size={b}.")
         for i in range(1, settings.num_trials + 1):
             time.sleep(settings.delay)
-            trial = _trial(loaded, settings, i)
+            trial = _trial(loaded, way, settings, i, held.by_others(result.attn))
             result.trials.append(trial)
             advance()
             values = ", ".join(f"{key}={value:.3f}" for key, value in vars(trial).items())
@@ -167,7 +193,9 @@ def _measure(
             yield
         say("Averages: " + ", ".join(f"{key}={result.average(key):.3f}" for key in KEYS))
         for length in lengths:
-            first, second = (_time_to_first(loaded, settings, length, again) for again in (0, 1))
+            # A length known long since goes before: both times then follow upon the same work, in caches just as warm.
+            _time_to_first(loaded, way, settings, settings.prompt_tokens, length)
+            first, second = (_time_to_first(loaded, way, settings, length, again) for again in (0, 1))
             fresh = FreshLength(length, first, second)
             result.fresh.append(fresh)
             advance()
@@ -182,41 +210,30 @@ def _measure(
         release()
 
 
-def _trial(loaded: Loaded, settings: Settings, number: int) -> Trial:
-    p, g, b = settings.prompt_tokens, settings.generation_tokens, settings.batch_size
+def _trial(loaded: Loaded, way: Way, settings: Settings, number: int, others: int) -> Trial:
+    """others: bytes that other implementations hold between their turns."""
+    lengths, g = settings.lengths(number), settings.generation_tokens
     device = loaded.model.device
-    ids = _prompts(loaded, settings, p, number)
+    prompts = [_prompt(loaded, settings, length, number, row) for row, length in enumerate(lengths)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
-    begin = clock(device)
-    next(tokens)
-    first = clock(device)
-    _drain(islice(tokens, g - 1))
-    end = clock(device)
+    first, total = timed(lambda: way.run(prompts, g), device)
     return Trial(
-        prompt_tps=b * p / (first - begin),
-        generation_tps=b * g / (end - first) if g > 1 else 0.0,
-        peak_memory=peak_memory(device) / 1e9,
-        total_time=end - begin,
+        prompt_tps=sum(lengths) / first,
+        generation_tps=len(lengths) * g / (total - first) if g > 1 else 0.0,
+        peak_memory=(peak_memory(device) - others) / 1e9,
+        total_time=total,
     )
 
 
-def _time_to_first(loaded: Loaded, settings: Settings, length: int, number: int) -> float:
-    """Seconds from a prompt of that length to its first new token."""
-    ids = _prompts(loaded, settings, length, number)
-    tokens = generate_tokens(loaded.model, ids, step=settings.prefill_step_size)
-    begin = clock(loaded.model.device)
-    next(tokens)
-    return clock(loaded.model.device) - begin
+def _time_to_first(loaded: Loaded, way: Way, settings: Settings, length: int, number: int) -> float:
+    """Seconds from prompts of that length to their first new tokens."""
+    prompts = [_prompt(loaded, settings, length, number, row) for row in range(settings.batch_size)]
+    return timed(lambda: way.run(prompts, 1), loaded.model.device)[0]
 
 
-def _prompts(loaded: Loaded, settings: Settings, length: int, number: int) -> Tensor:
-    """Random tokens `[B, length]`: a function of the settings, the length and the number alone."""
-    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed} {length} {number}").getrandbits(63))
-    ids = torch.randint(loaded.config.vocab_size, (settings.batch_size, length), generator=generator)
-    return ids.to(loaded.model.device)
-
-
-def _drain(tokens: Iterator[Tensor]) -> None:
-    deque(tokens, maxlen=0)
+def _prompt(loaded: Loaded, settings: Settings, length: int, number: int, row: int) -> list[int]:
+    """Random tokens: a function of the settings, the length and the numbers alone."""
+    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed} {length} {number} {row}").getrandbits(63))
+    found: list[int] = torch.randint(loaded.config.vocab_size, (length,), generator=generator).tolist()
+    return found

@@ -5,7 +5,7 @@
 
 A model then asks `mask.interval_mask` once per forward and layer type which keys its queries see, and calls
 `attention.attention_forward` in every layer. Masks travel between the two as intervals, O(S) numbers; a dense mask is
-made only for what intervals cannot say (see `mask.py`).
+made only for what intervals cannot say (see `mask.py`). `StaticCache` is a cache of fixed capacity for decoding.
 
 Needs transformers 5.4 or later: `pip install 'fastattn[hf]'`.
 """
@@ -24,6 +24,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4)
     )
 
 from .attention import attention_forward
+from .cache import StaticCache
 from .mask import interval_mask
 
 NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers treats both specially wherever they occur
@@ -32,4 +33,4 @@ NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers tr
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, interval_mask)
 
-__all__ = ["NAME", "attention_forward", "interval_mask"]
+__all__ = ["NAME", "StaticCache", "attention_forward", "interval_mask"]

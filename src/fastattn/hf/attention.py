@@ -13,7 +13,7 @@ from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
 from ..notice import warn_once
 from ..varlen import varlen_attention
-from .mask import Band, Pieces, hint_of
+from .hints import Band, Filled, Pieces, hint_of
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
 REFUSED = {
@@ -27,11 +27,12 @@ OPEN_LEFT: dict[tuple[int, int] | None, Mask] = {(-1, 0): "causal", (-1, -1): No
 
 
 class Sight(NamedTuple):
-    """Which keys the queries see: the op's `mask` and `window`, over the first `keys` keys."""
+    """Which keys the queries see: the op's `mask`, `window` and `kv_lengths`, over the first `keys` keys."""
 
     mask: Mask
     window: tuple[int, int] | None
     keys: int
+    lengths: Tensor | None = None
 
 
 def attention_forward(
@@ -113,6 +114,8 @@ def attention_forward(
     if dropout:
         return _with_dropout(module, query, key, value, sight, dropout, scaling), None
     mask, window = sight.mask, sight.window
+    if sight.lengths is not None:
+        settings["kv_lengths"] = sight.lengths
     if mask is None and window in OPEN_LEFT:  # the same, said with less to check
         mask, window = OPEN_LEFT[window], None
     out = scaled_dot_product_attention(query, key, value, mask=mask, window=window, **settings)
@@ -131,17 +134,20 @@ def _sight(
         left = sliding_window - 1 if sliding_window and kv_len > sliding_window else -1
         right = 0 if q_len > 1 else -1  # a single query stands on the last key
         return Sight(None, (left, right), kv_len)
+    hint = None if torch.compiler.is_compiling() else hint_of(mask)
+    lengths = hint.lengths if isinstance(hint, Filled) and alone else None  # on the device: good in a graph as well
     if mask.dtype.is_floating_point or mask.dtype == torch.bool:
-        return Sight(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len)
+        return Sight(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len, lengths)
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[-1] != 2:
         raise ValueError(
             'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend), additive '
             f"floating, or the int32 [B, 1, Sq, 2] of fastattn.hf.interval_mask, got {mask.dtype} {list(mask.shape)}. "
             'A model that computes with its mask can be loaded with "sdpa" or "eager".'
         )
-    if not torch.compiler.is_compiling() and not _capturing(mask):
+    if lengths is not None:
+        return Sight(None, None, kv_len, lengths)
+    if hint is not None and not _capturing(mask):
         # Numbers of the host hold for this very mask; a graph is replayed with others.
-        hint = hint_of(mask)
         if isinstance(hint, Band) and hint.keys <= kv_len:
             return Sight(None, (hint.left, hint.right), hint.keys)
         if isinstance(hint, Pieces) and alone:

@@ -10,7 +10,8 @@ transformers calls it once per forward and layer type. It answers with
 
 Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
 as a window over the first few keys, for which the fastest kernels are made. Where it is padding or packing it carries
-the same as `Pieces`: whole sequences, which kernels take as offsets and lengths.
+the same as `Pieces`: whole sequences, which kernels take as offsets and lengths. What only the device knows of a
+`cache.StaticCache` is in `slots.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from transformers.utils.import_utils import is_tracing
 
 from ..masks import Segments
 from ..notice import warn_once
+from .hints import Band, Pieces, chunks, pack
+from .hints import hint_of as hint_of
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
 from .patterns import Pattern, recognise
+from .slots import Slots, mask_over_slots
 
 #: Models that compute with their mask (indexers of sparse attention, masks joined to other masks) and so need it dense.
 COMPUTE_WITH_MASK = frozenset(
@@ -57,8 +61,6 @@ PARTLY_EAGER = frozenset({"bigbird_pegasus", "blip_text_model"})
 #: Models with causal layers that call themselves bidirectional: None would be misread by them.
 MISTAKEN_FOR_BIDIRECTIONAL = frozenset({"git", "informer", "nllb-moe", "pegasus_x"})
 
-_HINT = "_fastattn_hint"
-
 
 class Place(NamedTuple):
     """Where queries and keys stand in the sequence."""
@@ -74,25 +76,6 @@ class Place(NamedTuple):
         if isinstance(self.q_offset, Tensor):
             return None
         return self.q_offset + self.q_length - self.kv_offset
-
-
-class Band(NamedTuple):
-    """The same mask as its tensor, in other words: of the first `keys` keys, the query at position p sees
-    `[p - left, p + right]` (-1 = open), the last query standing on the last of these keys."""
-
-    keys: int
-    left: int
-    right: int
-
-
-class Pieces(NamedTuple):
-    """The same mask as its tensor for all queries that are no padding: causal segments, within a window.
-
-    Padding sees nothing here, what it sees in the tensor is nobody's business.
-    """
-
-    segments: Segments
-    left: int  #: -1 = open
 
 
 def interval_mask(
@@ -141,7 +124,7 @@ def interval_mask(
         "use_vmap": use_vmap,
         "device": device,
     }
-    if _brings_its_own_attention(config):
+    if brings_its_own_attention(config):
         skip = bool(allow_is_bidirectional_skip)
         return eager_mask(**request, allow_is_bidirectional_skip=skip, dtype=kwargs.get("dtype", torch.float32))
 
@@ -149,6 +132,11 @@ def interval_mask(
         return sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
 
     model = getattr(config, "model_type", None)
+    if isinstance(kv_offset, Slots):
+        if use_vmap:
+            raise ValueError("StaticCache: a mask function that only vmap can evaluate has no place for lengths by row")
+        whole = model in COMPUTE_WITH_MASK
+        return mask_over_slots(kv_offset, q_length, kv_length, mask_function, attention_mask, whole)
     if use_vmap or model in COMPUTE_WITH_MASK:
         return dense()
     readable = not is_tracing(attention_mask if attention_mask is not None else q_offset)
@@ -168,7 +156,7 @@ def interval_mask(
     real = None if attention_mask is None else real_keys(attention_mask, kv_length, kv_offset)
     if pattern is None:
         found = scan(mask_function, batch_size, positions, kv_length, kv_offset, real)
-        return dense() if found is None else _pack(*found, batch_size, None)
+        return dense() if found is None else pack(*found, batch_size, None)
 
     if _must_be_dense(pattern, place, allow_is_causal_skip, allow_is_bidirectional_skip):
         return dense()
@@ -188,16 +176,10 @@ def interval_mask(
         positions = positions[:, :1]  # all queries see the same
     lo, hi = intervals_of(pattern, positions, kv_offset, kv_length, padding)
     hint = band if band is not None or not readable else _pieces(pattern, place, padding, batch_size)
-    return _pack(lo, hi, batch_size, hint)
+    return pack(lo, hi, batch_size, hint)
 
 
-def hint_of(mask: Tensor) -> Band | Pieces | None:
-    """The same in other words, of a mask made here; None if there are none, or it was changed in place since."""
-    hint, version = getattr(mask, _HINT, (None, 0))
-    return hint if hint is not None and mask._version == version else None
-
-
-def _brings_its_own_attention(config: Any) -> bool:
+def brings_its_own_attention(config: Any) -> bool:
     """True for a model of transformers with layers that do not call the attention function that its config names."""
     name = type(config).__module__
     if torch.compiler.is_compiling() or not name.startswith("transformers.models."):
@@ -247,16 +229,22 @@ def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | Non
 def _pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int) -> Pieces | None:
     """The mask as Pieces, where it is nothing but causal padding or packing and more than a query's worth."""
     keys, end = place.kv_length, place.end
-    chunked = 0 < pattern.chunk < keys + place.kv_offset
-    if end is None or place.q_length == 1 or pattern.is_open or pattern.right != 0 or chunked:
+    if end is None or place.q_length == 1 or pattern.is_open or pattern.right != 0:
         return None
     left = -1 if pattern.left >= keys - 1 else pattern.left
+    chunked = 0 < pattern.chunk < keys + place.kv_offset
+    if chunked and pattern.segments is None:
+        return _chunk_pieces(pattern, place, padding, batch_size, left)
     if pattern.segments is not None:
         if padding is not None:
             return None
         ids = pattern.segments.expand(batch_size, -1)
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        if chunked:
+            within = torch.arange(keys, device=ids.device)[None] if pattern.positions is None else pattern.positions
+            begin = 0 if pattern.chunk_start is None else pattern.chunk_start[:, None]
+            starts[:, 1:] |= ((within - begin) // pattern.chunk).diff(dim=-1) != 0
         row, start = (x.to(torch.int32) for x in starts.nonzero(as_tuple=True))  # waits for the device: how many?
         stop = torch.full_like(start, keys)
         stop[:-1] = torch.where(row[1:] == row[:-1], start[1:], keys)
@@ -272,13 +260,16 @@ def _pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size:
     return Pieces(Segments(torch.stack([row, q_first, q_stop, first, stop]), causal=True), left)
 
 
-def _pack(lo: Tensor, hi: Tensor, batch_size: int, hint: Band | Pieces | None) -> Tensor:
-    """int32 `[B, 1, Sq | 1, 2]`, laid out so that lo and hi are each contiguous `[B, Sq | 1]`."""
-    lo, hi = (x.to(torch.int32).expand(batch_size, -1) for x in torch.broadcast_tensors(lo, hi))
-    if torch.compiler.is_compiling():
-        return torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
-    with torch.inference_mode(False):  # tensors made in inference mode do not tell when they change
-        mask = torch.stack([lo, hi]).permute(1, 2, 0)[:, None]
-    if hint is not None:
-        setattr(mask, _HINT, (hint, mask._version))
-    return mask
+def _chunk_pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int, left: int) -> Pieces | None:
+    """The same for chunks, each a segment."""
+    if pattern.chunk_start is None or place.end is None:
+        return None
+    begin = pattern.chunk_start[:, None].expand(batch_size, 1)
+    start = begin.new_full((batch_size, 1), place.end + place.kv_offset - place.q_length)
+    first, end = start.new_full((), place.kv_offset), start + place.q_length
+    if padding is not None:
+        first, end = padding.first + place.kv_offset, torch.minimum(end, padding.stop + place.kv_offset)
+    found = chunks(pattern.chunk, begin, first, end, start, place.q_length, place.kv_offset, place.kv_length)
+    if place.end == place.q_length == place.kv_length and not place.kv_offset:  # each query has its key
+        found = found._replace(table=found.table[:3])
+    return Pieces(found, left)

@@ -19,6 +19,7 @@ class Runner(Protocol):
     capacity: int
     vocab_size: int
     device: torch.device
+    capturable: bool  #: whether `decode` may be captured in a CUDA graph
 
     def prefill(self, row: int, ids: Tensor) -> Tensor:
         """Appends tokens, int64 `[S]`, to a row. Returns the logits `[V]` that follow the last of them.
@@ -30,8 +31,8 @@ class Runner(Protocol):
     def decode(self, ids: Tensor) -> Tensor:
         """Appends one token to each of the first N rows: int64 `[N]`. Returns logits `[N, V]`.
 
-        May be captured in a CUDA graph and replayed at other lengths: it depends on the host only through N. The step
-        of a row that is full or that nobody uses must be harmless to the others.
+        Where it is `capturable`, a captured step is replayed at other lengths: it depends on the host only through N.
+        The step of a row that is full or that nobody uses must be harmless to the others.
         """
         ...
 

@@ -33,6 +33,8 @@ class FusedRunner:
         ValueError: the model is of another kind, or has what these layers have not; the message says which.
     """
 
+    capturable = True
+
     def __init__(self, model: Any, rows: int, capacity: int) -> None:
         check(model)
         config, weight = model.config, model.lm_head.weight

@@ -100,7 +100,7 @@ def read(model: Any, capacity: int) -> tuple[list[Layer], Product]:
 @torch.no_grad()
 def _merged(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
     """One weight for several products of the same input, and one bias; the linears keep views of them."""
-    merged = []
+    merged: list[Tensor | None] = []
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None:
@@ -110,7 +110,9 @@ def _merged(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
         for part, view in zip(parts, whole.split([part.shape[0] for part in parts]), strict=True):
             part.data = view
         merged.append(whole)
-    return merged[0], merged[1]
+    weight, bias = merged
+    assert weight is not None
+    return weight, bias
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

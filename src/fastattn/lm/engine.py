@@ -1,0 +1,336 @@
+"""The generation engine: many requests through one runner, as many at a time as it has rows.
+
+A request that is done frees its row at once and the next one that waits gets it (continuous batching). Each prompt is
+prefilled by itself, so that prompts of different lengths cost nothing extra. The rows in use are always the first ones:
+a decode step runs on as few rows as there is work for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+
+from ..notice import warn_once
+from .load import Loaded, _line
+from .loop_runner import LoopRunner
+from .runner import Runner
+from .sampling import Chooser, Sampling, choose
+from .step import DecodeStep
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of a request."""
+
+    request: int  #: which prompt it continues, counted from 0
+    token: int
+    finish_reason: str | None = None  #: on the last one: "stop" (the token ends the text) or "length"
+
+
+@dataclass(eq=False)
+class _Request:
+    number: int
+    prompt: list[int]
+    limit: int  #: tokens to generate at most
+    sampling: Sampling
+    chooser: Chooser | None = None
+    chosen: int = 0  #: tokens, those included that the host has not seen yet
+    cancelled: bool = False
+
+
+_Chosen = tuple[int, _Request, bool]  #: a row, whose it is, and whether its last token is the last one allowed
+
+
+class Engine:
+    """Generates tokens with a runner, for one list of prompts at a time.
+
+    On a GPU the host looks at a step's tokens when the next step is already queued, so that the GPU never waits for
+    it; a row that has ended meanwhile has run one step too many, of which nothing is seen.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        eos_ids: Collection[int] = (),
+        *,
+        capture: bool | None = None,
+        ahead: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            runner: `make_runner` finds one for a model. The engine decides over its rows.
+            eos_ids: tokens that end a text.
+            capture: whether decode steps are captured in CUDA graphs. Default: on a GPU, if the runner allows it.
+            ahead: whether a step is queued before the last one's tokens are looked at. Default: on a GPU.
+        """
+        on_gpu = runner.device.type == "cuda"
+        self.runner = runner
+        self.eos_ids = frozenset(eos_ids)
+        self._step = DecodeStep(runner, capture)
+        self._ahead = on_gpu if ahead is None else ahead
+        self._waiting: deque[_Request] = deque()
+        self._rows: list[_Request | None] = []  #: of the first rows; None: the request is done
+        self._requests: list[_Request] = []
+        self._running = False
+        self._seen = torch.empty(runner.rows, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._stream: Any = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int | Sequence[int] = 256,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+    ) -> Generator[Event, None, None]:
+        """Continues the prompts; requests begin in their order, and their events come as they come.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_tokens: at most so many tokens, >= 1; for all, or for each. A row's capacity may end a text earlier.
+            sampling: for all (request i then has the seed `seed + i`), or for each. Default: greedy.
+
+        Returns:
+            An iterator. Closing it before its end, or an error within, empties the rows. What can be prepared, such as
+            capturing decode steps, is done before this returns.
+
+        Raises:
+            ValueError: an argument is not as described; a prompt does not fit, or has ids the model does not know.
+            RuntimeError: another iterator of this engine is not done yet.
+        """
+        if self._running:
+            raise RuntimeError("this engine is generating: expected the iterator before to be exhausted or closed")
+        requests = self._check(prompts, max_tokens, sampling)
+        if self._copied is not None:
+            before, self._stream = self._stream, torch.cuda.current_stream(self.runner.device)
+            if before is not None:
+                self._stream.wait_stream(before)  # the rows and the copies are the same
+        if any(request.limit > 1 for request in requests):
+            with self._queueing():
+                self._step.prepare(min(len(requests), self.runner.rows))
+        return self._events(requests)
+
+    def cancel(self, request: int) -> None:
+        """Ends a request of the iterator that runs: no event of it follows, and its row is free for another.
+
+        Raises ValueError when there is no such request.
+        """
+        if not 0 <= request < len(self._requests):
+            raise ValueError(f"request: expected the number of one of {len(self._requests)} that run, got {request}")
+        found = self._requests[request]
+        found.cancelled = True
+        if found in self._waiting:
+            self._waiting.remove(found)
+
+    def _check(self, prompts: Any, max_tokens: Any, sampling: Any) -> list[_Request]:
+        limits = _each("max_tokens", max_tokens, len(prompts))
+        if isinstance(sampling, (Sampling, type(None))):
+            sampling = [(sampling or Sampling()).for_request(i) for i in range(len(prompts))]
+        requests = []
+        for i, (prompt, limit, how) in enumerate(
+            zip(prompts, limits, _each("sampling", sampling, len(prompts)), strict=True)
+        ):
+            ids = [int(token) for token in prompt]
+            if not ids:
+                raise ValueError(f"prompts[{i}]: expected at least one token")
+            if limit < 1:
+                raise ValueError(f"max_tokens: expected at least 1, got {limit}")
+            if len(ids) >= self.runner.capacity:
+                room = self.runner.capacity
+                raise ValueError(f"prompts[{i}]: expected fewer tokens than a row's {room}, got {len(ids)}")
+            if not 0 <= min(ids) <= max(ids) < self.runner.vocab_size:
+                most = self.runner.vocab_size - 1
+                raise ValueError(f"prompts[{i}]: expected token ids from 0 to {most}, got {min(ids)} to {max(ids)}")
+            requests.append(_Request(i, ids, min(limit, self.runner.capacity - len(ids)), how))
+        return requests
+
+    def _events(self, requests: list[_Request]) -> Generator[Event, None, None]:
+        if self._running:
+            raise RuntimeError("this engine is generating: expected the iterator before to be exhausted or closed")
+        self._running = True
+        self._requests = requests
+        self._waiting.extend(requests)
+        try:
+            while self._waiting or self._rows:
+                chosen = self._fill()
+                if not self._ahead:
+                    yield from self._tell(chosen)
+                self._decode()
+                if self._ahead:
+                    yield from self._tell(chosen)
+        finally:
+            self._running = False
+            self._reset()
+
+    def _tell(self, chosen: list[_Chosen]) -> Generator[Event, None, None]:
+        for event in self._look(chosen):
+            if not self._requests[event.request].cancelled:  # maybe by whoever got the event before
+                yield event
+
+    @contextmanager
+    def _queueing(self) -> Generator[None, None, None]:
+        """All is queued on the stream that was current when the generation began, whatever is current now."""
+        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
+
+    def _decode(self) -> None:
+        """Queues a step of the requests that are not at their limit, if there are any."""
+        with self._queueing():
+            for row, request in enumerate(self._rows):
+                if request and (request.cancelled or request.chosen == request.limit):
+                    self._free(row)
+            if not self._waiting:
+                self._compact()  # else one of them gets the row, after this step
+            if any(self._rows):
+                logits = self._step(len(self._rows))
+                choosers = [request.chooser if request else None for request in self._rows]
+                choose(choosers, logits, self._step.ids)
+                for request in filter(None, self._rows):
+                    request.chosen += 1
+
+    def _fill(self) -> list[_Chosen]:
+        """Prefills what there is a free row for, and queues the way of each row's last token to the host."""
+        with self._queueing():
+            for row, request in enumerate(self._rows):
+                if request and request.cancelled:
+                    self._free(row)
+            for row in range(self.runner.rows):
+                if not self._waiting:
+                    break
+                if row == len(self._rows):
+                    self._rows.append(None)
+                if self._rows[row] is None:
+                    self._begin(row, self._waiting.popleft())
+            self._compact()
+            count = len(self._rows)
+            self._seen[:count].copy_(self._step.ids[:count], non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+            return [
+                (row, request, request.chosen == request.limit) for row, request in enumerate(self._rows) if request
+            ]
+
+    def _begin(self, row: int, request: _Request) -> None:
+        """Prefills a request's prompt and chooses its first token."""
+        self.runner.clear(row)  # it may have run along in steps of others
+        prompt = torch.tensor(request.prompt)
+        if self._copied is not None:
+            prompt = prompt.pin_memory().to(self.runner.device, non_blocking=True)
+        logits, token = self.runner.prefill(row, prompt), self._step.ids[row : row + 1]
+        token.copy_(logits.argmax(-1))
+        if not request.sampling.is_greedy:
+            request.chooser = Chooser(request.sampling, prompt, request.limit)
+            choose([request.chooser], logits[None], token)
+        request.chosen = 1
+        self._rows[row] = request
+
+    def _look(self, chosen: list[_Chosen]) -> list[Event]:
+        """Waits for the tokens on their way to the host, for nothing else. Frees the rows of texts that they end."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens = self._seen.tolist()
+        events = []
+        with self._queueing():
+            for row, request, at_limit in chosen:
+                is_end = tokens[row] in self.eos_ids
+                events.append(Event(request.number, tokens[row], "stop" if is_end else "length" if at_limit else None))
+                if is_end and request in self._rows:  # by now maybe in another row
+                    self._free(self._rows.index(request))
+        return events
+
+    def _free(self, row: int) -> None:
+        self._rows[row] = None
+        self.runner.clear(row)
+
+    def _compact(self) -> None:
+        """Moves the last rows into the gaps before them."""
+        while None in self._rows:
+            request, last = self._rows.pop(), len(self._rows)
+            if request is not None:
+                row = self._rows.index(None)
+                self.runner.move(last, row)
+                self._step.ids[row : row + 1].copy_(self._step.ids[last : last + 1])
+                self._rows[row] = request
+
+    def _reset(self) -> None:
+        self._waiting.clear()
+        self._rows.clear()
+        self._requests = []
+        with self._queueing():
+            for row in range(self.runner.rows):
+                self.runner.clear(row)
+
+
+def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
+    """The fastest runner that takes the model: fused kernels, its own modules, or one row after another.
+
+    Args:
+        loaded: the model. Only one whose attention is fastattn's is given to runners that bring their own attention.
+        rows: how many sequences it holds, >= 1.
+        capacity: how many tokens each may have, >= 1.
+
+    Raises ValueError for rows or a capacity below 1, or a capacity beyond the model's positions.
+    """
+    for name, value in (("rows", rows), ("capacity", capacity)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if capacity > longest(loaded):
+        raise ValueError(f"capacity: expected at most the model's {longest(loaded)} tokens, got {capacity}")
+    reason = ""
+    for module, name in _runners(loaded):
+        try:
+            kind = getattr(import_module(f"{__package__}.{module}"), name)
+        except (ImportError, AttributeError) as error:
+            reason = _line(error)
+            continue
+        try:
+            return kind(loaded.model, rows, capacity)
+        except ValueError as error:
+            reason = _line(error)
+    warn_once(f"{loaded.name} is decoded one row after another, which is slow: {reason}", f"loop {loaded.name}")
+    return LoopRunner(loaded.model, rows, capacity)
+
+
+def _runners(loaded: Loaded) -> list[tuple[str, str]]:
+    """Modules of this package and their runners, the fastest first."""
+    fused = [("fused", "FusedRunner")] if loaded.model.config._attn_implementation == "fastattn" else []
+    return [*fused, ("module_runner", "ModuleRunner")]
+
+
+def make_engine(loaded: Loaded, rows: int, tokens: int) -> Engine:
+    """An engine for sequences of at most so many tokens, prompt and text together, as far as the model allows.
+
+    Its rows have a multiple of 256 tokens, so that there are few different engines. The tokens that end a text are
+    those of the model's generation_config.
+    """
+    capacity = min(-(-tokens // 256) * 256, longest(loaded))
+    return Engine(make_runner(loaded, rows, capacity), end_tokens(loaded))
+
+
+def longest(loaded: Loaded) -> int:
+    """How many positions the model has."""
+    return getattr(loaded.config, "max_position_embeddings", None) or 2**31
+
+
+def end_tokens(loaded: Loaded) -> frozenset[int]:
+    """The tokens that end a text: eos_token_id of the model's generation_config, one, several or none."""
+    found = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(int(token) for token in (found if isinstance(found, (list, tuple)) else [found]))
+
+
+def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
+    """A value for each of so many requests."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name}: expected one for all prompts or {count}, one for each, got {len(value)}")
+    return value

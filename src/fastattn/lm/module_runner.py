@@ -1,0 +1,150 @@
+"""Any causal language model of transformers as a `Runner`: its own modules, over a cache with lengths on the device."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .load import Loaded
+from .loop import PREFILL_STEP
+
+#: RoPE whose frequencies change with the longest position of a batch: they are chosen on the host, for all rows alike.
+ROPE_OF_THE_BATCH = ("dynamic", "longrope")
+
+
+class ModuleRunner:
+    """See `Runner`. The model runs as transformers wrote it, with "fastattn" for its attention.
+
+    Args:
+        model: a transformers model for causal language modelling on one device, or `load`'s result.
+        rows, capacity: as many sequences, of at most so many tokens.
+
+    Raises:
+        ValueError: rows or capacity is not as described, or the model cannot be run row by row; the text says why.
+    """
+
+    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+        from ..hf import StaticCache
+
+        model = model.model if isinstance(model, Loaded) else model
+        why = refusal(model, rows, capacity)
+        if why is not None:
+            raise ValueError(f"model: {type(model).__name__} cannot be run row by row: {why}")
+        self.model = model
+        self.rows, self.capacity = rows, capacity
+        self.device: torch.device = model.device
+        self.cache = StaticCache(model.config, batch=rows, capacity=capacity, dtype=model.dtype, device=self.device)
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        #: False where a step picks experts on the host; `set_experts_implementation("grouped_mm")` picks on the device.
+        self.capturable = not _reads_its_experts(model)
+        self._views: dict[tuple[int, int], StaticCache] = {}
+        self._last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._try_out()
+
+    @torch.inference_mode()
+    def prefill(self, row: int, ids: Tensor) -> Tensor:
+        """Appends tokens, int64 `[S]`, S >= 1, to a row. Returns the logits `[V]` that follow the last of them."""
+        if ids.dim() != 1 or not ids.shape[0]:
+            raise ValueError(f"ids: expected [tokens], at least one, got {list(ids.shape)}")
+        cache = self._view(row, 1)
+        # A model that makes logits of every token is given only the last one whole.
+        body = ids.shape[0] - 1 if not self._last_only else (ids.shape[0] - 1) // PREFILL_STEP * PREFILL_STEP
+        for step in ids[:body].split(PREFILL_STEP) if body else ():
+            self._forward(self.model.base_model, step[None], cache)
+        logits: Tensor = self._forward(self.model, ids[None, body:], cache, **self._last_only).logits
+        return logits[0, -1]
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Appends one token to each of the first N rows: int64 `[N]`. Returns logits `[N, V]`. Can be captured in a
+        CUDA graph once a step like it has run, unless the model's own code waits for the device."""
+        if ids.dim() != 1 or not 1 <= ids.shape[0] <= self.rows:
+            raise ValueError(f"ids: expected [rows], 1 to {self.rows} of them, got {list(ids.shape)}")
+        logits: Tensor = self._forward(self.model, ids[:, None], self._view(0, ids.shape[0])).logits
+        return logits[:, -1]
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """Empties a row, for another sequence."""
+        self.cache.reset(row)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Makes row `target` what row `source` is; `source` is empty afterwards."""
+        self.cache.move(source, target)
+
+    @torch.inference_mode()
+    def _try_out(self) -> None:
+        """Raises ValueError unless the model's own code can do with lengths that only the device knows."""
+        from ..hf import StaticCache
+
+        cache = StaticCache(self.model.config, batch=min(self.rows, 2), capacity=8, device=self.device)
+        cache.forget()
+        ids = torch.zeros(cache.max_batch_size, 1, dtype=torch.long, device=self.device)
+        try:
+            self._forward(self.model, ids[:1].expand(1, 3), cache.view(0, 1))
+            self._forward(self.model, ids, cache)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            name = type(self.model).__name__
+            raise ValueError(f"model: {name} cannot be run with lengths on the device: {error}") from error
+
+    def _view(self, first: int, count: int) -> Any:
+        view = self._views.get((first, count))
+        if view is None:
+            view = self._views[first, count] = self.cache.view(first, count)
+        return view
+
+    def _forward(self, module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
+        positions = cache.positions(ids.shape[1])
+        return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
+
+
+def refusal(model: Any, rows: int, capacity: int) -> str | None:
+    """Why a model cannot be run by a `ModuleRunner`, or None. (Of a state that is no keys, `StaticCache` tells.)"""
+    from ..hf.mask import brings_its_own_attention
+
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        return "it makes no logits of a next token"
+    if model._is_stateful:
+        return "it keeps a recurrent state"
+    arguments = inspect.signature(model.forward).parameters
+    for name in ("past_key_values", "position_ids"):
+        if name not in arguments:
+            return f"its forward takes no {name}"
+    if config._attn_implementation != "fastattn":
+        return f'its attn_implementation is "{config._attn_implementation}": load it with "fastattn"'
+    if brings_its_own_attention(config):
+        return "its layers compute attention themselves"
+    if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        return "it is spread over several devices"
+    ropes = _ropes(config)
+    for rope in ropes:
+        if rope in ROPE_OF_THE_BATCH:
+            return f'its RoPE ("{rope}") depends on the longest row'
+    positions = getattr(config, "max_position_embeddings", None)
+    if not ropes and positions is not None and capacity > positions:
+        return f"it has a table of {positions} positions, expected a capacity of no more"
+    if rows > 1 and getattr(config, "attn_temperature_tuning", None) and config.model_type == "llama4_text":
+        return "it scales queries by one position for all rows (attn_temperature_tuning)"
+    return None
+
+
+def _ropes(config: Any) -> list[str]:
+    """The kinds of RoPE of a model's layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    parts = [found, *(x for x in found.values() if isinstance(x, dict))]
+    return [part["rope_type"] for part in parts if "rope_type" in part]
+
+
+def _reads_its_experts(model: Any) -> bool:
+    can_choose = getattr(model, "_can_set_experts_implementation", None)
+    config = model.config.get_text_config(decoder=True)
+    return bool(can_choose and can_choose()) and getattr(config, "_experts_implementation", None) == "eager"

@@ -1,0 +1,540 @@
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+from fake_runner import FakeRunner
+
+from fastattn import FastattnWarning, notice
+from fastattn.lm import engine as engine_module
+from fastattn.lm import load
+from fastattn.lm.engine import Engine, Event, end_tokens, make_engine, make_runner
+from fastattn.lm.loop_runner import LoopRunner
+from fastattn.lm.sampling import Sampling
+from fastattn.lm.step import TIDY_EVERY, Captured, DecodeStep, buckets
+
+AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["looks", "ahead"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_given(monkeypatch):
+    monkeypatch.setattr(notice, "_given", set())
+
+
+def ragged(count, most=9, vocab_size=61):
+    return [[random.randrange(vocab_size) for _ in range(random.randint(1, most))] for _ in range(count)]
+
+
+def collect(events):
+    """The tokens of each request, and why it ended. Nothing comes after an end."""
+    tokens, reasons = {}, {}
+    for event in events:
+        assert event.request not in reasons
+        tokens.setdefault(event.request, []).append(event.token)
+        if event.finish_reason:
+            reasons[event.request] = event.finish_reason
+    assert tokens.keys() == reasons.keys()
+    return [tokens[i] for i in sorted(tokens)], [reasons[i] for i in sorted(reasons)]
+
+
+@AHEAD
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_every_prompt_gets_what_it_gets_alone(rows, ahead):
+    runner = FakeRunner(rows)
+    prompts, limits = ragged(7), [random.randint(1, 9) for _ in range(7)]
+    tokens, reasons = collect(Engine(runner, ahead=ahead).generate(prompts, limits))
+    assert tokens == [runner.greedy(prompt, limit) for prompt, limit in zip(prompts, limits)]
+    assert reasons == ["length"] * 7
+    assert runner.is_clear
+
+
+@AHEAD
+def test_a_stop_token_ends_a_text_and_its_row_goes_to_another(ahead):
+    runner = FakeRunner(2)
+    prompts = ragged(6)
+    alone = [runner.greedy(prompt, 12) for prompt in prompts]
+    ends = {alone[0][3], alone[3][0], alone[4][11]}  # in the middle, at once, and where the limit is
+    tokens, reasons = collect(Engine(runner, ends, ahead=ahead).generate(prompts, 12))
+    for found, expected, reason in zip(tokens, alone, reasons):
+        stop = next((i for i, token in enumerate(expected) if token in ends), None)
+        assert found == (expected if stop is None else expected[: stop + 1])
+        assert reason == ("length" if stop is None else "stop")
+    assert [length for _, length in runner.calls("prefill")] == [len(prompt) for prompt in prompts]  # in their order
+    assert runner.is_clear
+
+
+@AHEAD
+def test_the_surplus_step_after_a_stop_is_not_seen_and_changes_nobody(ahead):
+    runner = FakeRunner(2)
+    end = runner.greedy([1], 1)[0]
+    prompt = next([i] for i in range(2, 61) if end not in runner.greedy([i], 6))
+    other = runner.greedy(prompt, 6)
+    events = list(Engine(runner, [end], ahead=ahead).generate([[1], prompt], 6))
+    assert events[:2] == [Event(0, end, "stop"), Event(1, other[0])]
+    assert [event.token for event in events[1:]] == other
+    # Ahead, one step ran with both before the host knew; then the second moved into the first row.
+    assert runner.calls("decode") == [(2,)] * ahead + [(1,)] * (5 - ahead)
+    assert runner.calls("move") == [(1, 0)]
+
+
+@AHEAD
+def test_decode_runs_on_no_more_rows_than_there_are_texts(ahead):
+    runner = FakeRunner(4)
+    prompts, limits = ragged(4), [2, 6, 3, 5]
+    tokens, _ = collect(Engine(runner, ahead=ahead).generate(prompts, limits))
+    assert tokens == [runner.greedy(prompt, limit) for prompt, limit in zip(prompts, limits)]
+    # The end at a limit is known before the step: none is run too many.
+    assert runner.calls("decode") == [(4,), (3,), (2,), (2,), (1,)]
+
+
+@AHEAD
+def test_those_that_wait_begin_as_soon_as_there_is_a_row(ahead):
+    runner = FakeRunner(2)
+    events = list(Engine(runner, ahead=ahead).generate([[1], [2], [3], [4]], [1, 4, 2, 2]))
+    assert [event.request for event in events] == [0, 1, 2, 1, 2, 1, 3, 1, 3]
+    assert runner.calls("prefill") == [(0, 1), (1, 1), (0, 1), (0, 1)]  # into the row that was left
+    assert not runner.calls("move")[:-1]  # only at the end, when nobody waits
+
+
+def test_one_token_each_needs_no_step():
+    runner = FakeRunner(2)
+    tokens, _ = collect(Engine(runner).generate([[1], [2], [3]], 1))
+    assert tokens == [runner.greedy([i], 1) for i in (1, 2, 3)]
+    assert not runner.calls("decode")
+
+
+def test_a_row_is_filled_to_the_last_place_and_not_beyond():
+    runner = FakeRunner(1, capacity=8)
+    tokens, reasons = collect(Engine(runner).generate([[1, 2, 3]], 100))
+    assert (tokens, reasons) == ([runner.greedy([1, 2, 3], 5)], ["length"])
+    runner = FakeRunner(1, capacity=8)
+    assert collect(Engine(runner).generate([list(range(7))], 100))[0] == [runner.greedy(list(range(7)), 1)]
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.9, seed=3),
+    Sampling(temperature=0.9, seed=4),
+    Sampling(temperature=1.3, top_p=0.8, seed=5),
+    Sampling(repetition_penalty=1.5),
+    Sampling(temperature=0.7, top_k=20, min_p=0.01, repetition_penalty=1.1, seed=6),
+    Sampling(temperature=0.9, seed=7),
+]
+
+
+@AHEAD
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_what_is_drawn_does_not_depend_on_the_batch(rows, ahead):
+    prompts = ragged(7)
+    alone = [
+        collect(Engine(FakeRunner(1)).generate([prompt], 10 + i, [how]))[0][0]
+        for i, (prompt, how) in enumerate(zip(prompts, SAMPLINGS))
+    ]
+    limits = [10 + i for i in range(7)]
+    tokens, _ = collect(Engine(FakeRunner(rows), ahead=ahead).generate(prompts, limits, SAMPLINGS))
+    assert tokens == alone
+
+
+def test_equal_prompts_differ_where_tokens_are_drawn():
+    how = Sampling(temperature=1.0, seed=3)
+    tokens, _ = collect(Engine(FakeRunner(4)).generate([[5, 6]] * 4, 12, how))
+    assert len({tuple(found) for found in tokens}) == 4
+    again, _ = collect(Engine(FakeRunner(1)).generate([[5, 6]], 12, how.for_request(2)))
+    assert again[0] == tokens[2]
+
+
+@AHEAD
+def test_closing_early_empties_the_rows_and_leaves_the_engine_ready(ahead):
+    runner = FakeRunner(2)
+    engine = Engine(runner, ahead=ahead)
+    events = engine.generate([[1], [2], [3]], 50)
+    for _ in range(5):
+        next(events)
+    assert not runner.is_clear
+    events.close()
+    assert runner.is_clear
+    assert collect(engine.generate([[4]], 5))[0] == [runner.greedy([4], 5)]
+
+
+def test_nothing_is_left_when_an_iterator_is_dropped():
+    runner = FakeRunner(2)
+    events = Engine(runner).generate([[1], [2], [3]], 50)
+    next(events)
+    gone = weakref.ref(runner)
+    gc.disable()  # at once, without a search for cycles
+    try:
+        del runner, events
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@AHEAD
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()])
+def test_an_error_of_the_runner_empties_the_rows(monkeypatch, where, ahead, error):
+    runner = FakeRunner(2)
+    engine = Engine(runner, ahead=ahead)
+    real, calls = getattr(runner, where), []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(runner, where, fails)
+    with pytest.raises(type(error)):
+        list(engine.generate([[1], [2], [3], [4]], [5, 3, 5, 5]))
+    assert runner.is_clear
+    monkeypatch.undo()
+    assert collect(engine.generate([[4], [5]], 5))[0] == [runner.greedy([i], 5) for i in (4, 5)]
+
+
+def test_an_engine_generates_one_thing_at_a_time():
+    engine = Engine(FakeRunner(2))
+    events = engine.generate([[1]], 5)
+    late = engine.generate([[2]], 5)
+    next(events)
+    with pytest.raises(RuntimeError, match="this engine is generating"):
+        engine.generate([[3]], 5)
+    with pytest.raises(RuntimeError, match="this engine is generating"):
+        next(late)
+    assert len(list(events)) == 4  # not disturbed
+
+
+@AHEAD
+def test_a_cancelled_request_is_not_heard_of_again(ahead):
+    runner = FakeRunner(2)
+    engine = Engine(runner, ahead=ahead)
+    seen = []
+    for event in engine.generate([[1], [2], [3], [4]], [30, 4, 4, 4]):
+        seen.append(event.request)
+        if seen.count(0) == 2 and 3 not in seen and len(seen) < 5:
+            engine.cancel(0)  # runs
+            engine.cancel(3)  # waits
+    assert [seen.count(i) for i in range(4)] == [2, 4, 4, 0]
+    assert runner.is_clear
+
+
+def test_a_request_cancelled_by_the_event_before_its_own():
+    engine = Engine(FakeRunner(2))
+    events = engine.generate([[1], [2]], 3)
+    assert next(events).request == 0
+    engine.cancel(1)
+    assert [event.request for event in events] == [0, 0]
+    with pytest.raises(ValueError, match="request: expected the number of one of 0 that run, got 0"):
+        engine.cancel(0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([[1], []],), r"prompts\[1\]: expected at least one token"),
+        (([[1], [2] * 8],), r"prompts\[1\]: expected fewer tokens than a row's 8, got 8"),
+        (([[1, 61]],), r"prompts\[0\]: expected token ids from 0 to 60, got 1 to 61"),
+        (([[-1]],), r"prompts\[0\]: expected token ids from 0 to 60, got -1"),
+        (([[1]], 0), "max_tokens: expected at least 1, got 0"),
+        (([[1], [2]], [3, 0]), "max_tokens: expected at least 1, got 0"),
+        (([[1], [2]], [3]), "max_tokens: expected one for all prompts or 2, one for each, got 1"),
+        (([[1]], 3, [Sampling()] * 2), "sampling: expected one for all prompts or 1"),
+    ],
+)
+def test_bad_input(arguments, message):
+    runner = FakeRunner(2, capacity=8)
+    with pytest.raises(ValueError, match=message):
+        Engine(runner).generate(*arguments)
+    assert not runner.log
+
+
+def test_no_prompts_no_events():
+    assert list(Engine(FakeRunner(2)).generate([])) == []
+
+
+@pytest.mark.parametrize(
+    "rows, expected", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+)
+def test_buckets(rows, expected):
+    assert buckets(rows) == expected
+
+
+class Replayed:
+    """What stands for a graph: a step at the bucket's size."""
+
+    def __init__(self, step, size):
+        step._plain(size)  # a capture's warm-ups do this to the rows
+        self.step, self.size = step, size
+
+    def replay(self):
+        return self.step._plain(self.size)
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    made = []
+
+    def record(step, size):
+        made.append(size)
+        return Replayed(step, size)
+
+    monkeypatch.setattr(DecodeStep, "_record", record)
+    return made
+
+
+@AHEAD
+def test_captured_steps_run_in_buckets(pretended_graphs, ahead):
+    runner = FakeRunner(6)
+    engine = Engine(runner, capture=True, ahead=ahead)
+    prompts, limits = ragged(5), [9, 7, 5, 4, 2]
+    events = engine.generate(prompts, limits)
+    assert pretended_graphs == [6, 4, 2, 1]  # the largest first, before any prompt
+    assert runner.is_clear
+    runner.log.clear()
+    tokens, _ = collect(events)
+    assert tokens == [runner.greedy(prompt, limit) for prompt, limit in zip(prompts, limits)]
+    assert runner.calls("decode") == [(6,), (4,), (4,), (4,), (2,), (2,), (1,), (1,)]
+    assert runner.is_clear
+
+
+def test_what_was_captured_is_used_again(pretended_graphs):
+    engine = Engine(FakeRunner(8), capture=True)
+    list(engine.generate([[1]], 1))
+    assert pretended_graphs == []  # one token needs no step
+    list(engine.generate([[1], [2]], 3))
+    assert pretended_graphs == [2, 1]
+    list(engine.generate([[1], [2], [3]], 3))
+    assert pretended_graphs == [2, 1, 4]
+
+
+def test_rows_that_run_along_are_emptied_now_and_then(pretended_graphs):
+    runner = FakeRunner(4, capacity=512)
+    prompts = ragged(3)
+    events = Engine(runner, capture=True, ahead=True).generate(prompts, 3 * TIDY_EVERY)
+    most = max(int(runner.lengths[3]) for _ in events)
+    assert TIDY_EVERY - 2 <= most <= TIDY_EVERY
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for it\nmore"), RuntimeError("cannot be captured")])
+def test_without_a_capture_the_loop_goes_on(monkeypatch, error):
+    def record(step, size):
+        step._plain(size)
+        raise error
+
+    monkeypatch.setattr(DecodeStep, "_record", record)
+    runner = FakeRunner(4)
+    engine = Engine(runner, capture=True)
+    with pytest.warns(FastattnWarning, match="not captured in a CUDA graph.*: (no room for it|cannot be captured)$"):
+        events = engine.generate([[1], [2], [3]], 5)
+    assert runner.is_clear
+    assert collect(events)[0] == [runner.greedy([i], 5) for i in (1, 2, 3)]
+    assert (3,) in runner.calls("decode")  # exactly those that are needed
+    monkeypatch.setattr(DecodeStep, "_record", None)  # not tried again
+    list(engine.generate([[1]], 3))
+
+
+# --- runners
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", attn="eager", device="cpu", dtype=torch.float32)
+
+
+def reference(loaded, prompt, count, **options):
+    ids = torch.tensor([prompt])
+    out = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_the_loop_gives_what_transformers_gives(tiny):
+    prompts = ragged(3, most=12, vocab_size=1024)
+    expected = [reference(tiny, prompt, 6, eos_token_id=None) for prompt in prompts]
+    runner = LoopRunner(tiny.model, 2, 64)
+    assert collect(Engine(runner).generate(prompts, 6))[0] == expected
+    assert not any(cache.get_seq_length() for cache in runner._caches)
+
+
+def test_the_loop_prefills_in_steps(tiny, monkeypatch):
+    from fastattn.lm import loop_runner
+
+    monkeypatch.setattr(loop_runner, "PREFILL_STEP", 4)
+    ids = torch.randint(1024, (11,))
+    expected = tiny.model(ids[None]).logits[0, -1]
+    for one in ({"logits_to_keep": 1}, {}):
+        runner = LoopRunner(tiny.model, 2, 64)
+        runner._one = one
+        torch.testing.assert_close(runner.prefill(1, ids), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            runner.decode(torch.tensor([3, 4]))[1], tiny.model(torch.cat([ids, torch.tensor([4])])[None]).logits[0, -1]
+        )
+
+
+def test_a_full_row_of_the_loop_stays_as_it_is(tiny):
+    runner = LoopRunner(tiny.model, 1, 5)
+    runner.prefill(0, torch.tensor([1, 2, 3, 4]))
+    runner.decode(torch.tensor([5]))
+    assert runner.decode(torch.tensor([5])).shape == (1, 1024)
+    assert runner._caches[0].get_seq_length() == 5
+
+
+def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
+    class Never:
+        def __init__(self, *arguments):
+            raise ValueError("tiny: no such family\nand more")
+
+    monkeypatch.setattr(engine_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("engine", "Never")])
+    monkeypatch.setattr(engine_module, "Never", Never, raising=False)
+    with pytest.warns(FastattnWarning, match="one row after another, which is slow: tiny: no such family$"):
+        assert isinstance(make_runner(tiny, 2, 64), LoopRunner)
+
+
+def test_the_first_runner_that_takes_the_model_serves(tiny, monkeypatch):
+    monkeypatch.setattr(
+        engine_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("loop_runner", "LoopRunner")]
+    )
+    assert isinstance(make_runner(tiny, 2, 64), LoopRunner)  # without a warning: pytest would show it
+    monkeypatch.undo()
+    assert [name for name, _ in engine_module._runners(tiny)] == ["module_runner"]  # eager was asked for
+    ours = load("tiny", attn="fastattn", device="cpu")
+    assert [name for name, _ in engine_module._runners(ours)] == ["fused", "module_runner"]
+
+
+def test_an_error_in_a_runner_is_no_refusal(tiny, monkeypatch):
+    monkeypatch.setattr(engine_module, "_runners", lambda loaded: [("engine", "Broken")])
+    monkeypatch.setattr(engine_module, "Broken", lambda *arguments: {}.missing, raising=False)
+    with pytest.raises(AttributeError):
+        make_runner(tiny, 2, 64)
+
+
+@pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")
+@pytest.mark.parametrize("attn", ["fastattn", "sdpa"])
+def test_any_runner_gives_what_transformers_gives(attn):
+    loaded = load("tiny", attn=attn, device="cpu", dtype=torch.float32)
+    prompts = ragged(3, most=12, vocab_size=1024)
+    expected = [reference(loaded, prompt, 6, eos_token_id=None) for prompt in prompts]
+    assert collect(Engine(make_runner(loaded, 2, 64)).generate(prompts, 6))[0] == expected
+
+
+@pytest.mark.parametrize(
+    "rows, capacity, message",
+    [
+        (0, 8, "rows: expected at least 1, got 0"),
+        (1, 0, "capacity: expected at least 1"),
+        (1, 2**30, "at most the mod"),
+    ],
+)
+def test_bad_sizes(tiny, rows, capacity, message):
+    with pytest.raises(ValueError, match=message):
+        make_runner(tiny, rows, capacity)
+
+
+@pytest.mark.parametrize("tokens, capacity", [(1, 256), (256, 256), (257, 512), (10**9, 131072)])
+def test_rows_have_a_round_length_within_the_models(tiny, monkeypatch, tokens, capacity):
+    monkeypatch.setattr(engine_module, "make_runner", lambda loaded, rows, capacity: FakeRunner(rows, capacity))
+    assert make_engine(tiny, 3, tokens).runner.capacity == capacity
+
+
+@pytest.mark.parametrize("found, expected", [(None, set()), (7, {7}), ([7, 9], {7, 9})])
+def test_end_tokens(tiny, monkeypatch, found, expected):
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", found)
+    assert end_tokens(tiny) == expected
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_captured_steps_give_what_the_loop_gives(rows):
+    prompts, limits = ragged(9), [random.randint(1, 40) for _ in range(9)]
+    runner = FakeRunner(rows, device="cuda")
+    engine = Engine(runner)
+    events = engine.generate(prompts, limits)
+    assert engine._step._captured.keys() == set(buckets(rows))
+    assert all(isinstance(step, Captured) for step in engine._step._captured.values())
+    assert runner.is_clear
+    runner.log.clear()
+    tokens, _ = collect(events)
+    assert tokens == [runner.greedy(prompt, limit) for prompt, limit in zip(prompts, limits)]
+    assert not runner.calls("decode")  # replayed, every one
+    assert runner.is_clear
+
+
+@pytest.mark.gpu
+def test_stops_and_draws_on_a_gpu():
+    prompts = ragged(7)
+    alone = [
+        collect(Engine(FakeRunner(1, device="cuda"), [7, 8]).generate([prompt], 30, [how]))
+        for prompt, how in zip(prompts, SAMPLINGS)
+    ]
+    for options in ({}, {"capture": False}, {"ahead": False}):
+        found = collect(Engine(FakeRunner(4, device="cuda"), [7, 8], **options).generate(prompts, 30, SAMPLINGS))
+        assert found == ([tokens[0] for tokens, _ in alone], [reasons[0] for _, reasons in alone])
+
+
+@pytest.mark.gpu
+def test_the_caller_may_change_its_stream():
+    runner = FakeRunner(2, device="cuda")
+    tokens, events = [], Engine(runner).generate([[1, 2]], 20)
+    for i in range(20):
+        with torch.cuda.stream(torch.cuda.Stream() if i % 2 else torch.cuda.default_stream()):
+            tokens.append(next(events).token)
+    assert tokens == runner.greedy([1, 2], 20)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_runs_in_the_loop(monkeypatch):
+    runner = FakeRunner(2, device="cuda")
+    real = runner.decode
+
+    def decode(ids):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not while capturing")
+        return real(ids)
+
+    monkeypatch.setattr(runner, "decode", decode)
+    with pytest.warns(FastattnWarning, match="not captured in a CUDA graph.*: not while capturing"):
+        events = Engine(runner).generate([[1], [2], [3]], 8)
+    assert collect(events)[0] == [runner.greedy([i], 8) for i in (1, 2, 3)]
+
+
+@pytest.mark.gpu
+def test_the_loop_is_never_captured():
+    loaded = load("tiny", attn="sdpa", device="cuda", dtype=torch.float32)
+    engine = Engine(LoopRunner(loaded.model, 2, 64))
+    prompts = ragged(3, vocab_size=1024)
+    expected = [collect(Engine(LoopRunner(loaded.model, 1, 64)).generate([prompt], 6))[0][0] for prompt in prompts]
+    assert collect(engine.generate(prompts, 6))[0] == expected
+    assert not engine._step._captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_models_captured_steps_give_what_its_loop_gives(count):
+    loaded = load("tiny", attn="fastattn", device="cuda", dtype=torch.float32)
+    prompts = ragged(count, most=70, vocab_size=1024)
+    runner = make_runner(loaded, 4, 256)
+    # All end together, so that the loop runs on as many rows as the bucket has: kernels may round by their number.
+    expected = collect(Engine(runner, capture=False).generate(prompts, 40))[0]
+    assert collect(Engine(runner).generate(prompts, 40))[0] == expected
+
+
+@pytest.mark.gpu
+def test_memory_is_given_back():
+    loaded = load("tiny", attn="fastattn", device="cuda")
+
+    def use():
+        events = make_engine(loaded, 2, 4096).generate([[1, 2, 3], [4], [5]], 100)
+        for _ in range(20):
+            next(events)
+
+    use()  # workspaces and what is compiled stay
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        use()
+    gc.collect()
+    assert torch.cuda.memory_allocated() < before + (1 << 20)  # a cache alone is 8 MiB
