@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test fuzz gpuless gpu-test lint format clean
+.PHONY: help benchmark test fuzz gpuless gpu-test docs report lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,14 @@ gpuless: $(DEV_STAMP) ## fetch cuDNN (350 MB), so that `make test` asks it about
 gpu-test: $(DEV_STAMP) ## run only the tests that need a GPU
 	@test -n "$(GPU)" || { echo "make gpu-test: nvidia-smi finds no GPU here" >&2; exit 1; }
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS) tests
+
+docs: $(DEV_STAMP) ## build the documentation's site: out/site
+	$(VENV)/bin/fastattn report benchmarks/results/*/*.json --markdown docs/benchmarks.md
+	$(VENV)/bin/zensical build --strict
+
+report: $(DEV_STAMP) ## one page of all figures that are kept: out/report.html
+	mkdir -p out
+	$(VENV)/bin/fastattn report benchmarks/results/*/*.json --html out/report.html --plots out/plots
 
 lint: $(DEV_STAMP) ## ruff and mypy, changing nothing
 	$(PY) -m ruff check .

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from .arguments import DTYPES, add_dtype_and_device, numbers
 from .bench.command import add_command as add_benchmark
+from .bench.report_html import add_command as add_report
 from .bench.sweep import add_command as add_sweep
 from .generation import add_command as add_generate
 from .warming.command import add_command as add_warmup
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_benchmark(commands)
     add_generate(commands)
     add_sweep(commands)
+    add_report(commands)
     add_warmup(commands)
     _add_doctor(commands)
     _add_explain(commands)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
+from fastattn.backends.cudnn import plans
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -169,3 +171,29 @@ def test_varlen_reads_nothing_on_the_host() -> None:
         got = fastattn.varlen_attention(q, k, k, cu, cu, causal=True)
     want = fastattn.varlen_attention(q.double(), k.double(), k.double(), cu, cu, causal=True)
     assert relative_error(got, want) < 4e-3
+
+
+def test_plans_are_built_in_the_background_while_another_thread_captures(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's captures are "global": what a thread without leave allocates or loads meanwhile would end them."""
+    monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
+    case = BASE.but(q_len=211, kv_len=211)  # a length of its own, so that its exact plan is not there
+    inputs, keys = make(case, "cuda", seed), []
+    best = plans.cache.best
+    monkeypatch.setattr(plans.cache, "best", lambda exact, *rest: (keys.append(exact), best(exact, *rest))[1])
+    run(inputs, "cudnn")
+    before = plans.cache.stats()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plans.cache._worker.submit(partial(plans.cache._make_in_background, keys[0]))
+        while True:
+            got = run(inputs, "cudnn", poison=False)
+            if plans.cache.wait(0.002):
+                break
+    after = plans.cache.stats()
+    assert after["background_builds"] == before["background_builds"] + 1
+    assert after["background_failures"] == before["background_failures"]
+    refill(inputs, case, seed + 1)
+    graph.replay()
+    assert_right(case, inputs, got)

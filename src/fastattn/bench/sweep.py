@@ -1,8 +1,9 @@
-"""`fastattn sweep NAME`: figures of single attention calls, next to torch's own attention, in one process.
+"""`fastattn sweep [NAME]`: figures of single attention calls, next to torch's own attention, in one process.
 
-plans: any-length plans against exact ones, host cost, fresh lengths, first calls. decode: few queries against a long
-cache. backward: training. Everything is timed in turns and checked against the reference; see the METHOD of each
-module, which the JSON repeats.
+Without a name: the op in every phase, against torch and whatever else is installed (`sweep_op.py`). plans: any-length
+plans against exact ones, host cost, fresh lengths, first calls. decode: few queries against a long cache. backward:
+training. Everything is timed in turns and checked against the reference; see the METHOD of each module, which the JSON
+repeats.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import results
+from . import report_html, results
 from .table import ratio, table
 
 if TYPE_CHECKING:
     from .rows import Row, Sweep
 
 NAMES = ("plans", "decode", "backward")
+ALL = "op"  #: the sweep without a name
 
 
 def add_command(commands: Any) -> None:
     """Adds `sweep` to the subcommands of an argparse parser."""
-    text = "Time single attention calls on a GPU: fastattn's and torch's own, in turns, checked against the reference."
-    parser = commands.add_parser("sweep", help="attention calls against torch's own", description=text)
+    text = (
+        "Time single attention calls on a GPU: fastattn's, torch's own and those of other packages that are installed, "
+        "in turns, checked against the reference. Without NAME: every phase of a model's life."
+    )
+    parser = commands.add_parser("sweep", help="attention calls against torch's own and others", description=text)
     add = parser.add_argument
-    add("name", choices=NAMES, metavar="NAME", help="which figures: plans, decode or backward")
+    add("name", choices=(*NAMES, ALL), nargs="?", default=ALL, metavar="NAME", help="only plans, decode or backward")
+    report_html.add_outputs(parser)
     add("--json", metavar="FILE", help="write all figures and the environment to FILE")
     add("--quick", action="store_true", help="a few rows of each kind")
     add("--device", metavar="DEVICE", help="cuda or cuda:N; cpu runs tiny shapes, to try the command out")
@@ -47,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.json:
         results.check_writable(arguments.json)
+    report_html.check_outputs(arguments)
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed: expected 0 or more, got {arguments.seed}")
     device = pick_device(arguments.device)
@@ -71,9 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{name}\n{section_table(rows)}", flush=True)
     if sweep.left_out:
         print(f"\nLeft out, they need a GPU: {', '.join(sorted(sweep.left_out))}")
+    found = report(sweep, module.METHOD, arguments, seconds)
     if arguments.json:
-        results.write_json(arguments.json, report(sweep, module.METHOD, arguments, seconds))
+        results.write_json(arguments.json, found)
         print(f"Wrote {arguments.json}")
+    report_html.write_outputs(arguments, {arguments.json or f"sweep-{arguments.name}": found})
     return int(sweep.failed)
 
 
@@ -82,20 +91,29 @@ def report(sweep: Sweep, method: dict[str, str], arguments: argparse.Namespace, 
     from .. import stats
 
     command = shlex.join(["fastattn", *arguments.argv])
-    return results.header(f"sweep {arguments.name}", command, sweep.device) | {
-        "arguments": {
-            "name": arguments.name,
-            "quick": arguments.quick,
-            "device": str(sweep.device),
-            "seed": arguments.seed,
-            "dtype": "bfloat16",
-        },
-        "method": method,
-        "left_out": sorted(sweep.left_out),
-        "seconds": seconds,
-        "stats": stats(),
-        "sections": sweep.sections,
-    }
+    more = {}
+    if arguments.name == ALL:
+        from .sweep_op import about_peers
+
+        more["peers"] = about_peers()
+    return (
+        results.header(f"sweep {arguments.name}", command, sweep.device)
+        | more
+        | {
+            "arguments": {
+                "name": arguments.name,
+                "quick": arguments.quick,
+                "device": str(sweep.device),
+                "seed": arguments.seed,
+                "dtype": "bfloat16",
+            },
+            "method": method,
+            "left_out": sorted(sweep.left_out),
+            "seconds": seconds,
+            "stats": stats(),
+            "sections": sweep.sections,
+        }
+    )
 
 
 def section_table(rows: list[Row]) -> str:

@@ -21,6 +21,7 @@ METHOD = {
     "read": "half of the time of copying the bytes of K and V that are seen, in the same turns",
     "ragged": "lengths on the device; fastattn's K and V hold NaN past them, torch's are ordinary numbers and a bool "
     "mask; TB/s and read are of the keys that are there. equal: the same number of keys in rows of one length",
+    "heads": "torch-efficient has no grouped heads: K and V are repeated for it within the call, as its user has to",
     "window": "torch gets just the keys of the window; torch-flash is its kernel with the sinks applied through the "
     "log-sum-exp, torch-math plain tensor operations",
 }

@@ -94,5 +94,16 @@ def context(index: int) -> Context:
     return found
 
 
+def allow_during_captures() -> None:
+    """Lets this thread build plans while another one captures a CUDA graph in "global" mode, torch's default: otherwise
+    its allocations and loaded modules would end that capture. (Nothing that it does is to be captured.)"""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver, no captures
+        return
+    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+
+
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]

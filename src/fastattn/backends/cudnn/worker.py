@@ -21,7 +21,9 @@ class Worker:
     take the process down); after a fork the child starts afresh, without the parent's queue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
+        """begin: called once by the thread, before its first task."""
+        self._begin = begin
         _workers.add(self)
         self.reset()
 
@@ -60,6 +62,7 @@ class Worker:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        self._begin()
         while True:
             with self._state:
                 while not self._stopped and not (self._tasks and self._tasks[0][0] <= time.monotonic()):

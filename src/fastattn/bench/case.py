@@ -1,0 +1,93 @@
+"""One attention call that is measured, as numbers: no tensors, no torch, so that reports can be made anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+ITEM_BYTES = 2  #: of bfloat16, in which everything is measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention call, causal (lower right), bfloat16."""
+
+    q_len: int
+    kv_len: int
+    batch: int = 1
+    q_heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    head_major: bool = False  #: K/V's memory is [B,Hkv,S,D], as a cache's, and not [B,S,Hkv,D], as projections write
+    left: int = -1  #: of a sliding window: keys before its own that a query sees; -1 for all
+    sinks: bool = False
+    lengths: tuple[int, ...] | None = None  #: keys that are there, for each batch entry; then Sq is 1
+    padding: tuple[int, ...] | None = None  #: tokens of padding on the left, for each batch entry; then Sq is Skv
+    packed: tuple[int, ...] | None = None  #: lengths of sequences side by side in one batch entry, Sq = Skv in all
+    additive: bool = False  #: a random additive mask, one for all heads and entries, beside the causal one
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None and (self.q_len != 1 or len(self.lengths) != self.batch):
+            raise ValueError("lengths: expected one for each batch entry, and one query")
+        if self.padding is not None and (self.q_len != self.kv_len or len(self.padding) != self.batch):
+            raise ValueError("padding: expected one number for each batch entry, and as many queries as keys")
+        if self.packed is not None and not (self.batch == 1 and self.q_len == self.kv_len == sum(self.packed)):
+            raise ValueError("packed: expected one batch entry of as many queries as keys, the sum of the lengths")
+        if sum(x is not None for x in (self.lengths, self.padding, self.packed)) + self.additive > 1:
+            raise ValueError("lengths, padding, packed, additive: expected one of them")
+
+    @staticmethod
+    def of(found: Mapping[str, Any]) -> Case:
+        """The case that a row of a result file names; what it says beside is left out."""
+        names = {field.name for field in fields(Case)}
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
+        return Case(**{key: value for key, value in given.items() if key in names})
+
+    def label(self) -> str:
+        parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={self.dim}"]
+        parts += [f"window {self.left}"] if self.left >= 0 else []
+        parts += ["sinks"] if self.sinks else []
+        parts += [f"lengths {min(self.lengths)}..{max(self.lengths)}"] if self.lengths else []
+        parts += [f"left padding {min(self.padding)}..{max(self.padding)}"] if self.padding else []
+        parts += [f"{len(self.packed)} sequences packed"] if self.packed else []
+        parts += ["additive mask"] if self.additive else []
+        return " ".join(parts)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values that some query sees."""
+        lengths = self.lengths or (self.kv_len,) * self.batch
+        seen = sum(lengths) if self.left < 0 else sum(min(n, self.left + self.q_len) for n in lengths)
+        return 2 * seen * self.kv_heads * self.dim * ITEM_BYTES
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, of one head, over all batch entries."""
+        if self.packed:
+            parts = [(n, n) for n in self.packed]
+        elif self.padding:
+            parts = [(self.q_len - n, self.q_len - n) for n in self.padding]
+        else:
+            parts = [(self.q_len, n) for n in self.lengths or (self.kv_len,) * self.batch]
+        return sum(_seen(q_len, kv_len, self.left) for q_len, kv_len in parts)
+
+    def useful_flops(self, kind: str) -> float:
+        """Operations that the pairs which see one another cost: 2 matrix products in a forward, 5 in a backward."""
+        products = {"inference": 2, "training": 2, "backward": 5, "step": 7}[kind]
+        return 2.0 * products * self.pairs * self.q_heads * self.dim
+
+    def flops(self, backward: bool = False) -> float:
+        """Of both matrix products over every pair of query and key, as the reference takes them."""
+        forward = 4.0 * self.batch * self.q_heads * self.q_len * self.kv_len * self.dim
+        return 3.5 * forward if backward else forward
+
+
+def _seen(q_len: int, kv_len: int, left: int) -> int:
+    """Pairs under a causal mask, lower right, in which a query sees `left` keys before its own (-1: all)."""
+
+    def up_to(n: int) -> int:  # the last q_len of n queries, each of which sees all keys up to its own
+        first = max(n - q_len, 0)
+        return n * (n + 1) // 2 - first * (first + 1) // 2
+
+    return up_to(kv_len) - (up_to(max(kv_len - left - 1, 0)) if left >= 0 else 0)

@@ -1,0 +1,216 @@
+"""From a result file to a chapter of a report: what was measured, what came out, in charts and tables.
+
+Each kind of file ("benchmark" in it) has a function here; one that is not known gives a table of its figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .chapters_sweep import fill as _sweep
+from .charts import Chart, Series, Table, number, title_of
+
+
+@dataclass
+class Chapter:
+    """What a report says of one file."""
+
+    name: str  #: the file's
+    title: str
+    about: str  #: one paragraph for somebody who knows nothing of it
+    command: str
+    date: str
+    environment: dict[str, Any]
+    findings: list[str] = field(default_factory=list)  #: one line each, computed from the figures
+    parts: list[Chart | Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  #: method, and what could not be measured and why
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises ValueError naming it when it is not there or none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON file: {error}") from error
+    if not isinstance(found, dict) or not {"benchmark", "environment"} <= set(found):
+        raise ValueError(f'{path}: expected a result file of fastattn, with "benchmark" and "environment" in it')
+    return found
+
+
+def chapters_of(found: Mapping[str, dict[str, Any]]) -> list[Chapter]:
+    """The chapters of result files by path. Files of one name are told apart by their folders."""
+    chapters = [chapter_of(name, data) for name, data in found.items()]
+    count = Counter(chapter.name for chapter in chapters)
+    shared = [count[chapter.name] > 1 for chapter in chapters]
+    return [
+        chapter_of(f"{path.parent.name}-{chapter.name}", data) if twice else chapter
+        for (path, data), chapter, twice in zip(((Path(k), v) for k, v in found.items()), chapters, shared)
+    ]
+
+
+def chapter_of(name: str, data: dict[str, Any]) -> Chapter:
+    """The chapter of one result file; name: where it is from."""
+    kind = str(data["benchmark"])
+    title, about, fill = _KINDS.get(kind, (kind, "Figures of a kind that this report has no pictures for.", _anything))
+    stem = Path(name).name.removesuffix(".json")  # (a name may have points in it: llama-3.1-8b)
+    chapter = Chapter(
+        stem, title, about, str(data.get("command", "")), str(data.get("date", "")), dict(data["environment"])
+    )
+    fill(chapter, data)
+    return chapter
+
+
+# --- models
+
+
+def _model(chapter: Chapter, data: dict[str, Any]) -> None:
+    found: dict[str, dict[str, Any]] = data["implementations"]
+    arguments, model = data.get("arguments", {}), data.get("model", {})
+    parameters = model.get("parameters")
+    size = f", {parameters / 1e9:.2f} billion parameters" if parameters else ""
+    weights = ", random weights" if model.get("random_weights") else ""
+    chapter.about += (
+        f" Here: {model.get('name', 'a model')}{size}{weights}, {arguments.get('dtype', '')}, batch "
+        f"{arguments.get('batch_size', 1)}, {arguments.get('prompt_tokens', '?')} prompt tokens"
+        + (f", {arguments['generation_tokens']} generated." if "generation_tokens" in arguments else ".")
+    )
+    names = list(found)
+    keys = list(dict.fromkeys(key for entry in found.values() for key in entry.get("averages", {})))
+    for key in (key for key in keys if key.endswith(("_tps", "tokens_per_second"))):
+        values = [(name, found[name].get("averages", {}).get(key)) for name in names]
+        series = [Series(name, [(0, value)]) for name, value in values if value]
+        if series:
+            text = f"{_WORDS.get(key, key)}, tokens per second, the mean over the trials. Higher is better."
+            slug = f"{chapter.name}-{key.replace('_', '-')}"
+            title = _WORDS.get(key, key)
+            chapter.parts.append(Chart(slug, title, text, "bars", "", "tokens/s", series, [""], log=False))
+    rows = [
+        [title_of(name), *(number(entry.get("averages", {}).get(key)) for key in keys)] for name, entry in found.items()
+    ]
+    head = ["implementation", *(_WORDS.get(key, key) for key in keys)]
+    chapter.parts.append(Table("averages", head, rows, "The mean over the trials; memory in 1e9 bytes."))
+    fresh = {name: entry["fresh_lengths"] for name, entry in found.items() if entry.get("fresh_lengths")}
+    if fresh:
+        series = []
+        for name, entry in fresh.items():
+            for which in ("first", "second"):
+                points = sorted((x["length"], x[f"{which}_s"] * 1e3) for x in entry["lengths"])
+                series.append(Series(f"{name}|{which}", points))
+            chapter.findings.append(
+                f"a new prompt length, {title_of(name)}: the time to the first token is "
+                f"{entry['median_ratio']:.2f} times that of the second prompt of that length (median)"
+            )
+        text = (
+            "Time to the first new token for prompt lengths that the process had not seen. Filled: the first prompt of "
+            "a length. Hollow: the second. The gap is the stall."
+        )
+        slug = f"{chapter.name}-fresh-lengths"
+        chapter.parts.append(Chart(slug, "new prompt lengths", text, "pairs", "length (tokens)", "ms", series))
+    chapter.notes += [f"{title_of(name)}: {entry['error']}" for name, entry in found.items() if entry.get("error")]
+    chapter.notes += [str(line) for line in data.get("disagreements", [])]
+
+
+_WORDS = {
+    "prompt_tps": "prompt tokens/s",
+    "generation_tps": "generated tokens/s",
+    "peak_memory": "peak memory, 1e9 bytes",
+    "tokens_per_second": "tokens/s",
+    "median_step_tokens_per_second": "tokens/s of the median step",
+    "last_loss": "last loss",
+    "last_gradient_norm": "last gradient norm",
+}
+
+
+# --- the rest
+
+
+def _parallel(chapter: Chapter, data: dict[str, Any]) -> None:
+    for number_of, section in enumerate(data["sections"]):
+        what = f"{'forward and backward' if section['backward'] else 'forward'}, {section['length']:,} tokens"
+        measured = [row for row in section["rows"] if "ms" in row]
+        series = [Series("one GPU", [(0, section["one_ms"])])]
+        series += [Series(row["strategy"], [(0, row["ms"])]) for row in measured]
+        text = f"Milliseconds on {data['ranks']} GPUs by how the work is divided, and on one. Lower is better."
+        slug = f"{chapter.name}-{number_of + 1}"
+        chapter.parts.append(Chart(slug, f"causal {what}", text, "bars", "", "ms", series, [""], log=False))
+        rows = [["one GPU", number(section["one_ms"]), "-", "-", "-"]]
+        for row in measured:
+            chosen = f" ({row['chosen']})" if row["chosen"] != row["strategy"] else ""
+            speedup = f"{section['one_ms'] / row['ms']:.2f}x"
+            figures = [number(row["ms"]), speedup, number(row["predicted_ms"]), f"{max(row['errors'].values()):.1e}"]
+            rows.append([row["strategy"] + chosen, *figures])
+        head = ["strategy", "ms", "speed-up", "predicted ms", "largest relative error"]
+        chapter.parts.append(Table(f"causal {what}", head, rows))
+        refused = [row for row in section["rows"] if "refusal" in row]
+        chapter.notes += [f"{what}: {row['strategy']}: {row['refusal']}" for row in refused]
+
+
+def _tuning(chapter: Chapter, data: dict[str, Any]) -> None:
+    keys = ("splits", "block_m", "block_n", "warps", "stages")
+    rows = []
+    for row in data["rows"]:
+        rule, best = row.get("rule") or {}, (row.get("best") or [{}])[0]
+        cells = [", ".join(f"{key} {launch[key]}" for key in keys if key in launch) for launch in (rule, best)]
+        rows.append([row["case"], number(rule.get("us")), number(best.get("us")), *cells])
+    head = ["call", "the rule's, µs", "the best, µs", "the rule's launch", "the best launch"]
+    text = (
+        "What the rules in backends/decode/launch.py chose when this was measured, and the best of all launches tried."
+    )
+    chapter.parts.append(Table("launches", head, rows, text))
+    chapter.notes.append(f"how: {data.get('method', '')}")
+
+
+def _anything(chapter: Chapter, data: dict[str, Any]) -> None:
+    """Every number in it, by its path."""
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{path} / {key}" if path else str(key), inner)
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                walk(f"{path} {i + 1}", inner)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append([path, number(value)])
+
+    rows: list[list[str]] = []
+    known = {"benchmark", "date", "command", "environment", "arguments", "seconds", "stats"}
+    walk("", {key: value for key, value in data.items() if key not in known})
+    chapter.parts.append(Table("figures", ["what", "figure"], rows))
+
+
+_CALLS = (
+    "Single attention calls, each implementation in turn in one process, and each result checked against an exact "
+    "reference."
+)
+_Fill = Callable[[Chapter, dict[str, Any]], None]
+_KINDS: dict[str, tuple[str, str, _Fill]] = {
+    "sweep op": ("The op, in every phase of a model's life", _CALLS, _sweep),
+    "sweep decode": ("Few queries against a long cache", _CALLS, _sweep),
+    "sweep backward": ("Training", _CALLS, _sweep),
+    "sweep plans": (
+        "Plans for any length against exact ones",
+        "cuDNN compiles a plan for a call. One for exactly its lengths is faster; one for any length is there at once. "
+        + _CALLS,
+        _sweep,
+    ),
+    "model": (
+        "A language model",
+        "A whole model reads a prompt and writes new tokens; only the attention implementation differs.",
+        _model,
+    ),
+    "train": ("Training a model", "Whole training steps; only the attention implementation differs.", _model),
+    "parallel": ("Several GPUs", "One sequence's attention divided among GPUs, each way in turn.", _parallel),
+    "tune_decode": (
+        "Launches of the decode kernel",
+        "Every way of launching the kernel that reads a long cache for a few queries.",
+        _tuning,
+    ),
+}

@@ -1,0 +1,235 @@
+"""Attention from elsewhere, held against fastattn where it is installed: thin adapters, each to one package's call.
+
+An adapter's `bind` raises `Refusal` for calls that its package cannot do, or that nobody would make through it. What is
+not installed is not in `present()`, and a report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import peer_mlx
+from .calls import Case, Implementation, Inputs, Refusal
+from .inputs import document_of
+from .results import version_of
+
+Call = Callable[[], Tensor]
+
+
+def present() -> dict[str, str | None]:
+    """The peers by name, each with its version, or None when it is not installed."""
+    return {
+        name: torch.__version__ if peer.package is None else version_of(peer.package) for name, peer in PEERS.items()
+    }
+
+
+# --- torch's flex_attention
+
+
+def forget_compiled() -> None:
+    """Before each comparison: what flex compiled for others would count against how often it may compile."""
+    torch._dynamo.reset()
+
+
+@cache
+def _flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # by default: a second length is compiled for any length
+
+
+def _bind_flex(case: Case, x: Inputs) -> Call:
+    """Its block mask is made before: a model makes one for all of its layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if x.lengths is not None and case.q_len == 1:
+        raise Refusal("a block mask of lengths on the device would have to be made anew for each token")
+    offset, left, bias = case.kv_len - case.q_len, case.left, x.mask
+    document = document_of(case, x.q.device) if case.packed else None
+    first = None if case.padding is None else torch.tensor(case.padding, device=x.q.device)
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = j <= i + offset
+        if left >= 0:
+            seen = seen & (j >= i + offset - left)
+        if document is not None:
+            seen = seen & (document[i] == document[j])
+        if first is not None:
+            seen = seen & (j >= first[b])
+        return seen
+
+    def with_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[0, 0, i, j]
+
+    options: dict[str, Any] = {"enable_gqa": case.q_heads != case.kv_heads}
+    if case.q_len > 1 or left >= 0:
+        batch = case.batch if case.padding else None
+        options["block_mask"] = create_block_mask(sees, batch, None, case.q_len, case.kv_len, device=x.q.device)
+    if case.additive:
+        options["score_mod"] = with_bias
+    if x.sinks is None:
+        return partial(_flex(), x.q, x.k, x.v, **options)
+    return partial(_flex_with_sinks, x, options)
+
+
+def _flex_with_sinks(x: Inputs, options: dict[str, Any]) -> Tensor:
+    assert x.sinks is not None
+    out, lse = _flex()(x.q, x.k, x.v, return_lse=True, **options)
+    found: Tensor = out * torch.sigmoid(lse - x.sinks[:, None])[..., None].to(out.dtype)
+    return found
+
+
+# --- flash-attn and flash-attn-4
+
+
+def _bind_flash_attn(case: Case, x: Inputs) -> Call:
+    if case.sinks or case.additive or case.padding:
+        raise Refusal("flash-attn 2 has no sinks, no additive masks and no left padding")
+    package = import_module("flash_attn")
+    window = (case.left, 0)
+    if x.lengths is not None:
+        options = {"cache_seqlens": x.lengths, "causal": True, "window_size": window}
+        return lambda: package.flash_attn_with_kvcache(*_token_major(x), **options).transpose(1, 2)
+    if case.packed:
+        longest = max(case.packed)
+        sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return lambda: _packed_out(
+            package.flash_attn_varlen_func(*_packed_in(x), causal=True, window_size=window, **sizes)
+        )
+    return lambda: package.flash_attn_func(*_token_major(x), causal=True, window_size=window).transpose(1, 2)
+
+
+def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
+    if case.additive or case.padding or case.lengths:
+        raise Refusal("flash-attn 4 is not asked for additive masks, left padding and lengths on the device")
+    package = import_module("flash_attn.cute")
+    options: dict[str, Any] = {"causal": True}
+    if case.left >= 0:
+        options["window_size"] = (case.left, 0)
+    if x.sinks is not None:
+        options["learnable_sink"] = x.sinks
+    if case.packed:
+        longest = max(case.packed)
+        sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return lambda: _packed_out(_first(package.flash_attn_varlen_func(*_packed_in(x), **options, **sizes)))
+    return lambda: _first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
+
+
+# --- FlashInfer: inference only
+
+
+def _bind_flashinfer(case: Case, x: Inputs) -> Call:
+    if case.sinks or case.additive or case.padding:
+        raise Refusal("FlashInfer is not asked for sinks, additive masks and left padding")
+    if x.q.requires_grad:
+        raise Refusal("FlashInfer computes no gradients")
+    flashinfer = import_module("flashinfer")
+
+    heads = case.q_heads, case.kv_heads, case.dim
+    kinds = {"q_data_type": x.q.dtype, "kv_data_type": x.k.dtype, "window_left": case.left}
+    if case.packed:
+        packed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_flashinfer_memory(x.q.device), "NHD")
+        packed.plan(x.starts, x.starts, *heads, causal=True, **kinds)
+        return lambda: _packed_out(packed.run(*_packed_in(x)))
+    if case.q_len == 1:  # each batch entry's keys are one page
+        pages = torch.arange(case.batch + 1, dtype=torch.int32, device=x.q.device)
+        last = torch.full_like(pages[1:], case.kv_len) if x.lengths is None else x.lengths
+        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            _flashinfer_memory(x.q.device), "HND", use_tensor_cores=True
+        )
+        decode.plan(pages, pages[:-1], last, *heads, case.kv_len, **kinds)
+        return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
+    if case.batch > 1:
+        raise Refusal("FlashInfer's prefill of one sequence is asked only")
+    prefill, window = flashinfer.single_prefill_with_kv_cache, case.left
+    return lambda: _packed_out(prefill(*_packed_in(x), causal=True, kv_layout="NHD", window_left=window))
+
+
+@cache
+def _flashinfer_memory(device: torch.device) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+
+# --- xFormers
+
+
+def _bind_xformers(case: Case, x: Inputs) -> Call:
+    if case.sinks or case.additive or case.padding or case.lengths:
+        raise Refusal("xFormers is not asked for sinks, additive masks, left padding and lengths on the device")
+    attend = import_module("xformers.ops").memory_efficient_attention
+    attn_bias = import_module("xformers.ops.fmha.attn_bias")
+    group = case.q_heads // case.kv_heads
+    if group > 1 and x.q.requires_grad:
+        raise Refusal("xFormers has no gradients of grouped heads")
+    if case.packed:
+        bias: Any = attn_bias.BlockDiagonalCausalMask.from_seqlens(list(case.packed))
+    elif case.left >= 0:
+        bias = attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(case.left + 1)
+    else:
+        bias = attn_bias.LowerTriangularFromBottomRightMask() if case.q_len > 1 else None
+
+    def call() -> Tensor:
+        q, k, v = _token_major(x)
+        q = q.unflatten(2, (case.kv_heads, group))
+        k, v = (t[:, :, :, None].expand(-1, -1, -1, group, -1) for t in (k, v))
+        out: Tensor = attend(q, k, v, attn_bias=bias)
+        return out.flatten(2, 3).transpose(1, 2)
+
+    return call
+
+
+# --- MLX
+
+
+def _bind_mlx(case: Case, x: Inputs) -> Call:
+    raise Refusal("MLX is measured in a process of its own")
+
+
+def _measure_mlx(case: Case, sets: Sequence[Inputs]) -> tuple[Tensor, dict[str, Any]]:
+    if case.padding or case.packed or case.lengths or case.left >= 0:
+        raise Refusal("MLX's fast attention has none of padding, packing, lengths and windows but as an array mask")
+    x = sets[0]
+    if x.q.requires_grad:
+        raise Refusal("MLX's fast attention is asked for the forward only")
+    mask: Tensor | str | None = x.mask if case.additive else ("causal" if case.q_len > 1 else None)
+    out, times = peer_mlx.measure(x.q, x.k, x.v, mask, x.sinks, 1.0 / math.sqrt(case.dim), len(sets))
+    return out, {**times, "method": "own process"}
+
+
+def _token_major(x: Inputs) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in (x.q, x.k, x.v))
+
+
+def _packed_in(x: Inputs) -> tuple[Tensor, ...]:
+    """`[tokens, heads, dim]` of the one batch entry."""
+    return tuple(t[0].transpose(0, 1) for t in (x.q, x.k, x.v))
+
+
+def _packed_out(out: Tensor) -> Tensor:
+    return out.transpose(0, 1)[None]
+
+
+def _first(found: Any) -> Tensor:
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Implementation("flex", _bind_flex, needs_cuda=True),
+        Implementation("flash-attn", _bind_flash_attn, package="flash-attn", needs_cuda=True),
+        Implementation("flash-attn-4", _bind_flash_attn_4, package="flash-attn-4", needs_cuda=True),
+        Implementation("flashinfer", _bind_flashinfer, package="flashinfer-python", needs_cuda=True),
+        Implementation("xformers", _bind_xformers, package="xformers", needs_cuda=True),
+        Implementation("mlx", _bind_mlx, package="mlx", measure=_measure_mlx),
+    )
+}

@@ -1,0 +1,91 @@
+"""Finds where decode ends and cuDNN begins on this GPU: `python -m fastattn.bench.tune_routing [--json FILE]`.
+
+Both backends take the same calls of few queries: by queries, rows of the tile, keys and batch. What it finds is what
+`backends/decode/launch.py` holds as data: the rows that a tile has, and which of them cuDNN serves faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..api import scaled_dot_product_attention
+from . import results
+from .case import Case
+from .inputs import Inputs, make_inputs, set_count
+from .table import table
+from .timing import Contender, Timing, race, text_of
+
+BACKENDS = ("decode", "cudnn")
+METHOD = "GPU time of one call in a CUDA graph, K and V [B,Hkv,S,D] and not in the L2 cache, bfloat16, causal; " + (
+    "cudnn: with its plan for any length, as a call that was not seen before gets it"
+)
+
+
+def cases() -> list[Case]:
+    """What is measured: up to the rows that a tile has, 4 or 8 heads to a K/V head."""
+    found = [
+        Case(q_len, kv_len, batch, 32, 8, 128, head_major=True)
+        for batch, q_len, kv_len in product((1, 8, 32), (1, 4, 8, 16), (256, 2048, 16384))
+        if batch * kv_len <= 1 << 17
+    ]
+    return [*found, *(Case(8, n, 1, 64, 8, 64, head_major=True) for n in (256, 2048, 16384))]
+
+
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """Microseconds by backend, or why there are none."""
+    generator = torch.Generator(device).manual_seed(0)
+    count = set_count(case, torch.cuda.get_device_properties(device).L2_cache_size)
+    inputs = make_inputs(case, device, generator, count)
+    found: dict[str, Any] = {"case": case.label(), "rows": case.q_len * case.q_heads // case.kv_heads}
+    contenders = [Contender(name, [partial(_call, x, name) for x in inputs]) for name in BACKENDS]
+    for name, timing in race(contenders, device, rounds=5).items():
+        found[name] = timing.us if isinstance(timing, Timing) else text_of(timing)
+    return found
+
+
+def _call(x: Inputs, backend: str) -> Any:
+    return scaled_dot_product_attention(x.q, x.k, x.v, mask="causal", backend=backend)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.tune_routing", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tune_routing: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
+        return 2
+    if arguments.json:
+        results.check_writable(arguments.json)
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+        rows = [measure(case, device) for case in cases()]
+    print(_table(rows))
+    if arguments.json:
+        command = shlex.join(["python", "-m", "fastattn.bench.tune_routing", *argv])
+        report = results.header("tune_routing", command, device) | {"method": METHOD, "rows": rows}
+        results.write_json(arguments.json, report)
+    return 0
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    def shown(row: dict[str, Any]) -> list[str]:
+        times = [row[name] for name in BACKENDS]
+        cells = [f"{us:.1f}" if isinstance(us, float) else str(us)[:60] for us in times]
+        good = all(isinstance(us, float) for us in times)
+        return [row["case"], str(row["rows"]), *cells, f"{times[0] / times[1]:.2f}x" if good else "-"]
+
+    return table(("", "rows", "decode, us", "cudnn, us", "decode / cudnn"), [shown(row) for row in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""`fastattn report`: pages and pictures from result files, and what a browser makes of them."""
+
+import argparse
+import html.parser
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="plots need matplotlib")
+
+from fastattn.bench import charts, plots, report_html, sweep
+from fastattn.bench.chapters import chapter_of, chapters_of, load
+from fastattn.bench.charts import Chart, Table
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ENVIRONMENT = {"gpu": "NVIDIA Test <GPU>", "torch": "2.11.0", "cudnn": "9.19.0", "driver": None, "switches": {}}
+
+
+def command(*argv):
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+    report_html.add_command(commands)
+    sweep.add_command(commands)
+    arguments = parser.parse_args([*map(str, argv)])
+    arguments.argv = [*map(str, argv)]
+    return arguments.run(arguments)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """What `fastattn sweep` writes on a CPU, made once: (folder, result, what it printed)."""
+    folder, printed = tmp_path_factory.mktemp("report"), io.StringIO()
+    with redirect_stdout(printed):
+        given = ("--device", "cpu", "--json", folder / "op.json", "--html", folder / "op.html")
+        assert command("sweep", *given, "--plots", folder / "plots") == 0
+    return folder, json.loads((folder / "op.json").read_text()), printed.getvalue()
+
+
+class Elements(html.parser.HTMLParser):
+    """Counts elements, keeps ids and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.counts, self.ids, self.text, self.links = {}, [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        found = dict(attrs)
+        if "id" in found and tag in ("article", "figure"):
+            self.ids.append(found["id"])
+        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_sweep_without_a_name(swept):
+    folder, found, printed = swept
+    assert found["benchmark"] == "sweep op"
+    assert list(found["sections"]) == [
+        "roof", "prefill", "chunks over a cache", "decode", "few queries", "training", "masks", "windows and sinks",
+        "fresh lengths",
+    ]  # fmt: skip
+    assert set(found["peers"]) == {"flash-attn", "flash-attn-4", "flashinfer", "xformers", "mlx"}
+    for section, rows in found["sections"].items():
+        for row in rows:
+            assert "error" not in row, (section, row)
+            if section not in ("roof", "fresh lengths"):
+                mine = row["implementations"]["fastattn"]
+                assert mine["us"] > 0 and mine["tflop_s"] > 0 and mine["gb_s"] > 0
+                assert 0 < mine["relative_error"] < 1.6e-2
+                assert row["check"].startswith("reference in float64")
+    (fresh,) = found["sections"]["fresh lengths"]
+    assert len(fresh["calls"]) == 4
+    assert all(call["first_ms"] > 0 and call["second_ms"] > 0 for call in fresh["calls"])
+    assert f"Wrote {folder / 'op.html'}" in printed
+    assert len(list((folder / "plots").glob("*.png"))) >= 5
+
+
+def test_the_page_says_everything_by_itself(swept):
+    folder, found, _ = swept
+    text = (folder / "op.html").read_text()
+    page = Elements(text)
+    assert page.counts["svg"] == page.counts["figure"] >= 5
+    assert page.counts["table"] >= len(found["sections"])
+    assert "script" not in page.counts
+    for link in page.links:  # nothing is fetched: every reference is into the page itself
+        assert link.startswith("#"), link
+    assert found["command"] in page.text and found["date"] in page.text and found["environment"]["torch"] in page.text
+    assert "not installed, so not measured: " in page.text
+    for row in (row for rows in found["sections"].values() for row in rows):
+        assert row["label"] in page.text
+    for figure in re.findall(r"<figure.*?</figure>", text, re.S):
+        assert len(re.search(r"<figcaption><h3>.+?</h3>\s*<p>(.+?)</p>", figure, re.S)[1]) > 20
+
+
+def test_a_report_is_remade_from_its_file(swept, tmp_path):
+    folder, _, _ = swept
+    assert command("report", folder / "op.json", "--html", tmp_path / "op.html", "--plots", tmp_path / "p") == 0
+    remade = (tmp_path / "op.html").read_text()
+    assert remade == (folder / "op.html").read_text()
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == sorted(p.name for p in (folder / "plots").iterdir())
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_every_kept_result_has_a_chapter(path, tmp_path):
+    found = load(path)
+    chapter = chapter_of(str(path), found)
+    assert any(isinstance(part, Table) and part.rows for part in chapter.parts)
+    for part in chapter.parts:
+        if isinstance(part, Chart):
+            assert plots.svg(part).startswith("<svg")
+            assert plots.svg(part) == plots.svg(part)
+        else:
+            assert all(len(row) == len(part.head) for row in part.rows)
+
+
+def row_of(label, kind="inference", **more):
+    case = {"q_len": 64, "kv_len": 64, "batch": 1, "q_heads": 4, "kv_heads": 2, "dim": 16, "kind": kind}
+    entries = {"fastattn": {"us": 10.0, "method": "graph", "relative_error": 1e-3}, "torch-cudnn": {"us": 20.0}}
+    return {"label": label, "case": case | more, "implementations": entries}
+
+
+def result(sections, **more):
+    head = {"benchmark": "sweep op", "environment": ENVIRONMENT, "command": "fastattn sweep", "date": "2026-01-02T03"}
+    return head | {"sections": sections} | more
+
+
+def test_what_failed_is_named_and_not_drawn():
+    row = row_of("a")
+    row["implementations"] |= {
+        "torch-math": {"refused": "it has no such thing"},
+        "torch-flash": {"error": "RuntimeError: No available kernel."},
+        "torch-efficient": {"error": "ValueError: wrong result: relative error 1"},
+        "flex": {"error": "RuntimeError: out of memory"},
+    }
+    chapter = chapter_of("x.json", result({"masks": [row]}))
+    table = next(part for part in chapter.parts if isinstance(part, Table))
+    assert table.rows[0][1:7] == ["*10", "20", "cannot", "cannot", "wrong", "failed"]
+    chart = next(part for part in chapter.parts if isinstance(part, Chart))
+    assert {series.name for series in chart.series} == {"fastattn", "torch-cudnn"}
+    assert "torch math: it has no such thing (a)" in "\n".join(chapter.notes)
+    assert "masks: fastattn takes 0.50 times what the best other takes" in chapter.findings
+
+
+def test_lengths_make_a_line_and_others_bars():
+    rows = [row_of(f"S={n}", q_len=n, kv_len=n) for n in (16, 32, 64)]
+    line, rest = charts.lines_and_rest([*rows, row_of("other", dim=32), row_of("packed", packed=[30, 34])])
+    assert [row["label"] for row in line] == ["S=16", "S=32", "S=64"]
+    assert [row["label"] for row in rest] == ["other", "packed"]
+    assert charts.lines_and_rest(rows[:2]) == ([], rows[:2])
+
+
+def test_rates_are_of_what_is_seen():
+    row = row_of("a", q_len=4, kv_len=4)
+    assert charts.tflops(row, "fastattn") == pytest.approx(4 * 10 * 4 * 16 / 10 / 1e6)  # 1 + 2 + 3 + 4 pairs
+    assert charts.gigabytes(row, "torch-cudnn") == pytest.approx(2 * 4 * 2 * 16 * 2 / 20 / 1e3)
+
+
+def test_the_roof_is_drawn_where_it_belongs():
+    roof = {"label": "this machine", "figures": {"copy GB/s": 3000.0, "matmul TFLOP/s": 700.0}}
+    lines = [row_of(f"S={n}", q_len=1, kv_len=n) for n in (16, 32, 64)]
+    chapter = chapter_of("x.json", result({"roof": [roof], "decode": lines, "prefill": lines}))
+    roofs = {part.slug: part.roof for part in chapter.parts if isinstance(part, Chart) and part.kind == "lines"}
+    assert roofs["x-decode-rate"] == ("copying memory", 3000.0)
+    assert roofs["x-prefill-rate"] == ("a large matrix product", 700.0)
+    assert roofs["x-decode-time"] is None
+
+
+def test_text_from_a_file_is_no_markup():
+    evil = "<script>alert(1)</script>"
+    page = report_html.page([chapter_of("x.json", result({"masks": [row_of(evil)]}, command=evil))])
+    assert evil not in page
+    assert "script" not in Elements(page).counts
+    assert "NVIDIA Test &lt;GPU&gt;" in page
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "-"), (0, "0"), (8192, "8,192"), (1234.5, "1,234"), (0.12345, "0.1235"), (1.5e-7, "1.50e-07"), ("x", "x")],
+)
+def test_numbers(value, text):
+    assert charts.number(value) == text
+
+
+def test_labels_lose_what_they_share():
+    assert charts.short_labels(["B=1 Sq=4 D=8", "B=2 Sq=4 D=8"]) == (["B=1", "B=2"], "Sq=4 D=8")
+    assert charts.short_labels(["a", "a"]) == (["a", "a"], "")
+    assert charts.short_labels(["only one"]) == (["only one"], "")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("x.json",), "expected --html FILE, --plots DIR or --markdown FILE"),
+        (("no/such.json", "--html", "{}/x.html"), "cannot be read"),
+        (("{}/bad.json", "--html", "{}/x.html"), "expected a JSON file"),
+        (("{}/other.json", "--html", "{}/x.html"), "expected a result file of fastattn"),
+        (("{}/other.json", "--html", "{}/no/x.html"), "there is no directory"),
+        (("{}/other.json", "--plots", "{}/bad.json"), "expected a directory"),
+    ],
+)
+def test_bad_arguments_are_refused(argv, message, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        command("report", *(text.format(tmp_path) for text in argv))
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_kind_that_is_not_known_gives_its_figures():
+    data = {"benchmark": "new", "environment": ENVIRONMENT, "deep": {"a": [1, {"b": 2.5}], "flag": True}}
+    (table,) = chapter_of("new.json", data).parts
+    assert table.rows == [["deep / a 1", "1"], ["deep / a 2 / b", "2.5"]]
+
+
+def test_files_of_one_name_are_told_apart():
+    found = {f"results/{name}.json": result({}) for name in ("h100/decode", "h200/decode", "h200/llama-3.1-8b")}
+    assert [c.name for c in chapters_of(found)] == ["h100-decode", "h200-decode", "llama-3.1-8b"]
+
+
+def test_several_gpus():
+    row = {"strategy": "auto", "chosen": "ring", "ms": 5.0, "predicted_ms": 4.5, "errors": {"out": 2e-3}}
+    refused = {"strategy": "ulysses", "chosen": "ulysses", "refusal": "3 heads among 2 ranks"}
+    section = {"backward": False, "length": 4096, "one_ms": 8.0, "rows": [row, refused]}
+    data = {"benchmark": "parallel", "environment": ENVIRONMENT, "ranks": 2, "sections": [section]}
+    chapter = chapter_of("p.json", data)
+    chart, table = chapter.parts
+    assert [series.points for series in chart.series] == [[(0, 8.0)], [(0, 5.0)]]
+    assert table.rows[1] == ["auto (ring)", "5", "1.60x", "4.5", "2.0e-03"]
+    assert chapter.notes == ["forward, 4,096 tokens: ulysses: 3 heads among 2 ranks"]
+    assert plots.svg(chart)
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(plots, "import_module", missing)
+    with pytest.raises(ImportError, match=r"fastattn\[bench\]"):
+        plots.check_here()
+
+
+def test_markdown_has_the_same(swept, tmp_path):
+    folder, found, _ = swept
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "old.svg").touch()
+    assert command("report", folder / "op.json", "--markdown", tmp_path / "page.md") == 0
+    text = (tmp_path / "page.md").read_text()
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+    assert sorted(f"page/{p.name}" for p in (tmp_path / "page").iterdir()) == sorted(pictures)
+    assert found["command"] in text
+    for row in found["sections"]["masks"]:
+        assert f"| {row['label']} |" in text
+
+
+# --- a browser
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """Opens a file in a headless browser with more arguments, and returns what it prints."""
+    if BROWSER is None:
+        pytest.skip("no browser here (chromium, chromium-browser or google-chrome): the page was not looked at")
+    profile = tmp_path_factory.mktemp("profile")
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # a browser refuses to run as root with one
+
+    def run(path, *more):
+        flags = ["--headless", *sandbox, "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+        argv = [BROWSER, *flags, *more, f"file://{path}"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout
+
+    return run
+
+
+def test_a_browser_shows_charts_and_tables(swept, browse):
+    folder, found, _ = swept
+    dom = browse(folder / "op.html", "--dump-dom")
+    page = Elements(dom)
+    assert page.counts["svg"] == page.counts["figure"] >= 5
+    assert page.counts["table"] >= len(found["sections"])
+    for figure in re.findall(r"<figure.*?</figure>", dom, re.S):
+        assert "fastattn" in figure or "call" in figure  # the legend: text of the picture, not a drawing of it
+        assert figure.count("<path") + figure.count("<use") > 10
+
+
+def test_a_screenshot_has_the_colours_of_the_charts(swept, browse, tmp_path):
+    """Pixels: our bars and lines are there, and in the width that is shown nothing is cut off."""
+    Image = pytest.importorskip("PIL.Image")
+    folder, _, _ = swept
+    shot = tmp_path / "shot.png"
+    browse(folder / "op.html", f"--screenshot={shot}", "--window-size=1200,6000", "--hide-scrollbars")
+    with Image.open(shot) as image:
+        picture = image.convert("RGB")
+        assert picture.size == (1200, 6000)
+        found = {colour: 0 for colour in ("#c2410c", "#94a3b8")}  # fastattn, torch math
+        for count, (r, g, b) in picture.getcolors(1 << 24):
+            if (name := f"#{r:02x}{g:02x}{b:02x}") in found:
+                found[name] += count
+        assert min(found.values()) > 1000, found
+        margin = picture.crop((1180, 0, 1200, 6000)).getcolors(1 << 16)
+        assert len(margin) == 1, "something reaches into the margin"
