@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test fuzz gpuless gpu-test docs report lint format clean
+.PHONY: help benchmark test fuzz gpuless gpu-test mutations support sanitize docs report lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,7 +48,7 @@ test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and count
 
 N ?= 5000
 fuzz: $(DEV_STAMP) ## hold every backend against the truth on N random problems: make fuzz N=20000
-	FASTATTN_EXAMPLES=$(N) $(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest -q $(if $(GPU),,-n 2) tests/test_properties.py
+	FASTATTN_EXAMPLES=$(N) $(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest -q $(if $(GPU),,-n 2) tests/differential
 
 # The library alone: its own dependencies are for running what it plans.
 gpuless: $(DEV_STAMP) ## fetch cuDNN (350 MB), so that `make test` asks it about GPUs that are not here
@@ -58,6 +58,20 @@ gpuless: $(DEV_STAMP) ## fetch cuDNN (350 MB), so that `make test` asks it about
 gpu-test: $(DEV_STAMP) ## run only the tests that need a GPU
 	@test -n "$(GPU)" || { echo "make gpu-test: nvidia-smi finds no GPU here" >&2; exit 1; }
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS) tests
+
+mutations: $(DEV_STAMP) ## make deliberate mistakes in a copy of the tree: the tests must notice each (10 minutes)
+	$(PY) tests/mutations/run.py -j 2
+
+support: gpuless ## write docs/support.md anew: what cuDNN says of each kind of call and GPU
+	$(PY) tests/gpuless/support_page.py
+
+# Without torch's caching allocator, so that what lies past a tensor is nobody's. A slow tool: some of the tests only.
+SANITIZED := tests/backends/test_decode.py tests/backends/test_cudnn_kernels.py tests/lm/test_fused.py
+SANITIZED_K := cuda and (test_features or test_offsets or test_sinks or full_row)
+TOOLS ?= memcheck racecheck
+sanitize: $(DEV_STAMP) ## the Triton kernels under NVIDIA's compute-sanitizer (needs a GPU)
+	for tool in $(TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  --target-processes all $(PY) -m pytest -q -m gpu -k "$(SANITIZED_K)" $(SANITIZED) || exit 9; done
 
 docs: $(DEV_STAMP) ## build the documentation's site: out/site
 	$(VENV)/bin/fastattn report benchmarks/results/*/*.json --markdown docs/benchmarks.md

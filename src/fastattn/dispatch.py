@@ -7,6 +7,7 @@ The rule is one list, fastest first; the first backend without a reason to refus
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .backends.base import Backend, Runner
+from .forks import after_fork
 from .memo import Memo
 from .notice import warn_once
 from .problem import Call, Problem
@@ -29,6 +31,13 @@ opaque: ContextVar[bool] = ContextVar("fastattn_opaque", default=False)
 _calls: Counter[str] = Counter()
 _refused: dict[tuple[str, Problem], str] = {}
 _lock = threading.Lock()
+
+
+def _forked(module: Any) -> None:
+    module._lock = threading.Lock()
+
+
+after_fork(sys.modules[__name__], _forked)
 #: What `api.py` remembers of whole calls; here because it has to go when a route does.
 fast_path: Memo[Any, Any] = Memo(1 << 12)
 _routes: Memo[Any, Route] = Memo(1 << 13)

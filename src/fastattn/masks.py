@@ -57,6 +57,15 @@ class Segments(NamedTuple):
         cu_seqlens, cu_seqlens_kv: int32 `[N + 1]`, cumulative lengths of the queries' and of the keys' sequences (the
         same unless given): sequence n holds the tokens `cu[n] <= t < cu[n + 1]`.
         """
+        for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_kv", cu_seqlens_kv)):
+            if cu is None and name == "cu_seqlens_kv":
+                continue
+            if not isinstance(cu, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(cu).__name__}")
+            if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
+                raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu.dtype} {list(cu.shape)}")
+            if cu.shape != cu_seqlens.shape:
+                raise ValueError(f"{name}: expected {list(cu_seqlens.shape)} as of cu_seqlens, got {list(cu.shape)}")
         row = torch.zeros_like(cu_seqlens[1:])
         found = [row, cu_seqlens[:-1], cu_seqlens[1:]]
         if cu_seqlens_kv is not None:
@@ -69,6 +78,10 @@ class Segments(NamedTuple):
 
         padding: int32 `[B]`, tokens of padding before the first real one, of kv_len.
         """
+        if not isinstance(padding, Tensor):
+            raise TypeError(f"padding: expected a torch.Tensor, got {type(padding).__name__}")
+        if padding.dtype != torch.int32 or padding.dim() != 1:
+            raise ValueError(f"padding: expected int32 [batch], got {padding.dtype} {list(padding.shape)}")
         row = torch.arange(padding.shape[0], dtype=torch.int32, device=padding.device)
         end = torch.full_like(padding, kv_len)
         if q_len == kv_len:

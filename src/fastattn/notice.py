@@ -6,12 +6,22 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .forks import after_fork
 
 _HERE = str(Path(__file__).parent)
 _given: set[str] = set()
 _lock = threading.Lock()
+
+
+def _forked(module: Any) -> None:
+    module._lock = threading.Lock()
+
+
+after_fork(sys.modules[__name__], _forked)
 
 
 class FastattnWarning(UserWarning):

@@ -47,6 +47,13 @@ def check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device: expected a torch device, such as cpu or cuda:0, got {device!r}") from error
+
+
 def check_scale(scale: float) -> float:
     value = _number("scale", scale)
     if not -math.inf < value < math.inf:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)

@@ -119,9 +119,7 @@ def test_an_exact_plan_that_keeps_being_missed_is_built_in_the_background(
     assert stats["background_build_ms"] >= 5
 
 
-def test_what_serves_is_built_for_later_than_what_trains(
-    built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_serves_is_built_for_later_than_what_trains(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
     """While a plan is built other threads stand still at times: that has to pay."""
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     cache = plans.PlanCache()

@@ -15,7 +15,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 
 def pages_in_the_menu():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    return set(re.findall(r": (\w+\.md)$", text, re.MULTILINE))
+    return set(re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE))
 
 
 def test_every_page_is_in_the_menu():

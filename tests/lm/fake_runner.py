@@ -15,6 +15,8 @@ STATES = 997
 class FakeRunner:
     """Keeps a log of its calls, and checks that no row is overrun."""
 
+    capturable = True
+
     def __init__(self, rows: int, capacity: int = 256, vocab_size: int = 61, device: str = "cpu") -> None:
         self.rows, self.capacity, self.vocab_size, self.device = rows, capacity, vocab_size, torch.device(device)
         generator = torch.Generator().manual_seed(5)

@@ -213,4 +213,5 @@ def test_one_captured_step_serves_every_length(name: str, count: int) -> None:
         for row, token in enumerate(new):
             held[row].append(token)
             truth = logits_of(wide, held[row])
-            assert (after[row].float() - truth).norm() < 0.05 * truth.norm(), (row, len(held[row]))
+            # In bfloat16, with large weights; another length, or another row's keys, would be off by all and more.
+            assert (after[row].float() - truth).norm() < 0.1 * truth.norm(), (row, len(held[row]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import debug
 from ..api import scaled_dot_product_attention
 from ..masks import Intervals
-from ..validate import FLOATING, check_lengths, check_tensor
+from ..validate import FLOATING, check_device, check_lengths, check_tensor
 
 GROWTH = 256  #: tokens by which a cache without a fixed capacity grows
 
@@ -65,7 +65,7 @@ class KVCache:
         sizes |= {"value_dim": head_dim if value_dim is None else value_dim}
         sizes |= {} if capacity is None else {"capacity": capacity}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 1 << 31:
                 raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
         if dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
@@ -73,7 +73,9 @@ class KVCache:
         if len(listed) != layers:
             raise ValueError(f"windows: expected {layers}, one per layer, got {len(listed)}")
         for window in listed:
-            if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            if window is None:
+                continue
+            if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 1 << 31:
                 raise ValueError(f"windows: expected ints >= 1 or None, got {window!r}")
         self.layers = layers
         self.kv_heads = kv_heads
@@ -81,7 +83,7 @@ class KVCache:
         self.value_dim = sizes["value_dim"]
         self.windows: list[int | None] = listed
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self._fixed = capacity is not None
         self._capacity = capacity or GROWTH
         #: int32 [B]: tokens of each row, those of the current step included.
@@ -196,7 +198,14 @@ class KVCache:
         return out
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Empties the cache, or the rows (integer indices `[N]`, or bool `[B]`) for new sequences."""
+        """Empties the cache, or the rows (int64 or int32 indices `[N]`, or bool `[B]`) for new sequences."""
+        if rows is not None:
+            check_tensor("rows", rows)
+            flags = rows.dtype == torch.bool and rows.shape == self.lengths.shape
+            if not flags and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
+                raise ValueError(
+                    f"rows: expected int64 or int32 [rows], or bool [{self.batch}], got {rows.dtype} {list(rows.shape)}"
+                )
         if rows is None:
             self.lengths.zero_()
             self._bound, self._equal = 0, not self._captured
@@ -223,7 +232,7 @@ class KVCache:
 
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 31:
             raise ValueError(f"count: expected an int >= 1, got {count!r}")
         for memory, dim in ((self.keys, self.head_dim), (self.values, self.value_dim)):
             for layer, old in enumerate(memory):

@@ -138,6 +138,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     a, c = tl.exp(mine - base), tl.exp(its - base)
     total = tl.where(top == float("-inf"), 1.0, a + c)
     weight = c / total
+    # Where a program has more threads than rows, several of them hold a row: none may write before all have read.
+    tl.debug_barrier()
     tl.store(lse_at, tl.where(top == float("-inf"), top, base + tl.log(total)), mask=there)
     out_at = out_ptr + b * out_b + h * out_h + s[:, None] * out_s + d[None, :]
     x = tl.load(out_at, mask=cells, other=0.0)

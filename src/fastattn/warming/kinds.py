@@ -186,12 +186,12 @@ def _beyond(least: int, longest: int) -> list[int]:
 
 
 def check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
         raise ValueError(f"{name}: expected an int, at least 1, got {value!r}")
 
 
 def check_sequence(name: str, values: Any) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"{name}: expected a sequence of one or more, got {values!r}")
     return tuple(values)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import debug
+from ...forks import after_fork
 from ...notice import warn_once
 from ...switches import setting
 from ..base import Refusal
@@ -156,8 +157,14 @@ class PlanCache:
         self._building: dict[PlanKey, threading.Lock] = {}
         self._asked: dict[PlanKey, tuple[int, float]] = {}  # occasions, and when the last one was
         self._lock = threading.Lock()
+        after_fork(self, PlanCache._forked)
         self._stats: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._worker = Worker(runtime.allow_during_captures)
+
+    def _forked(self) -> None:
+        """In a forked child: threads that held a lock or were building a plan are not there."""
+        self._lock = threading.Lock()
+        self._building.clear()
 
     def get(self, key: PlanKey) -> Plan:
         """The plan for a key, built now if it is not there."""

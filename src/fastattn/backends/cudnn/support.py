@@ -55,6 +55,10 @@ def segments_fit(p: Problem) -> bool:
     return p.capability not in GENERIC and (not is_packed(p) or sums_lengths(p))
 
 
+def _has_bias(p: Problem) -> bool:
+    return needs_bias(p) or (not segments_fit(p) and p.q_len > 1)
+
+
 def _backward_above(limit: int) -> Callable[[Problem], bool]:
     return lambda p: bool(p.grads) and max(p.head_dim, p.value_dim) > limit
 
@@ -71,6 +75,11 @@ LIMITS = (
     Limit("head dims must be multiples of 8", lambda p: bool(p.head_dim % 8 or p.value_dim % 8)),
     Limit("head dims above 256 have no fast kernel", lambda p: max(p.head_dim, p.value_dim) > 256),
     Limit("the backward is limited to head dims of 128 on this GPU", _backward_above(128), GENERIC),
+    Limit(
+        "without a dense mask the backward needs values of the keys' head dim on this GPU",
+        lambda p: bool(p.grads) and p.head_dim != p.value_dim and not _has_bias(p),
+        GENERIC,
+    ),
     Limit(
         "the backward is limited to head dims of 128, or 192 with values of 128, on this GPU",
         lambda p: _backward_above(128)(p) and (p.head_dim, p.value_dim) != (192, 128),

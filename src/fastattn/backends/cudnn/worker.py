@@ -40,12 +40,17 @@ class Worker:
         with self._state:
             if self._stopped:
                 return
-            self._count += 1
-            heapq.heappush(self._tasks, (time.monotonic() + delay, self._count, task))
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="fastattn-plans", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # the system has no more threads: calls go on with the plans there are
+                    logging.getLogger("fastattn").debug("a background task is left out: %s", error)
+                    return
             self._state.notify_all()
+            self._count += 1
+            # Last: an interrupt may come after it, and what is queued has to be heard of.
+            heapq.heappush(self._tasks, (time.monotonic() + delay, self._count, task))
 
     def wait(self, timeout: float) -> bool:
         """Waits until nothing is queued or in hand. False if that takes longer than `timeout` seconds."""
@@ -58,8 +63,9 @@ class Worker:
             self._stopped = True
             self._tasks.clear()
             self._state.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(timeout)
 
     def _run(self) -> None:
         self._begin()

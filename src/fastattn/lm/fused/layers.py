@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...backends.triton_launch import Launcher, overlaps
-from .rules import choose, native
+from .rules import Launch, choose, native
 
 
 class Product:
@@ -36,7 +36,7 @@ class Product:
         self.weight, self.bias, self.gain, self.eps = weight.detach(), bias, gain, eps
         self.gated, self.add = gated, add
         self.size: int = weight.shape[0] // (1 + gated)  #: N
-        self._launcher: Launcher | None = None
+        self.launcher: Launcher | None = None  #: of one row
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: `[T, K]`, last stride 1. out: `[T, N]` to add to, and what is returned then; else a new one."""
@@ -54,19 +54,20 @@ class Product:
         return gate(y) if self.gated else y
 
     def _row(self, x: Tensor, out: Tensor) -> Tensor:
-        if self._launcher is None:
-            self._launcher = self._bind()
-        self._launcher((x, self.weight, out, self.gain, self.bias), (self.eps,))
+        if self.launcher is None:
+            bind(self, choose(self.size, self.weight.shape[1], self.gated, self.weight.dtype))
+            assert self.launcher is not None
+        self.launcher((x, self.weight, out, self.gain, self.bias), (self.eps,))
         return out
 
-    def _bind(self) -> Launcher:
-        from .product_kernels import row_kernel
 
-        device, inner = self.weight.device, self.weight.shape[1]
-        launch = choose(self.size, inner, self.gated, self.weight.dtype)
-        constants = (self.size, inner, self.gated, self.add, launch.block_n, launch.block_k)
-        grid = (-(-self.size // launch.block_n),)
-        return _launcher(row_kernel, grid, device, (), constants, launch.warps)
+def bind(p: Product, launch: Launch) -> None:
+    """Has a product of one row launched like that."""
+    from .product_kernels import row_kernel
+
+    constants = (p.size, p.weight.shape[1], p.gated, p.add, launch.block_n, launch.block_k)
+    grid = (-(-p.size // launch.block_n),)
+    p.launcher = _launcher(row_kernel, grid, p.weight.device, (), constants, launch.warps)
 
 
 def gate(x: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def row_kernel(
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if ADD:
         y += tl.load(y_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # several threads hold a column: none may write it before all have read it
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 

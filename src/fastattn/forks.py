@@ -1,0 +1,24 @@
+"""What a forked child must make anew: locks that a thread of its parent held, which is not there to let them go."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_wishes: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+
+
+def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
+    """Has `renew(owner)` called in every forked child, for as long as the owner lives."""
+    _wishes[owner] = renew
+
+
+def _renew_all() -> None:
+    for owner, renew in list(_wishes.items()):
+        renew(owner)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

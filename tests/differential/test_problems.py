@@ -1,0 +1,182 @@
+"""Problems drawn at random: every backend that accepts one against the naive truth, outputs and gradients.
+
+The suite draws the same 2,000 problems each time: a change that breaks a test has broken it, and not luck; another
+FASTATTN_TEST_SEED draws others. FASTATTN_EXAMPLES=N (`make fuzz`) draws N new ones each time and keeps what fails in
+`.hypothesis`. A failure is shrunk to the smallest problem that shows it and printed as Python: keep it in KEPT.
+(FASTATTN_SHRINK=0 leaves that out, for who wants to know only whether there is one.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis
+import pytest
+from cases import BF16, FP16, FP32, FP64, Case, errors, refusals, truth
+from drawn import Drawn, another, inputs_of, problems, results
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import strategies as st
+
+FUZZING = "FASTATTN_EXAMPLES" in os.environ
+EXAMPLES = int(os.environ.get("FASTATTN_EXAMPLES", "2000"))
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * (os.environ.get("FASTATTN_SHRINK") != "0")
+SHARDS = 4  #: tests among which the problems are divided, for as many processes as pytest-xdist has
+DECODE_SHARE = 20  #: of so many problems one is the decode kernel's: Triton's interpreter takes its time
+
+#: Problems that were wrong once, or that are one step away from one that was.
+KEPT: tuple[Drawn, ...] = (
+    # torch's kernels: rows of finfo.min alone, in a dtype of their own, seen through a mask that lies key-major
+    Drawn(Case(dtype=BF16, mask="finfo:b1qk", mask_dtype=FP32), mask_layout="key-major"),
+    # only the very first row sees nothing, and its memory is shared with rows that see something
+    Drawn(Case(q_len=14, mask="causal", dtype=FP32, grads="qkv"), layouts=("one token", "bhsd", "one head")),
+    # lengths of 0 beside full ones: what is remembered of the first call is wrong for the second
+    Drawn(Case(kv_lengths=(0, 13), q_lengths=(9, 0), mask="causal", dtype=FP32)),
+    # an expanded mask has a gradient of its full shape
+    Drawn(Case(dtype=FP64, mask="additive:k", mask_dtype=FP64, grads="m"), mask_layout="expanded", chunk=1),
+    Drawn(Case(batch=0, dtype=FP16, mask="bool:b1qk", grads="qk", return_lse=True), way="operator"),
+    Drawn(Case(kv_len=0, dtype=FP32, sinks=FP64, grads="s", return_lse=True), way="list"),
+)
+KEPT_FOR_DECODE: tuple[Drawn, ...] = (
+    Drawn(Case(q_len=4, kv_len=70, mask="additive:1h1k", kv_lengths=(70, 3)), layouts=("one head", "sliced", "cache")),
+    Drawn(Case(q_len=1, kv_len=130, dtype=FP32, sinks=FP32, kv_lengths=(0, 129), return_lse=True)),
+)
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def hold(
+    strategy: st.SearchStrategy[Any], check: Callable[[Any], None], examples: int, seed: int, kept: Sequence[Any] = ()
+) -> None:
+    """Draws problems and checks each, the kept ones first."""
+
+    @hypothesis.settings(
+        max_examples=max(1, examples),
+        phases=PHASES,
+        deadline=None,
+        suppress_health_check=SLOW,
+        # Read and written while fuzzing only: the suite does not depend on what was run before it.
+        **({} if FUZZING else {"database": None}),
+    )
+    @given(drawn=strategy)
+    def holds(drawn: Any) -> None:
+        check(drawn)
+
+    for drawn in kept:
+        holds = hypothesis.example(drawn=drawn)(holds)
+    (holds if FUZZING else hypothesis.seed(seed)(holds))()
+
+
+def wrong(drawn: Drawn, backends: Sequence[str], device: str) -> list[str]:
+    """What any of the backends gets wrong, in a first call and in one like it."""
+    # Rounding errors of a handful of numbers do not average out; float32 has room for that within its tolerance.
+    allowance = 1 if drawn.case.dtype in (FP32, FP64) else 4
+    found = []
+    for turn, one in (("first", drawn), ("second", another(drawn))):
+        inputs = inputs_of(one, device)
+        want = truth(inputs)
+        for backend in backends:
+            if refusals(inputs, backend):
+                assert backend != "reference"
+                continue
+            shares = errors(one.case, inputs, results(one, inputs, backend), want)
+            if not max(shares.values()) <= allowance:
+                found.append(f"{backend}, {turn} call: shares of the accepted error: {shares}")
+    return found
+
+
+def check_on_cpu(drawn: Drawn) -> None:
+    found = wrong(drawn, ("torch", "reference"), "cpu")
+    assert not found, f"{drawn.case}: {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("gradients", [False, True], ids=["outputs", "gradients"])
+def test_problems(gradients: bool, shard: int, seed: int) -> None:
+    kept = [drawn for drawn in KEPT if bool(drawn.case.grads) == gradients] if shard == 0 else []
+    share = EXAMPLES * (DECODE_SHARE - 1) // DECODE_SHARE // (2 * SHARDS)
+    hold(problems(gradients=gradients), check_on_cpu, share, seed, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_decode_problems(shard: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode kernel and its combine kernel, through Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton runs natively here: the test on the GPU says more")
+
+    def check(drawn: Drawn) -> None:
+        assert not refusals(inputs_of(drawn), "decode")
+        found = wrong(drawn, ("decode",), "cpu")
+        assert not found, f"{drawn.case}: {found}"
+
+    strategy = problems(longest=150, gradients=False, rows=16, least=1)
+    hold(strategy, check, EXAMPLES // DECODE_SHARE // SHARDS, seed, KEPT_FOR_DECODE if shard == 0 else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")  # the reference serves some
+def test_problems_on_a_gpu(shard: int, seed: int) -> None:
+    """All four backends. Few head counts and dims, so that not every problem needs a cuDNN plan of its own."""
+
+    def few_families(drawn: Drawn) -> Drawn:
+        c = drawn.case
+        dims = {"head_dim": 64 if c.head_dim % 8 == 0 else c.head_dim, "value_dim": None}
+        return Drawn(
+            c.but(q_heads=4, kv_heads=2, **dims), drawn.layouts, drawn.mask_layout, drawn.way, 1 << 21, drawn.seed
+        )
+
+    def check(drawn: Drawn) -> None:
+        found = wrong(drawn, ("decode", "cudnn", "torch", "reference"), "cuda")
+        assert not found, f"{drawn.case}: {found}"
+
+    hold(problems().map(few_families), check, EXAMPLES // 20, seed, [*KEPT, *KEPT_FOR_DECODE] if shard == 0 else [])
+
+
+def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all of this rests on: one number that is off, one NaN, one gradient of a row that sees nothing."""
+    import test_problems as module
+
+    drawn = Drawn(Case(q_len=14, mask="causal", dtype=FP32, grads="qkv"))
+    right = results(drawn, inputs_of(drawn), "reference")
+    assert not wrong(drawn, ("reference",), "cpu")
+    for name, change in (("out", 1.0), ("out", float("nan")), ("dq", 1.0), ("dv", float("inf"))):
+        spoiled = {key: x.clone() for key, x in right.items()}
+        spoiled[name][0, 1, 0, 2] += change
+
+        def result(*arguments: Any, spoiled: dict[str, Any] = spoiled) -> dict[str, Any]:
+            return spoiled
+
+        monkeypatch.setattr(module, "results", result)
+        assert wrong(drawn, ("reference",), "cpu"), (name, change)
+
+
+def test_drawing_reaches_everything() -> None:
+    """Each kind of mask, layout and way, and every backend's own ground, is among a few hundred problems."""
+    seen: dict[str, set[Any]] = {name: set() for name in ("mask", "layout", "mask_layout", "way", "grads", "long")}
+
+    @hypothesis.settings(
+        max_examples=400, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SLOW
+    )
+    @hypothesis.seed(1)
+    @given(drawn=problems())
+    def look(drawn: Drawn) -> None:
+        seen["mask"].add(drawn.case.mask.partition(":")[0])
+        seen["layout"].update(drawn.layouts)
+        seen["mask_layout"].add(drawn.mask_layout)
+        seen["way"].add(drawn.way)
+        seen["grads"].add(drawn.case.grads)
+        seen["long"].add(drawn.case.kv_len > 200)
+
+    look()
+    assert seen["mask"] == {"none", "causal", "bool", "additive", "finfo", "intervals", "segments"}
+    assert {kind: len(values) for kind, values in seen.items() if kind != "mask"} == {
+        "layout": 13, "mask_layout": 4, "way": 3, "grads": len(seen["grads"]), "long": 2,
+    }  # fmt: skip
+    assert len(seen["grads"]) >= 10 and set("".join(seen["grads"])) == set("qkvms")

@@ -1,0 +1,264 @@
+"""Deliberate mistakes, each with the tests that have to notice it. What they are applied to is a copy: `run.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One mistake."""
+
+    name: str
+    file: str  #: under src/fastattn
+    old: str  #: text that occurs in it once
+    new: str
+    tests: tuple[str, ...]  #: arguments of pytest
+
+
+_REFERENCE = ("tests/test_reference.py", "-k", "every_feature and dtype0 or every_feature and float64")
+_TORCH = ("tests/test_torch_backend.py",)
+_EMULATED = ("tests/differential/test_emulated.py",)
+_DECODE = ("tests/backends/test_decode.py", "-k", "splits or layouts")
+_KEYS = ("tests/backends/test_cudnn_keys.py",)
+_FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
+_FILES = ("tests/faults/test_plan_files.py",)
+
+MUTATIONS = (
+    # what is remembered
+    Mutation(
+        "a plan's key forgets the strides of an exact operand",
+        "backends/cudnn/operands.py",
+        "return Operand(role, tuple(x.shape), (*strides, 1), x.dtype)",
+        "return Operand(role, tuple(x.shape), (x.shape[1] * x.shape[2] * x.shape[3], x.shape[2] * x.shape[3],"
+        " x.shape[3], 1), x.dtype)",
+        _EMULATED,
+    ),
+    Mutation(
+        "a plan's key forgets the alignment of the causal mask",
+        "backends/cudnn/forward.py",
+        "return p.q_len != p.kv_len or p.q_lengths or p.kv_lengths",
+        "return False",
+        _EMULATED,
+    ),
+    Mutation(
+        "a graph is built without its left bound",
+        "backends/cudnn/graphs.py",
+        "    if key.left >= 0:\n",
+        "    if key.left >= 1 << 30:\n",
+        _KEYS,
+    ),
+    Mutation(
+        "a route's name forgets the strides",
+        "dispatch.py",
+        "name = (q.shape, k.shape, v.shape, strides, q.dtype,",
+        "name = (q.shape, k.shape, v.shape, q.dtype,",
+        ("tests/test_fast_path.py", "-k", "other_strides"),
+    ),
+    Mutation(
+        "a remembered call forgets the layout of v",
+        "fast_path.py",
+        "v.shape, v.stride(), v.dtype, v.device,",
+        "v.shape, v.dtype, v.device,",
+        ("tests/test_fast_path.py", "-k", "in_the_name or change_places"),
+    ),
+    Mutation(
+        "a remembered call takes the scale of the first one",
+        "fast_path.py",
+        "scale = known.default_scale if scale is None else scale",
+        "scale = known.default_scale",
+        _FAST,
+    ),
+    Mutation(
+        "lengths of an earlier call are kept as if they were no data",
+        "backends/cudnn/places.py",
+        "self._static = not (p.q_lengths or p.kv_lengths or",
+        "self._static = not (p.q_lengths or",
+        _EMULATED,
+    ),
+    # who sees what
+    Mutation(
+        "a bool mask is inverted",
+        "masks.py",
+        "mask = mask if mask.dtype == torch.bool else mask > -torch.inf\n        seen = mask if",
+        "mask = ~mask if mask.dtype == torch.bool else mask > -torch.inf\n        seen = mask if",
+        _REFERENCE,
+    ),
+    Mutation(
+        "a window is one key short on the right",
+        "masks.py",
+        "position + call.right + 1",
+        "position + call.right",
+        _REFERENCE,
+    ),
+    Mutation(
+        "a window is one key short on the left in the decode kernel",
+        "backends/decode/kernel.py",
+        "lo = tl.maximum(position - left, 0)",
+        "lo = tl.maximum(position - left + 1, 0)",
+        ("tests/backends/test_decode.py", "-k", "features and window"),
+    ),
+    Mutation(
+        "a window is one key short on the left in a graph",
+        "backends/cudnn/graphs.py",
+        "= key.left + 1  # cuDNN counts the diagonal itself",
+        "= key.left",
+        _EMULATED,
+    ),
+    Mutation(
+        "torch's causal mask is taken for the lower-right one",
+        "backends/torch_sdpa.py",
+        "p.causal and (p.q_len == p.kv_len or p.q_len == 1)",
+        "p.causal",
+        _TORCH,
+    ),
+    Mutation(
+        "a token of a segment sees the next one's keys",
+        "masks.py",
+        "lo, hi = first[n], end[n]",
+        "lo, hi = first[n], end[n] + 1",
+        ("tests/test_varlen.py",),
+    ),
+    Mutation(
+        "keys beyond a length are let in",
+        "masks.py",
+        "return total if call.kv_lengths is None else call.kv_lengths.clamp(0, total)",
+        "return total if call.kv_lengths is None else call.kv_lengths.add(1).clamp(0, total)",
+        _REFERENCE,
+    ),
+    # memory
+    Mutation(
+        "a layout that cannot be read is not copied",
+        "backends/layout.py",
+        "return x if x.data_ptr() % ALIGNMENT == 0 and fits(x) else copied(x)",
+        "return x",
+        _EMULATED,
+    ),
+    Mutation(
+        "the alignment of the address is not looked at",
+        "backends/cudnn/forward.py",
+        "if not self._in_place or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:",
+        "if not self._in_place:",
+        _EMULATED,
+    ),
+    Mutation(
+        "the strides of heads and tokens change places",
+        "backends/cudnn/places.py",
+        "strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]",
+        "strides += [x.stride(0), x.stride(2) * (1 if role in KEY_SIDE else group), x.stride(1)]",
+        _EMULATED,
+    ),
+    Mutation(
+        "queries whose numbers do not lie together are not copied for the decode kernel",
+        "backends/decode/bound.py",
+        "if x.stride(3) != 1:",
+        "if x.stride(3) > 2:",
+        _DECODE,
+    ),
+    Mutation(
+        "rows that a plan leaves untouched are not cleared",
+        "backends/cudnn/forward.py",
+        "                out.zero_()\n",
+        "                pass\n",
+        _EMULATED,
+    ),
+    Mutation(
+        "rows that see nothing keep what torch's kernel made of them",
+        "backends/torch_sdpa.py",
+        "    return masks.clear(out, blind)",
+        "    return out",
+        _TORCH,
+    ),
+    Mutation(
+        "keys that nobody sees are not cleared",
+        "backends/torch_sdpa.py",
+        "        unseen = masks.unseen_keys(c)\n",
+        "        unseen = None\n",
+        _TORCH,
+    ),
+    # arithmetic
+    Mutation(
+        "the sink is forgotten where splits are combined",
+        "backends/decode/combine.py",
+        "        total += tl.exp(sink - base)\n",
+        "        total += 0.0\n",
+        _DECODE,
+    ),
+    Mutation(
+        "splits are combined as if they had the same greatest score",
+        "backends/decode/combine.py",
+        "total = tl.sum(tl.exp(m_s - base) * l_s, 0)",
+        "total = tl.sum(l_s, 0)",
+        _DECODE,
+    ),
+    Mutation(
+        "the wrong head of a group in the decode kernel",
+        "backends/decode/kernel.py",
+        "head = kv_head * GROUP + r % GROUP",
+        "head = kv_head + (r % GROUP) * KV_HEADS",
+        _DECODE,
+    ),
+    Mutation(
+        "the sink has no gradient in the reference",
+        "reference.py",
+        "dsinks -= (sink * delta).sum((0, 2))",
+        "dsinks -= (sink * delta * 0).sum((0, 2))",
+        _REFERENCE,
+    ),
+    Mutation(
+        "the derivative of the softcap is forgotten",
+        "reference.py",
+        "ds = ds * (1 - rows.capped.div(p.softcap).square())",
+        "ds = ds * 1",
+        _REFERENCE,
+    ),
+    Mutation(
+        "a row that sees nothing has the statistics of one that does",
+        "backends/cudnn/backward.py",
+        "stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse",
+        "stats = lse",
+        _EMULATED,
+    ),
+    # the rest
+    Mutation(
+        "a damaged plan file is trusted",
+        "backends/cudnn/disk.py",
+        "if hashlib.sha256(body).digest() != data[len(MAGIC) : start]:",
+        "if False:",
+        _FILES,
+    ),
+    Mutation(
+        "a plan of another machine is trusted",
+        "backends/cudnn/disk.py",
+        "if body[8 : 8 + length] != label:",
+        "if False:",
+        _FILES,
+    ),
+    Mutation(
+        "v may be shorter than k",
+        "validate.py",
+        "if v.shape[2] != k.shape[2]:",
+        "if v.shape[2] > k.shape[2]:",
+        ("tests/faults/test_bad_calls.py", "-k", "each_bad_value"),
+    ),
+    Mutation(
+        "use_backend outlives an exception",
+        "dispatch.py",
+        "    try:\n        yield\n    finally:\n        _chosen.reset(token)",
+        "    yield\n    _chosen.reset(token)",
+        ("tests/test_use_backend.py",),
+    ),
+    Mutation(
+        "a background failure is tried again for ever",
+        "backends/cudnn/plans.py",
+        "if count + 1 == (SERVED_AFTER",
+        "if count + 1 >= (SERVED_AFTER",
+        ("tests/faults/test_worker_faults.py", "-k", "reported_once"),
+    ),
+    Mutation(
+        "the table promises what cuDNN refuses",
+        "backends/cudnn/support.py",
+        "_backward_above(128), GENERIC)",
+        "_backward_above(256), GENERIC)",
+        ("tests/gpuless/test_support_page.py",),
+    ),
+)
