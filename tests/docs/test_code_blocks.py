@@ -135,7 +135,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(model, tmp_path, monkeypatch):
+def folder(model, tmp_path, monkeypatch):
     """An empty directory with the stand-ins in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
@@ -161,7 +161,7 @@ def test_a_reason_is_a_reason():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if PYTHON[page]], ids=name_of)
-def test_python_runs(page, workplace):
+def test_python_runs(page, folder):
     namespace = {"__name__": "__main__"}
     exec(BEFORE.get(name_of(page), ""), namespace)
     for block in PYTHON[page]:
@@ -200,7 +200,7 @@ def expanded(words):
 @pytest.mark.parametrize(
     "block, line", TYPED, ids=[f"{name_of(block.page)}:{block.line}: {line[:60]}" for block, line in TYPED]
 )
-def test_commands_run(block, line, model, workplace, capsys):
+def test_commands_run(block, line, model, folder, capsys):
     first = line.split()[0]
     if first in ELSEWHERE:
         return

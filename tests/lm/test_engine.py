@@ -9,8 +9,10 @@ from fake_runner import FakeRunner
 from fastattn import FastattnWarning, notice
 from fastattn.lm import engine as engine_module
 from fastattn.lm import load
-from fastattn.lm.engine import Engine, Event, end_tokens, make_engine, make_runner
+from fastattn.lm import runners as runners_module
+from fastattn.lm.engine import Engine, Event, make_engine
 from fastattn.lm.loop_runner import LoopRunner
+from fastattn.lm.runners import end_tokens, make_runner
 from fastattn.lm.sampling import Sampling
 from fastattn.lm.step import TIDY_EVERY, Captured, DecodeStep, buckets
 
@@ -385,7 +387,7 @@ def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
         def __init__(self, *arguments):
             raise ValueError("tiny: no such family\nand more")
 
-    monkeypatch.setattr(engine_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("engine", "Never")])
+    monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("runners", "Never")])
     monkeypatch.setattr(engine_module, "Never", Never, raising=False)
     with pytest.warns(FastattnWarning, match="one row after another, which is slow: tiny: no such family$"):
         assert isinstance(make_runner(tiny, 2, 64), LoopRunner)
@@ -393,18 +395,18 @@ def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
 
 def test_the_first_runner_that_takes_the_model_serves(tiny, monkeypatch):
     monkeypatch.setattr(
-        engine_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("loop_runner", "LoopRunner")]
+        runners_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("loop_runner", "LoopRunner")]
     )
     assert isinstance(make_runner(tiny, 2, 64), LoopRunner)  # without a warning: pytest would show it
     monkeypatch.undo()
-    assert [name for name, _ in engine_module._runners(tiny)] == ["module_runner"]  # eager was asked for
+    assert [name for name, _ in runners_module._runners(tiny)] == ["module_runner"]  # eager was asked for
     ours = load("tiny", attn="fastattn", device="cpu")
-    assert [name for name, _ in engine_module._runners(ours)] == ["fused", "module_runner"]
+    assert [name for name, _ in runners_module._runners(ours)] == ["fused", "module_runner"]
 
 
 def test_an_error_in_a_runner_is_no_refusal(tiny, monkeypatch):
-    monkeypatch.setattr(engine_module, "_runners", lambda loaded: [("engine", "Broken")])
-    monkeypatch.setattr(engine_module, "Broken", lambda *arguments: {}.missing, raising=False)
+    monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("runners", "Broken")])
+    monkeypatch.setattr(runners_module, "Broken", lambda *arguments: {}.missing, raising=False)
     with pytest.raises(AttributeError):
         make_runner(tiny, 2, 64)
 

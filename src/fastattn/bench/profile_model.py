@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ..lm import Loaded, load, set_attention
-from ..lm.engine import make_runner
 from ..lm.loop import generate_tokens
+from ..lm.runners import make_runner
 from . import results
 from .loaded import clock, identity
 from .table import table

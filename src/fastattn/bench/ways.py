@@ -52,7 +52,8 @@ def make_way(loaded: Loaded, name: str, rows: int, capacity: int, step: int) -> 
 
 class _Engine:
     def __init__(self, loaded: Loaded, rows: int, capacity: int) -> None:
-        from ..lm.engine import Engine, make_runner
+        from ..lm.engine import Engine
+        from ..lm.runners import make_runner
 
         self._engine = Engine(make_runner(loaded, rows, capacity), eos_ids=())
 

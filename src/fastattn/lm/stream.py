@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Engine, longest, make_engine
+from .engine import Engine, make_engine
 from .load import Loaded
+from .runners import longest
 from .sampling import Sampling
 from .text import StopStrings, TextStream
 

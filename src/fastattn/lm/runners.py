@@ -1,0 +1,59 @@
+"""Which runner a model gets, and what it says of itself: how long its sequences may be, which tokens end a text."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..notice import warn_once
+from .load import Loaded, _line
+from .loop_runner import LoopRunner
+from .runner import Runner
+
+
+def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
+    """The fastest runner that takes the model: fused kernels, its own modules, or one row after another.
+
+    Args:
+        loaded: the model. Only one whose attention is fastattn's is given to runners that bring their own attention.
+        rows: how many sequences it holds, >= 1.
+        capacity: how many tokens each may have, >= 1.
+
+    Raises ValueError for rows or a capacity below 1, or a capacity beyond the model's positions.
+    """
+    for name, value in (("rows", rows), ("capacity", capacity)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if capacity > longest(loaded):
+        raise ValueError(f"capacity: expected at most the model's {longest(loaded)} tokens, got {capacity}")
+    reason = ""
+    for module, name in _runners(loaded):
+        try:
+            kind = getattr(import_module(f"{__package__}.{module}"), name)
+        except (ImportError, AttributeError) as error:
+            reason = _line(error)
+            continue
+        try:
+            return kind(loaded.model, rows, capacity)
+        except ValueError as error:
+            reason = _line(error)
+    warn_once(f"{loaded.name} is decoded one row after another, which is slow: {reason}", f"loop {loaded.name}")
+    return LoopRunner(loaded.model, rows, capacity)
+
+
+def _runners(loaded: Loaded) -> list[tuple[str, str]]:
+    """Modules of this package and their runners, the fastest first."""
+    fused = [("fused", "FusedRunner")] if loaded.model.config._attn_implementation == "fastattn" else []
+    return [*fused, ("module_runner", "ModuleRunner")]
+
+
+def longest(loaded: Loaded) -> int:
+    """How many positions the model has."""
+    return getattr(loaded.config, "max_position_embeddings", None) or 2**31
+
+
+def end_tokens(loaded: Loaded) -> frozenset[int]:
+    """The tokens that end a text: eos_token_id of the model's generation_config, one, several or none."""
+    found = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(int(token) for token in (found if isinstance(found, (list, tuple)) else [found]))
