@@ -388,7 +388,7 @@ def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
             raise ValueError("tiny: no such family\nand more")
 
     monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("runners", "Never")])
-    monkeypatch.setattr(engine_module, "Never", Never, raising=False)
+    monkeypatch.setattr(runners_module, "Never", Never, raising=False)
     with pytest.warns(FastattnWarning, match="one row after another, which is slow: tiny: no such family$"):
         assert isinstance(make_runner(tiny, 2, 64), LoopRunner)
 
