@@ -7,9 +7,12 @@ import re
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import DTYPES, add_dtype_and_device
+
+if TYPE_CHECKING:
+    from .lm.parallel import Ranks
 
 
 def add_command(commands: Any) -> None:
@@ -34,6 +37,8 @@ def add_command(commands: Any) -> None:
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
     add("--batch-size", type=int, default=8, metavar="ROWS", help="prompts that run at a time (%(default)s)")
     add("--attn", default="fastattn", metavar="NAME", help="attention implementation (%(default)s)")
+    text = "tensor parallel: spread the model over the processes that torchrun started"
+    add("--tp", action="store_true", help=f"{text} (torchrun --nproc-per-node N -m fastattn generate --tp ...)")
     add_dtype_and_device(parser, None, "the model's own")
     parser.set_defaults(run=run)
 
@@ -59,8 +64,19 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in ("max_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(arguments, name)}")
-    prompts = _prompts(arguments)
     _check_model(arguments.model)
+    if not arguments.tp:
+        return _generate(arguments, _prompts(arguments), sampling)
+    from .lm.parallel import join
+
+    with join(arguments.device) as ranks:
+        prompts = ranks.told(lambda: _prompts(arguments))  # stdin reaches but one of them
+        return _generate(arguments, prompts, sampling, ranks)
+
+
+def _generate(
+    arguments: argparse.Namespace, prompts: list[str], sampling: dict[str, Any], ranks: Ranks | None = None
+) -> int:
     import torch
     from transformers.utils import logging
 
@@ -70,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
-    loaded = load(arguments.model, arguments.attn, dtype, arguments.device)
+    loaded = load(arguments.model, arguments.attn, dtype, arguments.device, ranks=ranks)
     one = arguments.prompt is not None
     ids = [
         encode(loaded, prompt, chat=arguments.chat, name="prompt" if one else f"prompts[{i}]")

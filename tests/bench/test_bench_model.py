@@ -10,6 +10,7 @@ from fastattn.bench import ways
 from fastattn.bench.loaded import Held
 from fastattn.bench.model import Settings, fresh_lengths, run
 from fastattn.bench.report import FreshLength, Report, Result, Trial
+from fastattn.lm.parallel import Ranks
 
 SMALL = {"model": "tiny", "prompt_tokens": 12, "generation_tokens": 3, "num_trials": 2, "device": "cpu"}
 
@@ -147,6 +148,18 @@ def test_out_of_memory_costs_one_implementation_only(monkeypatch, capsys):
     assert "eager: out of memory, given up" in capsys.readouterr().out
     json.dumps(report.as_dict("x"), allow_nan=False)
     assert report.comparison()
+
+
+def test_running_out_of_memory_on_one_of_several_ranks_ends_it(monkeypatch):
+    """The others are in a collective with it: there is nothing that this one could pass over to."""
+
+    def trial(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "_trial", trial)
+    ranks = Ranks(torch.distributed.HashStore(), 0, 1, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Settings(**SMALL, attn=("eager", "sdpa")), ranks)
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,83 @@ def pretended_graphs(monkeypatch):
     return made
 
 
+class Together:
+    """Stands for the ranks that run a model: what the others say, and what is made the same."""
+
+    def __init__(self, others=None):
+        self.others, self.asked, self.shared = others, [], []
+
+    def trouble(self, mine):
+        self.asked.append(mine)
+        return mine or self.others
+
+    def share(self, ids):
+        self.shared.append(ids.tolist())
+        ids[:1] = 7  # what rank 0 chose for the first row
+
+
+@pytest.fixture
+def a_rank(monkeypatch):
+    """Captures without a GPU; `fails` says where."""
+    log = []
+
+    def warm_up(step, size):
+        log.append(("warm up", size))
+        step._plain(size)
+        if "warm up" in log:
+            raise RuntimeError("a collective failed")
+
+    def recorded(step, size):
+        log.append(("record", size))
+        if "record" in log:
+            raise RuntimeError("not on this rank")
+        return Replayed(step, size)
+
+    monkeypatch.setattr(DecodeStep, "_warm_up", warm_up)
+    monkeypatch.setattr(DecodeStep, "_recorded", recorded)
+    return log
+
+
+@pytest.mark.parametrize(
+    "fails, others, reason", [(None, "rank 1: no room", "rank 1: no room"), ("record", None, "not on this rank")]
+)
+def test_ranks_capture_together_or_not_at_all(a_rank, fails, others, reason):
+    a_rank += [fails]
+    ranks, runner = Together(others), FakeRunner(4)
+    engine = Engine(runner, capture=True, ranks=ranks)
+    with pytest.warns(FastattnWarning, match=f"not captured in a CUDA graph.*: {reason}$"):
+        engine.generate([[1], [2], [3]], 5)
+    assert ranks.asked == [None if fails is None else reason]  # every rank is asked, however it went here
+    assert a_rank == [fails, ("warm up", 4), ("record", 4)]  # and no other size is tried
+    assert not engine._step._captured
+    assert runner.is_clear
+
+
+def test_ranks_capture_what_all_can(a_rank):
+    engine = Engine(FakeRunner(4), capture=True, ranks=(ranks := Together()))
+    engine.generate([[1], [2], [3]], 5)
+    assert ranks.asked == [None] * 3
+    assert engine._step._captured.keys() == {1, 2, 4}
+
+
+def test_a_step_that_only_some_ranks_took_ends_it(a_rank):
+    a_rank += ["warm up"]
+    ranks = Together()
+    with pytest.raises(RuntimeError, match="a collective failed"):
+        Engine(FakeRunner(2), capture=True, ranks=ranks).generate([[1]], 5)
+    assert ranks.asked == []
+
+
+@AHEAD
+def test_ranks_go_on_with_the_tokens_of_the_first(ahead):
+    """A token that another rank chose is what is told, and what the next one follows from."""
+    runner, ranks = FakeRunner(1), Together()
+    tokens, _ = collect(Engine(runner, ahead=ahead, ranks=ranks).generate([[3, 4]], 4))
+    assert tokens == [[7, 7, 7, 7]]
+    following = [runner.greedy([3, 4, *[7] * n], 1) for n in range(4)]
+    assert ranks.shared[:4] == following
+
+
 @AHEAD
 def test_captured_steps_run_in_buckets(pretended_graphs, ahead):
     runner = FakeRunner(6)

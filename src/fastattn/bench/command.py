@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import DTYPES, add_dtype_and_device, numbers
 from . import results
 
+if TYPE_CHECKING:
+    from ..lm.parallel import Ranks
+
 OPTIMIZERS = ("adamw", "sgd")
 
 # What either benchmark takes, and the other refuses. None is "not given": the default is that of the settings.
-GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths")
+GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths", "tp")
 TRAINING = ("warmup_steps", "variable_lengths", "optimizer", "gradient_checkpointing")
 
 
@@ -56,6 +60,14 @@ def add_command(commands: Any) -> None:
         help="also time N prompt lengths that were not seen before, the first and the second time",
     )
 
+    add(
+        "--tp",
+        action="store_true",
+        default=None,
+        help="tensor parallel: spread the model over the processes that torchrun started "
+        "(torchrun --nproc-per-node N -m fastattn benchmark --tp ...)",
+    )
+
     add = parser.add_argument_group("training").add_argument
     add(
         "--train",
@@ -85,7 +97,18 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             where = "only without --train" if arguments.train else "only with --train"
             raise ValueError(f"--{name.replace('_', '-')}: {where}")
-    if arguments.json:
+    if not arguments.tp:
+        return _run(arguments, mine)
+    from ..lm.parallel import join
+
+    with join(arguments.device) as ranks:
+        return _run(arguments, mine, ranks)
+
+
+def _run(arguments: argparse.Namespace, mine: Iterable[str], ranks: Ranks | None = None) -> int:
+    """mine: the options of this benchmark alone."""
+    writes = arguments.json and (ranks is None or ranks.is_first)
+    if writes:
         results.check_writable(arguments.json)
     given: dict[str, Any] = {
         "prompt_tokens": arguments.prompt_tokens,
@@ -97,20 +120,22 @@ def run(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         **{name: getattr(arguments, name) for name in ("num_trials", *mine) if getattr(arguments, name) is not None},
     }
-    report = _train(arguments.model, given) if arguments.train else _generate(arguments.model, given)
+    given.pop("tp", None)
+    report = _train(arguments.model, given) if arguments.train else _generate(arguments.model, given, ranks)
     if len(report.results) > 1:
         print(f"\n{report.comparison()}", flush=True)
-    if arguments.json:
-        results.write_json(arguments.json, report.as_dict(shlex.join(["fastattn", *arguments.argv])))
+    if writes:
+        program = ["fastattn"] if ranks is None else ["torchrun", f"--nproc-per-node={ranks.size}", "-m", "fastattn"]
+        results.write_json(arguments.json, report.as_dict(shlex.join([*program, *arguments.argv])))
         print(f"Wrote {arguments.json}")
     return 1 if all(result.error for result in report.results) else 0
 
 
-def _generate(name: str | None, given: dict[str, Any]) -> Any:
+def _generate(name: str | None, given: dict[str, Any], ranks: Ranks | None) -> Any:
     from . import model
     from .loaded import default_model
 
-    return model.run(model.Settings(name or default_model(), **given))
+    return model.run(model.Settings(name or default_model(), **given), ranks)
 
 
 def _train(name: str | None, given: dict[str, Any]) -> Any:

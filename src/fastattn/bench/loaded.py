@@ -104,7 +104,8 @@ def describe(loaded: Loaded) -> str:
     size = f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.2f}e6"
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "the CPU"
     weights = "random weights" if loaded.tokenizer is None else "its own weights"
-    return f"Model {loaded.name}: {size} parameters ({weights}), {dtype_text(model.dtype)}, on {where}"
+    ranks = f", spread over {loaded.ranks.size} ranks" if loaded.ranks else ""
+    return f"Model {loaded.name}: {size} parameters ({weights}), {dtype_text(model.dtype)}, on {where}{ranks}"
 
 
 def dtype_text(dtype: torch.dtype) -> str:

@@ -25,9 +25,10 @@ import torch
 
 from ..lm import Loaded, load, set_attention
 from ..lm.load import check_attention
+from ..lm.parallel import Ranks
 from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
-from .ways import Way, attention_of, make_way, timed
+from .ways import STATIC, Way, attention_of, make_way, timed
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,27 @@ class Settings:
         return self.prompt_tokens if self.prompt_lengths is None else self.prompt_lengths[1]
 
 
-def run(settings: Settings) -> Report:
+def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     """Loads the model once, then measures the implementations turn by turn: warmups, first trials, second trials, ...
 
     Turn by turn, because a machine's speed drifts. Prints as it goes; a progress bar appears on a terminal. An
     implementation that runs out of memory is reported and passed over. Raises ValueError before anything runs when the
     model, the device or an implementation is not usable.
+
+    ranks: spread the model over them, each of which makes this call; what is measured is what the first one sees. Where
+    one of them runs out of memory, all end.
     """
     for name in settings.attn:
         check_attention(attention_of(name))
+        if ranks is not None and name.endswith(STATIC):
+            raise ValueError(f"attn: {name} cannot be measured with --tp, its step is compiled for a whole model")
     from tqdm import tqdm
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    loaded = load(settings.model, attention_of(settings.attn[0]), dtype, settings.device, settings.seed)
+    loaded = load(settings.model, attention_of(settings.attn[0]), dtype, settings.device, settings.seed, ranks)
     for name in settings.attn[1:]:
         set_attention(loaded.model, attention_of(name))
     limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
@@ -120,7 +126,9 @@ def run(settings: Settings) -> Report:
         for result in results:
             if result.calls:
                 speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
-    used = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+    used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+    if ranks is not None:
+        used["world_size"] = ranks.size
     return Report(asdict(settings) | used, identity(loaded), results)
 
 
@@ -205,6 +213,8 @@ def _measure(
         if lengths:
             say(f"New lengths: median first/second={result.fresh_ratio:.3f}")
     except torch.OutOfMemoryError:
+        if loaded.ranks is not None:
+            raise  # the others wait for this one in a collective
         result.error = "out of memory"
         say(f"{result.attn}: {result.error}, given up")
         release()

@@ -55,7 +55,7 @@ class _Engine:
         from ..lm.engine import Engine
         from ..lm.runners import make_runner
 
-        self._engine = Engine(make_runner(loaded, rows, capacity), eos_ids=())
+        self._engine = Engine(make_runner(loaded, rows, capacity), eos_ids=(), ranks=loaded.ranks)
 
     def run(self, prompts: Prompts, tokens: int) -> tuple[float, float]:
         begun: set[int] = set()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from .load import Loaded
+from .parallel import Ranks
 from .runner import Runner
 from .runners import end_tokens, longest, make_runner
 from .sampling import Chooser, Sampling, choose
@@ -61,6 +62,7 @@ class Engine:
         *,
         capture: bool | None = None,
         ahead: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -68,11 +70,13 @@ class Engine:
             eos_ids: tokens that end a text.
             capture: whether decode steps are captured in CUDA graphs. Default: on a GPU, if the runner allows it.
             ahead: whether a step is queued before the last one's tokens are looked at. Default: on a GPU.
+            ranks: that run the model together, each with an engine like this one and the same calls (tensor parallel).
         """
         on_gpu = runner.device.type == "cuda"
         self.runner = runner
         self.eos_ids = frozenset(eos_ids)
-        self._step = DecodeStep(runner, capture)
+        self._step = DecodeStep(runner, capture, ranks)
+        self._ranks = ranks
         self._ahead = on_gpu if ahead is None else ahead
         self._waiting: deque[_Request] = deque()
         self._rows: list[_Request | None] = []  #: of the first rows; None: the request is done
@@ -208,6 +212,8 @@ class Engine:
                     self._begin(row, self._waiting.popleft())
             self._compact()
             count = len(self._rows)
+            if self._ranks is not None and count:  # a token that differed would part the ranks for good
+                self._ranks.share(self._step.ids[:count])
             self._seen[:count].copy_(self._step.ids[:count], non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
@@ -273,7 +279,7 @@ def make_engine(loaded: Loaded, rows: int, tokens: int) -> Engine:
     those of the model's generation_config.
     """
     capacity = min(-(-tokens // 256) * 256, longest(loaded))
-    return Engine(make_runner(loaded, rows, capacity), end_tokens(loaded))
+    return Engine(make_runner(loaded, rows, capacity), end_tokens(loaded), ranks=loaded.ranks)
 
 
 def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Loaded:
     tokenizer: Any | None  #: None for presets
     config: Any  #: transformers' PretrainedConfig of the text part
     name: str  #: the preset's name, or the directory's
+    ranks: Ranks | None = None  #: that run it together (tensor parallel); None: this process alone
 
 
 def load(
@@ -28,6 +33,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Loads a causal language model for inference. Nothing is downloaded.
 
@@ -38,20 +44,23 @@ def load(
         dtype: of the weights. Default: a directory's own; for presets bfloat16 on a GPU, float32 on the CPU.
         device: default: the current GPU if there is one, else the CPU.
         seed: of a preset's weights.
+        ranks: spread the model over them, as its tensor parallel plan in transformers says: each holds its part of the
+            weights, on its own device. A preset's weights are others then. See `fastattn.lm.parallel.join`.
 
     Raises:
         ValueError: there is no such model, or it is incomplete or damaged: the text names the path and what was
-            expected there. The device or the attention implementation is not available.
-        ImportError: transformers is not installed.
+            expected there. The device or the attention implementation is not available. The model has no tensor
+            parallel plan, or heads that the ranks do not divide.
+        ImportError: transformers is not installed, or too old for `ranks`.
     """
     _transformers()
-    place = pick_device(device)
+    place = pick_device(device) if ranks is None else ranks.device
     path = Path(model)
     if path.is_dir():
         check_directory(path)
-        return _load_directory(path, attn, dtype, place)
+        return _load_directory(path, attn, dtype, place, ranks)
     if str(model) in PRESETS:
-        return _create(str(model), attn, dtype, place, seed)
+        return _create(str(model), attn, dtype, place, seed, ranks)
     raise ValueError(
         f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
         f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
@@ -132,7 +141,9 @@ def _check_safetensors(file: Path) -> None:
         raise ValueError(f"{file}: expected a whole safetensors file, this one is damaged: {_line(error)}") from error
 
 
-def _load_directory(path: Path, attn: str, dtype: torch.dtype | None, device: torch.device) -> Loaded:
+def _load_directory(
+    path: Path, attn: str, dtype: torch.dtype | None, device: torch.device, ranks: Ranks | None
+) -> Loaded:
     transformers = _transformers()
     check_attention(attn)
     try:
@@ -145,6 +156,7 @@ def _load_directory(path: Path, attn: str, dtype: torch.dtype | None, device: to
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # damaged files raise whatever the tokenizer's parser raises
         raise ValueError(f"{path}: expected a tokenizer (tokenizer.json or the like): {_line(error)}") from error
+    spread = _spread(config, ranks)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -153,6 +165,7 @@ def _load_directory(path: Path, attn: str, dtype: torch.dtype | None, device: to
             attn_implementation=attn,
             local_files_only=True,
             output_loading_info=True,
+            **spread,
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -162,23 +175,76 @@ def _load_directory(path: Path, attn: str, dtype: torch.dtype | None, device: to
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{path}: expected weights for every parameter, {len(missing)} are missing: {missing[0]}, ...")
-    return Loaded(model.to(device).eval(), tokenizer, config.get_text_config(), path.resolve().name)
+    model = model if spread else model.to(device)
+    return Loaded(model.eval(), tokenizer, config.get_text_config(), path.resolve().name, ranks)
 
 
-def _create(name: str, attn: str, dtype: torch.dtype | None, device: torch.device, seed: int) -> Loaded:
+def _create(
+    name: str, attn: str, dtype: torch.dtype | None, device: torch.device, seed: int, ranks: Ranks | None
+) -> Loaded:
     transformers = _transformers()
     check_attention(attn)
     config = transformers.LlamaConfig(**PRESETS[name])
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    spread = _spread(config, ranks)
     # On the device from the start: 8 billion random numbers take minutes on a CPU.
     with torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(seed)
         try:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+            if spread:
+                model = _create_spread(config, dtype, attn, spread)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
         except (ValueError, ImportError) as error:
             raise ValueError(f"attn: {attn} cannot be used here: {_line(error)}") from error
-    return Loaded(model.eval(), None, config, name)
+    return Loaded(model.eval(), None, config, name, ranks)
+
+
+def _spread(config: Any, ranks: Ranks | None) -> dict[str, Any]:
+    """What makes `from_pretrained` spread a model over the ranks. Nothing where one holds it whole."""
+    if ranks is None or ranks.size == 1:
+        return {}
+    transformers = _transformers()
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        how = DistributedConfig(tp_size=ranks.size)
+    except (ImportError, TypeError) as error:
+        raise ImportError(f"tp: expected transformers 5.17 or later, got {transformers.__version__}") from error
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"model: expected a causal language model: {_line(error)}") from error
+    if not model.base_model.tp_plan:
+        raise ValueError(f"tp: {type(model).__name__} has no tensor parallel plan in transformers")
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % ranks.size or kv_heads % ranks.size:
+        raise ValueError(
+            f"tp: expected a number of ranks that divides the model's {heads} heads and {kv_heads} K/V heads, "
+            f"got {ranks.size}"
+        )
+    return {"distributed_config": how}
+
+
+def _create_spread(config: Any, dtype: torch.dtype, attn: str, spread: dict[str, Any]) -> Any:
+    """A preset of which each rank makes its part alone: transformers fills in what a checkpoint does not have, here
+    everything."""
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists all that is missing
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)  # the seed alone is lost on CPUs
+            options = {"dtype": dtype, "attn_implementation": attn, **spread}
+            return LlamaForCausalLM.from_pretrained(None, config=config, state_dict={}, **options)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _transformers() -> Any:

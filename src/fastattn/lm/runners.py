@@ -18,6 +18,8 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
         rows: how many sequences it holds, >= 1.
         capacity: how many tokens each may have, >= 1.
 
+    Ranks that run the model together all get the same kind of runner.
+
     Raises ValueError for rows or a capacity below 1, or a capacity beyond the model's positions.
     """
     for name, value in (("rows", rows), ("capacity", capacity)):
@@ -32,10 +34,17 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
         except (ImportError, AttributeError) as error:
             reason = _line(error)
             continue
+        runner: Runner | None = None
         try:
-            return kind(loaded.model, rows, capacity)
+            runner = kind(loaded.model, rows, capacity)
         except ValueError as error:
             reason = _line(error)
+        if loaded.ranks is not None:
+            elsewhere = loaded.ranks.trouble(reason if runner is None else None)
+            if elsewhere is not None:
+                reason, runner = elsewhere, None
+        if runner is not None:
+            return runner
     warn_once(f"{loaded.name} is decoded one row after another, which is slow: {reason}", f"loop {loaded.name}")
     return LoopRunner(loaded.model, rows, capacity)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..notice import warn_once
 from .load import _line
+from .parallel import Ranks
 from .runner import Runner
 
 WARM_UPS = 3  #: steps before a capture: what is compiled, tuned or allocated by a first call cannot be captured
@@ -27,12 +28,13 @@ class DecodeStep:
     `ids`, int64 `[rows]` on the device, hold each row's last token; the caller writes over what it chooses otherwise.
     """
 
-    def __init__(self, runner: Runner, capture: bool | None = None) -> None:
-        """capture: default: on a GPU, unless the runner says that it is not `capturable`."""
+    def __init__(self, runner: Runner, capture: bool | None = None, ranks: Ranks | None = None) -> None:
+        """capture: default: on a GPU, unless the runner says that it is not `capturable`. ranks: see `Engine`."""
         if capture is None:
             capture = runner.device.type == "cuda" and runner.capturable
         self._runner = runner
         self._capture = capture
+        self._ranks = ranks
         self._captured: dict[int, Any] = {}
         self._pool: Any = None
         self._replays = 0
@@ -51,6 +53,8 @@ class DecodeStep:
             for size in reversed(missing):  # the largest first: what it leaves behind is room for the others
                 self._captured[size] = self._record(size)
         except Exception as error:
+            if self._ranks is not None and not isinstance(error, _NotCaptured):
+                raise  # steps that only some ranks took: their collectives cannot be matched again
             self._capture = False
             # A capture that fails ends with a second error, which says less than the first.
             reason = _line(error.__context__ or error)
@@ -83,8 +87,23 @@ class DecodeStep:
         return next(size for size in buckets(self._runner.rows) if size >= rows)
 
     def _record(self, size: int) -> Captured:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        """A captured step. All ranks get one, or all of them `_NotCaptured`: they go the same way."""
+        self._warm_up(size)
+        if self._ranks is None:
+            return self._recorded(size)
+        found: Captured | None = None
+        failure: str | None = None
+        try:
+            found = self._recorded(size)
+        except Exception as error:
+            failure = _line(error.__context__ or error)
+        # Nothing runs while it is captured: no rank waits in a collective of it for one that could not.
+        failure = self._ranks.trouble(failure)
+        if found is None or failure is not None:
+            raise _NotCaptured(failure)
+        return found
+
+    def _warm_up(self, size: int) -> None:
         device = self._runner.device
         side, current = _side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(current)
@@ -92,11 +111,19 @@ class DecodeStep:
             for _ in range(WARM_UPS):
                 self._plain(size)
         current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+
+    def _recorded(self, size: int) -> Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, side = torch.cuda.CUDAGraph(), _side_stream(self._runner.device)
         # "thread_local": other threads may allocate meanwhile, such as those that build plans.
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             logits = self._plain(size)
         return Captured(graph, logits)
+
+
+class _NotCaptured(RuntimeError):
+    """A step that could not be captured on every rank: all go on without."""
 
 
 class Captured:

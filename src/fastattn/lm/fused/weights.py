@@ -44,6 +44,10 @@ def check(model: Any) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise ValueError(f"model: expected rotary positions of one of {', '.join(ROPE_TYPES)}, got {rope}")
+    # Where transformers spread the weights over ranks, its hooks around each layer join what they compute.
+    spread = (getattr(model, "_tp_size", None) or 1) > 1
+    if spread or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError("model: expected whole weights on this rank, got parts of them (tensor parallel)")
     first = model.model.layers[0]
     linears = [first.self_attn.q_proj, first.self_attn.o_proj, first.mlp.gate_proj, first.mlp.down_proj, model.lm_head]
     for linear in linears:

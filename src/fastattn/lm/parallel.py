@@ -1,0 +1,167 @@
+"""Tensor parallel: the ranks that run one model together, how they start, agree and fail.
+
+transformers spreads the weights over the ranks and makes their collectives; every rank runs the same engine on the same
+requests. That stays in step because the ranks make each decision together: tokens are rank 0's, and what depends on the
+state of a GPU, such as whether a step could be captured, is agreed upon through the store that the ranks met by.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .load import pick_device
+
+#: How long a rank waits for another in a collective or an agreement, which bounds what a hanging rank costs.
+PATIENCE = timedelta(minutes=10)
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks:
+    """The ranks of the default process group, seen by one of them.
+
+    All ranks call `share`, `trouble` and `told` in the same order.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
+        """store: torch.distributed's, the same for all ranks."""
+        self.rank, self.size, self.device = rank, size, device
+        self._store = store
+        # torchrun may start all anew, with the same store.
+        self._prefix = f"fastattn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._asked = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def share(self, ids: Tensor) -> None:
+        """Makes the tensor what it is on rank 0. Only queued on a GPU."""
+        if self.size > 1:
+            dist.broadcast(ids, 0)
+
+    def trouble(self, mine: str | None) -> str | None:
+        """What is in the way on this rank, or on the first of those where something is; None: nothing on any.
+
+        Waits for the ranks on the host alone, so that no GPU work needs to be in step.
+        """
+        self._asked += 1
+        keys = [f"{self._prefix}/{self._asked}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], mine or "")
+        self._store.wait(keys, PATIENCE)
+        if mine is not None:
+            return mine
+        found = ((rank, self._store.get(key).decode()) for rank, key in enumerate(keys))
+        return next((f"rank {rank}: {text}" for rank, text in found if text), None)
+
+    def told(self, find: Callable[[], Any]) -> Any:
+        """What `find` returns on rank 0, the only one that calls it: anything that JSON can say."""
+        self._asked += 1
+        key = f"{self._prefix}/{self._asked}/told"
+        if self.is_first:
+            self._store.set(key, json.dumps(find()))
+        self._store.wait([key], PATIENCE)
+        return json.loads(self._store.get(key))
+
+    def failed(self, error: BaseException) -> None:
+        """Returns on the first rank that fails, which is to say why. Ends the others: they failed for the same reason,
+        which is not to be said twice, or because that one did, which they say instead of the error it led to."""
+        said = f"{type(error).__name__}: {error}"
+        try:
+            first = self._store.compare_set(f"{self._prefix}/failed", "", f"{self.rank} {said}").decode()
+        except RuntimeError:
+            return  # the store went with the process that held it
+        rank, _, reason = first.partition(" ")
+        if int(rank) == self.rank:
+            return
+        if reason != said:
+            print(f"fastattn: rank {self.rank} ends because rank {rank} failed", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def join(device: str | torch.device | None = None) -> Generator[Ranks, None, None]:
+    """Makes this process one of the ranks that torchrun started, for a block.
+
+        with join() as ranks:
+            loaded = load("DIR", ranks=ranks)
+            print(generate(loaded, "def main("))
+
+    Within it, ranks other than the first print nothing. After an error in it the process has to end, and torchrun ends
+    the others; what holds captured steps has to be gone at its end.
+
+    Args:
+        device: cpu or cuda. Default: a GPU each, cuda:LOCAL_RANK, if there are any. GPUs use NCCL, CPUs gloo.
+
+    Raises:
+        ValueError: the process was not started by torchrun; the device does not exist, is not the one that transformers
+            spreads models over, or there are more ranks than GPUs.
+    """
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"tp: expected to be started by torchrun (torchrun --nproc-per-node N -m fastattn ...), but "
+            f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set"
+        )
+    if not dist.is_available():
+        raise ValueError("tp: this torch is built without torch.distributed")
+    from torch.distributed.rendezvous import rendezvous
+
+    place = _place(device, int(os.environ["LOCAL_RANK"]))
+    on_gpu = place.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(place)
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not used
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=place if on_gpu else None,
+    )
+    ranks = Ranks(store, rank, size, place)
+    try:
+        with ExitStack() as stack:
+            if not ranks.is_first:
+                nowhere = open(os.devnull, "w")  # noqa: SIM115  (loggers made within keep it)
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            yield ranks
+    except Exception as error:
+        ranks.failed(error)
+        raise
+    gc.collect()  # NCCL waits for captured graphs that use it
+    dist.destroy_process_group()
+
+
+def _place(device: str | torch.device | None, local_rank: int) -> torch.device:
+    found = pick_device(device)
+    accelerator = torch.accelerator.current_accelerator()
+    used = "cpu" if accelerator is None else accelerator.type
+    if found.type != used:
+        raise ValueError(
+            f"device: expected {used}, over which transformers spreads models with this torch, got {found}"
+        )
+    if device is not None and found.index is not None:
+        raise ValueError(f"device: expected cpu or cuda, each rank takes a GPU of its own, got {found}")
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"tp: expected a GPU for each rank of a host, got {local_rank + 1} ranks or more and {count} GPUs"
+        )
+    return torch.device("cuda", local_rank)
