@@ -89,15 +89,19 @@ class FusedRunner:
         """ids: int64 `[N, S]`, of which `count` are appended to the rows; what follows those is not seen by them, and
         overwritten later. known: the length of the one row, where the host knows it. Returns what the last layer
         leaves, `[N * S, hidden]`."""
-        tokens = ids.shape[1]
+        tokens, reach = ids.shape[1], self.capacity
         lengths = self._lengths[rows]
         ends = (lengths + tokens).clamp_(max=self.capacity)
+        if known is None and self.device.type == "cpu":  # where a length is at hand, and kernels go by the capacity
+            reach = int(ends.max())
+            if ids.shape[0] == 1 and reach < self.capacity:
+                known = reach - tokens
         h = functional.embedding(ids.reshape(-1), self._embedding)
         for layer, memory in zip(self._layers, self._memory, strict=True):
             keys, values = memory[0, rows], memory[1, rows]
             q = layer.rotary(layer.qkv(h), keys, values, lengths)
             if known is None:
-                out = _attend(layer, q, keys, values, ends)
+                out = _attend(layer, q, keys[:, :, :reach], values[:, :, :reach], ends)
             else:
                 end = known + tokens
                 out = _attend(layer, q, keys[:, :, :end], values[:, :, :end], None)
