@@ -6,24 +6,17 @@ processes on the CPU (gloo) serve all tests of this file; one that hangs or dies
 
 from __future__ import annotations
 
-import io
-import multiprocessing
-import os
-import sys
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from cases import relative_error
+from ranks import Ranks
 from tiny_lm import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,7 +31,6 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 MODELS = ("plain", "llama", "gpt_oss")
 WORLD = 2
-SECONDS = 120.0  #: that a run may take before it counts as hung; the first one imports torch and transformers
 #: Lengths of the sequences of each optimizer step. The processes take turns: theirs differ in number and in length.
 STEPS = ((7, 9, 5, 1, 3), (4, 12, 8))
 
@@ -160,84 +152,14 @@ def train(run: Run, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return {name: p.detach() - start[name] for name, p in now.items()}
 
 
-def work(rank: int, store: str, connection: Connection) -> None:
-    """A process's life: runs in, results (or a traceback) out."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
-    limit = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=limit)
-    while True:
-        run = connection.recv()
-        try:
-            result = io.BytesIO()
-            torch.save(train(run, rank, WORLD), result)
-            connection.send(result.getvalue())
-        except Exception:
-            connection.send(traceback.format_exc())
-
-
-class Team:
-    """The processes. Started when they are first needed, and again after one of them failed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.members: list[tuple[Any, Connection]] = []
-        self.started = 0
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.started += 1
-        store = self.folder / f"store{self.started}"
-        for rank in range(WORLD):
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(rank, str(store), there), daemon=True)
-            process.start()
-            there.close()  # so that its end shows here
-            self.members.append((process, here))
-
-    def stop(self) -> None:
-        for process, connection in self.members:
-            process.kill()
-            process.join()
-            connection.close()
-        self.members = []
-
-    def train(self, run: Run) -> list[dict[str, Tensor]]:
-        """What each process found. Fails the test when one of them raises, dies, or does not answer in time."""
-        if not self.members:
-            self.start()
-        deadline = time.monotonic() + SECONDS
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self.members)}
-        for connection in waiting:
-            connection.send(run)
-        found: dict[int, dict[str, Tensor]] = {}
-        trouble = ""
-        while waiting and not trouble:
-            left = deadline - time.monotonic()
-            ready = wait(list(waiting), left) if left > 0 else []
-            if not ready:
-                trouble = f"processes {sorted(waiting.values())} gave no answer within {SECONDS:.0f} s"
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                rank = waiting.pop(connection)
-                try:
-                    answer = connection.recv()
-                except EOFError:
-                    answer = "it died"
-                if isinstance(answer, str):
-                    trouble = f"process {rank}: {answer}"
-                else:
-                    found[rank] = torch.load(io.BytesIO(answer))
-        if trouble:
-            self.stop()
-            pytest.fail(f"{run}: {trouble}", pytrace=False)
-        return [found[rank] for rank in range(WORLD)]
+def train_here(run: Run) -> dict[str, Tensor]:
+    """`train`, in one of the processes."""
+    return train(run, dist.get_rank(), WORLD)
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    team = Team(tmp_path_factory.mktemp("team"))
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    team = Ranks(WORLD, tmp_path_factory.mktemp("team"))
     yield team
     team.stop()
 
@@ -262,15 +184,15 @@ RUNS += [Run(m, "packed", "fsdp", False) for m in MODELS]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-def test_two_processes_step_as_one(run: Run, team: Team) -> None:
+def test_two_processes_step_as_one(run: Run, team: Ranks) -> None:
     want = truth(run.model)
-    for got in team.train(run):
+    for got in team.run(train_here, run):
         assert_moved_alike(got, want)
 
 
 @pytest.mark.parametrize("model", ["plain", "llama"])  # gpt_oss may choose other experts when it is rounded
-def test_mixed_precision_of_fsdp(model: str, team: Team) -> None:
-    for got in team.train(Run(model, "packed", "fsdp", bf16=True)):
+def test_mixed_precision_of_fsdp(model: str, team: Ranks) -> None:
+    for got in team.run(train_here, Run(model, "packed", "fsdp", bf16=True)):
         assert_moved_alike(got, truth(model), tolerance=0.1)
 
 
@@ -304,12 +226,12 @@ def test_checkpointing_computes_attention_again(
     assert totals == [(layers, layers), (2 * layers, layers)]
 
 
-def test_processes_that_hang_or_raise_fail_their_test(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_hang_or_raise_fail_their_test(team: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(globals(), "SECONDS", 0.0)
+        patch.setattr(ranks, "SECONDS", 0.0)
         with pytest.raises(pytest.fail.Exception, match="gave no answer within 0 s"):
-            team.train(Run("plain", "left", "ddp"))
+            team.run(train_here, Run("plain", "left", "ddp"))
     assert not team.members
     with pytest.raises(pytest.fail.Exception, match="ValueError: no model 'none such'"):
-        team.train(Run("none such", "left", "ddp"))  # on new processes
+        team.run(train_here, Run("none such", "left", "ddp"))  # on new processes
     assert not team.members
