@@ -1,6 +1,7 @@
 """`fastattn sweep` without a name: what it measures, who takes part, and that everybody is asked for the same."""
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -359,7 +360,7 @@ def test_mlx_is_asked_in_a_process_of_its_own(case, tmp_path, monkeypatch):
         folder["found"] = peer_mlx.main(command[3])
         return Package(returncode=0, stdout=f"noise\n{json.dumps(folder['found'])}\n", stderr="")
 
-    monkeypatch.setattr(peer_mlx.subprocess, "run", child)
+    monkeypatch.setattr(subprocess, "run", child)
     monkeypatch.setattr(peer_mlx, "ROUND_SECONDS", 1e-4)
     sets = inputs_of(case, 2)
     try:
@@ -378,7 +379,7 @@ def test_mlx_is_asked_in_a_process_of_its_own(case, tmp_path, monkeypatch):
 def test_mlx_that_fails_says_why(monkeypatch):
     pytest.importorskip("safetensors")
     failed = Package(returncode=1, stdout="", stderr="Traceback\nModuleNotFoundError: No module named 'mlx'\n")
-    monkeypatch.setattr(peer_mlx.subprocess, "run", lambda *args, **rest: failed)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **rest: failed)
     (x,) = inputs_of(Case(5, 5))
     with pytest.raises(RuntimeError, match="No module named 'mlx'"):
         peer_mlx.measure(x.q, x.k, x.v, "causal", None, 1.0, 1)

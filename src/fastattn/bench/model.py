@@ -26,6 +26,7 @@ import torch
 from ..lm import Loaded, load, set_attention
 from ..lm.load import check_attention
 from ..lm.parallel import Ranks
+from ..lm.runners import longest as longest_of
 from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
 from .ways import STATIC, Way, attention_of, make_way, timed
@@ -97,7 +98,7 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     loaded = load(settings.model, attention_of(settings.attn[0]), dtype, settings.device, settings.seed, ranks)
     for name in settings.attn[1:]:
         set_attention(loaded.model, attention_of(name))
-    limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
+    limit = longest_of(loaded)
     longest = settings.longest + settings.generation_tokens
     if longest > limit:
         raise ValueError(f"prompt_tokens + generation_tokens: expected at most the model's {limit}, got {longest}")

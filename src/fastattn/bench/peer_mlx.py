@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,8 @@ def measure(
     """
     from safetensors.torch import load_file, save_file
 
+    from .results import child
+
     given = {"q": q, "k": k, "v": v} | ({"sinks": sinks} if sinks is not None else {})
     if mask is not None and not isinstance(mask, str):
         given["mask"] = mask
@@ -48,16 +49,7 @@ def measure(
         save_file(given, Path(folder) / "in.safetensors")
         settings = {"mask": mask if isinstance(mask, str) else None, "scale": scale, "sets": sets}
         (Path(folder) / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "fastattn.bench.peer_mlx", folder],
-            capture_output=True,
-            text=True,
-            timeout=CHILD_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-        found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        found: dict[str, float] = child("fastattn.bench.peer_mlx", folder, seconds=CHILD_SECONDS)
         return load_file(Path(folder) / "out.safetensors")["out"].to(q.device), found
 
 

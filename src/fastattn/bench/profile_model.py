@@ -22,6 +22,7 @@ import torch
 from ..lm import Loaded, load, set_attention
 from ..lm.loop import generate_tokens
 from ..lm.runners import make_runner
+from ..lm.step import DecodeStep
 from . import results
 from .loaded import clock, identity
 from .table import table
@@ -83,18 +84,16 @@ def profile_engine(loaded: Loaded, prompt: int) -> list[dict[str, Any]]:
     device = loaded.model.device
     runner = make_runner(loaded, 1, prompt + 256)
     ids = torch.randint(loaded.config.vocab_size, (prompt,), device=device)
-    token = torch.zeros(1, dtype=torch.int64, device=device)
+    step = DecodeStep(runner)
+    step.prepare(1)
 
     def prefill() -> None:
         runner.clear(0)
         runner.prefill(0, ids)
 
-    step: Callable[[], Any] = lambda: runner.decode(token)  # noqa: E731
-    if device.type == "cuda" and runner.capturable:
-        step = _captured(step, device)
     found = [measure("engine: prefill", prefill, device)]
     prefill()
-    return [*found, measure("engine: decode step", step, device)]
+    return [*found, measure("engine: decode step", lambda: step(1), device)]
 
 
 def profile_loop(loaded: Loaded, prompt: int) -> list[dict[str, Any]]:
@@ -105,18 +104,6 @@ def profile_loop(loaded: Loaded, prompt: int) -> list[dict[str, Any]]:
     next(tokens)
     prefill = measure("sdpa: prefill", lambda: next(generate_tokens(loaded.model, ids)), device)
     return [prefill, measure("sdpa: decode step", lambda: next(tokens), device)]
-
-
-def _captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        step()
-        with torch.cuda.graph(graph, stream=side):
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    return graph.replay
 
 
 def main(argv: Sequence[str] | None = None) -> int:

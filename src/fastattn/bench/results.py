@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -162,3 +163,15 @@ def ask(*command: str) -> str | None:
         return None
     lines = done.stdout.splitlines()
     return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def child(module: str, *arguments: str, seconds: float, env: dict[str, str] | None = None) -> Any:
+    """What `python -m MODULE ARGUMENTS` prints last, JSON, in a process of its own.
+
+    Raises RuntimeError with what it said last when it fails, subprocess.TimeoutExpired after so many seconds.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -7,16 +7,13 @@ processes.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from functools import partial
-from typing import Any
 
 from . import sweep_fresh
 from .calls import IMPLEMENTATIONS, Case
+from .results import child
 from .rows import Row, Sweep, quotient, time_of
 
 NAMES = ("fastattn-any", "fastattn-exact", "torch-cudnn", "torch-flash")
@@ -75,15 +72,7 @@ def _first_call(sweep: Sweep, name: str, plan_cache: str) -> Row:
     variables = {key: value for key, value in os.environ.items() if key != "FASTATTN_PLANS"}
     device = "cpu" if sweep.device.type == "cpu" else f"cuda:{sweep.device.index or 0}"
     length = sweep.pick(2049, 2049, 33)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastattn.bench.first_call", name, device, str(length)],
-        env=variables | {"FASTATTN_PLAN_CACHE": plan_cache},
-        capture_output=True,
-        text=True,
-        timeout=CHILD_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    variables["FASTATTN_PLAN_CACHE"] = plan_cache
+    arguments = name, device, str(length)
+    found = child("fastattn.bench.first_call", *arguments, seconds=CHILD_SECONDS, env=variables)
     return {"length": length, "figures": {f"{step} ms": value for step, value in found.items()}}

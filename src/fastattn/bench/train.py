@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..lm import Loaded, load, set_attention
 from ..lm.load import check_attention, pick_device
+from ..lm.runners import longest
 from .command import OPTIMIZERS
 from .loaded import check_settings, clock, counted, describe, dtype_text, identity, peak_memory, release
 from .train_report import Report, Result, Step
@@ -83,7 +84,7 @@ def run(settings: Settings) -> Report:
     for name in settings.attn[1:]:
         set_attention(loaded.model, name)
     lengths = step_lengths(settings)
-    limit = getattr(loaded.config, "max_position_embeddings", None) or 2**31
+    limit = longest(loaded)
     if max(lengths) > limit:
         field = "variable_lengths" if settings.variable_lengths else "prompt_tokens"
         raise ValueError(f"{field}: expected at most the model's {limit}, got {max(lengths)}")

@@ -6,11 +6,8 @@ all block sizes, warps and stages on two shapes, then the best few of them with 
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +22,7 @@ from ..backends.decode import launch as rules
 from ..backends.decode.bound import bind
 from ..backends.decode.launch import Launch
 from ..problem import Call, Problem
-from . import results
+from . import tuning
 from .calls import Case, Inputs, make_inputs, set_count
 from .table import table
 from .timing import Contender, Timing, race, text_of
@@ -165,33 +162,17 @@ def tune(tile: Tile, device: torch.device) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.tune_decode", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
-    arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("tune_decode: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
-    device = torch.device("cuda", torch.cuda.current_device())
-    begin = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+
+    def measure(device: torch.device) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
         for tile in tiles():
             found = tune(tile, device)
             rows += found
             print(f"\n{tile.name}\n{_table(found)}", flush=True)
             torch.cuda.empty_cache()
-    if arguments.json:
-        command = shlex.join(["python", "-m", "fastattn.bench.tune_decode", *argv])
-        report = results.header("tune_decode", command, device) | {
-            "method": METHOD,
-            "seconds": time.perf_counter() - begin,
-            "rows": rows,
-        }
-        results.write_json(arguments.json, report)
-    return 0
+        return rows
+
+    return tuning.run("tune_decode", __doc__, METHOD, measure, argv)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

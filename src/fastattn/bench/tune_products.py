@@ -8,8 +8,6 @@ that cuBLAS takes for the product alone, without the norm, gate or residual that
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +22,7 @@ from torch.nn import functional
 from ..lm.fused import layers, rules
 from ..lm.fused.layers import Product
 from ..lm.fused.rules import Launch
-from . import results
+from . import tuning
 from .table import table
 from .timing import Contender, Timing, race, text_of
 
@@ -108,24 +106,13 @@ def _calls(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.tune_products", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
-    arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("tune_products: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
-    device = torch.device("cuda", torch.cuda.current_device())
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+
+    def every(device: torch.device) -> list[dict[str, Any]]:
         rows = [tune(shape, device) for shape in SHAPES]
-    print(_table(rows))
-    if arguments.json:
-        command = shlex.join(["python", "-m", "fastattn.bench.tune_products", *argv])
-        report = results.header("tune_products", command, device) | {"method": METHOD, "rows": rows}
-        results.write_json(arguments.json, report)
-    return 0
+        print(_table(rows))
+        return rows
+
+    return tuning.run("tune_products", __doc__, METHOD, every, argv)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

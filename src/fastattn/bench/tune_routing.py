@@ -6,8 +6,6 @@ Both backends take the same calls of few queries: by queries, rows of the tile, 
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from ..api import scaled_dot_product_attention
-from . import results
+from . import tuning
 from .case import Case
 from .inputs import Inputs, make_inputs, set_count
 from .table import table
@@ -57,24 +55,13 @@ def _call(x: Inputs, backend: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.tune_routing", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
-    arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("tune_routing: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
-    device = torch.device("cuda", torch.cuda.current_device())
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+
+    def every(device: torch.device) -> list[dict[str, Any]]:
         rows = [measure(case, device) for case in cases()]
-    print(_table(rows))
-    if arguments.json:
-        command = shlex.join(["python", "-m", "fastattn.bench.tune_routing", *argv])
-        report = results.header("tune_routing", command, device) | {"method": METHOD, "rows": rows}
-        results.write_json(arguments.json, report)
-    return 0
+        print(_table(rows))
+        return rows
+
+    return tuning.run("tune_routing", __doc__, METHOD, every, argv)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

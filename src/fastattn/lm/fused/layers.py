@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...backends.triton_launch import Launcher, overlaps
+from ...memo import Memo
 from .rules import Launch, choose, native
 
 
@@ -67,7 +68,8 @@ def bind(p: Product, launch: Launch) -> None:
 
     constants = (p.size, p.weight.shape[1], p.gated, p.add, launch.block_n, launch.block_k)
     grid = (-(-p.size // launch.block_n),)
-    p.launcher = _launcher(row_kernel, grid, p.weight.device, (), constants, launch.warps)
+    absent = p.gain is None, p.bias is None
+    p.launcher = _launcher(row_kernel, p.weight, grid, (), constants, absent, launch.warps)
 
 
 def gate(x: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def gate(x: Tensor) -> Tensor:
     from .product_kernels import gate_kernel
 
     out, block = x.new_empty((tokens, size)), 1024
-    _launcher(gate_kernel, (tokens, -(-size // block)), x.device, (x.stride(0),), (size, block))((x, out))
+    _launcher(gate_kernel, x, (tokens, -(-size // block)), (x.stride(0),), (size, block))((x, out))
     return out
 
 
@@ -117,10 +119,11 @@ class Rotary:
         block_h = max(1, 512 // block_d)
         launch = _launcher(
             rotary_kernel,
+            x,
             (x.shape[0], -(-(self.q_heads + 2 * self.kv_heads) // block_h)),
-            x.device,
             (tokens, x.stride(0), keys.shape[2], *keys.stride()[:3], *values.stride()[:3]),
             (self.q_heads, self.kv_heads, self.dim, block_h, block_d),
+            (self.q_gain is None,),
         )
         launch((x, q, keys, values, self.cos, self.sin, lengths, self.q_gain, self.k_gain), (self.eps,))
 
@@ -146,11 +149,24 @@ class Rotary:
         values[row, :, place] = new_values[fits].to(values.dtype)
 
 
+_launchers: Memo[Any, Launcher] = Memo(1 << 10)
+
+
 def _launcher(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, integers: tuple[int, ...], constants: tuple[Any, ...],
-    warps: int = 4,
+    kernel: Any, like: Tensor, grid: tuple[int, ...], integers: tuple[int, ...], constants: tuple[Any, ...],
+    absent: tuple[bool, ...] = (), warps: int = 4,
 ) -> Launcher:  # fmt: skip
-    """The last constant of these kernels is whether they overlap with the kernel before them."""
-    pdl = device.type == "cuda" and overlaps(torch.cuda.get_device_capability(device))
-    options = {"launch_pdl": True} if pdl else {}
-    return Launcher(kernel, grid, device, integers, (*constants, pdl), num_warps=warps, **options)
+    """The launcher of one of these kernels, whose last constant is whether it overlaps with the kernel before it. Made
+    once for all layers.
+
+    like: says the device and the dtype of the tensors. absent: which of those that may be None are.
+    """
+    device = like.device
+    name = kernel, device, like.dtype, grid, integers, constants, absent, warps
+    found = _launchers.get(name)
+    if found is None:
+        pdl = device.type == "cuda" and overlaps(torch.cuda.get_device_capability(device))
+        options = {"launch_pdl": True} if pdl else {}
+        found = Launcher(kernel, grid, device, integers, (*constants, pdl), num_warps=warps, **options)
+        _launchers[name] = found
+    return found

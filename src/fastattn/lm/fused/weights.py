@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from .layers import Product, Rotary
 
 #: Model types whose layers compute what `FusedRunner` computes; each is compared with transformers in the tests.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 #: Kinds of rotary positions whose angles depend on the position alone, not on how long the sequence is by now.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -33,10 +38,10 @@ def check(model: Any) -> None:
     """Raises ValueError, with the reason, for a model that `FusedRunner` cannot run."""
     config = model.config
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES or not hasattr(model, "lm_head"):
+    if kind not in FAMILIES:
         raise ValueError(f"model: expected a causal language model of one of {', '.join(FAMILIES)}, got {kind}")
-    if type(model).__name__ != f"{_class_prefix(kind)}ForCausalLM":
-        raise ValueError(f"model: expected {_class_prefix(kind)}ForCausalLM, got {type(model).__name__}")
+    if type(model).__name__ != FAMILIES[kind]:
+        raise ValueError(f"model: expected {FAMILIES[kind]}, got {type(model).__name__}")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ValueError(f"model: expected the activation silu, got {config.hidden_act}")
     if getattr(config, "mlp_bias", False):
@@ -143,7 +148,3 @@ def _window(config: Any, index: int) -> int | None:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     return None if types and types[index] != "sliding_attention" else window
-
-
-def _class_prefix(kind: str) -> str:
-    return {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
