@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from .arguments import DTYPES, add_dtype_and_device
 
 if TYPE_CHECKING:
     from .lm.parallel import Ranks
+
+#: --fused-ops -> `fused_ops` of `lm.load`.
+FUSED_OPS = {"auto": None, "on": True, "off": False}
 
 
 def add_command(commands: Any) -> None:
@@ -37,10 +41,23 @@ def add_command(commands: Any) -> None:
     add("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
     add("--batch-size", type=int, default=8, metavar="ROWS", help="prompts that run at a time (%(default)s)")
     add("--attn", default="fastattn", metavar="NAME", help="attention implementation (%(default)s)")
+    add_fused_ops(add, "where it is installed, on a GPU")
     text = "tensor parallel: spread the model over the processes that torchrun started"
     add("--tp", action="store_true", help=f"{text} (torchrun --nproc-per-node N -m fastattn generate --tp ...)")
     add_dtype_and_device(parser, None, "the model's own")
     parser.set_defaults(run=run)
+
+
+def add_fused_ops(add: Callable[..., Any], automatic: str) -> None:
+    """`--fused-ops`, one of `FUSED_OPS`. add: a parser's `add_argument`. automatic: when "auto" means "on"."""
+    add(
+        "--fused-ops",
+        choices=FUSED_OPS,
+        default="auto",
+        metavar="WHEN",
+        help="liger-kernel's norms, rotary embeddings and activations in models that run through transformers' own "
+        f"modules: auto ({automatic}), on, off (%(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,7 +103,8 @@ def _generate(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
-    loaded = load(arguments.model, arguments.attn, dtype, arguments.device, ranks=ranks)
+    fused_ops = FUSED_OPS[arguments.fused_ops]
+    loaded = load(arguments.model, arguments.attn, dtype, arguments.device, ranks=ranks, fused_ops=fused_ops)
     one = arguments.prompt is not None
     ids = [
         encode(loaded, prompt, chat=arguments.chat, name="prompt" if one else f"prompts[{i}]")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import DTYPES, add_dtype_and_device, numbers
+from ..generation import FUSED_OPS, add_fused_ops
 from . import results
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 # What either benchmark takes, and the other refuses. None is "not given": the default is that of the settings.
 GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths", "tp")
-TRAINING = ("warmup_steps", "variable_lengths", "optimizer", "gradient_checkpointing")
+TRAINING = ("warmup_steps", "variable_lengths", "optimizer", "gradient_checkpointing", "fused_loss")
 
 
 def add_command(commands: Any) -> None:
@@ -31,7 +32,7 @@ def add_command(commands: Any) -> None:
     add(
         "--model",
         help="a Hugging Face model directory, or a preset with random weights: tiny, llama-3.2-1b, "
-        "llama-3.1-8b (default: llama-3.1-8b with a GPU, tiny without)",
+        "llama-3.1-8b, gemma-2-2b (default: llama-3.1-8b with a GPU, tiny without)",
     )
     add("-p", "--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (%(default)s)")
     add("-b", "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (%(default)s)")
@@ -47,6 +48,7 @@ def add_command(commands: Any) -> None:
     )
     add("--json", metavar="FILE", help="write all figures and the environment to FILE")
     add_dtype_and_device(parser, None, "the model's own; for presets, and to train, bf16 on a GPU, fp32 on the CPU")
+    add_fused_ops(add, "where it is installed, on a GPU; to train: off")
     add("--seed", type=int, default=0, metavar="N", help="of the prompts and of a preset's weights (%(default)s)")
 
     add = parser.add_argument_group("generation").add_argument
@@ -84,6 +86,12 @@ def add_command(commands: Any) -> None:
         default=None,
         help="recompute each layer's forward in the backward, instead of keeping what it made",
     )
+    add(
+        "--fused-loss",
+        action="store_true",
+        default=None,
+        help="with --fused-ops on: liger-kernel's loss too, which never holds all logits",
+    )
     parser.set_defaults(run=run)
 
 
@@ -117,6 +125,7 @@ def _run(arguments: argparse.Namespace, mine: Iterable[str], ranks: Ranks | None
         "attn": tuple(name.strip() for name in arguments.attn.split(",")),
         "dtype": DTYPES[arguments.dtype] if arguments.dtype else None,
         "device": arguments.device,
+        "fused_ops": FUSED_OPS[arguments.fused_ops],
         "seed": arguments.seed,
         **{name: getattr(arguments, name) for name in ("num_trials", *mine) if getattr(arguments, name) is not None},
     }

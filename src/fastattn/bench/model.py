@@ -51,10 +51,13 @@ class Settings:
     dtype: str | None = None  #: one of `loaded.DTYPES`; None as in `fastattn.lm.load`
     device: str | None = None
     seed: int = 0
+    fused_ops: bool | None = None  #: see `fastattn.lm.load`; fastattn alone uses them
 
     def __post_init__(self) -> None:
         counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
         check_settings(self, counts, ("delay", "fresh_lengths", "seed"))
+        if self.fused_ops and "fastattn" not in self.attn:
+            raise ValueError("fused_ops: only fastattn uses them, which is not among the implementations")
         if self.prompt_lengths is not None:
             low, high = self.prompt_lengths
             if not 1 <= low <= high:
@@ -95,7 +98,8 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    loaded = load(settings.model, attention_of(settings.attn[0]), dtype, settings.device, settings.seed, ranks)
+    first = attention_of(settings.attn[0])
+    loaded = load(settings.model, first, dtype, settings.device, settings.seed, ranks, settings.fused_ops)
     for name in settings.attn[1:]:
         set_attention(loaded.model, attention_of(name))
     limit = longest_of(loaded)
@@ -107,6 +111,8 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     total = len(settings.attn) * (1 + settings.num_trials + 2 * settings.fresh_lengths)
     results = [Result(name) for name in settings.attn]
     held = Held(loaded.model.device)
+    used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+    used["fused_ops"] = fused_ops = list[str]()
     capacity = max(longest, *(n + 1 for own in lengths for n in own), 1)
     with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
 
@@ -118,8 +124,9 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
             return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
 
         say(describe(loaded))
+        advance = bar.update
         turns = [
-            (result, _measure(loaded, result, own, settings, capacity, held, speaker(result.attn), bar.update))
+            (result, _measure(loaded, result, own, settings, capacity, held, fused_ops, speaker(result.attn), advance))
             for result, own in zip(results, lengths)
         ]
         while turns:
@@ -127,7 +134,6 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
         for result in results:
             if result.calls:
                 speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
-    used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
     if ranks is not None:
         used["world_size"] = ranks.size
     return Report(asdict(settings) | used, identity(loaded), results)
@@ -179,14 +185,19 @@ def _measure(
     settings: Settings,
     capacity: int,
     held: Held,
+    fused_ops: list[str],
     say: Callable[[str], None],
     advance: Callable[[], Any],
 ) -> Iterator[None]:
-    """The measurement of one implementation, in steps between which another may take its turn."""
+    """The measurement of one implementation, in steps between which another may take its turn. fused_ops: gets what
+    liger-kernel replaces in its turns."""
     try:
         release()
         say("Running warmup..")
         way = make_way(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
+        fused_ops += way.fused_ops
+        if way.fused_ops:
+            say("Fused by liger-kernel: " + ", ".join(way.fused_ops))
         _trial(loaded, way, settings, 0, 0)
         advance()
         yield

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..lm import Loaded, load, set_attention
+from ..lm.fused_ops import FusedOps, find_fused_ops
 from ..lm.load import check_attention, pick_device
 from ..lm.runners import longest
 from .command import OPTIMIZERS
@@ -46,11 +47,17 @@ class Settings:
     dtype: str | None = None  #: one of `loaded.DTYPES`; None: bfloat16 on a GPU, else as in `fastattn.lm.load`
     device: str | None = None
     seed: int = 0
+    fused_ops: bool | None = None  #: True: fastattn's steps use liger-kernel's operations (None is False here)
+    fused_loss: bool = False  #: and its loss, which never holds all logits
 
     def __post_init__(self) -> None:
         check_settings(self, ("batch_size", "num_trials", "warmup_steps"), ("delay", "seed"))
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.fused_loss and not self.fused_ops:
+            raise ValueError("fused_loss: only with fused_ops")
+        if self.fused_ops and "fastattn" not in self.attn:
+            raise ValueError("fused_ops: only fastattn uses them, which is not among the implementations")
         if self.prompt_tokens < 2:
             raise ValueError(f"prompt_tokens: expected at least 2 to train on, got {self.prompt_tokens}")
         if self.variable_lengths is not None:
@@ -80,7 +87,9 @@ def run(settings: Settings) -> Report:
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = settings.dtype or ("bfloat16" if pick_device(settings.device).type == "cuda" else None)
     torch_dtype = getattr(torch, dtype) if dtype else None
-    loaded = load(settings.model, settings.attn[0], torch_dtype, settings.device, settings.seed)
+    loaded = load(
+        settings.model, settings.attn[0], torch_dtype, settings.device, settings.seed, fused_ops=settings.fused_ops
+    )
     for name in settings.attn[1:]:
         set_attention(loaded.model, name)
     lengths = step_lengths(settings)
@@ -89,6 +98,7 @@ def run(settings: Settings) -> Report:
         field = "variable_lengths" if settings.variable_lengths else "prompt_tokens"
         raise ValueError(f"{field}: expected at most the model's {limit}, got {max(lengths)}")
     _prepare(loaded, settings.gradient_checkpointing)
+    ops = find_fused_ops(loaded.model, settings.fused_loss) if settings.fused_ops else FusedOps()
 
     results = [Result(name) for name in settings.attn]
     with tqdm(total=len(results) * len(lengths), unit="step", leave=False, disable=None) as bar:
@@ -98,8 +108,11 @@ def run(settings: Settings) -> Report:
             sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
 
         say(describe(loaded))
-        _measure(loaded, results, lengths, settings, say, bar.update)
-        used = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+        if ops.replaced:
+            say("Fused by liger-kernel, in fastattn's steps: " + ", ".join(ops.replaced))
+        _measure(loaded, results, lengths, settings, ops, say, bar.update)
+        used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+        used["fused_ops"] = list(ops.replaced)
         report = Report(asdict(settings) | used, identity(loaded), results)
         for result in results:
             if result.error is None:
@@ -148,10 +161,11 @@ def _measure(
     results: list[Result],
     lengths: list[int],
     settings: Settings,
+    ops: FusedOps,
     say: Callable[..., None],
     advance: Callable[[], Any],
 ) -> None:
-    """Fills the results. `say(line, result)` prints."""
+    """Fills the results. ops: of fastattn's steps. `say(line, result)` prints."""
     optimizer = _optimizer(loaded.model, settings.optimizer, loaded.model.device)
     say("Running warmup..")
     for i, length in enumerate(lengths):
@@ -165,7 +179,7 @@ def _measure(
             set_attention(loaded.model, result.attn)
             time.sleep(settings.delay)
             step = None
-            with suppress(torch.OutOfMemoryError), counted(result):
+            with suppress(torch.OutOfMemoryError), counted(result), ops if result.attn == "fastattn" else FusedOps():
                 step = _step(loaded, optimizer, _tokens(loaded, settings, length, i), last=i == len(lengths) - 1)
             if step is None:  # by now the exception is gone, and with it what its frames held
                 result.error = "out of memory"

@@ -27,6 +27,8 @@ STATIC, LOOP = "-static", "-hf"
 class Way(Protocol):
     """One way of continuing prompts."""
 
+    fused_ops: tuple[str, ...]  #: of the model's operations those that liger-kernel replaces
+
     def run(self, prompts: Prompts, tokens: int) -> tuple[float, float]:
         """Continues each prompt by so many tokens. Returns two times of the clock: when every prompt had its first new
         token, and when all was done."""
@@ -55,7 +57,9 @@ class _Engine:
         from ..lm.engine import Engine
         from ..lm.runners import make_runner
 
-        self._engine = Engine(make_runner(loaded, rows, capacity), eos_ids=(), ranks=loaded.ranks)
+        runner = make_runner(loaded, rows, capacity)
+        self.fused_ops: tuple[str, ...] = getattr(runner, "fused_ops", ())
+        self._engine = Engine(runner, eos_ids=(), ranks=loaded.ranks)
 
     def run(self, prompts: Prompts, tokens: int) -> tuple[float, float]:
         begun: set[int] = set()
@@ -69,6 +73,8 @@ class _Engine:
 
 
 class _Loop:
+    fused_ops: tuple[str, ...] = ()
+
     def __init__(self, loaded: Loaded, step: int) -> None:
         self._loaded = loaded
         self._step = step
@@ -87,6 +93,8 @@ class _Loop:
 class _Generate:
     """transformers' `generate`, greedily. cache: its `cache_implementation`; with a static one every call has room for
     `capacity` tokens, as each other size would be compiled anew."""
+
+    fused_ops: tuple[str, ...] = ()
 
     def __init__(self, loaded: Loaded, cache: str | None, capacity: int) -> None:
         self._loaded = loaded

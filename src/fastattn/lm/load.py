@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .presets import PRESETS
+from .fused_ops import check_fused_ops
+from .presets import PRESETS, preset_config
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -25,6 +26,7 @@ class Loaded:
     config: Any  #: transformers' PretrainedConfig of the text part
     name: str  #: the preset's name, or the directory's
     ranks: Ranks | None = None  #: that run it together (tensor parallel); None: this process alone
+    fused_ops: bool | None = None  #: whether liger-kernel's operations are used, see `load`
 
 
 def load(
@@ -34,33 +36,41 @@ def load(
     device: str | torch.device | None = None,
     seed: int = 0,
     ranks: Ranks | None = None,
+    fused_ops: bool | None = None,
 ) -> Loaded:
     """Loads a causal language model for inference. Nothing is downloaded.
 
     Args:
         model: a directory in Hugging Face's layout (config.json, *.safetensors, a tokenizer), or a preset with random
-            weights: "tiny", "llama-3.2-1b", "llama-3.1-8b". A directory of that name goes before a preset.
+            weights: "tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b". A directory of that name goes before.
         attn: the attention implementation, see `set_attention`.
         dtype: of the weights. Default: a directory's own; for presets bfloat16 on a GPU, float32 on the CPU.
         device: default: the current GPU if there is one, else the CPU.
         seed: of a preset's weights.
         ranks: spread the model over them, as its tensor parallel plan in transformers says: each holds its part of the
             weights, on its own device. A preset's weights are others then. See `fastattn.lm.parallel.join`.
+        fused_ops: whether liger-kernel's norms, rotary embeddings and activations take the place of transformers' own
+            while a runner or an engine runs the model through transformers' modules; the model itself is not changed.
+            None: on a GPU, where liger-kernel is installed. True: it is required. False: never.
 
     Raises:
         ValueError: there is no such model, or it is incomplete or damaged: the text names the path and what was
             expected there. The device or the attention implementation is not available. The model has no tensor
-            parallel plan, or heads that the ranks do not divide.
-        ImportError: transformers is not installed, or too old for `ranks`.
+            parallel plan, or heads that the ranks do not divide. `fused_ops` without a GPU, or with `ranks`.
+        ImportError: transformers is not installed, or too old for `ranks`; or liger-kernel is not, for `fused_ops`.
     """
     _transformers()
     place = pick_device(device) if ranks is None else ranks.device
+    if fused_ops:
+        if ranks is not None:
+            raise ValueError("fused_ops: cannot be used with a model that is spread over ranks")
+        check_fused_ops(place)
     path = Path(model)
     if path.is_dir():
         check_directory(path)
-        return _load_directory(path, attn, dtype, place, ranks)
+        return replace(_load_directory(path, attn, dtype, place, ranks), fused_ops=fused_ops)
     if str(model) in PRESETS:
-        return _create(str(model), attn, dtype, place, seed, ranks)
+        return replace(_create(str(model), attn, dtype, place, seed, ranks), fused_ops=fused_ops)
     raise ValueError(
         f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
         f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
@@ -184,7 +194,7 @@ def _create(
 ) -> Loaded:
     transformers = _transformers()
     check_attention(attn)
-    config = transformers.LlamaConfig(**PRESETS[name])
+    config = preset_config(name)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     spread = _spread(config, ranks)
@@ -233,7 +243,7 @@ def _spread(config: Any, ranks: Ranks | None) -> dict[str, Any]:
 def _create_spread(config: Any, dtype: torch.dtype, attn: str, spread: dict[str, Any]) -> Any:
     """A preset of which each rank makes its part alone: transformers fills in what a checkpoint does not have, here
     everything."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -242,7 +252,8 @@ def _create_spread(config: Any, dtype: torch.dtype, attn: str, spread: dict[str,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)  # the seed alone is lost on CPUs
             options = {"dtype": dtype, "attn_implementation": attn, **spread}
-            return LlamaForCausalLM.from_pretrained(None, config=config, state_dict={}, **options)
+            kind = AutoModelForCausalLM._model_mapping[type(config)]  # the Auto class itself wants a name or a path
+            return kind.from_pretrained(None, config=config, state_dict={}, **options)
     finally:
         logging.set_verbosity(verbosity)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .load import Loaded
+from ..notice import warn_once
+from .fused_ops import FusedOps, choose_fused_ops
+from .load import Loaded, _line
 from .loop import PREFILL_STEP
 
 #: RoPE whose frequencies change with the longest position of a batch: they are chosen on the host, for all rows alike.
@@ -18,18 +20,27 @@ ROPE_OF_THE_BATCH = ("dynamic", "longrope")
 class ModuleRunner:
     """See `Runner`. The model runs as transformers wrote it, with "fastattn" for its attention.
 
+    While it runs here, liger-kernel's operations may take the place of its own: see `fused_ops`. Between the runner's
+    calls nothing of that is left in the model.
+
     Args:
         model: a transformers model for causal language modelling on one device, or `load`'s result.
         rows, capacity: as many sequences, of at most so many tokens.
+        fused_ops: True: liger-kernel is required. False: not used. None: as the model was loaded; otherwise where
+            liger-kernel is installed, on a GPU.
 
     Raises:
         ValueError: rows or capacity is not as described, or the model cannot be run row by row; the text says why.
+            `fused_ops` is required, and the model is not on a GPU.
+        ImportError: `fused_ops` is required, and liger-kernel is not installed.
     """
 
-    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+    def __init__(self, model: Any, rows: int, capacity: int, fused_ops: bool | None = None) -> None:
         from ..hf import StaticCache
 
-        model = model.model if isinstance(model, Loaded) else model
+        if isinstance(model, Loaded):
+            fused_ops = model.fused_ops if fused_ops is None else fused_ops
+            model = model.model
         why = refusal(model, rows, capacity)
         if why is not None:
             raise ValueError(f"model: {type(model).__name__} cannot be run row by row: {why}")
@@ -42,7 +53,21 @@ class ModuleRunner:
         self.capturable = not _reads_its_experts(model)
         self._views: dict[tuple[int, int], StaticCache] = {}
         self._last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        self._try_out()
+        self._ops = choose_fused_ops(model, fused_ops)
+        try:
+            self._try_out()
+        except Exception as error:
+            if fused_ops or not self.fused_ops:
+                raise
+            self._ops = FusedOps()  # the model's own operations then have their try
+            self._try_out()
+            text = f"the model runs without liger-kernel's fused operations, which is slower: {_line(error)}"
+            warn_once(text, "fused_ops")
+
+    @property
+    def fused_ops(self) -> tuple[str, ...]:
+        """What liger-kernel replaces while the model runs here."""
+        return self._ops.replaced
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Tensor) -> Tensor:
@@ -81,11 +106,13 @@ class ModuleRunner:
         """Raises ValueError unless the model's own code can do with lengths that only the device knows."""
         from ..hf import StaticCache
 
-        cache = StaticCache(self.model.config, batch=min(self.rows, 2), capacity=8, device=self.device)
+        cache = StaticCache(self.model.config, batch=min(self.rows, 2), capacity=24, device=self.device)
         cache.forget()
         ids = torch.zeros(cache.max_batch_size, 1, dtype=torch.long, device=self.device)
         try:
-            self._forward(self.model, ids[:1].expand(1, 3), cache.view(0, 1))
+            # Triton compiles a kernel anew for a length that 16 divides: here, not while somebody waits.
+            for length in (3, 16) if self.fused_ops else (3,):
+                self._forward(self.model, ids[:1].expand(1, length), cache.view(0, 1))
             self._forward(self.model, ids, cache)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -101,7 +128,8 @@ class ModuleRunner:
 
     def _forward(self, module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
         positions = cache.positions(ids.shape[1])
-        return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
+        with self._ops:
+            return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
 
 
 def refusal(model: Any, rows: int, capacity: int) -> str | None:

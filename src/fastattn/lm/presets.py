@@ -1,6 +1,7 @@
 """Models by name, with random weights: speed depends on the shape, and a shape needs no download.
 
-The values are those of the published config.json files (meta-llama/Llama-3.1-8B, meta-llama/Llama-3.2-1B).
+The values are those of the published config.json files (meta-llama/Llama-3.1-8B, meta-llama/Llama-3.2-1B,
+google/gemma-2-2b).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _rope(factor: float) -> dict[str, Any]:
     }
 
 
-#: name -> arguments of transformers' LlamaConfig
+#: name -> what a config.json says, where model_type is "llama" unless it says otherwise
 PRESETS: dict[str, dict[str, Any]] = {
     # Big enough to have grouped heads and a real head dim, small enough for one CPU core.
     "tiny": {
@@ -66,4 +67,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_parameters": _rope(8.0),
         "tie_word_embeddings": False,
     },
+    # Windows in every second layer, a softcap, four norms a layer: what is served by transformers' own modules.
+    "gemma-2-2b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
 }
+
+
+def preset_config(name: str) -> Any:
+    """A preset as transformers' config."""
+    from transformers import AutoConfig
+
+    settings = {"model_type": "llama", **PRESETS[name]}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)

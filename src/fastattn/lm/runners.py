@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from ..notice import warn_once
 from .load import Loaded, _line
@@ -20,7 +21,8 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
 
     Ranks that run the model together all get the same kind of runner.
 
-    Raises ValueError for rows or a capacity below 1, or a capacity beyond the model's positions.
+    Raises ValueError for rows or a capacity below 1, or a capacity beyond the model's positions; where the model was
+    loaded with `fused_ops=True`, also when no runner that has a use for them takes it.
     """
     for name, value in (("rows", rows), ("capacity", capacity)):
         if value < 1:
@@ -36,7 +38,7 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
             continue
         runner: Runner | None = None
         try:
-            runner = kind(loaded.model, rows, capacity)
+            runner = kind(loaded.model, rows, capacity, **_options(loaded, name))
         except ValueError as error:
             reason = _line(error)
         if loaded.ranks is not None:
@@ -45,6 +47,8 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
                 reason, runner = elsewhere, None
         if runner is not None:
             return runner
+    if loaded.fused_ops:
+        raise ValueError(f"fused_ops: cannot be used with {loaded.name}, it is decoded one row after another: {reason}")
     warn_once(f"{loaded.name} is decoded one row after another, which is slow: {reason}", f"loop {loaded.name}")
     return LoopRunner(loaded.model, rows, capacity)
 
@@ -53,6 +57,14 @@ def _runners(loaded: Loaded) -> list[tuple[str, str]]:
     """Modules of this package and their runners, the fastest first."""
     fused = [("fused", "FusedRunner")] if loaded.model.config._attn_implementation == "fastattn" else []
     return [*fused, ("module_runner", "ModuleRunner")]
+
+
+def _options(loaded: Loaded, name: str) -> dict[str, Any]:
+    """What a runner is told beside the model: `FusedRunner` has kernels of its own for everything."""
+    if name != "ModuleRunner":
+        return {}
+    # The parts of a spread model may be tensors of another kind; there liger-kernel has not been tried.
+    return {"fused_ops": loaded.fused_ops if loaded.ranks is None else False}
 
 
 def longest(loaded: Loaded) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..lm.load import pick_device
-from ..lm.presets import PRESETS
+from ..lm.presets import PRESETS, preset_config
 from .kinds import Attention
 from .report import Warmth
 from .run import warm
@@ -98,7 +98,7 @@ def read_config(model: str | Path | Any) -> Any:
                 f"{Path(model) / 'config.json'}: expected the config of a model transformers knows: {line}"
             ) from error
     if str(model) in PRESETS:
-        return transformers.LlamaConfig(**PRESETS[str(model)])
+        return preset_config(str(model))
     raise ValueError(
         f"model: expected a directory with a config.json, or one of the presets {', '.join(PRESETS)}, "
         f"got {str(model)!r}"
