@@ -16,7 +16,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from ..api import scaled_dot_product_attention
 from ..parallel import ContextParallel, cost
 from . import results
-from .parallel_ranks import Bench, Sizes, captured, link_rate
+from .parallel_ranks import Bench, Sizes, captured, joined, link_rate
 from .parallel_report import markdown, paper, show, show_decode
 
 METHOD = {
@@ -203,22 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.json:
         results.check_writable(arguments.json)
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # NVLink multicast needs more of a machine's fabric manager than point-to-point does, and hangs without it.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    limit = timedelta(seconds=arguments.timeout)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=limit, device_id=device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=limit)
-    try:
+    with joined(arguments.device, arguments.timeout) as device:
         report = measure(arguments, device)
-    finally:
-        dist.destroy_process_group()
     if arguments.json and int(os.environ["RANK"]) == 0:
         command = shlex.join(
             ["torchrun", "--nproc-per-node", str(report["ranks"]), "-m", "fastattn.bench.parallel", *argv]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +17,29 @@ from torch import Tensor
 
 from ..parallel import ContextParallel
 from ..parallel.exchange import Transfer
+
+
+@contextmanager
+def joined(kind: str | None, seconds: int) -> Iterator[torch.device]:
+    """The processes that torchrun started, as a process group; gives this one's device.
+
+    kind: "cuda" (NCCL) or "cpu" (gloo); None: the first if there is a GPU. seconds: until a lost rank ends the others.
+    """
+    # NVLink multicast needs more of a machine's fabric manager than point-to-point does, and hangs without it.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    limit = timedelta(seconds=seconds)
+    if (kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=limit, device_id=device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=limit)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

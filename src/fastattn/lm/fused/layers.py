@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ...backends.triton_launch import Launcher, overlaps
 from ...memo import Memo
-from .rules import Launch, choose, native
+from .rules import MANY_TOKENS, Launch, choose, native
 
 
 class Product:
@@ -100,8 +100,9 @@ class Rotary:
     def __call__(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """The turned queries `[rows, Hq, tokens, D]`, token-major.
 
-        x: `[rows * tokens, (Hq + 2 Hkv) D]`, queries, keys and values of each token. keys, values: the cache `[rows,
-        Hkv, C, D]`, written at each row's `lengths` (int32 `[rows]`) and after; tokens beyond C are dropped.
+        x: `[rows * tokens, (Hq + 2 Hkv) D]`, contiguous: queries, keys and values of each token. keys, values: the
+        cache `[rows, Hkv, C, D]`, last stride 1, written at each row's `lengths` (int32 `[rows]`) and after; tokens
+        beyond C are dropped.
         """
         rows = keys.shape[0]
         tokens = x.shape[0] // rows
@@ -115,14 +116,17 @@ class Rotary:
     def _launch(self, x: Tensor, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, tokens: int) -> None:
         from .rotary_kernel import rotary_kernel
 
-        block_d = 1 << (self.dim - 1).bit_length()
-        block_h = max(1, 512 // block_d)
+        half = 1 << (self.dim // 2 - 1).bit_length()
+        # One token is spread over many programs, as nothing else fills the GPU; many tokens want larger loads.
+        block_h = max(1, (512 if x.shape[0] < MANY_TOKENS else 2048) // (2 * half))
+        strides = (*keys.stride()[:3], *values.stride()[:3])
+        unit = 1 if any(stride % 8 for stride in strides) else 8
         launch = _launcher(
             rotary_kernel,
             x,
             (x.shape[0], -(-(self.q_heads + 2 * self.kv_heads) // block_h)),
-            (tokens, x.stride(0), keys.shape[2], *keys.stride()[:3], *values.stride()[:3]),
-            (self.q_heads, self.kv_heads, self.dim, block_h, block_d),
+            (tokens, keys.shape[2], *(stride // unit for stride in strides)),
+            (self.q_heads, self.kv_heads, self.dim, block_h, half, unit),
             (self.q_gain is None,),
         )
         launch((x, q, keys, values, self.cos, self.sin, lengths, self.q_gain, self.k_gain), (self.eps,))

@@ -10,6 +10,8 @@ import torch
 
 from ...switches import is_on
 
+MANY_TOKENS = 64  #: from so many on they fill a GPU however they are dealt to programs
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:

@@ -47,6 +47,8 @@ class FusedRunner:
             # Zeros: what lies past a row's length must be finite where a kernel reads it and multiplies it by 0.
             self._memory = torch.zeros(shape, dtype=weight.dtype, device=self.device)
             self._lengths = torch.zeros(rows, dtype=torch.int32, device=self.device)
+            if self.device.type == "cuda":
+                self._try_products()
         self._fresh = [True] * rows  # nothing was ever put into the row: the host knows its length
 
     @torch.inference_mode()
@@ -85,6 +87,18 @@ class FusedRunner:
             self._fresh[target] = self._fresh[source]
             self.clear(source)
 
+    def _try_products(self) -> None:
+        """Has cuBLAS choose and load its kernels for every number of tokens that a step of a prompt may have: else the
+        first prompt of a length waits for it, up to 45 ms."""
+        layer = self._layers[0]
+        inner, hidden = layer.out.weight.shape[1], self._embedding.shape[1]
+        most = min(self.capacity, STEP + STEP // 4)
+        for tokens in sorted({_rounded(n) for n in range(2, most + 1)}):
+            h = self._embedding.new_zeros((tokens, hidden))
+            layer.qkv(h)
+            layer.out(h.new_zeros((tokens, inner)), h)
+            layer.down(layer.gate_up(h), h)
+
     def _forward(self, ids: Tensor, rows: slice, known: int | None, count: int) -> Tensor:
         """ids: int64 `[N, S]`, of which `count` are appended to the rows; what follows those is not seen by them, and
         overwritten later. known: the length of the one row, where the host knows it. Returns what the last layer
@@ -118,9 +132,8 @@ def _steps(tokens: int) -> list[int]:
 
 
 def _rounded(tokens: int) -> int:
-    """Tokens that are computed for so many: there are few multiples of 64. For each number of rows that it has not seen
-    cuBLAS chooses its kernels, and loads them (the first prompt of a length took 2 to 18 ms longer than the second);
-    its tiles have 64 rows and more anyway."""
+    """Tokens that are computed for so many: there are few multiples of 64, so that all can be tried beforehand
+    (`FusedRunner._try_products`), and cuBLAS' tiles have 64 rows and more anyway."""
     return tokens if tokens == 1 else -(-tokens // 64) * 64 if tokens > 16 else 16
 
 
