@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def outcome(case: Case, backend: str, device: str) -> dict[str, Any]:
     return found
 
 
+def place(error: BaseException) -> str:
+    """Where it was raised: the innermost lines."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+
+
 def main(backend: str, file: str, skip: str = "[]", device: str = "cuda") -> None:
     done = set(json.loads(skip))
     with Path(file).open("a", buffering=1) as lines:
@@ -62,7 +69,8 @@ def main(backend: str, file: str, skip: str = "[]", device: str = "cuda") -> Non
             except Exception as error:
                 if device == "cuda":
                     torch.cuda.synchronize()  # raises again, and ends the process, when the GPU is beyond recovery
-                found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+                what = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                found = {"failed": f"{what} ({place(error)})"}
             lines.write(json.dumps({"case": index, **found}) + "\n")
 
 

@@ -437,9 +437,9 @@ def test_the_loop_gives_what_transformers_gives(tiny):
 
 
 def test_the_loop_prefills_in_steps(tiny, monkeypatch):
-    from fastattn.lm import loop_runner
+    from fastattn.lm import runner as runner_module
 
-    monkeypatch.setattr(loop_runner, "PREFILL_STEP", 4)
+    monkeypatch.setattr(runner_module, "PREFILL_STEP", 4)
     ids = torch.randint(1024, (11,))
     expected = tiny.model(ids[None]).logits[0, -1]
     for one in ({"logits_to_keep": 1}, {}):

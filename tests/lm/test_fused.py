@@ -23,7 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastattn.lm.fused import FusedRunner, runner
+from fastattn.lm import runner as runner_module
+from fastattn.lm.fused import FusedRunner
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -85,7 +86,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("kernels")
 def test_rows_of_their_own_lengths(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "STEP", 4)
+    monkeypatch.setattr(runner_module, "PREFILL_STEP", 4)
     model = model_of(CONFIGS[name], device)
     held = [draw(9), draw(1), draw(4)]
     expected = [logits_of(model, ids) for ids in held]

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from fastattn.lm import generate_tokens, load, prefill
+from fastattn.lm.runner import prefill_steps
 
 IMPLEMENTATIONS = ["sdpa", "eager", "fastattn"]
 
@@ -80,3 +81,18 @@ def test_prompts_without_tokens(model, ids):
 def test_step_of_zero(model):
     with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
         prefill(model, torch.zeros(1, 3, dtype=torch.int64), DynamicCache(), 0)
+
+
+@pytest.mark.parametrize(
+    "tokens, steps",
+    [
+        (0, []),
+        (1, [1]),
+        (2560, [2560]),
+        (2561, [2048, 513]),
+        (4097, [2048, 2049]),
+        (32768, [2048] * 16),
+    ],
+)
+def test_the_last_step_takes_up_a_short_rest(tokens, steps):
+    assert prefill_steps(tokens) == steps

@@ -23,7 +23,8 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 from tiny_models import build, tokens
 
-from fastattn.lm import Loaded, load, module_runner
+from fastattn.lm import Loaded, load
+from fastattn.lm import runner as runner_module
 from fastattn.lm.module_runner import ModuleRunner
 from fastattn.lm.runner import Runner
 
@@ -98,7 +99,7 @@ def poison(runner: ModuleRunner) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_independent(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_runner, "PREFILL_STEP", 4)
+    monkeypatch.setattr(runner_module, "PREFILL_STEP", 4)
     fast, eager = models(family)
     runner = ModuleRunner(fast, 4, CAPACITY)
     runner.prefill(0, tokens(1, 3)[0])
@@ -123,7 +124,7 @@ def test_rows_are_independent(family: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "llama4"])
 def test_where_the_host_knows_no_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a captured step: prefills of any length and in any state of a row."""
-    monkeypatch.setattr(module_runner, "PREFILL_STEP", 7)
+    monkeypatch.setattr(runner_module, "PREFILL_STEP", 7)
     fast, eager = models(family)
     runner = ModuleRunner(fast, 3, CAPACITY)
     runner.cache.forget()
@@ -309,7 +310,7 @@ def test_experts_on_the_host_are_not_captured() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral", "qwen3"])
 def test_captured_decode(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32, so that the tokens are those of eager."""
-    monkeypatch.setattr(module_runner, "PREFILL_STEP", 16)
+    monkeypatch.setattr(runner_module, "PREFILL_STEP", 16)
     fast, eager = (model.cuda() for model in models(family))
     for model in (fast, eager) if family == "gpt_oss" else ():
         model.set_experts_implementation("batched_mm")  # the one that can be captured in float32

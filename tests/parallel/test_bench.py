@@ -7,19 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from fastattn.bench import parallel
+from fastattn.bench import parallel, parallel_model
 
-COMMAND = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastattn.bench.parallel"]
+REPO = Path(__file__).parents[2]
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+COMMAND = [*TORCHRUN, "fastattn.bench.parallel"]
+ON_CPU = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_it_runs_under_torchrun_and_writes_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "parallel.json"
     options = ["--device", "cpu", "--tokens", "48", "--training-tokens", "40", "--repeats", "1", "--warmup", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | ON_CPU
     done = subprocess.run(
         [sys.executable, *COMMAND, *options, "--calls", "2", "--json", str(file)],
         capture_output=True, text=True, timeout=300, check=False, env=environment,
@@ -44,17 +49,38 @@ def test_it_runs_under_torchrun_and_writes_its_file(tmp_path: Path, capsys: pyte
     assert f"{report['sections'][0]['rows'][1]['ms']:.2f}" in lines[4]
 
 
+def test_a_prompt_through_a_whole_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.json"
+    options = ["--device", "cpu", "--model", "tiny", "-p", "71", "-g", "3", "--check-tokens", "33", "--strategy", "ring"]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "fastattn.bench.parallel_model", *options, "--json", str(file)],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ | ON_CPU,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(file.read_text())
+    assert report["ranks"] == len(report["peak_memory"]) == 2
+    assert report["prompt_s"] > 0 and report["generation_tps"] > 0
+    assert 0 < report["error"] < 1e-5  # in another order, so not the very same
+    assert f"{report['prompt_tps']:.0f}" in done.stdout
+
+
+@pytest.mark.parametrize("command", [parallel, parallel_model])
 def test_without_torchrun_it_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert parallel.main([]) == 2
+    assert command.main([]) == 2
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", sorted((REPO / "benchmarks" / "results").glob("*/parallel-[0-9].json")), ids=str)
+def test_the_document_holds_what_was_measured(file: Path) -> None:
+    document = (REPO / "docs" / "parallel.md").read_text(encoding="utf-8")
+    assert parallel.markdown(json.loads(file.read_text())) in document
+
+
 def test_the_document_holds_what_the_model_predicts() -> None:
-    document = Path(__file__).parents[2] / "docs" / "parallel.md"
-    assert parallel.paper() in document.read_text(encoding="utf-8")
+    assert parallel.paper() in (REPO / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu

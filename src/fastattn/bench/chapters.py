@@ -152,6 +152,18 @@ def _parallel(chapter: Chapter, data: dict[str, Any]) -> None:
         chapter.notes += [f"{what}: {row['strategy']}: {row['refusal']}" for row in refused]
 
 
+def _parallel_model(chapter: Chapter, data: dict[str, Any]) -> None:
+    peak = ", ".join(f"{x:.2f}" for x in data["peak_memory"])
+    row = [f"{data['prompt_tokens']:,}", str(data["ranks"]), number(data["prompt_s"]), number(data["prompt_tps"])]
+    head = ["prompt tokens", "GPUs", "seconds", "prompt tokens/s", "generated tokens/s", "peak memory, GB, of each"]
+    chapter.parts.append(Table(data["model"]["name"], head, [[*row, number(data["generation_tps"]), peak]]))
+    chapter.notes.append(
+        f"Over {data['check_tokens']:,} tokens the last logits differ from one GPU's by {data['error']:.1e} of their norm."
+    )
+    if data["note"]:
+        chapter.notes.append(data["note"])
+
+
 def _tuning(chapter: Chapter, data: dict[str, Any]) -> None:
     keys = ("splits", "block_m", "block_n", "warps", "stages")
     rows = []
@@ -208,6 +220,11 @@ _KINDS: dict[str, tuple[str, str, _Fill]] = {
     ),
     "train": ("Training a model", "Whole training steps; only the attention implementation differs.", _model),
     "parallel": ("Several GPUs", "One sequence's attention divided among GPUs, each way in turn.", _parallel),
+    "parallel-model": (
+        "A prompt too long for one GPU",
+        "A whole model reads one prompt, its tokens spread over the GPUs.",
+        _parallel_model,
+    ),
     "tune_decode": (
         "Launches of the decode kernel",
         "Every way of launching the kernel that reads a long cache for a few queries.",

@@ -41,6 +41,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cudnn_frontend": version_of("nvidia-cudnn-frontend"),
         "triton": version_of("triton"),
         "transformers": version_of("transformers"),
+        "liger_kernel": version_of("liger-kernel"),
         "fastattn": __version__,
         "commit": commit(),
         "switches": switches(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREFILL_STEP = 2048  #: prompt tokens per forward pass; bounds the activations' memory, however long the prompt
+from .runner import PREFILL_STEP
 
 
 @torch.inference_mode()

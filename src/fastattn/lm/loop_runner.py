@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loop import PREFILL_STEP
+from .runner import prefill_steps
 
 
 class LoopRunner:
@@ -31,11 +31,11 @@ class LoopRunner:
     def prefill(self, row: int, ids: Tensor) -> Tensor:
         cache, ids = self._caches[row], ids[None]
         # Where logits of every position are made, the last step is the last token alone: nobody reads the others.
-        last = (ids.shape[1] - 1) // PREFILL_STEP * PREFILL_STEP if self._one else ids.shape[1] - 1
-        for start in range(0, last, PREFILL_STEP):
-            step = ids[:, start : min(start + PREFILL_STEP, last)]
+        steps = prefill_steps(ids.shape[1]) if self._one else [*prefill_steps(ids.shape[1] - 1), 1]
+        *body, last = ids.split(steps, 1)
+        for step in body:
             self._model.base_model(input_ids=step, past_key_values=cache, use_cache=True)
-        return self._forward(cache, ids[:, last:])
+        return self._forward(cache, last)
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..notice import warn_once
 from .fused_ops import FusedOps, choose_fused_ops
 from .load import Loaded, _line
-from .loop import PREFILL_STEP
+from .runner import prefill_steps
 
 #: RoPE whose frequencies change with the longest position of a batch: they are chosen on the host, for all rows alike.
 ROPE_OF_THE_BATCH = ("dynamic", "longrope")
@@ -76,10 +76,11 @@ class ModuleRunner:
             raise ValueError(f"ids: expected [tokens], at least one, got {list(ids.shape)}")
         cache = self._view(row, 1)
         # A model that makes logits of every token is given only the last one whole.
-        body = ids.shape[0] - 1 if not self._last_only else (ids.shape[0] - 1) // PREFILL_STEP * PREFILL_STEP
-        for step in ids[:body].split(PREFILL_STEP) if body else ():
+        steps = prefill_steps(ids.shape[0]) if self._last_only else [*prefill_steps(ids.shape[0] - 1), 1]
+        *body, last = ids.split(steps)
+        for step in body:
             self._forward(self.model.base_model, step[None], cache)
-        logits: Tensor = self._forward(self.model, ids[None, body:], cache, **self._last_only).logits
+        logits: Tensor = self._forward(self.model, last[None], cache, **self._last_only).logits
         return logits[0, -1]
 
     @torch.inference_mode()

@@ -7,6 +7,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+PREFILL_STEP = 2048  #: prompt tokens per forward pass: enough to fill a GPU, and activations stay small
+
+
+def prefill_steps(tokens: int) -> list[int]:
+    """How many tokens of a prompt to put through at a time: `PREFILL_STEP`, the last time up to a quarter more, as a
+    short step would read all weights anew. [] for none."""
+    count = max(1, -(-(tokens - PREFILL_STEP // 4) // PREFILL_STEP))
+    return [PREFILL_STEP] * (count - 1) + [tokens - PREFILL_STEP * (count - 1)] if tokens else []
+
 
 class Runner(Protocol):
     """A language model with a cache of `rows` sequences of at most `capacity` tokens each.

@@ -27,11 +27,11 @@ COUNTERS = (
 )
 OCCASION = 1.0  #: seconds; misses closer than this are one occasion: the layers of a model, one after another
 EXACT_AFTER = 2  #: occasions after which a shape that is trained on is taken to be one that comes back
-#: The same without gradients. While a plan is built the process's other threads stand still at times: 65 ms, or a
-#: second for a kernel that cuDNN has to compile. Training does not notice; what generates text does, and a plan saves
-#: it 15 us a call. (A prompt of 32768 tokens in steps has 16 shapes.)
+#: The same without gradients. The frontend holds the interpreter's lock while cuDNN builds a plan: the process's other
+#: threads stand still for 50 to 70 ms, or for a second where cuDNN has to compile a kernel. Training does not notice;
+#: what generates text does, and a plan saves it 15 us a call. (A prompt of 32768 tokens in steps has 16 shapes.)
 SERVED_AFTER = 16
-DELAY = 0.5  #: seconds until its plan is built: a build takes the interpreter's lock at times, so not in mid-prefill
+DELAY = 0.5  #: seconds until its plan is built: not in mid-prefill
 
 
 class PlanCache:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...api import scaled_dot_product_attention
+from ..runner import PREFILL_STEP, prefill_steps
 from .weights import Layer, check, read
-
-STEP = 2048  #: tokens of a prompt at a time: enough to fill the GPU, and what lies between layers stays small
 
 
 class FusedRunner:
@@ -59,7 +58,7 @@ class FusedRunner:
             self._lengths[row] = 0
         self._fresh[row] = False
         h = last = ids.new_empty(0)
-        for part in ids.split(_steps(ids.shape[0])):
+        for part in ids.split(prefill_steps(ids.shape[0])):
             tokens = part.shape[0]
             if known is not None and known + _rounded(tokens) <= self.capacity:
                 part = functional.pad(part, (0, _rounded(tokens) - tokens))
@@ -92,7 +91,7 @@ class FusedRunner:
         first prompt of a length waits for it, up to 45 ms."""
         layer = self._layers[0]
         inner, hidden = layer.out.weight.shape[1], self._embedding.shape[1]
-        most = min(self.capacity, STEP + STEP // 4)
+        most = min(self.capacity, PREFILL_STEP + PREFILL_STEP // 4)
         for tokens in sorted({_rounded(n) for n in range(2, most + 1)}):
             h = self._embedding.new_zeros((tokens, hidden))
             layer.qkv(h)
@@ -123,12 +122,6 @@ class FusedRunner:
             layer.down(layer.gate_up(h), h)
         lengths.copy_(ends if count == tokens else ends - (tokens - count))
         return h
-
-
-def _steps(tokens: int) -> list[int]:
-    """Sizes of a prompt's steps: `STEP`, the last up to a quarter more, as a short one would read all weights anew."""
-    count = max(1, -(-(tokens - STEP // 4) // STEP))
-    return [STEP] * (count - 1) + [tokens - STEP * (count - 1)]
 
 
 def _rounded(tokens: int) -> int:
