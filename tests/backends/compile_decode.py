@@ -81,6 +81,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield "bool", qkv(torch.bfloat16, 192, 128), {"mask": torch.empty(1, 1, q_len, 4096, dtype=torch.bool)}
         yield "additive", qkv(torch.float16, 72, 8), {"mask": torch.empty(q_len, 4096, dtype=torch.float64)}
         yield "intervals", qkv(torch.bfloat16, 128, 128), {"mask": Intervals(bounds, bounds)}
+    for dim, dtype in ((128, torch.bfloat16), (256, torch.float16), (128, torch.float32), (256, torch.float32)):
+        yield "many queries", qkv(dtype, dim, dim, 512), {"mask": "causal", "softcap": 50.0, "return_lse": True}
 
 
 def main(major: int, minor: int) -> None:

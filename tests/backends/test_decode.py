@@ -118,6 +118,27 @@ def test_splits(name: str, splits: int, device: str, force: Callable[..., None])
     check(SPLIT[name], "decode", device)
 
 
+MANY = CASE.but(q_len=37, softcap=4.0, mask="causal")  #: 148 rows to a K/V head: two or three blocks
+MANY_QUERIES = {
+    "causal": MANY,
+    "half": MANY.but(dtype=FP16),
+    "more-queries-than-keys": MANY.but(q_len=60, kv_len=33),
+    "window": MANY.but(window=(9, 0), q_len=70),
+    "lengths": MANY.but(q_lengths=(37, 11), kv_lengths=(75, 12), sinks=FP32),
+    "intervals": MANY.but(mask="intervals:bq"),
+    "additive": MANY.but(mask="additive:b1qk"),
+    "groups-astride": MANY.but(q_heads=6, kv_heads=2, q_len=50),  # 128 is no multiple of 3 heads
+    "wide": MANY.but(head_dim=256, batch=1, dtype=BF16),
+    "unequal": MANY.but(head_dim=192, value_dim=128, batch=1),
+}
+
+
+@pytest.mark.parametrize("name", MANY_QUERIES)
+def test_many_queries_with_a_softcap(name: str, device: str) -> None:
+    """More than a tile holds, which only this kernel can do."""
+    check(MANY_QUERIES[name], "decode", device)
+
+
 @pytest.mark.parametrize("shape", BROADCASTS)
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_broadcast_masks(kind: str, shape: str, device: str, force: Callable[..., None]) -> None:

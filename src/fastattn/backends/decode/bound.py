@@ -63,7 +63,7 @@ class _Bound:
         self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
         self._softcap = p.softcap or None
         integers, constants = _arguments(p, launch, call)
-        grid = (tiles, launch.splits)
+        grid = (tiles, launch.splits, -(-count // launch.block_m))
         self._attend = {
             precision: Launcher(
                 attend_kernel,

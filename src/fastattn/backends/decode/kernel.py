@@ -4,6 +4,9 @@ Decode is bound by the reading of K and V, so each key is read once: the queries
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
 ("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
 
+(More queries than one tile has room for are several blocks of rows, with one split: not what this is made for, but far
+faster than the reference where no other kernel has the feature.)
+
 Lengths are read on the device: each program finds the range of keys that any row of its tile sees and takes its share
 of *that* range. Short rows finish early, and a launch does not depend on a length.
 """
@@ -106,7 +109,9 @@ def attend_kernel(
     b64 = b.to(tl.int64)
 
     # Rows run over the heads of one query first: so does the output's memory, and neighbours see the same keys.
-    r = tl.arange(0, BLOCK_M)
+    # Of several blocks of rows the last goes first: under a causal mask it has the most to do.
+    block = tl.num_programs(2) - 1 - tl.program_id(2)
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = r // GROUP
     head = kv_head * GROUP + r % GROUP
     valid = i < q_len

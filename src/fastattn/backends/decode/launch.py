@@ -14,6 +14,7 @@ import torch
 from ...problem import Problem
 
 MAX_ROWS = 64  #: queries times heads per K/V head; one tensor-core tile
+MANY_ROWS = 128  #: of a block, where there are more of them
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
@@ -69,6 +70,8 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     """The launch for a problem on a GPU with that many streaming multiprocessors."""
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
+    if rows(p) > MAX_ROWS:
+        return _many(p, rule)
     block_m, block_d, block_dv = _block(rows(p)), _block(p.head_dim), _block(p.value_dim)
     crowded = _crowded(p, rule, sm_count)
     # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
@@ -84,6 +87,17 @@ def choose(problem: Problem, sm_count: int) -> Launch:
         warps=8 if _many_registers(p, block_m, block_dv) else 2 if crowded else 4,
         stages=stages + many_rows,
     )
+
+
+def _many(p: Problem, rule: Rule) -> Launch:
+    """For several blocks of rows: bound by the tensor cores, so large blocks, and no splits."""
+    block_d, block_dv = _block(p.head_dim), _block(p.value_dim)
+    wide = max(block_d, block_dv) * p.dtype.itemsize > 256
+    block_m = MANY_ROWS // 2 if wide else MANY_ROWS
+    if p.dtype == torch.float32:  # see `_block_n`
+        return Launch(1, block_m // 2, MIN_DOT, block_d, block_dv, warps=8, stages=2)
+    block_n = 32 if wide or rule.stages == 2 else 64
+    return Launch(1, block_m, block_n, block_d, block_dv, warps=8, stages=2 if wide else rule.stages)
 
 
 def splits(problem: Problem, sm_count: int) -> int:
