@@ -26,6 +26,7 @@ CASES = [
     Case(30, 30, packed=(5, 1, 24)),
     Case(12, 12, 2, additive=True),
     Case(1, 20, 3, head_major=True, lengths=(20, 1, 7)),
+    Case(20, 20, softcap=0.7),
 ]
 ids = [case.label() for case in CASES]
 
@@ -80,7 +81,7 @@ def test_everybody_computes_the_same(case, monkeypatch):
     monkeypatch.setattr(peers, "_flex", lambda: flex_attention)
     (x,) = inputs_of(case)
     (expected,) = calls.truth(case, x, False, torch.float64)
-    binds = {name: IMPLEMENTATIONS[name].bind for name in ("fastattn", "torch-cudnn", "torch-efficient", "torch-math")}
+    binds = {name: IMPLEMENTATIONS[name].call for name in ("fastattn", "torch-cudnn", "torch-efficient", "torch-math")}
     done = []
     for name, bind in (binds | {"flex": peers._bind_flex}).items():
         try:
@@ -173,7 +174,7 @@ def test_rows_of_every_phase(monkeypatch):
         assert all(max(rows) < len(found[name]) for name, rows in sweep_op.FLEX.items()) or which
         assert all(any(getattr(case, key) for case in found["masks"]) for key in ("padding", "packed", "lengths"))
         assert any(case.additive for case in found["masks"])
-        assert any(case.sinks and case.left < 0 for case in found["windows and sinks"])
+        assert any(case.sinks and case.left < 0 for case in found["windows, sinks, softcap"])
         assert {case.q_len == 1 for case in found["decode"]} == {True}
 
 
@@ -194,7 +195,7 @@ def test_peers_refuse_or_are_missed(name, case):
         pytest.skip(f"{name} is installed here")
     (x,) = inputs_of(case)
     with pytest.raises((Refusal, ModuleNotFoundError)):
-        peers.PEERS[name].bind(case, x)
+        peers.PEERS[name].call(case, x)
 
 
 def test_present_says_versions(monkeypatch):
@@ -308,9 +309,9 @@ def test_adapters_hand_over_the_right_tensors(name, case, monkeypatch):
     monkeypatch.setattr(peers, "import_module", packages.__getitem__)
     (x,) = inputs_of(case)
     try:
-        out = peers.PEERS[name].bind(case, x)()
+        out = peers.PEERS[name].call(case, x)()
     except Refusal:
-        beyond = case.sinks or case.additive or case.padding or case.lengths
+        beyond = case.softcap or case.sinks or case.additive or case.padding or case.lengths
         assert beyond or (name, case.batch > 1) == ("flashinfer", True)
         return
     if case.sinks:  # the sinks themselves are the package's business
@@ -366,7 +367,7 @@ def test_mlx_is_asked_in_a_process_of_its_own(case, tmp_path, monkeypatch):
     try:
         out, times = peers._measure_mlx(case, sets)
     except Refusal:
-        assert case.padding or case.packed or case.lengths or case.left >= 0
+        assert case.padding or case.packed or case.lengths or case.left >= 0 or case.softcap
         return
     finally:
         for name in ("mlx", "mlx.core"):

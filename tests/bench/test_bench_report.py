@@ -67,8 +67,8 @@ def test_the_sweep_without_a_name(swept):
     folder, found, printed = swept
     assert found["benchmark"] == "sweep op"
     assert list(found["sections"]) == [
-        "roof", "prefill", "chunks over a cache", "decode", "few queries", "training", "masks", "windows and sinks",
-        "fresh lengths",
+        "roof", "prefill", "chunks over a cache", "decode", "few queries", "training", "masks",
+        "windows, sinks, softcap", "fresh lengths",
     ]  # fmt: skip
     assert set(found["peers"]) == {"flash-attn", "flash-attn-4", "flashinfer", "xformers", "mlx"}
     for section, rows in found["sections"].items():

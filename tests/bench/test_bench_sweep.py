@@ -348,7 +348,7 @@ def test_torch_is_asked_for_the_same_as_fastattn(case):
     (x,) = inputs_of(case)
     out = calls._bind_torch(case, x)()
     assert calls.relative_error((out,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
-    ours = IMPLEMENTATIONS["fastattn"].bind(case, calls.poisoned(case, x))()
+    ours = IMPLEMENTATIONS["fastattn"].call(case, calls.poisoned(case, x))()
     assert calls.relative_error((ours,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
 
 
@@ -364,9 +364,9 @@ def test_torch_with_a_window_and_sinks():
     case = Case(1, 40, 2, 8, 2, 64, head_major=True, left=12, sinks=True)
     (x,) = inputs_of(case)
     expected = calls.truth(case, x, backward=False)
-    assert calls.relative_error((IMPLEMENTATIONS["torch-math"].bind(case, x)(),), expected) < calls.OUTPUT_LIMIT
+    assert calls.relative_error((IMPLEMENTATIONS["torch-math"].call(case, x)(),), expected) < calls.OUTPUT_LIMIT
     with pytest.raises(ValueError, match="neither sinks nor windows"):
-        IMPLEMENTATIONS["torch-cudnn"].bind(case, x)
+        IMPLEMENTATIONS["torch-cudnn"].call(case, x)
 
 
 def test_flash_with_sinks_by_its_log_sum_exp(monkeypatch):
@@ -379,7 +379,7 @@ def test_flash_with_sinks_by_its_log_sum_exp(monkeypatch):
         return out, lse, None, None, 1, 13, None, None, None
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
-    out = IMPLEMENTATIONS["torch-flash"].bind(case, x)()
+    out = IMPLEMENTATIONS["torch-flash"].call(case, x)()
     assert calls.relative_error((out,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
 
 

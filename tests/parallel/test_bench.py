@@ -51,7 +51,20 @@ def test_it_runs_under_torchrun_and_writes_its_file(tmp_path: Path, capsys: pyte
 
 def test_a_prompt_through_a_whole_model(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
-    options = ["--device", "cpu", "--model", "tiny", "-p", "71", "-g", "3", "--check-tokens", "33", "--strategy", "ring"]
+    options = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "-p",
+        "71",
+        "-g",
+        "3",
+        "--check-tokens",
+        "33",
+        "--strategy",
+        "ring",
+    ]
     done = subprocess.run(
         [sys.executable, *TORCHRUN, "fastattn.bench.parallel_model", *options, "--json", str(file)],
         capture_output=True, text=True, timeout=300, check=False, env=os.environ | ON_CPU,

@@ -70,8 +70,15 @@ class Implementation:
     backend: SDPBackend | None = None  #: of torch's, while it is called
     package: str | None = None  #: the package it is from, by its name on PyPI, if that is not torch
     needs_cuda: bool = False
+    softcap: bool = False  #: whether it has one
     #: It takes the times itself, elsewhere: the output for the first of the sets, and what an entry of a row says.
     measure: Callable[[Case, Sequence[Inputs]], tuple[Tensor, dict[str, Any]]] | None = None
+
+    def call(self, case: Case, x: Inputs) -> Callable[[], Tensor]:
+        """See `bind`."""
+        if case.softcap and not self.softcap:
+            raise Refusal("it has no softcap")
+        return self.bind(case, x)
 
     @property
     def ours(self) -> bool:
@@ -120,6 +127,8 @@ def _bind_fastattn(case: Case, x: Inputs, **more: Any) -> Callable[[], Any]:
         options["window"] = case.left, 0
     if x.sinks is not None:
         options["sinks"] = x.sinks
+    if case.softcap:
+        options["softcap"] = case.softcap
     if x.lengths is not None:
         options["kv_lengths"] = x.lengths
     return partial(scaled_dot_product_attention, x.q, x.k, x.v, **options)
@@ -228,9 +237,9 @@ def _some_sinks(x: Inputs) -> Tensor:
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
-        Implementation("fastattn", _bind_fastattn, plans="auto"),
-        Implementation("fastattn-any", _bind_fastattn, plans="any"),
-        Implementation("fastattn-exact", _bind_fastattn, plans="exact"),
+        Implementation("fastattn", _bind_fastattn, plans="auto", softcap=True),
+        Implementation("fastattn-any", _bind_fastattn, plans="any", softcap=True),
+        Implementation("fastattn-exact", _bind_fastattn, plans="exact", softcap=True),
         Implementation("torch-cudnn", _bind_torch, backend=SDPBackend.CUDNN_ATTENTION),
         Implementation("torch-flash", _bind_flash, backend=SDPBackend.FLASH_ATTENTION),
         Implementation("torch-efficient", _bind_efficient, backend=SDPBackend.EFFICIENT_ATTENTION),

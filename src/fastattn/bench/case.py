@@ -22,6 +22,7 @@ class Case:
     head_major: bool = False  #: K/V's memory is [B,Hkv,S,D], as a cache's, and not [B,S,Hkv,D], as projections write
     left: int = -1  #: of a sliding window: keys before its own that a query sees; -1 for all
     sinks: bool = False
+    softcap: float | None = None
     lengths: tuple[int, ...] | None = None  #: keys that are there, for each batch entry; then Sq is 1
     padding: tuple[int, ...] | None = None  #: tokens of padding on the left, for each batch entry; then Sq is Skv
     packed: tuple[int, ...] | None = None  #: lengths of sequences side by side in one batch entry, Sq = Skv in all
@@ -36,6 +37,8 @@ class Case:
             raise ValueError("packed: expected one batch entry of as many queries as keys, the sum of the lengths")
         if sum(x is not None for x in (self.lengths, self.padding, self.packed)) + self.additive > 1:
             raise ValueError("lengths, padding, packed, additive: expected one of them")
+        if self.softcap and self.additive:
+            raise ValueError("softcap: expected no additive mask beside it")
 
     @staticmethod
     def of(found: Mapping[str, Any]) -> Case:
@@ -48,6 +51,7 @@ class Case:
         parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={self.dim}"]
         parts += [f"window {self.left}"] if self.left >= 0 else []
         parts += ["sinks"] if self.sinks else []
+        parts += [f"softcap {self.softcap:g}"] if self.softcap else []
         parts += [f"lengths {min(self.lengths)}..{max(self.lengths)}"] if self.lengths else []
         parts += [f"left padding {min(self.padding)}..{max(self.padding)}"] if self.padding else []
         parts += [f"{len(self.packed)} sequences packed"] if self.packed else []

@@ -158,7 +158,8 @@ def _parallel_model(chapter: Chapter, data: dict[str, Any]) -> None:
     head = ["prompt tokens", "GPUs", "seconds", "prompt tokens/s", "generated tokens/s", "peak memory, GB, of each"]
     chapter.parts.append(Table(data["model"]["name"], head, [[*row, number(data["generation_tps"]), peak]]))
     chapter.notes.append(
-        f"Over {data['check_tokens']:,} tokens the last logits differ from one GPU's by {data['error']:.1e} of their norm."
+        f"Of {data['check_tokens']:,} tokens the last logits differ from one GPU's by {data['error']:.1e} of "
+        "their norm."
     )
     if data["note"]:
         chapter.notes.append(data["note"])

@@ -33,7 +33,8 @@ _SECTIONS = {
     "training": "Forward and backward together, batch of 2.",
     "masks": "Batches with left padding, sequences packed side by side, an additive mask (a random bias), and a decode "
     "step whose sequences differ in length.",
-    "windows and sinks": "Sliding windows, and attention sinks (a further logit per head in the softmax: gpt-oss).",
+    "windows, sinks, softcap": "Sliding windows, attention sinks (a further logit per head in the softmax: gpt-oss), "
+    "and scores that a tanh keeps within a cap (Gemma 2).",
     "fresh lengths": "Prompt lengths that the process had not seen: whatever a library builds for a length, its caller "
     "waits for in the first call.",
     "roof": "What this machine could do at most, measured in the same run: copying memory, and a large matrix product.",

@@ -108,7 +108,7 @@ def lines_and_rest(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         square = case.q_len == case.kv_len
         plain = not (case.lengths or case.padding or case.packed)
         key = (square or case.q_len, case.batch, case.q_heads, case.kv_heads, case.dim, case.left, case.sinks, kind)
-        families.setdefault((key, case.additive) if plain else id(row), []).append(row)
+        families.setdefault((key, case.additive, case.softcap) if plain else id(row), []).append(row)
     longest = max(families.values(), key=len, default=[])
     line = longest if len({row["case"]["kv_len"] for row in longest}) >= LEAST_POINTS else []
     return line, [row for row in rows if not any(row is other for other in line) and times(row)]

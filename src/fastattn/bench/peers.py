@@ -65,6 +65,10 @@ def _bind_flex(case: Case, x: Inputs) -> Call:
             seen = seen & (j >= first[b])
         return seen
 
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert case.softcap is not None
+        return case.softcap * torch.tanh(score / case.softcap)
+
     def with_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert bias is not None
         return score + bias[0, 0, i, j]
@@ -75,6 +79,8 @@ def _bind_flex(case: Case, x: Inputs) -> Call:
         options["block_mask"] = create_block_mask(sees, batch, None, case.q_len, case.kv_len, device=x.q.device)
     if case.additive:
         options["score_mod"] = with_bias
+    elif case.softcap:
+        options["score_mod"] = capped
     if x.sinks is None:
         return partial(_flex(), x.q, x.k, x.v, **options)
     return partial(_flex_with_sinks, x, options)
@@ -194,8 +200,8 @@ def _bind_mlx(case: Case, x: Inputs) -> Call:
 
 
 def _measure_mlx(case: Case, sets: Sequence[Inputs]) -> tuple[Tensor, dict[str, Any]]:
-    if case.padding or case.packed or case.lengths or case.left >= 0:
-        raise Refusal("MLX's fast attention has none of padding, packing, lengths and windows but as an array mask")
+    if case.padding or case.packed or case.lengths or case.left >= 0 or case.softcap:
+        raise Refusal("MLX's fast attention has no softcap, and padding, packing, lengths, windows but as an array mask")
     x = sets[0]
     if x.q.requires_grad:
         raise Refusal("MLX's fast attention is asked for the forward only")
@@ -225,7 +231,7 @@ def _first(found: Any) -> Tensor:
 PEERS = {
     peer.name: peer
     for peer in (
-        Implementation("flex", _bind_flex, needs_cuda=True),
+        Implementation("flex", _bind_flex, needs_cuda=True, softcap=True),
         Implementation("flash-attn", _bind_flash_attn, package="flash-attn", needs_cuda=True),
         Implementation("flash-attn-4", _bind_flash_attn_4, package="flash-attn-4", needs_cuda=True),
         Implementation("flashinfer", _bind_flashinfer, package="flashinfer-python", needs_cuda=True),

@@ -1,7 +1,7 @@
 """`fastattn sweep`: the op in every phase of a model's life, against torch's attention and whatever else is installed.
 
-Prefill, prefill in chunks over a cache, decode, few queries, training, masks, windows and sinks, and lengths that the
-process has not seen. Each row is checked against the reference in float64.
+Prefill, prefill in chunks over a cache, decode, few queries, training, masks, windows, sinks and a softcap, and lengths
+that the process has not seen. Each row is checked against the reference in float64.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ FLEX: dict[str, tuple[int, ...]] = {
     "decode": (2,),
     "training": (1,),
     "masks": (0, 1, 2),
-    "windows and sinks": (0, 1),
+    "windows, sinks, softcap": (0, 1, 4, 5),
 }
 FLEX_QUICK: dict[str, tuple[int, ...]] = {"prefill": (0,)}
 
@@ -107,11 +107,13 @@ def sections(sweep: Sweep) -> dict[str, list[Case]]:
             Case(n, n, additive=True),
             cached(keys[1], batch=keys[0], lengths=there),
         ],
-        "windows and sinks": [
+        "windows, sinks, softcap": [
             Case(long, long, left=window),
             Case(n, n, left=narrow, **oss),
             Case(n, n, **oss),
             cached(long, left=narrow, **oss),
+            Case(n, n, softcap=50.0),
+            Case(n, n, q_heads=8, kv_heads=4, dim=256, softcap=50.0),
         ],
     }
 
@@ -141,7 +143,7 @@ def _fresh(sweep: Sweep, name: str) -> Row:
         for length in (longest, *rng.sample(range(longest // 32, longest), count)):
             case = Case(length, length)
             (x,) = make_inputs(case, sweep.device, sweep.generator, 1)
-            call = implementation.bind(case, x)
+            call = implementation.call(case, x)
             first, second = (timing.once(call, sweep.device)[1] for _ in range(2))
             found.append({"length": length, "first_ms": first, "second_ms": second})
     fresh = found[1:]

@@ -13,8 +13,9 @@ import torch
 
 from ...problem import Problem
 
-MAX_ROWS = 64  #: queries times heads per K/V head; one tensor-core tile
-MANY_ROWS = 128  #: of a block, where there are more of them
+#: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
+#: queries of 32/8 heads take 223 us, in blocks of 128 rows 268 (torch's flex attention: 250).
+MAX_ROWS = 64
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
@@ -70,9 +71,7 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     """The launch for a problem on a GPU with that many streaming multiprocessors."""
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
-    if rows(p) > MAX_ROWS:
-        return _many(p, rule)
-    block_m, block_d, block_dv = _block(rows(p)), _block(p.head_dim), _block(p.value_dim)
+    block_m, block_d, block_dv = _rows_of_a_block(p), _block(p.head_dim), _block(p.value_dim)
     crowded = _crowded(p, rule, sm_count)
     # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
     # are small ones.
@@ -89,20 +88,11 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     )
 
 
-def _many(p: Problem, rule: Rule) -> Launch:
-    """For several blocks of rows: bound by the tensor cores, so large blocks, and no splits."""
-    block_d, block_dv = _block(p.head_dim), _block(p.value_dim)
-    wide = max(block_d, block_dv) * p.dtype.itemsize > 256
-    block_m = MANY_ROWS // 2 if wide else MANY_ROWS
-    if p.dtype == torch.float32:  # see `_block_n`
-        return Launch(1, block_m // 2, MIN_DOT, block_d, block_dv, warps=8, stages=2)
-    block_n = 32 if wide or rule.stages == 2 else 64
-    return Launch(1, block_m, block_n, block_d, block_dv, warps=8, stages=2 if wide else rule.stages)
-
-
 def splits(problem: Problem, sm_count: int) -> int:
     """Among how many programs the keys of each K/V head and batch entry are divided."""
     p = problem
+    if rows(p) > MAX_ROWS:
+        return 1
     rule = RULES.get(p.capability, DEFAULT)
     per_sm = rule.ragged if _ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
     block_n = _block_n(p, rule, _crowded(p, rule, sm_count))
@@ -138,7 +128,7 @@ def _fine(p: Problem) -> bool:
 
 def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:
     """True when every SM has a K/V head to itself and more: no splits, and what counts is how many programs fit."""
-    half = p.dtype != torch.float32 and _block(rows(p)) == MIN_DOT
+    half = p.dtype != torch.float32 and _rows_of_a_block(p) == MIN_DOT
     return half and not _ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
 
 
@@ -147,7 +137,7 @@ def _block_n(p: Problem, rule: Rule, crowded: bool) -> int:
     if p.dtype == torch.float32:  # without tensor cores the operands of a product sit in registers whole
         tile_bytes //= 2
     most = MAX_KEYS // 2 if _fine(p) else MAX_KEYS
-    return max(MIN_DOT, min(MAX_SCORES // _block(rows(p)), most, tile_bytes // _row_bytes(p)))
+    return max(MIN_DOT, min(MAX_SCORES // _rows_of_a_block(p), most, tile_bytes // _row_bytes(p)))
 
 
 def _row_bytes(p: Problem) -> int:
@@ -158,6 +148,10 @@ def _row_bytes(p: Problem) -> int:
 def _many_registers(p: Problem, block_m: int, block_dv: int) -> bool:
     """True when four warps would spill (as ptxas reports for 9.0)."""
     return p.dtype == torch.float32 or (block_m == MAX_ROWS and (block_dv > 128 or p.dense_mask))
+
+
+def _rows_of_a_block(p: Problem) -> int:
+    return min(_block(rows(p)), MAX_ROWS)
 
 
 def _block(size: int) -> int:
