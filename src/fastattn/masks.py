@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .problem import Call, Problem
 
-_LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
+LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
 
 
 class Intervals(NamedTuple):
@@ -218,7 +218,7 @@ def in_base_2(mask: Tensor) -> Tensor:
     """
     if mask.dtype == torch.float16:
         return mask
-    return mask.clamp(min=_LOWEST).masked_fill_(mask == -torch.inf, -torch.inf)
+    return mask.clamp(min=LOWEST).masked_fill_(mask == -torch.inf, -torch.inf)
 
 
 def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -266,4 +266,4 @@ def unseen_by_all(seen: Tensor, kv_heads: int) -> Tensor:
 
 def clear(x: Tensor, where: Tensor | None) -> Tensor:
     """x with 0 where the bool tensor says so."""
-    return x if where is None else x.masked_fill(where, 0)
+    return x if where is None else torch.where(where, x.new_zeros(()), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ pytest.importorskip("triton")
 from cases import relative_error
 
 import fastattn
+from fastattn.backends.cudnn import operands
+from fastattn.backends.cudnn.operands import masked
 from fastattn.backends.cudnn.places import places, places_from_host
 from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
-from fastattn.problem import Call
+from fastattn.problem import Call, Problem
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="native on a GPU")),
@@ -144,3 +147,49 @@ def test_a_sink_of_minus_infinity_is_none(device: str) -> None:
     assert torch.equal(out, kept) and torch.allclose(found, lse)
     gradient = sink_gradient(out, torch.randn_like(out), found, torch.full((2,), -math.inf, device=device))
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("grads", ["", "m"])
+@pytest.mark.parametrize("shape", [(2, 4), (1, 1), (2, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"left": 3, "right": 0},
+        {"right": 0, "kv_lengths": (290, 70)},
+        {"left": 9, "q_lengths": (40, 11), "kv_lengths": (33, 300)},
+    ],
+    ids=lambda options: "-".join(options) or "mask alone",
+)
+def test_what_a_mask_hides(
+    device: str, dtype: torch.dtype, grads: str, shape: tuple[int, int], options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The kernel against torch's operations, on masks that hide rows and keys, and lie strangely in memory."""
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    if dtype == torch.bool and grads:
+        pytest.skip("has no gradient")
+    batch, heads, rows, keys = 2, 4, 40, 40 if "right" in options and len(options) == 1 else 300
+    torch.manual_seed(5)
+    keep = torch.rand(*shape, keys, rows) < 0.2
+    keep[..., 7, :] = keep[..., :, 5] = False  # a key that nobody sees, a query that sees nothing
+    mask = keep if dtype == torch.bool else torch.randn(keep.shape).masked_fill(~keep, -math.inf).to(dtype)
+    if dtype in (torch.bfloat16, torch.float32):
+        mask[..., 9, 9] = torch.finfo(dtype).min
+    mask = mask.transpose(2, 3).to(device)
+    if shape == (1, 1):
+        mask = mask.expand(batch, 1, rows, keys)
+    q, k = torch.randn(batch, heads, rows, 8, device=device), torch.randn(batch, 2, keys, 8, device=device)
+    lengths = {n: torch.tensor(options[n], dtype=torch.int32, device=device) for n in options if "lengths" in n}
+    call = Call(q, k, k, mask=mask, grads=grads, **(options | lengths))
+    problem = Problem.of(call)
+    found = masked(problem, call, whole=True)
+    monkeypatch.setattr(operands, "native", lambda kind: False)
+    want = masked(problem, call, whole=True)
+    assert found.bias.dtype == want.bias.dtype
+    for name in ("bias", "q", "k", "v"):
+        one, other = torch.broadcast_tensors(getattr(found, name), getattr(want, name))
+        assert torch.equal(one, other), name
+    assert torch.equal(*torch.broadcast_tensors(found.blind, want.blind)) and found.blind.any() and (found.k == 0).any()

@@ -210,9 +210,9 @@ def test_the_gradient_of_an_expanded_mask_has_the_shape_of_what_was_given() -> N
     call = api.prepare(q, k, v, mask=mask)
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     assert "m" in problem.grads
-    assert operands.bias(problem, call, whole=True).shape == (2, 8, 30, 40)
+    assert operands.masked(problem, call, whole=True).bias.shape == (2, 8, 30, 40)
     without = dataclasses.replace(problem, grads="")
-    assert operands.bias(without, call, whole=False).shape == (1, 8, 30, 40), "cuDNN broadcasts"
+    assert operands.masked(without, call, whole=False).bias.shape == (1, 8, 30, 40), "cuDNN broadcasts"
 
 
 def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_the_key(recorder: Recorder) -> None:

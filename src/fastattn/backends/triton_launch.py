@@ -8,18 +8,33 @@ specialises on is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..memo import Memo
+from ..switches import is_on
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
 _compiled: Memo[Any, Any] = Memo(1 << 12)
 _INT32 = 1 << 31
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
+
+
+def native(device_type: str) -> bool:
+    """True where our own kernels run: on a GPU, and in Triton's interpreter where that is asked for."""
+    if device_type == "cuda":
+        return _has_triton()
+    return is_on("FASTATTN_INTERPRET", False) and is_on("TRITON_INTERPRET", False) and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def overlaps(capability: tuple[int, int]) -> bool:

@@ -201,7 +201,7 @@ def _bind_mlx(case: Case, x: Inputs) -> Call:
 
 def _measure_mlx(case: Case, sets: Sequence[Inputs]) -> tuple[Tensor, dict[str, Any]]:
     if case.padding or case.packed or case.lengths or case.left >= 0 or case.softcap:
-        raise Refusal("MLX's fast attention has no softcap, and padding, packing, lengths, windows but as an array mask")
+        raise Refusal("MLX has no softcap, and padding, packing, lengths and windows only as an array mask")
     x = sets[0]
     if x.q.requires_grad:
         raise Refusal("MLX's fast attention is asked for the forward only")

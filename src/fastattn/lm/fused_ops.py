@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.triton_launch import native
 from ..notice import warn_once
-from .fused.rules import native
 
 ROPE = "apply_rotary_pos_emb"  #: what it is called in every modeling module of transformers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -161,7 +161,7 @@ def choose_fused_ops(model: nn.Module, wish: bool | None) -> FusedOps:
 def check_fused_ops(device: torch.device) -> None:
     """Raises ImportError unless liger-kernel works here, ValueError unless its kernels run on the device."""
     _kernels()
-    if not native(device):
+    if not native(device.type):
         raise ValueError(f"fused_ops: expected a model on a GPU, got one on {device}")
 
 
@@ -282,7 +282,7 @@ def _loss(model: nn.Module) -> MethodType:
 def _fit(*tensors: Tensor) -> bool:
     """Whether liger-kernel takes them as they are: asked in each call, as a model may be moved, cast, autocast."""
     first = tensors[0]
-    if first.dtype not in _DTYPES or not (first.is_cuda or native(first.device)):
+    if first.dtype not in _DTYPES or not (first.is_cuda or native(first.device.type)):
         return False
     return all(
         type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype and x.device == first.device for x in tensors

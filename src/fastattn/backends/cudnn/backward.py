@@ -32,7 +32,7 @@ from .forward import (
     total,
 )
 from .graphs import KEY_SIDE, PlanKey
-from .operands import bias, cleared, needs_bias, scale_operand
+from .operands import masked, needs_bias, scale_operand
 from .places import Places
 from .plans import Choice, Plan, cache
 from .support import deterministic_refusal, segments_fit
@@ -146,8 +146,7 @@ def _without_bias(
 def _with_bias(
     p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
 ) -> dict[str, Tensor]:
-    added = bias(p, c, whole=True)
-    q, k, v, blind = cleared(c, added)
+    added, q, k, v, blind = masked(p, c, whole=True)
     q, k, v, o, do = (readable(x) for x in (q, k, v, out, masks.clear(grad_out, blind)))
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
     if "m" in p.grads and p.mask_shape[3] > 1:

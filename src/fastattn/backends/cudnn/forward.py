@@ -15,7 +15,7 @@ from ...problem import Call, Problem, token_major
 from ..base import Runner
 from ..layout import ALIGNMENT, Output, fits, readable
 from .graphs import Operand, PlanKey
-from .operands import bias, cleared, exact, keeps_band, needs_bias, packed, scale_operand
+from .operands import exact, keeps_band, masked, needs_bias, packed, scale_operand
 from .places import Places
 from .plans import Choice, cache
 from .support import GENERIC, is_packed, segments_fit, sums_lengths
@@ -211,8 +211,8 @@ def _without_bias(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> _WithoutBias:
 
 
 def _with_bias(p: Problem, c: Call) -> tuple[Tensor, Tensor | None]:
-    added = bias(p, c, whole=False)
-    q, k, v = (readable(x) for x in cleared(c, added)[:3])
+    added, *qkv, _ = masked(p, c, whole=False)
+    q, k, v = (readable(x) for x in qkv)
     out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
     tensors = {"q": q, "k": k, "v": v, "o": out, "bias": added}
     stats = _needs_stats(p)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import masks
 from ...problem import Call, Problem
+from ..triton_launch import native
 from .graphs import Operand
 
 
@@ -43,21 +45,60 @@ def keeps_band(p: Problem) -> bool:
     return p.dense_mask and p.q_len == p.kv_len and not (p.q_lengths or p.kv_lengths)
 
 
-def bias(p: Problem, c: Call, whole: bool) -> Tensor:
-    """What masks, as a tensor to add to the scores, `[B|1, Hq|1, Sq|1, Skv|1]`.
+class Masked(NamedTuple):
+    """A call whose mask is a bias, with 0 where it hides what lies there (-inf + NaN is NaN, and so is 0 * NaN)."""
 
-    whole: the last two dims must not be broadcast (the backward reads and writes past the ends of smaller ones:
-    measured, 9.19, wrong gradients or an illegal access).
+    bias: Tensor  #: to add to the scores, `[B|1, Hq|1, Sq|1, Skv|1]`
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blind: Tensor  #: queries that the bias shows nothing, bool `[B|1, Hq|1, Sq|1, 1]`
+
+
+def masked(p: Problem, c: Call, whole: bool) -> Masked:
+    """The call with a bias.
+
+    whole: the last two dims of the bias must not be broadcast (the backward reads and writes past the ends of smaller
+    ones: measured, 9.19, wrong gradients or an illegal access).
     """
-    if c.mask is None or (not keeps_band(p) and (p.banded or p.q_lengths or p.kv_lengths)):
+    merge = c.mask is None or (not keeps_band(p) and (p.banded or p.q_lengths or p.kv_lengths))
+    mask = _unexpanded(p, c.mask)
+    if (
+        mask is not None
+        and mask.shape[2:] == (p.q_len, p.kv_len)
+        and mask.dtype != torch.float64
+        and native(c.q.device.type)
+    ):
+        from .mask_kernel import look
+
+        dtype = mask.dtype if p.mask == "additive" else p.dtype
+        added, blind, seen = look(c, mask, dtype, merge)
+        unseen: Tensor | None = masks.unseen_by_all(seen, p.kv_heads)
+    else:
+        added = _bias(p, c, mask, merge, whole)
+        blind = (added == -torch.inf).all(-1, keepdim=True)
+        unseen = masks.unseen_keys(c)
+    q, k, v = (masks.clear(x, where) for x, where in ((c.q, blind), (c.k, unseen), (c.v, unseen)))
+    return Masked(added, q, k, v, blind)
+
+
+def _unexpanded(p: Problem, mask: Tensor | None) -> Tensor | None:
+    """A mask without the copies that its caller made with `expand`: cuDNN broadcasts."""
+    if mask is None or "m" in p.grads:
+        return mask
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+def _bias(p: Problem, c: Call, mask: Tensor | None, merge: bool, whole: bool) -> Tensor:
+    if merge:
         dtype = c.mask.dtype if p.mask == "additive" and c.mask is not None else p.dtype
         found = masks.additive(c, dtype)
         assert found is not None
     else:
-        mask = c.mask
-        for dim, stride in enumerate(mask.stride()):
-            if stride == 0 and "m" not in p.grads:  # expanded by the caller: let cuDNN broadcast
-                mask = mask.narrow(dim, 0, 1)
+        assert mask is not None
         found = mask
         if mask.dtype == torch.bool:
             found = torch.zeros(mask.shape, dtype=p.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
@@ -66,13 +107,3 @@ def bias(p: Problem, c: Call, whole: bool) -> Tensor:
     if whole:
         found = found.expand(*found.shape[:2], p.q_len, p.kv_len)
     return found.contiguous()
-
-
-def cleared(c: Call, added: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v with 0 where a bias hides what lies there (-inf + NaN is NaN, and so is 0 * NaN), and the hidden queries.
-
-    The last is bool `[B|1, Hq|1, Sq|1, 1]`.
-    """
-    unseen = masks.unseen_keys(c)
-    blind = (added == -torch.inf).all(-1, keepdim=True)
-    return masks.clear(c.q, blind), masks.clear(c.k, unseen), masks.clear(c.v, unseen), blind

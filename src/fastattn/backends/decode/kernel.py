@@ -34,7 +34,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _visible(
+def visible(
     b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
 ):
     """The keys `[lo, hi)` that band, lengths and Intervals let row i see; hi <= lo: none. Equals `masks.bounds`."""
@@ -118,7 +118,7 @@ def attend_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
 
-    lo, hi = _visible(
+    lo, hi = visible(
         b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
     )
     first = tl.min(tl.where(hi > lo, lo, kv_len), 0)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...backends.triton_launch import Launcher, overlaps
+from ...backends.triton_launch import Launcher, native, overlaps
 from ...memo import Memo
-from .rules import MANY_TOKENS, Launch, choose, native
+from .rules import MANY_TOKENS, Launch, choose
 
 
 class Product:
@@ -41,7 +41,7 @@ class Product:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: `[T, K]`, last stride 1. out: `[T, N]` to add to, and what is returned then; else a new one."""
-        if native(x.device) and x.shape[0] == 1 and self.weight.is_contiguous():
+        if native(x.device.type) and x.shape[0] == 1 and self.weight.is_contiguous():
             if out is None:
                 out = x.new_empty((x.shape[0], self.size))
             return self._row(x, out)
@@ -75,7 +75,7 @@ def bind(p: Product, launch: Launch) -> None:
 def gate(x: Tensor) -> Tensor:
     """silu(first half) * second half, of the last dim of `[T, 2 N]`."""
     tokens, size = x.shape[0], x.shape[1] // 2
-    if not native(x.device):
+    if not native(x.device.type):
         return functional.silu(x[:, :size]) * x[:, size:]
     from .product_kernels import gate_kernel
 
@@ -107,7 +107,7 @@ class Rotary:
         rows = keys.shape[0]
         tokens = x.shape[0] // rows
         q = x.new_empty((x.shape[0], self.q_heads * self.dim))
-        if native(x.device):
+        if native(x.device.type):
             self._launch(x, q, keys, values, lengths, tokens)
         else:
             self._compute(x, q, keys, values, lengths, tokens)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
-
-from ...switches import is_on
 
 MANY_TOKENS = 64  #: from so many on they fill a GPU however they are dealt to programs
 
@@ -39,15 +36,3 @@ def choose(n: int, k: int, gated: bool, dtype: torch.dtype) -> Launch:
     else:
         launch = Launch(block_n=4, block_k=1024, warps=4)
     return replace(launch, block_k=launch.block_k // 2) if dtype == torch.float32 else launch
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def native(device: torch.device) -> bool:
-    """True where our own kernels run: on a GPU, and in Triton's interpreter where that is asked for."""
-    if device.type == "cuda":
-        return _has_triton()
-    return is_on("FASTATTN_INTERPRET", False) and is_on("TRITON_INTERPRET", False) and _has_triton()
