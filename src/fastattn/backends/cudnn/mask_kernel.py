@@ -43,20 +43,25 @@ def look(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[Tensor
     seen = mask.new_zeros((batch, heads, kv_len), dtype=torch.int32)
     far = q_len + kv_len
     left, right = (far if side < 0 else min(side, far) for side in (c.left, c.right))
-    strides = (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:])
+    outer, step = (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:3]), mask.stride(3)
+    # Strides known to be multiples of 8 let several keys be read and written at once.
+    unit = 8 if step == 1 and not any(stride % 8 for stride in (*outer, kv_len)) else 1
     launch = Launcher(
         _look,
         (triton.cdiv(q_len, BLOCK_ROWS), heads, batch),
         mask.device,
-        (*strides, q_len, kv_len, left, right),
-        (merge, BLOCK_ROWS, BLOCK_KEYS, LOWEST),
+        (*(stride // unit for stride in outer), step, q_len, kv_len, kv_len // unit, left, right),
+        (merge, step == 1, unit, BLOCK_ROWS, BLOCK_KEYS, LOWEST),
         num_warps=4,
     )
     launch((mask, added, blind, seen, *lengths))
     return added, blind.view(torch.bool), seen.bool()
 
 
-@triton.jit(do_not_specialize=["mask_sb", "mask_sh", "mask_si", "mask_sj", "q_len", "kv_len", "left", "right"])
+_INTEGERS = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "q_len", "kv_len", "added_si", "left", "right"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _look(
     mask_ptr,
     added_ptr,  # [B, H, Sq, Skv]
@@ -70,9 +75,12 @@ def _look(
     mask_sj,
     q_len,
     kv_len,
+    added_si,
     left,
     right,
     MERGE: tl.constexpr,
+    ADJACENT: tl.constexpr,  # mask_sj is 1
+    UNIT: tl.constexpr,  # elements per unit of the other strides
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -83,14 +91,17 @@ def _look(
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = i < q_len
     lo, hi = visible(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
-    mask_ptr += b.to(tl.int64) * mask_sb + tl.program_id(1).to(tl.int64) * mask_sh
-    added_ptr += plane * q_len * kv_len
+    mask_ptr += (b.to(tl.int64) * mask_sb + tl.program_id(1).to(tl.int64) * mask_sh) * UNIT
+    added_ptr += plane * q_len * added_si * UNIT
     row = i.to(tl.int64)[:, None]
+    mask_at, added_at = row * mask_si * UNIT, row * added_si * UNIT
     shown = tl.zeros([BLOCK_ROWS], tl.int32)  # whether the bias lets any key through
     for start in range(0, kv_len, BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
-        inside = valid[:, None] & (j < kv_len)[None, :]
-        value = tl.load(mask_ptr + row * mask_si + j.to(tl.int64)[None, :] * mask_sj, mask=inside, other=0)
+        # kv_len, in a way that shows Triton what it is a multiple of: or no load is wider than a key.
+        inside = valid[:, None] & (j < added_si * UNIT)[None, :]
+        step = j if ADJACENT else j.to(tl.int64) * mask_sj
+        value = tl.load(mask_ptr + mask_at + step[None, :], mask=inside, other=0)
         in_band = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if mask_ptr.dtype.element_ty == tl.int1:
             let_through = value != 0
@@ -103,7 +114,7 @@ def _look(
         let_through = let_through & in_band & inside
         if MERGE:
             bias = tl.where(let_through, bias, float("-inf"))
-        tl.store(added_ptr + row * kv_len + j[None, :], bias.to(added_ptr.dtype.element_ty), mask=inside)
+        tl.store(added_ptr + added_at + j[None, :], bias.to(added_ptr.dtype.element_ty), mask=inside)
         shown = tl.maximum(shown, tl.max((inside & (bias != float("-inf"))).to(tl.int32), 1))
         found = tl.max(let_through.to(tl.int32), 0)
         tl.atomic_max(seen_ptr + plane * kv_len + j, found, mask=(found > 0) & (j < kv_len), sem="relaxed")
