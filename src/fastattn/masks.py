@@ -266,4 +266,4 @@ def unseen_by_all(seen: Tensor, kv_heads: int) -> Tensor:
 
 def clear(x: Tensor, where: Tensor | None) -> Tensor:
     """x with 0 where the bool tensor says so."""
-    return x if where is None else torch.where(where, x.new_zeros(()), x)
+    return x if where is None else x.masked_fill(where, 0)

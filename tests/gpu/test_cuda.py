@@ -165,7 +165,8 @@ def test_routes() -> None:
     assert chosen(BASE.but(grads="qkv")) == "cudnn"
     assert chosen(DECODE.but(grads="qkv")) == "cudnn"
     assert chosen(BASE.but(dtype=FP32)) == "torch"
-    assert chosen(BASE.but(softcap=1.0)) == "reference"
+    assert chosen(BASE.but(softcap=1.0)) == "decode"
+    assert chosen(BASE.but(softcap=1.0, grads="qkv")) == "reference"
     with fastattn.use_backend("torch"):
         assert chosen(BASE) == "torch"
 
@@ -179,7 +180,7 @@ def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 def test_the_reference_warns_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notice, "_given", set())
-    q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16)
+    q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16, requires_grad=True)
     with pytest.warns(fastattn.FastattnWarning, match="softcap"):
         attend(q, q, q, softcap=1.0)
     with warnings.catch_warnings():

@@ -57,7 +57,7 @@ def fill(chapter: Chapter, data: dict[str, Any]) -> None:
         roofs["copy GB/s"] = max(read["bytes"] / read["us"] / 1e3 for read in reads)
     for name, rows in sections.items():
         about = _SECTIONS.get(name, "")
-        slug = f"{chapter.name}-{name.replace(' ', '-')}"
+        slug = f"{chapter.name}-{name.replace(',', '').replace(' ', '-')}"
         line, rest = lines_and_rest(rows)
         host = name == "host"
         if line:

@@ -14,7 +14,7 @@ import torch
 from ...problem import Problem
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
-#: queries of 32/8 heads take 223 us, in blocks of 128 rows 268 (torch's flex attention: 250).
+#: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
 MAX_ROWS = 64
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
@@ -74,9 +74,11 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     block_m, block_d, block_dv = _rows_of_a_block(p), _block(p.head_dim), _block(p.value_dim)
     crowded = _crowded(p, rule, sm_count)
     # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
-    # are small ones.
+    # are small ones; but with several blocks of rows programs share an SM (2048 queries: 266 us with four stages, 223
+    # with three).
     stages = rule.stages - (block_m * block_d * p.dtype.itemsize >= 1 << 16)
-    many_rows = block_m == MAX_ROWS and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
+    one_block = block_m == MAX_ROWS and rows(p) <= MAX_ROWS
+    many_rows = one_block and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
     return Launch(
         splits=splits(p, sm_count),
         block_m=block_m,
@@ -101,7 +103,8 @@ def splits(problem: Problem, sm_count: int) -> int:
         steps = max(2, steps)
     most = max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), MAX_SPLITS))
     even = 1 << (most.bit_length() - 1)
-    # 33 splits are no faster than 32, which divide most caches evenly (D = 64, 8192 keys: 11.8 us and 11.5).
+    # 33 splits are no faster than 32, which divide most caches evenly (D = 64, 8192 keys: 11.8 us and, in another run,
+    # 11.5).
     return min(steps, even if 8 * most <= 9 * even else most)
 
 
