@@ -283,6 +283,7 @@ def but(**changes) -> Problem:
         ({"kv_len": 0}, "no queries or no keys"),
         ({"q_len": 17}, "too many queries: 17 x 4"),
         ({"q_heads": 1024}, "too many queries: 1 x 128"),
+        ({"q_len": 1 << 20, "softcap": 1.0}, "too many queries: 1048576 x 4"),
         ({"head_dim": 68}, "head dim 68"),
         ({"head_dim": 264}, "head dim 264"),
         ({"value_dim": 4}, "value dim 4"),
@@ -294,6 +295,7 @@ def test_refusals(changes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(why) == 1
     assert reason in why[0]
     assert DecodeBackend().reasons(but(q_len=16)) == []
+    assert DecodeBackend().reasons(but(q_len=1 << 19, softcap=1.0)) == []
 
 
 @pytest.mark.parametrize(

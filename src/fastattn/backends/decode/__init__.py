@@ -40,7 +40,8 @@ class DecodeBackend:
         if p.empty:
             why.append("no queries or no keys")
         count = launch.rows(p)
-        if count > launch.MAX_ROWS and not p.softcap:  # which the faster kernels for many queries have not
+        # A softcap the faster kernels for many queries have not.
+        if count > launch.MAX_ROWS * (launch.MOST_BLOCKS if p.softcap else 1):
             why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
         for name, dim in (("head", p.head_dim), ("value", p.value_dim)):
             if dim not in HEAD_DIMS:

@@ -16,6 +16,7 @@ from ...problem import Problem
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
 #: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
 MAX_ROWS = 64
+MOST_BLOCKS = 65535  #: of rows: what CUDA allows along the third dim of a grid
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
