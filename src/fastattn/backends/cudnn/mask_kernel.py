@@ -1,8 +1,8 @@
 """What a call with a tensor for a mask needs to know of it, in one pass over it.
 
 cuDNN adds a bias to the scores. To make it, and to find what it hides (queries that see nothing and keys that nobody
-sees, whose contents must not reach the output) takes torch a dozen passes over tensors as large as the mask: 90 us for
-2048 x 2048, as long as the attention itself.
+sees, whose contents must not reach the output) takes torch a dozen passes over tensors as large as the mask: a call
+with an additive mask of 2048 x 2048 takes 326 us with them and 279 with this kernel (H100; torch's cuDNN alone: 204).
 """
 
 from __future__ import annotations
