@@ -83,7 +83,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     set_(dispatch, "_routes", Memo(1 << 10))
     set_(dispatch, "fast_path", Memo(1 << 10))
     set_(cudnn.CudnnBackend, "reasons", lambda self, p: support.reasons(p, 91900))
-    set_(decode, "_missing", list)
+    set_(decode, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)
     for module in (forward, backward, plans):
         set_(module, "cache", gpu)

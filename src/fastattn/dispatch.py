@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .backends.base import Backend, Runner
-from .forks import after_fork
+from .forks import after_fork, renew_lock
 from .memo import Memo
 from .notice import warn_once
 from .problem import Call, Problem
@@ -33,11 +33,7 @@ _refused: dict[tuple[str, Problem], str] = {}
 _lock = threading.Lock()
 
 
-def _forked(module: Any) -> None:
-    module._lock = threading.Lock()
-
-
-after_fork(sys.modules[__name__], _forked)
+after_fork(sys.modules[__name__], renew_lock)
 #: What `api.py` remembers of whole calls; here because it has to go when a route does.
 fast_path: Memo[Any, Any] = Memo(1 << 12)
 _routes: Memo[Any, Route] = Memo(1 << 13)

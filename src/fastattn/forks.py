@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,11 @@ _wishes: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKey
 def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
     """Has `renew(owner)` called in every forked child, for as long as the owner lives."""
     _wishes[owner] = renew
+
+
+def renew_lock(owner: Any) -> None:
+    """Gives a module or an object another `_lock`: for `after_fork`."""
+    owner._lock = threading.Lock()
 
 
 def _renew_all() -> None:

@@ -6,22 +6,17 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .forks import after_fork
+from .forks import after_fork, renew_lock
 
 _HERE = str(Path(__file__).parent)
 _given: set[str] = set()
 _lock = threading.Lock()
 
 
-def _forked(module: Any) -> None:
-    module._lock = threading.Lock()
-
-
-after_fork(sys.modules[__name__], _forked)
+after_fork(sys.modules[__name__], renew_lock)
 
 
 class FastattnWarning(UserWarning):

@@ -47,6 +47,11 @@ def check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
 
 
+def is_count(value: object) -> bool:
+    """True for an int, at least 1, that fits 32 bits: a size, a number of rows or tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
 def check_device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)

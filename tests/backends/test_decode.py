@@ -17,6 +17,7 @@ from features import BROADCASTS, FEATURES
 
 import fastattn
 from fastattn import Intervals
+from fastattn.backends import triton_launch
 from fastattn.backends.decode import DecodeBackend, launch
 from fastattn.problem import Problem
 
@@ -290,7 +291,7 @@ def but(**changes) -> Problem:
     ],
 )
 def test_refusals(changes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastattn.backends.decode._missing", list)
+    monkeypatch.setattr(triton_launch, "missing_on_a_gpu", list)
     why = DecodeBackend().reasons(but(**changes))
     assert len(why) == 1
     assert reason in why[0]
@@ -302,11 +303,11 @@ def test_refusals(changes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None
     "lost, remedy", [("triton", "pip install fastattn[cuda]"), ("compiler", "install gcc, or name one in CC")]
 )
 def test_machine_lacks(lost: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastattn.backends import decode
-
-    monkeypatch.setattr(decode, "_missing", decode._missing.__wrapped__)  # not what this machine said before
-    monkeypatch.setattr(decode, "find_spec", lambda name: None if lost == name else importlib.util.find_spec(name))
-    monkeypatch.setattr(decode.shutil, "which", lambda name: None)
+    for name in ("missing_on_a_gpu", "has_triton"):  # not what this machine said before
+        monkeypatch.setattr(triton_launch, name, getattr(triton_launch, name).__wrapped__)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(triton_launch, "find_spec", lambda name: None if lost == name else find(name))
+    monkeypatch.setattr(triton_launch.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     if lost == "compiler":
         pytest.importorskip("triton")

@@ -81,7 +81,7 @@ def test_everybody_computes_the_same(case, monkeypatch):
     monkeypatch.setattr(peers, "_flex", lambda: flex_attention)
     (x,) = inputs_of(case)
     (expected,) = calls.truth(case, x, False, torch.float64)
-    binds = {name: IMPLEMENTATIONS[name].call for name in ("fastattn", "torch-cudnn", "torch-efficient", "torch-math")}
+    binds = {name: IMPLEMENTATIONS[name].bind for name in ("fastattn", "torch-cudnn", "torch-efficient", "torch-math")}
     done = []
     for name, bind in (binds | {"flex": peers._bind_flex}).items():
         try:
@@ -138,7 +138,7 @@ def test_a_wrong_part_is_found(monkeypatch):
         return call
 
     mine = IMPLEMENTATIONS["fastattn-any"]
-    monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", bind=wrong))
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", binder=wrong))
     row = bench.compare(case, ("fastattn", "torch-math"), exact=True)
     assert row["check"] == f"reference in float64, batch entry {part.entry}, K/V head {part.head}"
     assert "wrong result" in row["implementations"]["torch-math"]["error"]
@@ -195,7 +195,7 @@ def test_peers_refuse_or_are_missed(name, case):
         pytest.skip(f"{name} is installed here")
     (x,) = inputs_of(case)
     with pytest.raises((Refusal, ModuleNotFoundError)):
-        peers.PEERS[name].call(case, x)
+        peers.PEERS[name].bind(case, x)
 
 
 def test_present_says_versions(monkeypatch):
@@ -309,7 +309,7 @@ def test_adapters_hand_over_the_right_tensors(name, case, monkeypatch):
     monkeypatch.setattr(peers, "import_module", packages.__getitem__)
     (x,) = inputs_of(case)
     try:
-        out = peers.PEERS[name].call(case, x)()
+        out = peers.PEERS[name].bind(case, x)()
     except Refusal:
         beyond = case.softcap or case.sinks or case.additive or case.padding or case.lengths
         assert beyond or (name, case.batch > 1) == ("flashinfer", True)

@@ -179,9 +179,9 @@ def test_a_failure_becomes_an_entry(monkeypatch):
         return lambda: calls._bind_fastattn(case, x)() * 1.02
 
     mine = IMPLEMENTATIONS["fastattn-any"]
-    monkeypatch.setitem(IMPLEMENTATIONS, "torch-cudnn", replace(mine, name="torch-cudnn", bind=refuse))
-    monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", bind=late))
-    monkeypatch.setitem(IMPLEMENTATIONS, "torch-flash", replace(mine, name="torch-flash", bind=wrong))
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch-cudnn", replace(mine, name="torch-cudnn", binder=refuse))
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", binder=late))
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch-flash", replace(mine, name="torch-flash", binder=wrong))
     bench = a_sweep()
     names = ("fastattn", "torch-cudnn", "torch-math", "torch-flash")
     bench.add("s", "r", lambda: bench.compare(Case(9, 9), names))
@@ -203,7 +203,7 @@ def test_nan_is_a_wrong_result(value, monkeypatch):
     def nothing(case, x):
         return lambda: torch.full_like(x.q, value)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "fastattn", replace(IMPLEMENTATIONS["fastattn"], bind=nothing))
+    monkeypatch.setitem(IMPLEMENTATIONS, "fastattn", replace(IMPLEMENTATIONS["fastattn"], binder=nothing))
     monkeypatch.setattr(rows, "stats", _counting(fastattn.stats))
     bench = a_sweep()
     bench.add("s", "r", lambda: bench.compare(Case(9, 9), ("fastattn",)))
@@ -348,7 +348,7 @@ def test_torch_is_asked_for_the_same_as_fastattn(case):
     (x,) = inputs_of(case)
     out = calls._bind_torch(case, x)()
     assert calls.relative_error((out,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
-    ours = IMPLEMENTATIONS["fastattn"].call(case, calls.poisoned(case, x))()
+    ours = IMPLEMENTATIONS["fastattn"].bind(case, calls.poisoned(case, x))()
     assert calls.relative_error((ours,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
 
 
@@ -364,9 +364,9 @@ def test_torch_with_a_window_and_sinks():
     case = Case(1, 40, 2, 8, 2, 64, head_major=True, left=12, sinks=True)
     (x,) = inputs_of(case)
     expected = calls.truth(case, x, backward=False)
-    assert calls.relative_error((IMPLEMENTATIONS["torch-math"].call(case, x)(),), expected) < calls.OUTPUT_LIMIT
+    assert calls.relative_error((IMPLEMENTATIONS["torch-math"].bind(case, x)(),), expected) < calls.OUTPUT_LIMIT
     with pytest.raises(ValueError, match="neither sinks nor windows"):
-        IMPLEMENTATIONS["torch-cudnn"].call(case, x)
+        IMPLEMENTATIONS["torch-cudnn"].bind(case, x)
 
 
 def test_flash_with_sinks_by_its_log_sum_exp(monkeypatch):
@@ -379,7 +379,7 @@ def test_flash_with_sinks_by_its_log_sum_exp(monkeypatch):
         return out, lse, None, None, 1, 13, None, None, None
 
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
-    out = IMPLEMENTATIONS["torch-flash"].call(case, x)()
+    out = IMPLEMENTATIONS["torch-flash"].bind(case, x)()
     assert calls.relative_error((out,), calls.truth(case, x, backward=False)) < calls.OUTPUT_LIMIT
 
 

@@ -24,6 +24,17 @@ CASES = {
 }
 
 
+#: What each backend has to serve of them.
+SERVES = {
+    "decode": {"decode"},
+    "cudnn": set(CASES),
+    "torch": {"prefill", "training", "padded"},
+    "reference": set(CASES),
+}
+#: An error of ours, which is no clear one.
+BUGS = ("AttributeError", "NameError", "TypeError", "KeyError", "IndexError")
+
+
 @pytest.mark.parametrize("backend", ["decode", "cudnn", "torch", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_on_another_device_than_the_current_one(name: str, backend: str, seed: int) -> None:
@@ -34,6 +45,7 @@ def test_tensors_on_another_device_than_the_current_one(name: str, backend: str,
         for turn, device in enumerate(("cuda:1", "cuda:0", "cuda:1")):  # the second time it is remembered
             inputs = make(case, device, seed + turn)
             if refusals(inputs, backend):
+                assert name not in SERVES[backend]
                 pytest.skip(f"{backend} refuses it")
             assert_right(case, inputs, run(inputs, backend), truth(inputs))
             assert torch.cuda.current_device() == 0
@@ -92,4 +104,4 @@ def test_a_capture_before_anything_is_built(name: str, backend: str, tmp_path: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     cold = json.loads(done.stdout.splitlines()[-1])["cold"]
-    assert cold == "right" or "Error" in cold, cold
+    assert (cold == "right" or "Error" in cold) and not cold.startswith(BUGS), cold

@@ -464,7 +464,9 @@ def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
         def __init__(self, *arguments):
             raise ValueError("tiny: no such family\nand more")
 
-    monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("runners", "Never")])
+    monkeypatch.setattr(
+        runners_module, "_runners", lambda loaded: [("nowhere", "Nobody", {}), ("runners", "Never", {})]
+    )
     monkeypatch.setattr(runners_module, "Never", Never, raising=False)
     with pytest.warns(FastattnWarning, match="one row after another, which is slow: tiny: no such family$"):
         assert isinstance(make_runner(tiny, 2, 64), LoopRunner)
@@ -472,17 +474,17 @@ def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
 
 def test_the_first_runner_that_takes_the_model_serves(tiny, monkeypatch):
     monkeypatch.setattr(
-        runners_module, "_runners", lambda loaded: [("nowhere", "Nobody"), ("loop_runner", "LoopRunner")]
+        runners_module, "_runners", lambda loaded: [("nowhere", "Nobody", {}), ("loop_runner", "LoopRunner", {})]
     )
     assert isinstance(make_runner(tiny, 2, 64), LoopRunner)  # without a warning: pytest would show it
     monkeypatch.undo()
-    assert [name for name, _ in runners_module._runners(tiny)] == ["module_runner"]  # eager was asked for
+    assert [name for name, *_ in runners_module._runners(tiny)] == ["module_runner"]  # eager was asked for
     ours = load("tiny", attn="fastattn", device="cpu")
-    assert [name for name, _ in runners_module._runners(ours)] == ["fused", "module_runner"]
+    assert [name for name, *_ in runners_module._runners(ours)] == ["fused", "module_runner"]
 
 
 def test_an_error_in_a_runner_is_no_refusal(tiny, monkeypatch):
-    monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("runners", "Broken")])
+    monkeypatch.setattr(runners_module, "_runners", lambda loaded: [("runners", "Broken", {})])
     monkeypatch.setattr(runners_module, "Broken", lambda *arguments: {}.missing, raising=False)
     with pytest.raises(AttributeError):
         make_runner(tiny, 2, 64)

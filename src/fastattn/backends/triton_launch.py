@@ -7,6 +7,8 @@ specialises on is the same.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +22,7 @@ from ..switches import is_on
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
+_INSTALL = "triton is not installed: pip install fastattn[cuda]"
 _compiled: Memo[Any, Any] = Memo(1 << 12)
 _INT32 = 1 << 31
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
@@ -27,13 +30,36 @@ _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are n
 
 def native(device_type: str) -> bool:
     """True where our own kernels run: on a GPU, and in Triton's interpreter where that is asked for."""
+    return not missing(device_type)
+
+
+def missing(device_type: str) -> list[str]:
+    """Why our own kernels do not run on such a device; nothing where they do. Does not import triton.
+
+    Off CUDA only Triton's interpreter runs them: on the CPU, in tests, never unless asked for.
+    """
     if device_type == "cuda":
-        return _has_triton()
-    return is_on("FASTATTN_INTERPRET", False) and is_on("TRITON_INTERPRET", False) and _has_triton()
+        return missing_on_a_gpu()
+    if device_type != "cpu" or not is_on("FASTATTN_INTERPRET", False):
+        return ["needs an NVIDIA GPU"]
+    if not has_triton():
+        return [_INSTALL]
+    if not is_on("TRITON_INTERPRET", False):
+        return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
+    return []
 
 
 @cache
-def _has_triton() -> bool:
+def missing_on_a_gpu() -> list[str]:
+    """What Triton needs and this machine lacks."""
+    if not has_triton():
+        return [_INSTALL]
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return [] if compiler else ["Triton needs a C compiler to launch its kernels: install gcc, or name one in CC"]
+
+
+@cache
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 

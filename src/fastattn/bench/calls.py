@@ -65,7 +65,7 @@ class Implementation:
     """Somebody who computes attention."""
 
     name: str
-    bind: Callable[[Case, Inputs], Callable[[], Tensor]]  #: the call, its arguments looked up; may raise `Refusal`
+    binder: Callable[[Case, Inputs], Callable[[], Tensor]]  #: see `bind`
     plans: str | None = None  #: FASTATTN_PLANS while it is called
     backend: SDPBackend | None = None  #: of torch's, while it is called
     package: str | None = None  #: the package it is from, by its name on PyPI, if that is not torch
@@ -74,11 +74,11 @@ class Implementation:
     #: It takes the times itself, elsewhere: the output for the first of the sets, and what an entry of a row says.
     measure: Callable[[Case, Sequence[Inputs]], tuple[Tensor, dict[str, Any]]] | None = None
 
-    def call(self, case: Case, x: Inputs) -> Callable[[], Tensor]:
-        """See `bind`."""
+    def bind(self, case: Case, x: Inputs) -> Callable[[], Tensor]:
+        """The call, its arguments looked up. Raises `Refusal`."""
         if case.softcap and not self.softcap:
             raise Refusal("it has no softcap")
-        return self.bind(case, x)
+        return self.binder(case, x)
 
     @property
     def ours(self) -> bool:

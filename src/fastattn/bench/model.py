@@ -111,8 +111,6 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     total = len(settings.attn) * (1 + settings.num_trials + 2 * settings.fresh_lengths)
     results = [Result(name) for name in settings.attn]
     held = Held(loaded.model.device)
-    used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
-    used["fused_ops"] = fused_ops = list[str]()
     capacity = max(longest, *(n + 1 for own in lengths for n in own), 1)
     with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
 
@@ -124,9 +122,8 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
             return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
 
         say(describe(loaded))
-        advance = bar.update
         turns = [
-            (result, _measure(loaded, result, own, settings, capacity, held, fused_ops, speaker(result.attn), advance))
+            (result, _measure(loaded, result, own, settings, capacity, held, speaker(result.attn), bar.update))
             for result, own in zip(results, lengths)
         ]
         while turns:
@@ -134,6 +131,8 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
         for result in results:
             if result.calls:
                 speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
+    used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
+    used["fused_ops"] = sorted({name for result in results for name in result.fused_ops})
     if ranks is not None:
         used["world_size"] = ranks.size
     return Report(asdict(settings) | used, identity(loaded), results)
@@ -185,17 +184,15 @@ def _measure(
     settings: Settings,
     capacity: int,
     held: Held,
-    fused_ops: list[str],
     say: Callable[[str], None],
     advance: Callable[[], Any],
 ) -> Iterator[None]:
-    """The measurement of one implementation, in steps between which another may take its turn. fused_ops: gets what
-    liger-kernel replaces in its turns."""
+    """The measurement of one implementation, in steps between which another may take its turn."""
     try:
         release()
         say("Running warmup..")
         way = make_way(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
-        fused_ops += way.fused_ops
+        result.fused_ops = way.fused_ops
         if way.fused_ops:
             say("Fused by liger-kernel: " + ", ".join(way.fused_ops))
         _trial(loaded, way, settings, 0, 0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -25,8 +24,7 @@ from torch import Tensor
 
 from ..api import scaled_dot_product_attention
 from ..parallel import ContextParallel, cost
-from . import results
-from .parallel_ranks import Bench, Sizes, captured, joined, link_rate
+from .parallel_ranks import Bench, Sizes, add_options, captured, link_rate, under_torchrun
 from .parallel_report import markdown, paper, show, show_decode
 
 METHOD = {
@@ -168,16 +166,13 @@ def decode(bench: Bench, sizes: Sizes, length: int, graphs: bool, calls: int) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun -m fastattn.bench.parallel", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda (NCCL) if there is a GPU, else cpu (gloo)")
+    add_options(parser)
     parser.add_argument("--tokens", type=int, metavar="N", help="of the forward (131072)")
     parser.add_argument("--training-tokens", type=int, metavar="N", help="of the forward and backward (65536)")
     parser.add_argument("--repeats", type=int, default=10, help="iterations that count (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="iterations before them (%(default)s)")
     parser.add_argument("--calls", type=int, default=50, help="decode calls per iteration (%(default)s)")
     parser.add_argument("--graphs", action="store_true", help="decode in CUDA graphs as well")
-    parser.add_argument("--timeout", type=int, default=120, metavar="S", help="seconds until a lost rank ends the run")
     parser.add_argument("--markdown", metavar="FILE", help="print a result file's table and measure nothing")
     parser.add_argument(
         "--paper", action="store_true", help="print what the model predicts for 64 GPUs; measure nothing"
@@ -195,21 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.paper:
         print(paper())
         return 0
-    if "RANK" not in os.environ:
-        print(
-            "parallel: run it under torchrun: torchrun --nproc-per-node N -m fastattn.bench.parallel", file=sys.stderr
-        )
-        return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
-    with joined(arguments.device, arguments.timeout) as device:
-        report = measure(arguments, device)
-    if arguments.json and int(os.environ["RANK"]) == 0:
-        command = shlex.join(
-            ["torchrun", "--nproc-per-node", str(report["ranks"]), "-m", "fastattn.bench.parallel", *argv]
-        )
-        results.write_json(arguments.json, results.header("parallel", command, device) | report)
-    return 0
+    return under_torchrun("parallel", arguments, argv, measure)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -10,8 +10,6 @@ the tiny preset on gloo, to try the command out.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +20,8 @@ from torch import Tensor
 
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
-from . import results
 from .loaded import clock, default_model, identity, peak_memory, release
-from .parallel_ranks import joined
+from .parallel_ranks import add_options, meet, under_torchrun
 from .table import table
 
 METHOD = {
@@ -68,7 +65,7 @@ class Spread:
 
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """All figures; the same on every rank."""
+    """All figures; the same on every rank. The first prints them."""
     name = arguments.model or (default_model() if device.type == "cuda" else "tiny")
     loaded = load(name, device=device, seed=0)
     spread, vocabulary = Spread(loaded, arguments.strategy), loaded.config.vocab_size
@@ -87,10 +84,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    begin = _meet(device)
+    meet(device)
+    begin = clock(device)
     logits, cache = spread.prefill(ids)
     prompt = clock(device) - begin
-    begin = _meet(device)
+    meet(device)
+    begin = clock(device)
     spread.decode(logits, cache, arguments.generation_tokens)
     generation = clock(device) - begin
     times = torch.tensor([prompt, generation], dtype=torch.float64)
@@ -98,7 +97,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     dist.all_gather_object(rows, {"seconds": times.tolist(), "peak_memory": peak_memory(device) / 1e9})
     prompt, generation = (max(row["seconds"][i] for row in rows) for i in (0, 1))
     positions = getattr(loaded.config, "max_position_embeddings", None)
-    return {
+    report = {
         "ranks": len(rows),
         "method": METHOD,
         "model": identity(loaded),
@@ -113,11 +112,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         "error": float(error),
         "note": POSITIONS % positions if positions and positions < arguments.prompt_tokens else None,
     }
-
-
-def _meet(device: torch.device) -> float:
-    dist.barrier()
-    return clock(device)
+    if dist.get_rank() == 0:
+        print(show(report), flush=True)
+    return report
 
 
 def show(report: dict[str, Any]) -> str:
@@ -131,15 +128,12 @@ def show(report: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun -m fastattn.bench.parallel_model", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_options(parser)
     parser.add_argument("--model", help="a preset or a directory (llama-3.1-8b; tiny on CPUs)")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=262144, help="%(default)s")
     parser.add_argument("-g", "--generation-tokens", type=int, default=8, help="after them (%(default)s)")
     parser.add_argument("--check-tokens", type=int, default=4096, help="of the short prompt (%(default)s)")
     parser.add_argument("--strategy", default="auto", choices=("auto", "ulysses", "ring", "allgather"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda (NCCL) if there is a GPU, else cpu (gloo)")
-    parser.add_argument("--timeout", type=int, default=120, metavar="S", help="seconds until a lost rank ends the run")
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
     return parser
 
 
@@ -147,25 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
-    command = "torchrun --nproc-per-node N -m fastattn.bench.parallel_model"
-    if "RANK" not in os.environ:
-        print(f"parallel_model: run it under torchrun: {command}", file=sys.stderr)
-        return 2
     for field in ("prompt_tokens", "generation_tokens", "check_tokens"):
         if getattr(arguments, field) < 1:
             print(f"parallel_model: {field}: expected at least 1, got {getattr(arguments, field)}", file=sys.stderr)
             return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
-    with joined(arguments.device, arguments.timeout) as device:
-        report = measure(arguments, device)
-        first = dist.get_rank() == 0
-    if first:
-        print(show(report), flush=True)
-        if arguments.json:
-            whole = shlex.join([*command.replace("N", str(report["ranks"])).split(), *argv])
-            results.write_json(arguments.json, results.header("parallel-model", whole, device) | report)
-    return 0
+    return under_torchrun("parallel_model", arguments, argv, measure)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,31 +17,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..lm.parallel import start_group
 from ..parallel import ContextParallel
 from ..parallel.exchange import Transfer
+from . import results
 
 
-@contextmanager
-def joined(kind: str | None, seconds: int) -> Iterator[torch.device]:
-    """The processes that torchrun started, as a process group; gives this one's device.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs under torchrun: see `under_torchrun`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda (NCCL) if there is a GPU, else cpu (gloo)")
+    parser.add_argument("--timeout", type=int, default=120, metavar="S", help="seconds until a lost rank ends the run")
 
-    kind: "cuda" (NCCL) or "cpu" (gloo); None: the first if there is a GPU. seconds: until a lost rank ends the others.
+
+def under_torchrun(
+    name: str,
+    arguments: argparse.Namespace,
+    argv: Sequence[str],
+    measure: Callable[[argparse.Namespace, torch.device], dict[str, Any]],
+) -> int:
+    """The command `torchrun -m fastattn.bench.NAME`, as one of its ranks. Returns the exit status.
+
+    measure: by all ranks, on a device of each; rank 0 prints what it finds, and its report is kept.
     """
-    # NVLink multicast needs more of a machine's fabric manager than point-to-point does, and hangs without it.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    limit = timedelta(seconds=seconds)
-    if (kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
+    if "RANK" not in os.environ:
+        print(f"{name}: run it under torchrun: torchrun --nproc-per-node N -m fastattn.bench.{name}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        results.check_writable(arguments.json)
+    if (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=limit, device_id=device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=limit)
+    start_group(device, timedelta(seconds=arguments.timeout))
     try:
-        yield device
+        report = measure(arguments, device)
     finally:
         dist.destroy_process_group()
+    if arguments.json and os.environ["RANK"] == "0":
+        ranks = str(report["ranks"])
+        command = shlex.join(["torchrun", "--nproc-per-node", ranks, "-m", f"fastattn.bench.{name}", *argv])
+        kind = name.replace("_", "-")
+        results.write_json(arguments.json, results.header(kind, command, device) | report)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,13 @@ class Sizes:
         return Sizes(256, 128, (512,), (8, 4), 16, 1 << 16)
 
 
+def meet(device: torch.device) -> None:
+    """Waits for all ranks, the host too."""
+    flag = torch.zeros(1, device=device)
+    dist.all_reduce(flag)
+    flag.item()
+
+
 class Bench:
     """One run: the rank, its device, and how to time what all ranks do together."""
 
@@ -69,10 +98,7 @@ class Bench:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def meet(self) -> None:
-        """Waits for all ranks, the host too."""
-        flag = torch.zeros(1, device=self.device)
-        dist.all_reduce(flag)
-        flag.item()
+        meet(self.device)
 
     def together(self, call: Callable[[], Any]) -> float:
         """Seconds of a call that all ranks make: the median of the slowest rank's."""

@@ -67,6 +67,7 @@ class Result(Outcome):
 
     trials: list[Trial] = field(default_factory=list)
     fresh: list[FreshLength] = field(default_factory=list)
+    fused_ops: tuple[str, ...] = ()  #: of the model's operations those that liger-kernel replaced
 
     def average(self, key: str) -> float | None:
         """The mean of a `Trial`'s field over the trials; None when it was given up."""

@@ -150,7 +150,7 @@ class Sweep:
                         self._check(entry, truth, (result,))
                         return entry | times, None
                     before = stats()["calls"]
-                    bound: list[Callable[[], Any]] = [implementation.call(case, x) for x in sets]
+                    bound: list[Callable[[], Any]] = [implementation.bind(case, x) for x in sets]
                     if backward:
                         bound = [_gradients_of(call(), x) for call, x in zip(bound, sets, strict=True)]
                     if kind == "step":

@@ -143,7 +143,7 @@ def _fresh(sweep: Sweep, name: str) -> Row:
         for length in (longest, *rng.sample(range(longest // 32, longest), count)):
             case = Case(length, length)
             (x,) = make_inputs(case, sweep.device, sweep.generator, 1)
-            call = implementation.call(case, x)
+            call = implementation.bind(case, x)
             first, second = (timing.once(call, sweep.device)[1] for _ in range(2))
             found.append({"length": length, "first_ms": first, "second_ms": second})
     fresh = found[1:]

@@ -9,14 +9,13 @@ A layer with a window (or a chunk) keeps only so many tokens, as a ring: token t
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..backends.triton_launch import native
 from .slots import Slots
 
 
@@ -222,13 +221,8 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, ring: bool) -> None:
-    if keys.is_cuda and _has_triton():
+    if keys.is_cuda and native("cuda"):
         from ..kvcache.append import append
 
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,15 +10,11 @@ from torch import Tensor
 
 from .. import debug
 from ..api import scaled_dot_product_attention
+from ..backends.triton_launch import native
 from ..masks import Intervals
-from ..validate import FLOATING, check_device, check_lengths, check_tensor
+from ..validate import FLOATING, check_device, check_lengths, check_tensor, is_count
 
 GROWTH = 256  #: tokens by which a cache without a fixed capacity grows
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 class KVCache:
@@ -65,7 +59,7 @@ class KVCache:
         sizes |= {"value_dim": head_dim if value_dim is None else value_dim}
         sizes |= {} if capacity is None else {"capacity": capacity}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 1 << 31:
+            if not is_count(size):
                 raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
         if dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
@@ -73,9 +67,7 @@ class KVCache:
         if len(listed) != layers:
             raise ValueError(f"windows: expected {layers}, one per layer, got {len(listed)}")
         for window in listed:
-            if window is None:
-                continue
-            if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 1 << 31:
+            if window is not None and not is_count(window):
                 raise ValueError(f"windows: expected ints >= 1 or None, got {window!r}")
         self.layers = layers
         self.kv_heads = kv_heads
@@ -232,7 +224,7 @@ class KVCache:
 
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 31:
+        if not is_count(count):
             raise ValueError(f"count: expected an int >= 1, got {count!r}")
         for memory, dim in ((self.keys, self.head_dim), (self.values, self.value_dim)):
             for layer, old in enumerate(memory):
@@ -260,7 +252,7 @@ class KVCache:
         k, v = (x.to(self.dtype) if x.stride(-1) == 1 else x.to(self.dtype).contiguous() for x in (k, v))
         arguments = (self.keys[layer], self.values[layer], k, v, self.lengths, self._counts)
         ring = self.windows[layer] is not None
-        if self.device.type == "cuda" and _has_triton():
+        if self.device.type == "cuda" and native("cuda"):
             from .append import append
 
             append(*arguments, ring)

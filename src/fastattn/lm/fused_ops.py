@@ -282,7 +282,7 @@ def _loss(model: nn.Module) -> MethodType:
 def _fit(*tensors: Tensor) -> bool:
     """Whether liger-kernel takes them as they are: asked in each call, as a model may be moved, cast, autocast."""
     first = tensors[0]
-    if first.dtype not in _DTYPES or not (first.is_cuda or native(first.device.type)):
+    if first.dtype not in _DTYPES or not native(first.device.type):
         return False
     return all(
         type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype and x.device == first.device for x in tensors

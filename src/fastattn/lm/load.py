@@ -68,13 +68,15 @@ def load(
     path = Path(model)
     if path.is_dir():
         check_directory(path)
-        return replace(_load_directory(path, attn, dtype, place, ranks), fused_ops=fused_ops)
-    if str(model) in PRESETS:
-        return replace(_create(str(model), attn, dtype, place, seed, ranks), fused_ops=fused_ops)
-    raise ValueError(
-        f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
-        f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
-    )
+        loaded = _load_directory(path, attn, dtype, place, ranks)
+    elif str(model) in PRESETS:
+        loaded = _create(str(model), attn, dtype, place, seed, ranks)
+    else:
+        raise ValueError(
+            f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
+            f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
+        )
+    return replace(loaded, fused_ops=fused_ops)
 
 
 def set_attention(model: Any, attn: str) -> None:

@@ -119,19 +119,8 @@ def join(device: str | torch.device | None = None) -> Generator[Ranks, None, Non
     from torch.distributed.rendezvous import rendezvous
 
     place = _place(device, int(os.environ["LOCAL_RANK"]))
-    on_gpu = place.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(place)
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not used
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-        device_id=place if on_gpu else None,
-    )
+    start_group(place, PATIENCE, store=store, rank=rank, world_size=size)
     ranks = Ranks(store, rank, size, place)
     try:
         with ExitStack() as stack:
@@ -145,6 +134,21 @@ def join(device: str | torch.device | None = None) -> Generator[Ranks, None, Non
         raise
     gc.collect()  # NCCL waits for captured graphs that use it
     dist.destroy_process_group()
+
+
+def start_group(device: torch.device, patience: timedelta, **where: Any) -> None:
+    """Starts torch's default process group, on NCCL for a GPU of this process, on gloo for its CPU.
+
+    where: torch's arguments that say who the ranks are; none under torchrun.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # NVLink multicast needs more of a machine's fabric manager than point-to-point does, and hangs without it.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None, **where
+    )
 
 
 def _place(device: str | torch.device | None, local_rank: int) -> torch.device:

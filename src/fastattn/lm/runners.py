@@ -30,7 +30,7 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
     if capacity > longest(loaded):
         raise ValueError(f"capacity: expected at most the model's {longest(loaded)} tokens, got {capacity}")
     reason = ""
-    for module, name in _runners(loaded):
+    for module, name, options in _runners(loaded):
         try:
             kind = getattr(import_module(f"{__package__}.{module}"), name)
         except (ImportError, AttributeError) as error:
@@ -38,7 +38,7 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
             continue
         runner: Runner | None = None
         try:
-            runner = kind(loaded.model, rows, capacity, **_options(loaded, name))
+            runner = kind(loaded.model, rows, capacity, **options)
         except ValueError as error:
             reason = _line(error)
         if loaded.ranks is not None:
@@ -53,18 +53,12 @@ def make_runner(loaded: Loaded, rows: int, capacity: int) -> Runner:
     return LoopRunner(loaded.model, rows, capacity)
 
 
-def _runners(loaded: Loaded) -> list[tuple[str, str]]:
-    """Modules of this package and their runners, the fastest first."""
-    fused = [("fused", "FusedRunner")] if loaded.model.config._attn_implementation == "fastattn" else []
-    return [*fused, ("module_runner", "ModuleRunner")]
-
-
-def _options(loaded: Loaded, name: str) -> dict[str, Any]:
-    """What a runner is told beside the model: `FusedRunner` has kernels of its own for everything."""
-    if name != "ModuleRunner":
-        return {}
+def _runners(loaded: Loaded) -> list[tuple[str, str, dict[str, Any]]]:
+    """Modules of this package, their runners and what those are told beside the model, the fastest first."""
     # The parts of a spread model may be tensors of another kind; there liger-kernel has not been tried.
-    return {"fused_ops": loaded.fused_ops if loaded.ranks is None else False}
+    modules = ("module_runner", "ModuleRunner", {"fused_ops": loaded.fused_ops if loaded.ranks is None else False})
+    ours = loaded.model.config._attn_implementation == "fastattn"
+    return [("fused", "FusedRunner", {}), modules] if ours else [modules]
 
 
 def longest(loaded: Loaded) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from ..backends.triton_launch import native
 from ..problem import token_major
 
 
@@ -16,7 +14,7 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
     out and lse (float32, float64) become those of both sets of keys.
     """
-    if out.is_cuda and out.stride(3) == other.stride(3) == 1 and _has_triton():
+    if out.is_cuda and out.stride(3) == other.stride(3) == 1 and native("cuda"):
         from .merge_kernel import launch
 
         launch(out, lse, other, other_lse)
@@ -34,7 +32,7 @@ def merge_all(parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> tuple[
     """
     _, batch, heads, rows, columns = parts.shape
     out = token_major(parts, batch, heads, rows, columns - 1, dtype)
-    if parts.is_cuda and _has_triton():
+    if parts.is_cuda and native("cuda"):
         from .merge_kernel import launch_all
 
         lse = parts.new_empty((batch, heads, rows))
@@ -46,8 +44,3 @@ def merge_all(parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> tuple[
     lse = torch.logsumexp(every, 0)
     weights = torch.exp(parts[..., -1:] - lse[..., None]).nan_to_num_(0.0)
     return out.copy_((parts[..., :-1] * weights).sum(0)), lse
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..validate import FLOATING, check_flag, check_softcap, check_window
+from ..validate import FLOATING, check_flag, check_softcap, check_window, is_count
 
 PHASES = ("prefill", "chunked", "decode", "training", "packed")
 #: How q, k and v lie in memory: "token" is `[B,S,H,D]`, as a projection writes it, "head" `[B,H,S,D]`, "slice" a part
@@ -186,7 +186,7 @@ def _beyond(least: int, longest: int) -> list[int]:
 
 
 def check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+    if not is_count(value):
         raise ValueError(f"{name}: expected an int, at least 1, got {value!r}")
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 from torch import Tensor
 
 from ...problem import Call, Gradients, Problem
 from ..base import Runner
+from ..triton_launch import has_triton
 from . import runtime, support
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 class CudnnBackend:
@@ -29,7 +22,7 @@ class CudnnBackend:
         why = support.reasons(problem, library.version)
         if library.refusal:
             why.append(library.refusal)
-        elif not _has_triton():
+        elif not has_triton():
             why.append("Triton, which computes offsets on the device, is missing: pip install 'fastattn[cuda]'")
         return why
 

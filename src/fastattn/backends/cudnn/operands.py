@@ -63,19 +63,15 @@ def masked(p: Problem, c: Call, whole: bool) -> Masked:
     """
     merge = c.mask is None or (not keeps_band(p) and (p.banded or p.q_lengths or p.kv_lengths))
     mask = _unexpanded(p, c.mask)
-    if (
-        mask is not None
-        and mask.shape[2:] == (p.q_len, p.kv_len)
-        and mask.dtype != torch.float64
-        and native(c.q.device.type)
-    ):
+    dtype = mask.dtype if mask is not None and p.mask == "additive" else p.dtype
+    whole_mask = mask is not None and mask.shape[2:] == (p.q_len, p.kv_len)
+    if mask is not None and whole_mask and dtype != torch.float64 and native(c.q.device.type):
         from .mask_kernel import look
 
-        dtype = mask.dtype if p.mask == "additive" else p.dtype
         added, blind, seen = look(c, mask, dtype, merge)
         unseen: Tensor | None = masks.unseen_by_all(seen, p.kv_heads)
     else:
-        added = _bias(p, c, mask, merge, whole)
+        added = _bias(p, c, None if merge else mask, dtype, whole)
         blind = (added == -torch.inf).all(-1, keepdim=True)
         unseen = masks.unseen_keys(c)
     # One pass, where masked_fill copies first. (Not for everybody in `masks.clear`: of the layouts that come of it
@@ -95,16 +91,12 @@ def _unexpanded(p: Problem, mask: Tensor | None) -> Tensor | None:
     return mask
 
 
-def _bias(p: Problem, c: Call, mask: Tensor | None, merge: bool, whole: bool) -> Tensor:
-    if merge:
-        dtype = c.mask.dtype if p.mask == "additive" and c.mask is not None else p.dtype
-        found = masks.additive(c, dtype)
-        assert found is not None
-    else:
-        assert mask is not None
-        found = mask
-        if mask.dtype == torch.bool:
-            found = torch.zeros(mask.shape, dtype=p.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+def _bias(p: Problem, c: Call, mask: Tensor | None, dtype: torch.dtype, whole: bool) -> Tensor:
+    """mask: all that the bias says; None: what the whole call says."""
+    found = masks.additive(c, dtype) if mask is None else mask
+    assert found is not None
+    if found.dtype == torch.bool:
+        found = torch.zeros(found.shape, dtype=dtype, device=found.device).masked_fill_(~found, -torch.inf)
     if p.mask == "additive":
         found = masks.in_base_2(found)
     if whole:

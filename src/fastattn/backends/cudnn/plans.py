@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ...forks import after_fork
+from ...forks import after_fork, renew_lock
 from ...notice import warn_once
 from ...switches import setting
 from . import runtime
@@ -50,7 +50,7 @@ class PlanCache:
 
     def _forked(self) -> None:
         """In a forked child: threads that held a lock or were building a plan are not there."""
-        self._lock = threading.Lock()
+        renew_lock(self)
         self._building.clear()
 
     def get(self, key: PlanKey) -> Plan:

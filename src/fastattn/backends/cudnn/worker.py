@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import heapq
 import logging
-import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+
+from ...forks import after_fork
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
@@ -25,6 +26,7 @@ class Worker:
         """begin: called once by the thread, before its first task."""
         self._begin = begin
         _workers.add(self)
+        after_fork(self, Worker.reset)
         self.reset()
 
     def reset(self) -> None:
@@ -91,12 +93,3 @@ class Worker:
 def _stop_all() -> None:
     for worker in list(_workers):
         worker.stop()
-
-
-def _reset_all() -> None:
-    for worker in list(_workers):
-        worker.reset()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_all)

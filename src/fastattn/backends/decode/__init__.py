@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from ... import masks
 from ...problem import Call, Gradients, Problem
-from ...switches import is_on
 from ..base import Runner
+from ..triton_launch import missing
 from . import launch
 
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
@@ -30,9 +25,7 @@ class DecodeBackend:
         if p.device == "cuda":
             if p.capability < MIN_CAPABILITY:
                 why.append(f"needs compute capability 8.0 or newer, this GPU has {p.capability[0]}.{p.capability[1]}")
-            why += _missing()
-        else:
-            why += _uninterpreted(p.device)
+        why += missing(p.device)
         if p.grads:
             why.append("has no gradients")
         if p.dtype == torch.float64:
@@ -60,23 +53,3 @@ class DecodeBackend:
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
         raise AssertionError("unreachable: `reasons` refuses problems with gradients")
-
-
-@cache
-def _missing() -> list[str]:
-    """What Triton needs and this machine lacks. Looks for triton without importing it."""
-    if find_spec("triton") is None:
-        return ["triton is not installed: pip install fastattn[cuda]"]
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return [] if compiler else ["Triton needs a C compiler to launch its kernels: install gcc, or name one in CC"]
-
-
-def _uninterpreted(device: str) -> list[str]:
-    """Off CUDA only Triton's interpreter runs the kernel: on the CPU, in tests, never unless asked for."""
-    if device != "cpu" or not is_on("FASTATTN_INTERPRET", False):
-        return ["needs an NVIDIA GPU"]
-    if find_spec("triton") is None:
-        return ["triton is not installed: pip install fastattn[cuda]"]
-    if not is_on("TRITON_INTERPRET", False):
-        return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
-    return []

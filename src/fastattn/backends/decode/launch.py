@@ -78,8 +78,8 @@ def choose(problem: Problem, sm_count: int) -> Launch:
     # are small ones; but with several blocks of rows programs share an SM (2048 queries: 266 us with four stages, 223
     # with three).
     stages = rule.stages - (block_m * block_d * p.dtype.itemsize >= 1 << 16)
-    one_block = block_m == MAX_ROWS and rows(p) <= MAX_ROWS
-    many_rows = one_block and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
+    full = MAX_ROWS // 2 < rows(p) <= MAX_ROWS
+    many_rows = full and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
     return Launch(
         splits=splits(p, sm_count),
         block_m=block_m,
@@ -102,11 +102,7 @@ def splits(problem: Problem, sm_count: int) -> int:
     steps = -(-_reach(p) // block_n)
     if not _narrow(p, block_n):  # with one split the kernel is another: a growing cache must not compile it anew
         steps = max(2, steps)
-    most = max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), MAX_SPLITS))
-    even = 1 << (most.bit_length() - 1)
-    # 33 splits are no faster than 32, which divide most caches evenly (D = 64, 8192 keys: 11.8 us and, in another run,
-    # 11.5).
-    return min(steps, even if 8 * most <= 9 * even else most)
+    return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), steps, MAX_SPLITS))
 
 
 def _ragged(p: Problem) -> bool:
