@@ -1,0 +1,1 @@
+BAD = ("differs", "crashes", "not done", "falls back in silence")
