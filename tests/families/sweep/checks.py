@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .compare import Result, floats
+from .compare import LEFT_OUT, Result, floats
 from .inputs import BATCH, DECODED, LENGTH, parameters, tokens
 from .models import seed
 
@@ -25,7 +25,23 @@ def forward(model: PreTrainedModel, **inputs: Any) -> Any:
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, **inputs: Any) -> Result:
-    return floats(forward(model, **inputs))
+    return trimmed(floats(forward(model, **inputs)), inputs)
+
+
+def trimmed(result: Result, inputs: dict[str, Any]) -> Result:
+    """Without what padded frames or patches became, if a mask among the inputs names any (in their second row)."""
+    masks = [v for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name and "attention_mask" != name]
+    masks += [v for name, v in inputs.items() if name == "attention_mask" and "input_ids" not in inputs]
+    if all(bool(mask.all()) for mask in masks):
+        return result
+    kept: Result = {}
+    for name, value in result.items():
+        if value.dim() >= 3 and value.shape[0] == BATCH:
+            kept[f"{name}, first row"] = value[0]
+            kept[f"{name}, second row"] = value[1, : value.shape[1] // 2]
+        else:
+            kept[name] = value
+    return kept
 
 
 def checks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Check]:
@@ -103,16 +119,7 @@ def _shortened(inputs: dict[str, Tensor]) -> dict[str, Check]:
         mask = torch.ones(value.shape[0], length, dtype=torch.long)
         mask[1, length * 3 // 4 :] = 0
 
-        def check(m: PreTrainedModel) -> Result:
-            result = outputs(m, **{**inputs, "attention_mask": mask})
-            kept: Result = {}
-            for key, out in result.items():
-                if out.dim() == 3 and out.shape[0] == BATCH:
-                    kept[f"{key}, first row"] = out[0]
-                    kept[f"{key}, second row"] = out[1, : out.shape[1] // 2]
-            return kept
-
-        return check
+        return lambda m: outputs(m, **{**inputs, "attention_mask": mask})
 
     return {f"right padded, {length}": run(length) for length in sorted(lengths)}
 
@@ -207,7 +214,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor | 
     model.zero_grad()
     out = forward(model, **inputs)
     loss, generator = torch.zeros(()), torch.Generator().manual_seed(3)
-    for value in _differentiable(out):
+    for value in trimmed({str(i): v for i, v in enumerate(_differentiable(out))}, inputs).values():
         if mask is not None:
             if value.shape[:2] != mask.shape:
                 continue
@@ -224,7 +231,7 @@ def _differentiable(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.requires_grad and value.is_floating_point() and value.numel() else []
     if isinstance(value, dict):
-        parts = [part for name, part in value.items() if name not in ("past_key_values", "cache", "cache_params", "mems")]
+        parts = [part for name, part in value.items() if not LEFT_OUT.search(str(name))]
     else:
         parts = list(value) if isinstance(value, (list, tuple)) else []
     return [tensor for part in parts for tensor in _differentiable(part)]

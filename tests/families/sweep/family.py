@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from .inputs import candidates
 from .media import media_checks
 from .overrides import CHANGES
 from .shrink import LEVELS, shrink
+
+
+PATIENCE = 5.0  #: seconds of looking for inputs
 
 
 class NotBuilt(Exception):
@@ -61,6 +65,16 @@ class Counter:
         return fastattn.hf.attention_forward(*args, **kwargs)
 
 
+@contextmanager
+def counting(counter: Counter) -> Iterator[None]:
+    registered = transformers.AttentionInterface()[fastattn.hf.NAME]
+    AttentionInterface.register(fastattn.hf.NAME, counter)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(fastattn.hf.NAME, registered)
+
+
 def sweep(unit: registry.Unit) -> dict[str, Any]:
     """family, kind, model, result, level, checks (by name: result, error, where), calls, warnings, notes."""
     report: dict[str, Any] = {**unit._asdict(), "checks": {}, "notes": {}, "warnings": []}
@@ -71,9 +85,8 @@ def sweep(unit: registry.Unit) -> dict[str, Any]:
     report |= {"level": level, "inputs": {name: list(value.shape) for name, value in inputs.items()}}
     report["attention"] = models.has_attention(eager)
     counter = Counter()
-    AttentionInterface.register(fastattn.hf.NAME, counter)
     texts: list[str] = []
-    with listening(texts):
+    with listening(texts), counting(counter):
         try:
             fast = models.build(unit.model, config, fastattn.hf.NAME)
             models.copy_state(eager, fast)
@@ -111,23 +124,28 @@ def find(unit: registry.Unit) -> tuple[Any, PreTrainedModel, dict[str, Any], str
     except Exception as e:
         default = None
         why.append(_short(e))
+    built = False
     for level in LEVELS if default is not None else ():
+        if built and level == "tiny without groups":
+            continue  # groups were not what stood in the way
         try:
             config = shrink(default, level, CHANGES.get(unit.family))
             eager = models.build(unit.model, config, "eager")
         except Exception as e:
             why.append(f"{level}: {_short(e)}")
             continue
-        problem = "no inputs"
+        built, problems, start = True, [], time.monotonic()
         for inputs in candidates(eager):
             try:
                 result = outputs(eager, **inputs)
             except Exception as e:
-                problem = f"{_short(e)} ({', '.join(inputs)})"
+                problems.append(f"{_short(e)} ({', '.join(inputs)})")
+                if time.monotonic() - start > PATIENCE:
+                    break
                 continue
             if result and not all(value.isnan().all() for value in result.values()):
                 return config, eager, inputs, level
-        why.append(f"{level}: {problem}")
+        why.append(f"{level}: {' / '.join(list(dict.fromkeys(problems))[:3]) or 'no inputs'}")
     raise NotBuilt("; ".join(why)[:900])
 
 

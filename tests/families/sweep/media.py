@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checks import Check, generated, outputs
+from .checks import Check, generated, outputs, trimmed
 from .compare import Result, floats
 from .inputs import BATCH, lookup, parameters, tokens
 from .inputs import _shapes as shapes
@@ -49,7 +49,7 @@ def media_checks(model: PreTrainedModel, notes: dict[str, str]) -> dict[str, Che
 @torch.no_grad()
 def tower(model: PreTrainedModel, method: str, given: dict[str, Tensor]) -> Result:
     seed()
-    return floats(getattr(model, method)(**given))
+    return trimmed(floats(getattr(model, method)(**given)), given)
 
 
 def _first_that_runs(model: PreTrainedModel, method: str, notes: dict[str, str]) -> dict[str, Tensor] | None:

@@ -25,6 +25,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "e
 
 # The first pattern that matches an integer's name decides. None: left alone.
 _TINY: list[tuple[str, Any]] = [
+    (r"^output_channels$", 32),
     (r"conv_dim|patch|kernel|stride|padding|dilation|groups?_size|channel|rope_theta|num_attention_heads_per", None),
     (r"(key_value|kv)_heads|multi_query_group", "kv_heads"),
     (r"linear_num_key_heads", 2),
@@ -68,6 +69,8 @@ _IMAGE = re.compile(r"^(image_size|img_size|pretrain_image_size|image_resolution
 def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None = None) -> PreTrainedConfig:
     """A config like this one that makes a tiny model. changes: by attribute, "text_config.hidden_size" in a nested one."""
     small = _shrink(config.to_dict(), level, {})
+    if level.startswith("tiny"):
+        _add_sections(config, small)
     for path, value in (changes or {}).items():
         *parents, name = path.split(".")
         place = small
@@ -75,6 +78,16 @@ def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None 
             place = place[parent]
         place[name] = value
     return type(config)(**{name: value for name, value in small.items() if name != "model_type"})
+
+
+def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
+    """Rotary sections where the model has a default of its own, made for larger heads."""
+    rope = small.get("rope_parameters")
+    if "mrope_section" in (config.ignore_keys_at_rope_validation or ()) and isinstance(rope, dict):
+        rope.setdefault("mrope_section", [2, 1, 1])
+    for name in config.sub_configs:
+        if isinstance(getattr(config, name, None), PreTrainedConfig) and isinstance(small.get(name), dict):
+            _add_sections(getattr(config, name), small[name])
 
 
 def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, Any]:
