@@ -49,7 +49,7 @@ def checks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Check
     seed(2)
     known = parameters(model)
     found: dict[str, Check] = {"plain": lambda m: outputs(m, **inputs)}
-    if all(value.shape[0] == BATCH for value in inputs.values()):
+    if all(value.dim() and value.shape[0] == BATCH for value in inputs.values()):
         found["one row"] = lambda m: outputs(m, **{name: value[:1] for name, value in inputs.items()})
     ids = inputs.get("input_ids")
     texts = ids is not None and ids.dim() == 2 and ids.shape == (BATCH, LENGTH)
@@ -204,7 +204,7 @@ def generated(model: PreTrainedModel, inputs: dict[str, Tensor], **settings: Any
     seed()
     options: dict[str, Any] = {"max_new_tokens": GENERATED, "do_sample": False, "num_beams": 1, **settings}
     out = model.generate(**given, **options, return_dict_in_generate=True, output_logits=True)
-    found = {f"step {i}": logits.float() for i, logits in enumerate(out.logits)}
+    found = {f"step {i}": logits for i, logits in enumerate(out.logits)}
     found["tokens"] = out.sequences.float()
     return found
 
@@ -213,7 +213,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor | 
     """Of every parameter, embeddings included, for a loss that reads every (real) output."""
     model.zero_grad()
     out = forward(model, **inputs)
-    loss, generator = torch.zeros(()), torch.Generator().manual_seed(3)
+    loss, generator = torch.zeros((), dtype=torch.float64), torch.Generator().manual_seed(3)
     for value in trimmed({str(i): v for i, v in enumerate(_differentiable(out))}, inputs).values():
         if mask is not None:
             if value.shape[:2] != mask.shape:
@@ -222,7 +222,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor], mask: Tensor | 
         value = value[value.isfinite() & (value.abs() < 1e30)]
         loss = loss + (value * torch.randn(value.shape, generator=generator)).sum() / max(value.numel(), 1) ** 0.5
     loss.backward()
-    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.detach().double() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"gradients": loss.detach()[None], **found}
 

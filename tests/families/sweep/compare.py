@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 TOLERANCE = 1e-4  #: of the largest value of the tensor compared
 ROUNDING = 10  #: how many times eager's own error in float32 is still rounding
+DOUBLE = 1e-8  #: the same as TOLERANCE in float64
+LARGE = 0.3  #: no rounding is as large as this, whatever float64 says
 
 Result = dict[str, Tensor]
 #: Parts of an output that are no result: state, and attention weights, which only eager has.
@@ -20,7 +22,9 @@ LEFT_OUT = re.compile(r"past_key_values|^cache|cache$|cache_params|^loss$|^mems$
 def floats(value: Any, prefix: str = "") -> Result:
     """Every floating tensor in a model's output, by its path; caches are left out."""
     if isinstance(value, Tensor):
-        return {prefix: value.detach().float()} if value.is_floating_point() and value.numel() else {}
+        if not value.is_floating_point() or not value.numel():
+            return {}
+        return {prefix: value.detach() if value.dtype == torch.float64 else value.detach().float()}
     found: Result = {}
     if isinstance(value, dict):
         for name, part in value.items():
@@ -85,3 +89,15 @@ def rounding(run: Any, model: nn.Module, expected: Result) -> float:
             if parameter.is_floating_point():
                 parameter.mul_(1 + 2e-7 * torch.randn(parameter.shape, generator=generator))
     return difference(expected, run(moved))[0]
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy that computes in float64 and takes its inputs in float32."""
+
+    def widen(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        wide = {n: v.double() if isinstance(v, Tensor) and v.dtype == torch.float32 else v for n, v in kwargs.items()}
+        return args, wide
+
+    wide = copy.deepcopy(model).double()
+    wide.register_forward_pre_hook(widen, with_kwargs=True)
+    return wide

@@ -54,7 +54,8 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         if p.default is inspect.Parameter.empty and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     main = model.main_input_name
-    media = [name for name in (main, *_MEDIA) if name in known and name in _MEDIA]
+    names = main if isinstance(main, list) else [main]
+    media = [name for name in dict.fromkeys((*names, *_MEDIA)) if name in known and name in _MEDIA]
     text = [name for name in ("input_ids",) if name in known]
     decoded = []
     if getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in required:
@@ -62,21 +63,22 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     sets: list[list[str]] = []
     if text:
         sets += [[*text, *decoded, *required], [*text, *required]]
-        sets += [[*text, "attention_mask", *decoded, *required]] if "attention_mask" in known else []
+        sets += [[*text, extra, *decoded, *required] for extra in ("attention_mask", "bbox") if extra in known]
     for name in media:
         sets += [[name, *required], [name, *decoded, *required], [*text, name, *decoded, *required]]
-    sets += [[*text, *media, *decoded, *required], required]
-    seen = set()
+    extras = [name for name in ("image_attention_mask", "image_embeds_position_mask") if name in known]
+    sets += [[*text, *media, *decoded, *required, *extras], required]
+    seen: set[tuple[str, ...]] = set()
     for names in sets:
-        names = list(dict.fromkeys(names))
-        if tuple(names) in seen or not names:
+        key = tuple(dict.fromkeys(names))
+        if key in seen or not key:
             continue
-        seen.add(tuple(names))
-        shapes = [list(_shapes(name, config, model)) for name in names]
+        seen.add(key)
+        shapes = [list(_shapes(name, config, model)) for name in key]
         for chosen in itertools.islice(itertools.product(*shapes), 40):
             merged: dict[str, Tensor] = {}
             for part in chosen:
-                merged |= part
+                merged |= {key: value for key, value in part.items() if key not in merged}
             yield {name: value for name, value in merged.items() if name in known}
 
 
@@ -85,14 +87,14 @@ def _shapes(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> Iter
     seed()
     if name in ("input_ids", "decoder_input_ids", "input"):
         yield {name: tokens(DECODED if name == "decoder_input_ids" else LENGTH)}
-        books = lookup(config, "num_codebooks", "num_quantizers", "n_codebooks_total", "num_channels")
+        books = lookup(config, "num_codebooks", "num_quantizers", "n_codes_total", "num_channels")
         if isinstance(books, int) and books < 40:
-            yield {name: torch.randint(*_ORDINARY, (BATCH, LENGTH, books))}
             yield {name: torch.randint(*_ORDINARY, (BATCH * books, LENGTH))}
+            yield {name: torch.randint(*_ORDINARY, (BATCH, LENGTH, books))}
             yield {name: torch.randint(*_ORDINARY, (BATCH, books, LENGTH))}
     elif name in ("pixel_values", "pixel_values_videos", "images"):
         yield from _pictures(name, config)
-    elif name in ("input_features", "audio_features", "input_audio_embeds"):
+    elif name in ("input_features", "audio_features", "input_audio_embeds", "audio_mel"):
         yield from _spectrograms(name, config)
     elif name in ("input_values", "audio_values", "audio_input_values"):
         for count in (1600, 6400):
@@ -109,9 +111,21 @@ def _shapes(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> Iter
     elif name == "bbox":
         yield {name: torch.randint(0, 50, (BATCH, LENGTH, 4)).sort(-1).values}
         yield {name: torch.rand(BATCH, LENGTH, 8)}
-    elif name in ("hidden_states", "inputs_embeds", "encoder_hidden_states", "last_hidden_state", "encoder_outputs"):
+    elif name == "hidden_states" and lookup(config, "patch_size"):
+        yield from ({name: v["pixel_values"], **v} for v in _pictures("pixel_values", config) if "grid_thw" in v)
+    elif name == "codebook_idx":
+        yield {name: torch.tensor(1)}
+    elif name in ("query_embeds", "hidden_states", "inputs_embeds", "encoder_hidden_states", "last_hidden_state", "encoder_outputs"):
         width = lookup(config, "hidden_size", "d_model", "embed_dim")
         yield {name: torch.randn(BATCH, LENGTH, width if isinstance(width, int) else 32)}
+    elif name == "image_attention_mask":
+        yield {name: torch.ones(BATCH, LENGTH, 1, dtype=torch.long)}
+    elif name == "image_embeds_position_mask":
+        seen = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+        seen[:, 1 : 1 + (lookup(config, "latent_query_num") or 4)] = 1
+        yield {name: seen}
+    elif name == "qformer_input_ids":
+        yield {name: tokens()}
     elif name in ("image_grid_thw", "grid_thw"):
         yield {name: torch.tensor([[1, 4, 4]] * BATCH)}
     elif name in ("attention_mask", "pixel_mask", "pixel_attention_mask"):
@@ -148,37 +162,34 @@ def _pictures(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Tensor]
                 "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
                 "aspect_ratio_mask": torch.ones(BATCH, 1, 1, dtype=torch.long),
             }
-        if len(sides) and (height, width) == sides[0]:
-            temporal = lookup(vision, "temporal_patch_size")
-            temporal = _pair(temporal)[0] if temporal else 1
-            grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
-            count = int(grid.prod(-1).sum())
-            for depth in {temporal, 1, 2}:
-                flat = torch.randn(count, channels * depth * patch * patch)
-                yield {name: flat, "image_grid_thw": grid, "grid_thw": grid, "video_grid_thw": grid}
-                yield {name: flat.view(count, channels, depth * patch, patch), "image_grid_hws": grid[:, 1:]}
-            packed = torch.randn(BATCH, 16, channels * patch * patch)
-            seen = torch.ones(BATCH, 16, dtype=torch.long)
-            seen[1, 12:] = 0
-            shape = torch.tensor([[4, 4], [3, 4]])
-            yield {name: packed, "pixel_attention_mask": seen, "attention_mask": seen, "spatial_shapes": shape}
-            place = torch.stack([torch.arange(16) % 4, torch.arange(16) // 4], -1)[None].repeat(BATCH, 1, 1)
-            place[1, 12:] = -1
-            yield {name: packed, "pixel_position_ids": place, "image_position_ids": place}
-    if not sides:
-        temporal = lookup(vision, "temporal_patch_size")
-        temporal = _pair(temporal)[0] if temporal else 1
-        grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
-        count = int(grid.prod(-1).sum())
-        flat = torch.randn(count, channels * temporal * patch * patch)
+        if (height, width) == (sides or [(64, 64)])[0]:
+            yield from _patches(name, vision, channels, patch)
+
+
+def _patches(name: str, vision: PreTrainedConfig, channels: int, patch: int) -> Iterator[dict[str, Tensor]]:
+    """Pictures of different sizes, end to end or padded."""
+    temporal = lookup(vision, "temporal_patch_size")
+    temporal = _pair(temporal)[0] if temporal else 1
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    count = int(grid.prod(-1).sum())
+    for depth in dict.fromkeys([temporal, 1, 2]):
+        flat = torch.randn(count, channels * depth * patch * patch)
         yield {name: flat, "image_grid_thw": grid, "grid_thw": grid, "video_grid_thw": grid}
-        yield {"hidden_states": flat, "grid_thw": grid}
+        yield {name: flat.view(count, channels, depth * patch, patch), "image_grid_hws": grid[:, 1:], "grid_thw": grid}
+    packed = torch.randn(BATCH, 16, channels * patch * patch)
+    seen = torch.ones(BATCH, 16, dtype=torch.long)
+    seen[1, 12:] = 0
+    shape = torch.tensor([[4, 4], [3, 4]])
+    yield {name: packed, "pixel_attention_mask": seen, "attention_mask": seen, "spatial_shapes": shape}
+    place = torch.stack([torch.arange(16) % 4, torch.arange(16) // 4], -1)[None].repeat(BATCH, 1, 1)
+    yield {name: packed, "pixel_position_ids": place, "image_position_ids": place}
 
 
 def _spectrograms(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Tensor]]:
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
     bins = lookup(audio, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels", "input_feat_size")
     positions = lookup(audio, "max_source_positions")
+    yield {name: torch.randn(BATCH, 1, 64, bins if isinstance(bins, int) else 64)}
     frames = [*([2 * positions] if isinstance(positions, int) else []), 64, 160, 1024]
     for count in frames:
         for size in dict.fromkeys([*([bins] if isinstance(bins, int) else []), 80, 128]):
@@ -186,6 +197,8 @@ def _spectrograms(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Ten
             seen[1, count * 3 // 4 :] = 0
             for values in (torch.randn(BATCH, size, count), torch.randn(BATCH, count, size)):
                 yield {name: values}
+                if name == "audio_mel":
+                    yield {name: values, "audio_mel_mask": ~seen.bool()}
                 for mask in ("input_features_mask", "feature_attention_mask", "audio_attention_mask"):
                     yield {name: values, mask: seen.bool() if mask == "input_features_mask" else seen}
 

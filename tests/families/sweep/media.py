@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def media_checks(model: PreTrainedModel, notes: dict[str, str]) -> dict[str, Che
         if model.can_generate():
             found[f"generate from {modality}"] = lambda m, amid=amid: generated(m, amid)
     return found
+
+
+def amid_text(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Inputs for models that take no text without a picture or a sound in it."""
+    for method, names in TOWERS.values():
+        token = next((lookup(model.config, name) for name in names if lookup(model.config, name) is not None), None)
+        if token is not None and hasattr(model, method):
+            given = _first_that_runs(model, method, {})
+            amid = None if given is None else _amid_text(model, method, given, token)
+            if amid is not None:
+                yield amid
 
 
 @torch.no_grad()

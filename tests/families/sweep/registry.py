@@ -8,6 +8,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .overrides import PARTS
+
 #: Heads that produce tokens, the richest first: one of them is swept per family.
 GENERATIVE = {
     "MULTIMODAL_LM": "multimodal",
@@ -26,10 +28,15 @@ class Unit(NamedTuple):
     family: str  #: transformers' model_type
     kind: str
     model: str  #: name of the class in transformers
+    part: str = ""  #: which of the config's configs is the model's; empty: the config itself
 
     @property
     def name(self) -> str:
         return f"{self.family}/{self.kind}"
+
+    def default_config(self) -> transformers.PreTrainedConfig:
+        config = getattr(transformers, CONFIG_MAPPING_NAMES[self.family])()
+        return getattr(config, self.part) if self.part else config
 
 
 def _mappings() -> dict[str, dict[str, str]]:
@@ -61,11 +68,11 @@ def units() -> list[Unit]:
     for family in sorted({family for entries in mappings.values() for family in entries}):
         if family not in CONFIG_MAPPING_NAMES:
             continue
+        if family in PARTS:
+            found += [Unit(family, model, model, part) for model, part in PARTS[family].items()]
+            continue
         heads = [_first(tasks, mappings, family) for tasks in (GENERATIVE, MASKED)]
         chosen = [unit for unit in heads if unit is not None]
         found += chosen or [unit for unit in [_first(others, mappings, family)] if unit is not None]
     return found
 
-
-def config_class(family: str) -> type[transformers.PreTrainedConfig]:
-    return getattr(transformers, CONFIG_MAPPING_NAMES[family])

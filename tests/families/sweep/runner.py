@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ def _child(unit: registry.Unit, path: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
-    path.write_text(json.dumps(sweep(unit)))
+    try:
+        report = sweep(unit)
+    except BaseException as e:
+        report = {**unit._asdict(), "result": "not done", "checks": {}, "notes": {}, "warnings": []}
+        report |= {"why": f"{type(e).__name__}: {e}"[:300], "trace": traceback.format_exc()[-1500:]}
+    path.write_text(json.dumps(report))
 
 
 def run(unit: registry.Unit, folder: Path, limit: float) -> dict[str, Any]:

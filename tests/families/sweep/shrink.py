@@ -26,6 +26,8 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "e
 # The first pattern that matches an integer's name decides. None: left alone.
 _TINY: list[tuple[str, Any]] = [
     (r"^output_channels$", 32),
+    (r"num_pos_feats", 16),
+    (r"image_embedding_size", 4),
     (r"conv_dim|patch|kernel|stride|padding|dilation|groups?_size|channel|rope_theta|num_attention_heads_per", None),
     (r"(key_value|kv)_heads|multi_query_group", "kv_heads"),
     (r"linear_num_key_heads", 2),
@@ -54,6 +56,7 @@ _EVERYWHERE: list[tuple[str, Any]] = [
     (r"(max.*position_embeddings|n_positions|max_position|max_target_positions|^n_ctx|max_seq_len|max_sequence_length)", POSITIONS),
     (r"sliding_window(_size)?$|attention_chunk_size|local_window|attention_window_size", WINDOW),
     (r"local_attention", 2 * WINDOW),
+    (r"^attention_window$", 4),
     (r"num_queries|num_query_tokens|num_latents|n_latents|num_denoising", 8),
 ]
 _SHALLOW: list[tuple[str, Any]] = [
@@ -63,6 +66,8 @@ _SHALLOW: list[tuple[str, Any]] = [
     (r"_offset$", "at most 1"),
     (r"(hidden_)?layers?$|^depth$|_depth$|^num_blocks$|(encoder|decoder)_layers$|layers_num", 2),
 ]
+#: What some configs leave open and their models do not.
+_NONE = {"head_dim": 8, "num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _IMAGE = re.compile(r"^(image_size|img_size|pretrain_image_size|image_resolution|input_resolution)$")
 
 
@@ -83,8 +88,10 @@ def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None 
 def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
     """Rotary sections where the model has a default of its own, made for larger heads."""
     rope = small.get("rope_parameters")
-    if "mrope_section" in (config.ignore_keys_at_rope_validation or ()) and isinstance(rope, dict):
+    if "mrope_section" in (config.ignore_keys_at_rope_validation or ()) and isinstance(rope, dict) and "rope_theta" in rope:
         rope.setdefault("mrope_section", [2, 1, 1])
+        if "partial_rotary_factor" in rope:
+            rope["partial_rotary_factor"] = 1.0
     for name in config.sub_configs:
         if isinstance(getattr(config, name, None), PreTrainedConfig) and isinstance(small.get(name), dict):
             _add_sections(getattr(config, name), small[name])
@@ -106,10 +113,16 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
             continue
         if name in cut:
             new[name] = cut[name]
+            if name == "per_layer_config":
+                new[name] = {layer: _shrink(part, level, ids) for layer, part in cut[name].items()}
         elif re.search(r"drop", name) and isinstance(value, float):
             new[name] = 0.0
+        elif value is None and level.startswith("tiny") and name in _NONE:
+            new[name] = _NONE[name] if level == "tiny" or name == "head_dim" else None
         elif isinstance(value, dict):
-            if "rope" in name:
+            if name == "per_layer_config":
+                new[name] = {layer: _shrink(part, level, ids) for layer, part in value.items()}
+            elif "rope" in name:
                 new[name] = _rope(value, level)
             else:
                 new[name] = _shrink(value, level, ids) if "model_type" in value else value
@@ -164,7 +177,10 @@ def _cut_layers(old: dict[str, Any], depth: int) -> dict[str, Any]:
         return {}
     kept, cut = _kept(old, depth), {}
     for name, value in old.items():
-        if name == "per_layer_config" and value:
+        if name == "attention_window" and isinstance(value, list):
+            cut[name] = [4] * len(kept)
+            continue
+        if name == "per_layer_config" and value and all(str(layer).isdigit() for layer in value):
             cut[name] = {new: value[i] for new, i in enumerate(kept) if i in value}
         if not isinstance(value, list) or not value:
             continue
