@@ -47,6 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "perceiver": {"num_latents": 8, "d_latents": 32, "d_model": 32, "image_size": 16},
     "kimi_linear": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
     "bailing_hybrid": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "mllama": {"vision_config.vision_output_dim": 64},
     "hrm_text": {"H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 2, "num_hidden_layers": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
 }
