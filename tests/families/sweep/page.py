@@ -14,6 +14,7 @@ _MEANING = {
     "not done": "not done within the time limit",
     "falls back in silence": "runs attention of its own, and no warning says so",
     "refused": "a `ValueError` that says why",
+    "as sdpa": "the model itself makes a bool mask, which eager adds to the scores as 0 and 1; the result is sdpa's",
     "equal": "eager's result, with fastattn's attention",
     "falls back": "eager's result, by the model's own attention, with a warning",
     "no attention": "has no attention that fastattn could run",
@@ -43,7 +44,7 @@ def page(versions: dict[str, str], reports: list[dict[str, Any]], tolerance: flo
     built = [report for report in reports if report["result"] != "not built"]
     lines += ["", "## Swept", "", "| family | kind | result | note |", "|---|---|---|---|"]
     order = list(_MEANING)
-    for report in sorted(built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else 9, r["family"])):
+    for report in sorted(built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else len(order), r["family"])):
         lines.append(f"| {report['family']} | {report['kind']} | {report['result']} | {_note(report)} |")
     lines += ["", "## Not built", "", "| family | kind | reason |", "|---|---|---|"]
     for report in reports:
@@ -56,7 +57,7 @@ def _note(report: dict[str, Any]) -> str:
     by_result = collections.defaultdict(list)
     for name, check in report["checks"].items():
         by_result[check["result"]].append(name)
-    parts = [f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused") if by_result[bad]]
+    parts = [f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused", "as sdpa") if by_result[bad]]
     if report.get("why"):
         parts.append(report["why"])
     if report["result"] == "equal" and report["warnings"]:

@@ -1,7 +1,7 @@
 """A tiny config from a default one, by the names of its attributes.
 
 Levels, tried in turn until one makes a model that runs: "tiny" gives every size a small value of its own (two query
-heads to a head of keys, or without such groups), "scaled" divides the widths by one factor, "short" cuts depth and vocabulary only, "default" the vocabulary. What a rule gets
+heads to a head of keys, or without such groups), "scaled" divides the widths by one factor, "short" cuts depth and vocabulary only. What a rule gets
 wrong shows as a model that cannot be built, never as a wrong verdict.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-LEVELS = ("tiny", "tiny without groups", "scaled", "short", "default")
+LEVELS = ("tiny", "tiny without groups", "scaled", "short")
 VOCABULARY = 128
 SPECIAL = 100  #: first id of the tokens that stand for images and the like; ordinary ones are below
 POSITIONS = 128
@@ -101,15 +101,13 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
     """ids: which small token id stands for which one of the original, the same in all nested configs."""
     depth = next((old[name] for name in _DEPTHS if isinstance(old.get(name), int)), 0)
     heads = next((v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)), 4)
-    rules = list(_EVERYWHERE)
-    cut = {} if level == "default" else _cut_layers(old, depth)
-    if level != "default":
-        rules += _SHALLOW
+    rules = [*_EVERYWHERE, *_SHALLOW]
+    cut = _cut_layers(old, depth)
     if level.startswith("tiny"):
         rules += _TINY
     new: dict[str, Any] = {}
     for name, value in old.items():
-        if name in _DROPPED and not (name in ("out_features", "out_indices") and level == "default"):
+        if name in _DROPPED:
             continue
         if name in cut:
             new[name] = cut[name]
@@ -132,7 +130,7 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
             new[name] = _image(name, value, old)
         else:
             new[name] = _number(name, value, old, rules, level, max(1, heads // 4))
-    if level != "default" and depth:
+    if depth:
         for name in _DEPTHS:
             if isinstance(new.get(name), int) and old[name] == depth:
                 new[name] = len(_kept(old, depth))
