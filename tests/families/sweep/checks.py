@@ -65,7 +65,9 @@ def checks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Check
     if "left padded" in found:
         mask = pad_mask("left")
         found["gradients, left padded"] = lambda m: gradients(m, {**inputs, "attention_mask": mask}, mask)
-        found["gradients, right padded"] = lambda m: gradients(m, {**inputs, "attention_mask": mask.flip(1)}, mask.flip(1))
+        found["gradients, right padded"] = lambda m: gradients(
+            m, {**inputs, "attention_mask": mask.flip(1)}, mask.flip(1)
+        )
     return found
 
 
@@ -96,7 +98,12 @@ def _masked(inputs: dict[str, Tensor]) -> dict[str, Check]:
         mask = pad_mask(side)
         return lambda m: select(outputs(m, **{**inputs, "attention_mask": mask}), mask)
 
-    found = {"mask of ones": run("none"), "left padded": run("left"), "right padded": run("right"), "holes": run("holes")}
+    found = {
+        "mask of ones": run("none"),
+        "left padded": run("left"),
+        "right padded": run("right"),
+        "holes": run("holes"),
+    }
     if "decoder_input_ids" in inputs:
         mask = pad_mask("left", DECODED)
         both = {**inputs, "attention_mask": pad_mask("right"), "decoder_attention_mask": mask}

@@ -58,7 +58,9 @@ def _mixed(model: PreTrainedModel) -> dict[str, Check]:
         found: dict[str, Check] = {"media with text": lambda m: outputs(m, **inputs)}
         if "attention_mask" in parameters(model):
             mask = pad_mask("left")
-            found["media with text, left padded"] = lambda m: select(outputs(m, **{**inputs, "attention_mask": mask}), mask)
+            found["media with text, left padded"] = lambda m: select(
+                outputs(m, **{**inputs, "attention_mask": mask}), mask
+            )
         for name in inputs:
             if name.endswith("mask"):
                 fewer = {n: value for n, value in inputs.items() if n != name}
@@ -122,7 +124,9 @@ def _amid_text(model: PreTrainedModel, method: str, given: dict[str, Tensor], to
     counts: dict[int, None] = {}
     for value in features.values():
         rows = value.numel() // value.shape[-1]
-        counts |= {count: None for count in (rows // BATCH, value.shape[-2] if value.dim() > 1 else 0) if 0 < count < 700}
+        counts |= {
+            count: None for count in (rows // BATCH, value.shape[-2] if value.dim() > 1 else 0) if 0 < count < 700
+        }
     known = parameters(model)
     for count in counts:
         ids = torch.cat([tokens(3), torch.full((BATCH, count), token), tokens(4)], 1)

@@ -40,11 +40,15 @@ def page(versions: dict[str, str], reports: list[dict[str, Any]], tolerance: flo
     lines = [_HEAD.format(tolerance=tolerance, versions=", ".join(f"{k} {v}" for k, v in versions.items()))]
     counts = collections.Counter(report["result"] for report in reports)
     lines += ["| result | models | meaning |", "|---|---|---|"]
-    lines += [f"| {name} | {counts[name]} | {text} |" for name, text in _MEANING.items() if counts[name] or name in BAD[:2]]
+    lines += [
+        f"| {name} | {counts[name]} | {text} |" for name, text in _MEANING.items() if counts[name] or name in BAD[:2]
+    ]
     built = [report for report in reports if report["result"] != "not built"]
     lines += ["", "## Swept", "", "| family | kind | result | note |", "|---|---|---|---|"]
     order = list(_MEANING)
-    for report in sorted(built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else len(order), r["family"])):
+    for report in sorted(
+        built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else len(order), r["family"])
+    ):
         lines.append(f"| {report['family']} | {report['kind']} | {report['result']} | {_note(report)} |")
     lines += ["", "## Not built", "", "| family | kind | reason |", "|---|---|---|"]
     for report in reports:
@@ -57,7 +61,9 @@ def _note(report: dict[str, Any]) -> str:
     by_result = collections.defaultdict(list)
     for name, check in report["checks"].items():
         by_result[check["result"]].append(name)
-    parts = [f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused", "as sdpa") if by_result[bad]]
+    parts = [
+        f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused", "as sdpa") if by_result[bad]
+    ]
     if report.get("why"):
         parts.append(report["why"])
     if report["result"] == "equal" and report["warnings"]:
