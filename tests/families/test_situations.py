@@ -126,10 +126,7 @@ def test_two_turns_of_a_padded_batch(family: str) -> None:
     """The second question comes padded too, amid the sequence."""
     ids, mask = tokens(LENGTH + 6), pad_mask("left", LENGTH + 6)
     mask[0, LENGTH : LENGTH + 2] = 0
-    found = []
-    for one in pair(family):
-        found.append(in_steps(one, {"input_ids": ids}, [LENGTH, 6], mask, DynamicCache()))
-    same(*found)
+    same(*(in_steps(one, {"input_ids": ids}, [LENGTH, 6], mask, DynamicCache()) for one in pair(family)))
 
 
 @pytest.mark.parametrize(

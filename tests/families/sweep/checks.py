@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .compare import LEFT_OUT, Result, floats
-from .inputs import BATCH, DECODED, LENGTH, parameters, tokens
+from .inputs import BATCH, DECODED, LENGTH, parameters
 from .models import seed
 
 Check = Callable[[PreTrainedModel], Result]
@@ -30,7 +30,7 @@ def outputs(model: PreTrainedModel, **inputs: Any) -> Result:
 
 def trimmed(result: Result, inputs: dict[str, Any]) -> Result:
     """Without what padded frames or patches became, if a mask among the inputs names any (in their second row)."""
-    masks = [v for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name and "attention_mask" != name]
+    masks = [v for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name and name != "attention_mask"]
     masks += [v for name, v in inputs.items() if name == "attention_mask" and "input_ids" not in inputs]
     if all(bool(mask.all()) for mask in masks):
         return result

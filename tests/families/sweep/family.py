@@ -25,7 +25,6 @@ from .media import amid_text, media_checks
 from .overrides import CHANGES
 from .shrink import LEVELS, shrink
 
-
 PATIENCE = 4.0  #: seconds of work spent looking for inputs
 
 

@@ -49,27 +49,29 @@ def media_checks(model: PreTrainedModel, notes: dict[str, str]) -> dict[str, Che
 
 def _mixed(model: PreTrainedModel) -> dict[str, Check]:
     """Text and something else where no token stands for it: read by cross-attention, or put in front."""
-    for inputs in candidates(model, mixed=True):
-        try:
-            if not outputs(model, **inputs):
-                continue
-        except Exception:
-            continue
-        found: dict[str, Check] = {"media with text": lambda m: outputs(m, **inputs)}
-        if "attention_mask" in parameters(model):
-            mask = pad_mask("left")
-            found["media with text, left padded"] = lambda m: select(
-                outputs(m, **{**inputs, "attention_mask": mask}), mask
-            )
-        for name in inputs:
-            if name.endswith("mask"):
-                fewer = {n: value for n, value in inputs.items() if n != name}
-                found[f"media with text, no {name}"] = lambda m, fewer=fewer: outputs(m, **fewer)
-        found["media with text, gradients"] = lambda m: gradients(m, inputs)
-        if model.can_generate():
-            found["generate from media with text"] = lambda m: generated(m, inputs)
-        return found
-    return {}
+    inputs = next((given for given in candidates(model, mixed=True) if _runs(model, given)), None)
+    if inputs is None:
+        return {}
+    found: dict[str, Check] = {"media with text": lambda m: outputs(m, **inputs)}
+    if "attention_mask" in parameters(model):
+        mask = pad_mask("left")
+        padded = {**inputs, "attention_mask": mask}
+        found["media with text, left padded"] = lambda m: select(outputs(m, **padded), mask)
+    for name in inputs:
+        if name.endswith("mask"):
+            fewer = {n: value for n, value in inputs.items() if n != name}
+            found[f"media with text, no {name}"] = lambda m, fewer=fewer: outputs(m, **fewer)
+    found["media with text, gradients"] = lambda m: gradients(m, inputs)
+    if model.can_generate():
+        found["generate from media with text"] = lambda m: generated(m, inputs)
+    return found
+
+
+def _runs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    try:
+        return bool(outputs(model, **inputs))
+    except Exception:
+        return False
 
 
 def amid_text(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -136,9 +138,6 @@ def _amid_text(model: PreTrainedModel, method: str, given: dict[str, Tensor], to
                 continue
             inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given, **extra}
             inputs = {name: value for name, value in inputs.items() if name in known}
-            try:
-                if outputs(model, **inputs):
-                    return inputs
-            except Exception:
-                continue
+            if _runs(model, inputs):
+                return inputs
     return None

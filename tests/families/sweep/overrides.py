@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 _SERIES = {"prediction_length": 6, "context_length": 14, "lags_sequence": [1, 2], "feature_size": 4}
-_RESNET = {
-    "use_timm_backbone": False,
-    "use_pretrained_backbone": False,
-    "backbone": None,
-    "backbone_config": {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage4"],
-    },
-}
-_DEEPER_RESNET = {
+
+
+def _resnet(*stages: str) -> dict[str, Any]:
+    """A backbone that needs no other library."""
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    own = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return {**own, "backbone_config": {**backbone, "out_features": list(stages)}}
+
     **_RESNET,
     "backbone_config": {**_RESNET["backbone_config"], "out_features": ["stage2", "stage3", "stage4"]},
 }
@@ -27,11 +22,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "informer": {**_SERIES, "sampling_factor": 1},
     "time_series_transformer": _SERIES,
-    "conditional_detr": _RESNET,
-    "dab-detr": _RESNET,
-    "deformable_detr": _DEEPER_RESNET,
-    "detr": _RESNET,
-    "table-transformer": _RESNET,
+    "conditional_detr": _resnet("stage4"),
+    "dab-detr": _resnet("stage4"),
+    "deformable_detr": _resnet("stage2", "stage3", "stage4"),
+    "detr": _resnet("stage4"),
+    "table-transformer": _resnet("stage4"),
     "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
     "mamba2": {"num_heads": 8, "head_dim": 8},

@@ -66,9 +66,7 @@ def _note(report: dict[str, Any]) -> str:
     ]
     if report.get("why"):
         parts.append(report["why"])
-    if report["result"] == "equal" and report["warnings"]:
-        parts += report["warnings"][:1]
-    elif report["result"] == "falls back":
+    if report["result"] in ("equal", "falls back"):
         parts += report["warnings"][:1]
     return _cell("; ".join(parts), 200)
 

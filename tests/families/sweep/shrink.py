@@ -1,8 +1,9 @@
 """A tiny config from a default one, by the names of its attributes.
 
 Levels, tried in turn until one makes a model that runs: "tiny" gives every size a small value of its own (two query
-heads to a head of keys, or without such groups), "scaled" divides the widths by one factor, "short" cuts depth and vocabulary only. What a rule gets
-wrong shows as a model that cannot be built, never as a wrong verdict.
+heads to a head of keys), "tiny without groups" as many heads of keys as of queries, "scaled" divides the widths by one
+factor, "short" cuts depth and vocabulary only. What a rule gets wrong shows as a model that cannot be built, never as a
+wrong verdict.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ _IMAGE = re.compile(r"^(image_size|img_size|pretrain_image_size|image_resolution
 
 
 def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """A config like this one that makes a tiny model. changes: by attribute, "text_config.hidden_size" in a nested one."""
+    """A config like this one that makes a tiny model.
+
+    changes: by attribute; "text_config.hidden_size" is one of a nested config.
+    """
     small = _shrink(config.to_dict(), level, {})
     if level.startswith("tiny"):
         _add_sections(config, small)
@@ -145,7 +149,7 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
         elif isinstance(value, bool) or not isinstance(value, int):
             new[name] = _image(name, value, old)
         else:
-            new[name] = _number(name, value, old, rules, level, max(1, heads // 4))
+            new[name] = _number(name, value, old, rules, level, factor)
     if depth:
         for name in _DEPTHS:
             if isinstance(new.get(name), int) and old[name] == depth:
