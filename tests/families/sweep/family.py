@@ -65,10 +65,11 @@ class Counter:
     def __init__(self) -> None:
         self.calls = self.bools = 0
 
-    def __call__(self, module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[4]
         self.calls += 1
         self.bools += isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
-        return fastattn.hf.attention_forward(module, query, key, value, mask, *args, **kwargs)
+        return fastattn.hf.attention_forward(*args, **kwargs)
 
 
 @contextmanager

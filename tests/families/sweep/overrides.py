@@ -13,9 +13,6 @@ def _resnet(*stages: str) -> dict[str, Any]:
     own = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
     return {**own, "backbone_config": {**backbone, "out_features": list(stages)}}
 
-    **_RESNET,
-    "backbone_config": {**_RESNET["backbone_config"], "out_features": ["stage2", "stage3", "stage4"]},
-}
 
 #: By family: attributes of the tiny config.
 CHANGES: dict[str, dict[str, Any]] = {

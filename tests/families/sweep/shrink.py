@@ -117,10 +117,10 @@ def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
 def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, Any]:
     """ids: which small token id stands for which one of the original, the same in all nested configs."""
     depth = next((old[name] for name in _DEPTHS if isinstance(old.get(name), int)), 0)
-    heads = next(
-        (v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)),
-        4,
-    )
+    heads = [
+        v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)
+    ]
+    factor = max(1, (heads or [4])[0] // 4)
     rules = [*_EVERYWHERE, *_SHALLOW]
     cut = _cut_layers(old, depth)
     if level.startswith("tiny"):
