@@ -131,7 +131,6 @@ def test_an_encoder_decoder_has_three_kinds() -> None:
     [
         (transformers.T5Config(), "adds a bias to the scores"),
         (transformers.GPTJConfig(), "compute attention themselves"),
-        (transformers.DogeConfig(), "computes with dense masks"),
         (config("Llama4Text", layer_types=["chunked_attention", "full_attention"]), "ready only up to one chunk"),
         (config("Qwen3", layer_types=["full_attention", "compressed_sparse_attention"]), "fastattn does not know them"),
         (transformers.LlavaConfig(), "only the text part"),

@@ -150,11 +150,7 @@ def _encoder_decoder(
 
 def _source(config: Any) -> tuple[str, str]:
     """The source of a model's layers; or why there is nothing to make ready."""
-    from ..hf.mask import COMPUTE_WITH_MASK
-
     name = config.model_type
-    if name in COMPUTE_WITH_MASK:
-        return "", f"{name}: computes with dense masks, each of which needs a plan for its own shape"
     home = type(config).__module__
     if not home.startswith("transformers.models."):
         return "", f"{name}: its code is not transformers' own"
