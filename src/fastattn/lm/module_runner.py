@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import cache_argument, with_cache
 from ..notice import warn_once
 from .fused_ops import FusedOps, choose_fused_ops
 from .load import Loaded, _line
@@ -130,7 +131,8 @@ class ModuleRunner:
     def _forward(self, module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
         positions = cache.positions(ids.shape[1])
         with self._ops:
-            return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
+            options |= with_cache(module, cache)
+            return module(input_ids=ids, position_ids=positions, use_cache=True, **options)
 
 
 def refusal(model: Any, rows: int, capacity: int) -> str | None:
@@ -144,10 +146,10 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
         return "it makes no logits of a next token"
     if model._is_stateful:
         return "it keeps a recurrent state"
-    arguments = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "position_ids"):
-        if name not in arguments:
-            return f"its forward takes no {name}"
+    if cache_argument(model) is None:
+        return "its forward takes no cache of keys and values (past_key_values)"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids"
     if config._attn_implementation != "fastattn":
         return f'its attn_implementation is "{config._attn_implementation}": load it with "fastattn"'
     if brings_its_own_attention(config):
