@@ -86,7 +86,8 @@ def interval_mask(
     if isinstance(kv_offset, Slots):
         if use_vmap:
             raise ValueError("StaticCache: a mask function that only vmap can evaluate has no place for lengths by row")
-        return pack(*visible_slots(kv_offset, q_length, kv_length, mask_function, attention_mask), *shape)
+        visible, live = visible_slots(kv_offset, q_length, kv_length, mask_function, attention_mask)
+        return pack(visible, live, *shape)
 
     def dense() -> Tensor:
         seen = sdpa_mask(
