@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastattn: interrupted", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, ImportError) as error:
-        from .switches import is_on
+        from .switches import debugging
 
-        if is_on("FASTATTN_DEBUG", False):
+        if debugging():
             raise
         return _complain(str(error) or type(error).__name__, 2)
     except RuntimeError as error:

@@ -263,14 +263,19 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
 
 
 def _switches() -> Iterator[Finding]:
-    for name, value in switches().items():
-        known = SWITCHES.get(name)
-        yield Finding(
-            f"{name}={value}", "ok" if known else "broken", known or "no switch of fastattn's: a typing error?"
-        )
-    from . import dispatch
+    from .backends.cudnn import plans
+    from .dispatch import listed
+    from .switches import complaint, is_on
 
-    dispatch.allowed()  # raises when FASTATTN_BACKENDS names a backend that does not exist
+    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": plans.policy}
+    on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET")
+    checks |= {name: partial(is_on, name, False) for name in on_or_off}
+    for name, value in switches().items():
+        text = SWITCHES.get(name, "")
+        wrong = (
+            complaint(checks[name]) if name in checks else "" if text else "no switch of fastattn's: a typing error?"
+        )
+        yield Finding(f"{name}={value}", "broken" if wrong else "ok", wrong or text)
 
 
 def _absent(subject: str, advice: str) -> Finding:

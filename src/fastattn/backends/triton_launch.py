@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ..memo import Memo
-from ..switches import is_on
+from ..switches import is_on, setting
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
 _INSTALL = "triton is not installed: pip install fastattn[cuda]"
-_compiled: Memo[Any, Any] = Memo(1 << 12)
+_compiled: Memo[Any, Any] = Memo(1 << 12, "launches")
 _INT32 = 1 << 31
+_TRITONS_ON = ("1", "true", "yes", "on", "y")  #: what Triton takes for on; all else is off to it
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
 
 
@@ -44,7 +45,7 @@ def missing(device_type: str) -> list[str]:
         return ["needs an NVIDIA GPU"]
     if not has_triton():
         return [_INSTALL]
-    if not is_on("TRITON_INTERPRET", False):
+    if setting("TRITON_INTERPRET").lower() not in _TRITONS_ON:
         return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
     return []
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ... import debug
 from ..base import Refusal
+from ..failures import says_memory, setback_of
 from ..scratch import scratch
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
 
 
 class PlanError(Refusal):
-    """cuDNN would not build a plan that the support table promises."""
+    """cuDNN says that it does not support a plan that the support table promises."""
 
 
 class Plan:
@@ -53,12 +54,14 @@ class Plan:
                 graph.create_execution_plans([cudnn.heur_mode.A])
                 graph.check_support()
                 graph.build_plans()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError, Refusal):
                 raise
             except Exception as error:  # cuDNN's refusals are of several types
                 if torch.cuda.is_current_stream_capturing():
                     raise
-                raise PlanError(f"cuDNN builds no plan: {error}") from error
+                unsupported = isinstance(error, cudnn.cudnnGraphNotSupportedError)
+                setback = setback_of(error, key.device, unsupported)
+                raise setback or PlanError(f"cuDNN builds no plan: {error}") from error
         return Plan(key, graph)
 
     @staticmethod
@@ -73,6 +76,8 @@ class Plan:
                 graph.deserialize(list(payload))
                 return Plan(key, graph)
         except Exception as error:  # whatever cuDNN thinks of it, the plan can be built
+            if says_memory(error):  # nothing is wrong with the file
+                return None
             logging.getLogger("fastattn").debug("plan from disk discarded: %s", error)
             disk.discard(key)
             return None
