@@ -132,7 +132,7 @@ class LazyMask(Tensor):
         return LazyMask(compact, tuple(self.shape), self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         mask = args[0] if args and isinstance(args[0], LazyMask) else None
         if mask is not None and mask._dense is None:
@@ -161,7 +161,7 @@ class LazyMask(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyMask({list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
