@@ -161,7 +161,7 @@ class LazyMask(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask({list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
