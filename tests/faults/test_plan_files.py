@@ -217,7 +217,7 @@ def test_a_disk_that_fails(
             assert fresh().key == KEY
         assert fresh().key == KEY
     assert all(payload == PAYLOAD for payload in cudnn.taken)
-    assert [path.suffix for path in plan_files(tmp_path)].count(".plan") == 1 and fresh().key == KEY and cudnn.taken[-1] == PAYLOAD
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 1 and fresh().key == KEY and cudnn.taken[-1] == PAYLOAD
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_write(
