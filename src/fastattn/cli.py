@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 
 from .arguments import DTYPES, add_dtype_and_device, numbers
 from .bench.command import add_command as add_benchmark
+from .bench.output import NotWrittenError
 from .bench.report_html import add_command as add_report
 from .bench.sweep import add_command as add_sweep
 from .generation import add_command as add_generate
+from .printable import printable
 from .warming.command import add_command as add_warmup
 
 MASKS = ("none", "causal", "bool", "additive", "intervals")
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debugging():
             raise
         return _complain(str(error) or type(error).__name__, 2)
+    except NotWrittenError as error:
+        return _complain(str(error), 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported
             raise
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str, status: int) -> int:
-    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    line = printable("; ".join(part.strip() for part in text.splitlines() if part.strip()))
     print(f"fastattn: error: {line}", file=sys.stderr)
     return status
 

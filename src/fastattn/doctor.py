@@ -85,6 +85,7 @@ def examine() -> list[Finding]:
         findings += _guard(subject, probe)
     for name in ("decode", "cudnn", "torch", "reference"):
         findings += _guard(f"backend {name}", partial(_backend, name))
+    findings += _guard("plans on disk", _plans)
     return findings + _guard("switches", _switches)
 
 
@@ -260,6 +261,19 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
     truth = run("reference", torch.float64)
     found = run(name, getattr(torch, _dtype_name()))
     return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
+
+
+def _plans() -> Iterator[Finding]:
+    from .backends.cudnn import disk
+
+    folder, refusal = disk.directory(), disk.refusal()
+    if folder is None:
+        yield Finding("plans on disk", "off", "none are kept, each process builds its own")
+    elif refusal:
+        advice = f"give {folder} and what leads to it to this user alone (FASTATTN_PLAN_CACHE names another folder)"
+        yield Finding("plans on disk", "broken", f"none are kept: {refusal}", advice)
+    else:
+        yield Finding("plans on disk", "ok", str(folder))
 
 
 def _switches() -> Iterator[Finding]:

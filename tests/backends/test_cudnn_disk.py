@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastattn.backends.cudnn import disk, plans
+from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 
 PAYLOAD = bytes(range(256)) * 3
@@ -33,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def the_file(folder: Path) -> Path:
-    (found,) = folder.iterdir()
+    (found,) = folder.glob("*.plan")
     return found
 
 
@@ -119,7 +120,7 @@ def test_a_file_of_another_key_under_this_name_is_not_used(folder: Path) -> None
     disk.store(key(8), PAYLOAD)
     foreign = the_file(folder)
     disk.store(key(), PAYLOAD)
-    own = next(path for path in folder.iterdir() if path != foreign)
+    own = next(path for path in folder.glob("*.plan") if path != foreign)
     own.write_bytes(foreign.read_bytes())
     assert disk.load(key()) is None
 
@@ -169,13 +170,13 @@ def test_a_disk_that_does_not_take_files(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(folder))
 
-    def full(*args: Any) -> None:
+    def full(*args: Any, **rest: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     disk.store(key(), PAYLOAD)
     assert disk.load(key()) is None
-    assert list(folder.iterdir()) == [], "nothing half written is left"
+    assert [path.name for path in folder.iterdir()] == [KEY], "nothing half written is left"
 
 
 def test_the_least_recently_used_files_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .._compat.transformers import with_cache
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
+from . import script
 from .loaded import clock, default_model, identity, peak_memory, release
 from .parallel_ranks import add_options, meet, under_torchrun
 from .table import table
@@ -151,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)
