@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return "".join(map(_shown, text))
 
 
+def one_line(text: str, between: str = " ") -> str:
+    """The lines of a text as one, without those that are empty, and printable."""
+    return between.join(part for line in text.splitlines() if (part := printable(line.strip())))
+
+
 def _shown(character: str) -> str:
     if character.isprintable():
         return character

@@ -37,7 +37,7 @@ BY_NAME = {
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
         window_size=4,
-    ),  # fmt: skip
+    ),
     "sam": SamVisionConfig(**_VISION, output_channels=8, global_attn_indexes=[1], window_size=2, mlp_dim=48),
     "data2vec-vision": Data2VecVisionConfig(**_VISION),
 }

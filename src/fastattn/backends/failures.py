@@ -12,19 +12,17 @@ import re
 
 import torch
 
+from .. import failures
 from .base import OutOfMemory, Refusal, Setback
 
-#: What libraries say that are out of memory: CUDNN_STATUS_ALLOC_FAILED, ..._DEVICE_ALLOCATION_FAILED,
-#: CUBLAS_STATUS_ALLOC_FAILED, CUDA_ERROR_OUT_OF_MEMORY, cudaErrorMemoryAllocation, "out of memory".
-_MEMORY = re.compile(r"out[ _]of[ _](device[ _])?memory|alloc(ation)?[ _]failed|ErrorMemoryAllocation", re.IGNORECASE)
-#: What they say when their handles cannot be made, for which a full GPU is the usual reason.
+#: What libraries say when their handles cannot be made, for which a full GPU is the usual reason.
 _NO_START = re.compile(r"CU[A-Z]+_STATUS_NOT_INITIALIZED|CUDNN_STATUS_INTERNAL_ERROR", re.IGNORECASE)
 _SHORT = 256 << 20  #: bytes free on a GPU below which a library's "not supported" is not believed
 
 
 def says_memory(error: BaseException) -> bool:
     """True for an error for want of memory, torch's own included."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_MEMORY.search(str(error)))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or failures.says_memory(str(error))
 
 
 def memory_is_short(index: int) -> bool:

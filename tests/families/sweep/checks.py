@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .compare import LEFT_OUT, Result, floats
-from .inputs import BATCH, DECODED, LENGTH, parameters, tokens
+from .inputs import BATCH, DECODED, LENGTH, parameters
 from .models import seed
 
 Check = Callable[[PreTrainedModel], Result]
@@ -30,7 +30,7 @@ def outputs(model: PreTrainedModel, **inputs: Any) -> Result:
 
 def trimmed(result: Result, inputs: dict[str, Any]) -> Result:
     """Without what padded frames or patches became, if a mask among the inputs names any (in their second row)."""
-    masks = [v for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name and "attention_mask" != name]
+    masks = [v for name, v in inputs.items() if isinstance(v, Tensor) and "mask" in name and name != "attention_mask"]
     masks += [v for name, v in inputs.items() if name == "attention_mask" and "input_ids" not in inputs]
     if all(bool(mask.all()) for mask in masks):
         return result
@@ -65,7 +65,9 @@ def checks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Check
     if "left padded" in found:
         mask = pad_mask("left")
         found["gradients, left padded"] = lambda m: gradients(m, {**inputs, "attention_mask": mask}, mask)
-        found["gradients, right padded"] = lambda m: gradients(m, {**inputs, "attention_mask": mask.flip(1)}, mask.flip(1))
+        found["gradients, right padded"] = lambda m: gradients(
+            m, {**inputs, "attention_mask": mask.flip(1)}, mask.flip(1)
+        )
     return found
 
 
@@ -96,7 +98,12 @@ def _masked(inputs: dict[str, Tensor]) -> dict[str, Check]:
         mask = pad_mask(side)
         return lambda m: select(outputs(m, **{**inputs, "attention_mask": mask}), mask)
 
-    found = {"mask of ones": run("none"), "left padded": run("left"), "right padded": run("right"), "holes": run("holes")}
+    found = {
+        "mask of ones": run("none"),
+        "left padded": run("left"),
+        "right padded": run("right"),
+        "holes": run("holes"),
+    }
     if "decoder_input_ids" in inputs:
         mask = pad_mask("left", DECODED)
         both = {**inputs, "attention_mask": pad_mask("right"), "decoder_attention_mask": mask}

@@ -24,7 +24,6 @@ from .media import amid_text, media_checks
 from .overrides import CHANGES
 from .shrink import LEVELS, shrink
 
-
 PATIENCE = 10.0  #: seconds of looking for inputs
 
 

@@ -115,7 +115,14 @@ def _shapes(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> Iter
         yield from ({name: v["pixel_values"], **v} for v in _pictures("pixel_values", config) if "grid_thw" in v)
     elif name == "codebook_idx":
         yield {name: torch.tensor(1)}
-    elif name in ("query_embeds", "hidden_states", "inputs_embeds", "encoder_hidden_states", "last_hidden_state", "encoder_outputs"):
+    elif name in (
+        "query_embeds",
+        "hidden_states",
+        "inputs_embeds",
+        "encoder_hidden_states",
+        "last_hidden_state",
+        "encoder_outputs",
+    ):
         width = lookup(config, "hidden_size", "d_model", "embed_dim")
         yield {name: torch.randn(BATCH, LENGTH, width if isinstance(width, int) else 32)}
     elif name == "image_attention_mask":
@@ -187,7 +194,9 @@ def _patches(name: str, vision: PreTrainedConfig, channels: int, patch: int) -> 
 
 def _spectrograms(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Tensor]]:
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-    bins = lookup(audio, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels", "input_feat_size")
+    bins = lookup(
+        audio, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels", "input_feat_size"
+    )
     positions = lookup(audio, "max_source_positions")
     yield {name: torch.randn(BATCH, 1, 64, bins if isinstance(bins, int) else 64)}
     frames = [*([2 * positions] if isinstance(positions, int) else []), 64, 160, 1024]

@@ -70,7 +70,9 @@ def _first_that_runs(model: PreTrainedModel, method: str, notes: dict[str, str])
     if not required:
         required = list(known)[:1]
     error = "no arguments"
-    for chosen in itertools.islice(itertools.product(*(list(shapes(n, model.config, model)) for n in required[:1])), 60):
+    for chosen in itertools.islice(
+        itertools.product(*(list(shapes(n, model.config, model)) for n in required[:1])), 60
+    ):
         given = {name: value for part in chosen for name, value in part.items() if name in known}
         missing = [name for name in required if name not in given]
         for name in missing:
@@ -92,7 +94,9 @@ def _amid_text(model: PreTrainedModel, method: str, given: dict[str, Tensor], to
     counts: dict[int, None] = {}
     for value in features.values():
         rows = value.numel() // value.shape[-1]
-        counts |= {count: None for count in (rows // BATCH, value.shape[-2] if value.dim() > 1 else 0) if 0 < count < 700}
+        counts |= {
+            count: None for count in (rows // BATCH, value.shape[-2] if value.dim() > 1 else 0) if 0 < count < 700
+        }
     known = parameters(model)
     for count in counts:
         ids = torch.cat([tokens(3), torch.full((BATCH, count), token), tokens(4)], 1)

@@ -17,7 +17,10 @@ _RESNET = {
         "out_features": ["stage4"],
     },
 }
-_DEEPER_RESNET = {**_RESNET, "backbone_config": {**_RESNET["backbone_config"], "out_features": ["stage2", "stage3", "stage4"]}}
+_DEEPER_RESNET = {
+    **_RESNET,
+    "backbone_config": {**_RESNET["backbone_config"], "out_features": ["stage2", "stage3", "stage4"]},
+}
 
 #: By family: attributes of the tiny config.
 CHANGES: dict[str, dict[str, Any]] = {

@@ -39,7 +39,9 @@ def page(versions: dict[str, str], reports: list[dict[str, Any]], tolerance: flo
     lines = [_HEAD.format(tolerance=tolerance, versions=", ".join(f"{k} {v}" for k, v in versions.items()))]
     counts = collections.Counter(report["result"] for report in reports)
     lines += ["| result | models | meaning |", "|---|---|---|"]
-    lines += [f"| {name} | {counts[name]} | {text} |" for name, text in _MEANING.items() if counts[name] or name in BAD[:2]]
+    lines += [
+        f"| {name} | {counts[name]} | {text} |" for name, text in _MEANING.items() if counts[name] or name in BAD[:2]
+    ]
     built = [report for report in reports if report["result"] != "not built"]
     lines += ["", "## Swept", "", "| family | kind | result | note |", "|---|---|---|---|"]
     order = list(_MEANING)
@@ -59,9 +61,7 @@ def _note(report: dict[str, Any]) -> str:
     parts = [f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused") if by_result[bad]]
     if report.get("why"):
         parts.append(report["why"])
-    if report["result"] == "equal" and report["warnings"]:
-        parts += report["warnings"][:1]
-    elif report["result"] == "falls back":
+    if (report["result"] == "equal" and report["warnings"]) or report["result"] == "falls back":
         parts += report["warnings"][:1]
     return _cell("; ".join(parts), 200)
 

@@ -75,4 +75,3 @@ def units() -> list[Unit]:
         chosen = [unit for unit in heads if unit is not None]
         found += chosen or [unit for unit in [_first(others, mappings, family)] if unit is not None]
     return found
-

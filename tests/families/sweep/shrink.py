@@ -53,7 +53,10 @@ _EVERYWHERE: list[tuple[str, Any]] = [
     (r"experts_per_tok|top_?k_experts|moe_k$|moe_topk$|num_selected_experts|^top_k$", 2),
     (r"^(n_group|topk_group|num_expert_group)$", 1),
     (r"max_source_positions", 32),
-    (r"(max.*position_embeddings|n_positions|max_position|max_target_positions|^n_ctx|max_seq_len|max_sequence_length)", POSITIONS),
+    (
+        r"(max.*position_embeddings|n_positions|max_position|max_target_positions|^n_ctx|max_seq_len|max_sequence_length)",
+        POSITIONS,
+    ),
     (r"sliding_window(_size)?$|attention_chunk_size|local_window|attention_window_size", WINDOW),
     (r"local_attention", 2 * WINDOW),
     (r"^attention_window$", 4),
@@ -67,7 +70,13 @@ _SHALLOW: list[tuple[str, Any]] = [
     (r"(hidden_)?layers?$|^depth$|_depth$|^num_blocks$|(encoder|decoder)_layers$|layers_num", 2),
 ]
 #: What some configs leave open and their models do not.
-_NONE = {"head_dim": 8, "num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+_NONE = {
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
 _IMAGE = re.compile(r"^(image_size|img_size|pretrain_image_size|image_resolution|input_resolution)$")
 
 
@@ -88,7 +97,11 @@ def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None 
 def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
     """Rotary sections where the model has a default of its own, made for larger heads."""
     rope = small.get("rope_parameters")
-    if "mrope_section" in (config.ignore_keys_at_rope_validation or ()) and isinstance(rope, dict) and "rope_theta" in rope:
+    if (
+        "mrope_section" in (config.ignore_keys_at_rope_validation or ())
+        and isinstance(rope, dict)
+        and "rope_theta" in rope
+    ):
         rope.setdefault("mrope_section", [2, 1, 1])
         if "partial_rotary_factor" in rope:
             rope["partial_rotary_factor"] = 1.0
@@ -100,7 +113,10 @@ def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
 def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, Any]:
     """ids: which small token id stands for which one of the original, the same in all nested configs."""
     depth = next((old[name] for name in _DEPTHS if isinstance(old.get(name), int)), 0)
-    heads = next((v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)), 4)
+    heads = next(
+        (v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)),
+        4,
+    )
     rules = list(_EVERYWHERE)
     cut = {} if level == "default" else _cut_layers(old, depth)
     if level != "default":
@@ -186,7 +202,9 @@ def _cut_layers(old: dict[str, Any], depth: int) -> dict[str, Any]:
             continue
         if len(value) == depth:
             cut[name] = [value[i] for i in kept]
-        elif re.search(r"index|indices|idxs|_layers|layer_ids|hook_ids", name) and all(isinstance(x, int) for x in value):
+        elif re.search(r"index|indices|idxs|_layers|layer_ids|hook_ids", name) and all(
+            isinstance(x, int) for x in value
+        ):
             if len(value) < depth and max(value) <= depth:
                 cut[name] = sorted({min(x, len(kept) - 1) for x in value if x >= 0})[-2:] or value
     return cut
