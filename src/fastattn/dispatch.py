@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
+from ._compat.torch import constant_when_traced
 from .backends.base import Backend, Runner
 from .forks import after_fork, renew_lock
 from .memo import Memo
@@ -72,6 +73,7 @@ def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+@constant_when_traced
 def allowed() -> tuple[str, ...]:
     """The backends that may serve a call here and now, in order. Under torch.compile: when the graph was traced."""
     chosen = _chosen.get()
@@ -82,10 +84,6 @@ def allowed() -> tuple[str, ...]:
     if not is_on("FASTATTN_CUDNN", True):
         names = tuple(name for name in names if name != "cudnn")
     return names
-
-
-# What torch.compiler.assume_constant_result does, which imports all of torch._dynamo (0.9 s) to do it.
-allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

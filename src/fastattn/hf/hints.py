@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._compat.torch import changes
 from ..masks import Segments
 
 _HINT = "_fastattn_hint"
@@ -44,14 +45,14 @@ Hint = Band | Pieces | Filled
 def attach(mask: Tensor, hint: Hint) -> Tensor:
     """The mask, with the hint. It must not have been made in inference mode: such tensors do not tell when they
     change."""
-    setattr(mask, _HINT, (hint, mask._version))
+    setattr(mask, _HINT, (hint, changes(mask)))
     return mask
 
 
 def hint_of(mask: Tensor) -> Hint | None:
     """The same in other words, of a mask made here; None if there are none, or it was changed in place since."""
     hint, version = getattr(mask, _HINT, (None, 0))
-    return hint if hint is not None and mask._version == version else None
+    return hint if hint is not None and changes(mask) == version else None
 
 
 def pack(lo: Tensor, hi: Tensor, batch_size: int, hint: Hint | None) -> Tensor:

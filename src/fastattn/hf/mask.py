@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
-from transformers.utils.import_utils import is_tracing
 
+from .._compat.hf import causal_mask_function, eager_mask, is_tracing, sdpa_mask
 from ..masks import Segments
 from ..notice import warn_once
 from .hints import Band, Pieces, chunks, pack

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
+from .._compat.hf import is_tracing
 from .hints import Filled, Pieces, attach, chunks, pack, segments_between
 from .intervals import Padding, find_padding
 from .patterns import Pattern, recognise

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..hf.attention import REFUSED
 from ..hf.mask import COMPUTE_WITH_MASK, MISTAKEN_FOR_BIDIRECTIONAL, PARTLY_EAGER
 from ..hf.patterns import recognise
@@ -119,10 +120,9 @@ def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -
 
 def _check(model: torch.nn.Module, configs: list[Any]) -> None:
     """Raises ValueError for models that mix tokens in ways that no attention function sees."""
-    settable = getattr(model, "_can_set_attn_implementation", None)
     types = {config.model_type for config in configs}
     kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
-    if settable is None or not settable() or types & (COMPUTE_WITH_MASK | PARTLY_EAGER | MISTAKEN_FOR_BIDIRECTIONAL):
+    if not can_switch_attention(model) or types & (COMPUTE_WITH_MASK | PARTLY_EAGER | MISTAKEN_FOR_BIDIRECTIONAL):
         raise ValueError(
             f"model: {type(model).__name__} computes attention, or masks, by itself: it cannot be spread over ranks"
         )
@@ -143,9 +143,9 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
     configs = {id(config): config for config in found}  # parents first
     _check(model, list(configs.values()))
     known = last.before if last is not None else {}
-    state.before = known or {key: (config, config._attn_implementation) for key, config in configs.items()}
+    state.before = known or {key: (config, attention_name(config)) for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation = NAME
+        set_attention_name(config, NAME)
     for module in modules:
         setattr(module, _STATE, state)
     try:
@@ -159,7 +159,7 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
             state.closed = True
         else:
             for config, name in state.before.values():
-                config._attn_implementation = name
+                set_attention_name(config, name)
             for module in modules:
                 delattr(module, _STATE)
 

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..._compat import torch as torch_internals
 from ...memo import Memo
 from ...problem import Call, Problem
 from ..scratch import may_keep
@@ -37,7 +38,7 @@ class Places:
         """See `places`."""
         if not (self._static and may_keep()):
             return places(tensors, self._rows, self._fold, c)
-        stream = torch._C._cuda_getCurrentRawStream(c.q.device.index)
+        stream = torch_internals.raw_stream(c.q.device.index)
         found = self._kept.get(stream)
         if found is None:
             # Triton takes 0.3 s to import: a process's first call does without.

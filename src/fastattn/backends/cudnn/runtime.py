@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..._compat import torch as torch_internals
+
 MINIMUM_FRONTEND = (1, 28)
 MINIMUM_CUDNN = 91300
 
@@ -87,7 +89,7 @@ def context(index: int) -> Context:
     found = contexts.get(index)
     if found is None:
         found = contexts[index] = Context(index)
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = torch_internals.raw_stream(index)
     if found.stream != stream:
         frontend().cudnn.set_stream(found.handle, stream)
         found.stream = stream
