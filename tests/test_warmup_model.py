@@ -62,7 +62,7 @@ DECODERS = {
     "cohere2": config("Cohere2", **SLIDING),
     "glm": config("Glm", partial_rotary_factor=0.5),
     "gpt2": transformers.GPT2Config(
-        n_embd=64, n_head=4, n_layer=1, vocab_size=99, n_positions=2048, attn_pdrop=0, dtype="bfloat16"
+        n_embd=64, n_head=4, n_layer=1, vocab_size=99, n_positions=2048, attn_pdrop=0.0, dtype="bfloat16"
     ),
     "gpt_neox": transformers.GPTNeoXConfig(
         hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=48, vocab_size=99, rotary_pct=0.5

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import debug, dispatch, reference
+from ._compat import torch as torch_internals
 from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
@@ -55,8 +56,7 @@ def plain(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        and not torch_internals.may_be_watched()
     )
 
 
@@ -212,7 +212,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     names = ctx.rest[-1]
-    batched = torch._C._dispatch_keys(grad_out).raw_repr() != torch._C._dispatch_keys(out).raw_repr()  # by old vmap
+    batched = not torch_internals.same_dispatch(grad_out, out)  # by old vmap
     if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, *tensors[:3]):
         # The operator: traced, or with create_graph=True, which it knows how to refuse.
         names = names if isinstance(names, str) else ",".join(names)

@@ -18,6 +18,7 @@ from cases import a_problem
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn._compat import torch as torch_internals
 from fastattn.backends import scratch
 from fastattn.backends.cudnn import plans, runtime
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
@@ -395,7 +396,7 @@ class Streams:
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     found = Streams()
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: found.current + 100 * index, raising=False)
+    monkeypatch.setattr(torch_internals, "raw_stream", lambda index: found.current + 100 * index)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(scratch, "_local", type(scratch._local)())
     return found
@@ -524,7 +525,7 @@ def allocated(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(size)
         return torch.empty(size, dtype=dtype)
 
-    fake = SimpleNamespace(empty=empty, uint8=torch.uint8, _C=torch._C, cuda=torch.cuda)
+    fake = SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=torch.cuda)
     monkeypatch.setattr(scratch, "torch", fake)
     return found
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn._compat import torch as torch_internals
 from fastattn.backends.cudnn import disk, plans
 from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
@@ -88,7 +89,7 @@ def test_the_environment_names_all_that_can_make_a_plan_invalid(monkeypatch: pyt
     for holder, name, value in (
         (device, "name", "other"), (device, "major", 10), (device, "minor", 3), (device, "multi_processor_count", 1),
         (device, "total_memory", 1), (library.cudnn, "__version__", "1.29.0"), (library, "version", 92000),
-        (torch.version, "cuda", "13.9"), (disk, "FORMAT", 99), (disk, "_driver", lambda: 12345),
+        (torch.version, "cuda", "13.9"), (disk, "FORMAT", 99), (torch_internals, "driver_version", lambda: 12345),
     ):  # fmt: skip
         monkeypatch.setattr(holder, name, value)
         look()

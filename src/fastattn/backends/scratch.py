@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, memo
+from .._compat import torch as torch_internals
 
 _KEPT = 1 << 22  #: bytes; larger pieces are allocated each time and given back: beside them an allocation is nothing
 
@@ -61,7 +62,7 @@ def scratch(device: torch.device, size: int) -> Tensor:
     if size > _KEPT or device.type != "cuda" or not may_keep():
         return torch.empty(size, dtype=torch.uint8, device=device)
     kept = _local.pieces
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    stream = torch_internals.raw_stream(device.index)
     found = kept.get(device.index)
     if found is None or found[0] != stream or found[1].shape[0] < size:
         fresh = torch.empty(max(1 << 16, 1 << (size - 1).bit_length()), dtype=torch.uint8, device=device)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import masks
+from .._compat.hf import ALL_ATTENTION_FUNCTIONS
 from .._compat.transformers import PAGED_ARGUMENTS
 from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from .._compat.hf import CacheLayerMixin
 from ..backends.triton_launch import native
 from .lazy_mask import capturing
 from .slots import Slots

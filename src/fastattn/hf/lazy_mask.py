@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers.utils.import_utils import is_tracing
 
+from .._compat.hf import is_tracing
+from .._compat.torch import NO_TORCH_FUNCTION, wrapper_subclass
 from ..masks import Intervals, Segments
 
 _ATTRIBUTE = "_fastattn_compact"
@@ -104,12 +105,12 @@ class LazyMask(Tensor):
         visible = compact.visible
         device = visible.device if isinstance(visible, Tensor) else visible.lo.device
         with torch.inference_mode(False):  # else only inference mode could write into it
-            return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+            return wrapper_subclass(cls, shape, dtype, device)
 
     def __init__(self, compact: Compact, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._compact, self._dense, self._shared = compact, None, False
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION
 
     @property
     def compact(self) -> Compact | None:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils.import_utils import is_tracing
 
+from .._compat.hf import causal_mask_function, is_tracing, sdpa_mask
 from ..masks import Intervals, Segments
 from ..notice import warn_once
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
+from .._compat.hf import is_tracing
 from ..masks import Intervals
 from .intervals import Padding, find_padding
 from .lazy_mask import CausalSegments, LiveKeys

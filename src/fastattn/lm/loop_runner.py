@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat.transformers import with_cache
+from .._compat.transformers import last_logits_only, with_cache
 from .runner import prefill_steps
 
 
@@ -25,7 +25,7 @@ class LoopRunner:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.device: torch.device = model.device
         self._model = model
-        self._one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._one = last_logits_only(model)
         self._caches = [self._empty() for _ in range(rows)]
 
     @torch.inference_mode()

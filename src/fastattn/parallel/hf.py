@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..hf.attention import REFUSED
 from ..hf.lazy_mask import Compact, LazyMask
 from ..hf.mask import brings_its_own_attention
@@ -127,8 +128,7 @@ def _check(model: torch.nn.Module, configs: list[Any]) -> None:
             f"model: {type(model).__name__} has layers of the kinds {', '.join(sorted(kinds - LAYERS))}, which would "
             f"see each rank's tokens alone: expected {' and '.join(sorted(LAYERS))} only"
         )
-    settable = getattr(model, "_can_set_attn_implementation", None)
-    if settable is None or not settable() or any(brings_its_own_attention(config) for config in configs):
+    if not can_switch_attention(model) or any(brings_its_own_attention(config) for config in configs):
         raise ValueError(f"model: {type(model).__name__} computes attention by itself: it cannot be spread over ranks")
 
 
@@ -142,9 +142,9 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
     configs = {id(config): config for config in found}  # parents first
     _check(model, list(configs.values()))
     known = last.before if last is not None else {}
-    state.before = known or {key: (config, config._attn_implementation) for key, config in configs.items()}
+    state.before = known or {key: (config, attention_name(config)) for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation = NAME
+        set_attention_name(config, NAME)
     for module in modules:
         setattr(module, _STATE, state)
     try:
@@ -158,7 +158,7 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
             state.closed = True
         else:
             for config, name in state.before.values():
-                config._attn_implementation = name
+                set_attention_name(config, name)
             for module in modules:
                 delattr(module, _STATE)
 

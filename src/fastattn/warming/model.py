@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import is_causal_family
 from ..lm.load import pick_device
 from ..lm.presets import PRESETS, preset_config
 from ..lm.pretrained import read_config as read_directory_config
@@ -176,9 +177,7 @@ def _is_causal(config: Any, source: str) -> bool | None:
     decoder = getattr(config, "is_decoder", None)
     if isinstance(decoder, bool):
         return decoder
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return True if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    return True if is_causal_family(config.model_type) else None
 
 
 def _layers(

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from ..._compat import torch as torch_internals
 from ...notice import warn_once
 from ...switches import OFF
 from . import folder as folders
@@ -137,16 +138,11 @@ def _environment(device: int) -> str:
         "frontend": getattr(library.cudnn, "__version__", None),
         "cudnn": library.version,
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": torch_internals.driver_version(),
         "device": (properties.name, properties.major, properties.minor, properties.multi_processor_count),
         "memory": properties.total_memory,
     }
     return repr(facts)
-
-
-def _driver() -> int:
-    version = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return int(version()) if version else 0
 
 
 def _name(label: bytes) -> str:

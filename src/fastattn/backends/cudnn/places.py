@@ -13,6 +13,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from ..._compat import torch as torch_internals
 from ...memo import Memo
 from ...problem import Call, Problem
 from ..scratch import may_keep
@@ -50,7 +51,7 @@ class Places:
         if not (self._static and may_keep()):
             return places(tensors, self._rows, self._fold, c)
         # By stream: what one computed, another may not read unordered.
-        name = self._number, torch._C._cuda_getCurrentRawStream(c.q.device.index)
+        name = self._number, torch_internals.raw_stream(c.q.device.index)
         found = _kept.get(name)
         if found is None:
             # Triton takes 0.3 s to import: a process's first call does without.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..._compat import torch as torch_internals
 from ..base import OutOfMemory, Setback
 from ..failures import memory_is_short, says_memory
 
@@ -103,7 +104,7 @@ def context(index: int) -> Context:
     found = contexts.get(index)
     if found is None:
         found = contexts[index] = Context(index)
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = torch_internals.raw_stream(index)
     if found.stream != stream:
         frontend().cudnn.set_stream(found.handle, stream)
         found.stream = stream
