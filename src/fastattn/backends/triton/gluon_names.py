@@ -1,4 +1,4 @@
-"""Gluon by one set of names. Gluon is experimental and renames things from release to release of Triton (3.6 to 3.9)."""
+"""Gluon by one set of names. It is experimental and renames things from release to release of Triton (3.6 to 3.9)."""
 
 from __future__ import annotations
 

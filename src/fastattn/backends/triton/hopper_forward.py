@@ -9,9 +9,9 @@ softmax of another block is computed. In step j a consumer
     waits for S(j), computes P(j)      while the second product runs,
     waits for O, rescales it.
 
-At the end of a tile step j belongs to the next tile, so that no softmax runs alone. Barriers in shared memory (mbarrier)
-say when a block is there ("full") and when it may be overwritten ("empty"); blocks of keys run one ahead of blocks of
-values, and a slot's "empty" stands for its keys and for the values of the slot before it.
+At the end of a tile step j belongs to the next tile, so that no softmax runs alone. Barriers in shared memory
+(mbarrier) say when a block is there ("full") and when it may be overwritten ("empty"); blocks of keys run one ahead of
+blocks of values, and a slot's "empty" stands for its keys and for the values of the slot before it.
 
 Scores stay as the product gives them. `scale` (times log2(e), for exp2) is applied inside the exponent, where it costs
 nothing; with a softcap it is the cap that is applied there, and the scores are tanh(score * inner).
@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
 from triton.language.core import base_value
 
 from .gluon_names import aggregate, as_value, barrier, load_tile, store_tile
@@ -136,8 +135,8 @@ def _pass_turn(group: gl.constexpr, cfg):
 
 @gluon.jit
 def _stay_below(n):
-    """A branch that is never taken, but that ptxas cannot remove: it would pull the wait for a product above the softmax
-    that should run beside it. n: any number of blocks."""
+    """A branch that is never taken, but that ptxas cannot remove: it would pull the wait for a product above the
+    softmax that should run beside it. n: any number of blocks."""
     gl.inline_asm_elementwise(
         "{ .reg .pred last; again: setp.eq.u32 last, $1, 0x7fffffff; @!last bra.uni on; nanosleep.u32 20; "
         "bra.uni again; on: mov.u32 $0, 0; }",
@@ -173,7 +172,7 @@ def _produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
     for i in range(mine):
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 1)
         kv_head = h // shape.group
-        position, first, n = span(m, b, shape, cfg)
+        _, first, n = span(m, b, shape, cfg)
         for group in gl.static_range(2):
             full = pipe.q_full.index(q_slot * 2 + group)
             mbarrier.wait(pipe.q_empty.index(q_slot * 2 + group), q_phase)
@@ -205,7 +204,7 @@ def _produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
 
 @gluon.jit
 def _mask(s, position, first, group: gl.constexpr, shape, cfg):
-    """s with -inf where a row does not see a key. position, first: of the tile's first query and the block's first key."""
+    """s with -inf where a row does not see a key. position: of the tile's first query. first: the block's first key."""
     cols = gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     if cfg.MASK == FULL:
         s = gl.where((cols >= 0 - first)[None, :], s, float("-inf"))

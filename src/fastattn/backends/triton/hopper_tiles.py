@@ -5,7 +5,8 @@ find by themselves, from the same numbers. Under a band the longest tiles come f
 
 Blocks of keys are counted from the last key that the tile sees, not from key 0. So no block reaches past that key: what
 lies between a row's length and the capacity is never loaded, and cannot be NaN in a product with a probability of 0.
-The other end of the row may cut a block, whose first keys then have negative indices: the copy engine fills them with 0.
+The other end of the row may cut a block, whose first keys then have negative indices: the copy engine fills
+them with 0.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
@@ -230,7 +231,7 @@ def start_walk(shape, cfg, WARPS: gl.constexpr):
 
 @gluon.jit
 def tile(i, total, pid, programs, level, before, count, shape, cfg, WARPS: gl.constexpr):
-    """Row block, batch entry and head of this program's i-th tile, and the walk (level, before, count) moved on to it."""
+    """Row block, batch entry and head of this program's i-th tile; the walk (level, before, count) moved on to it."""
     t = i * programs + gl.where((i & 1) == 1, programs - 1 - pid, pid)
     if cfg.Q_LENGTHS:
         # Row blocks from the last to the first; in each, the entries that reach it, and their heads.
