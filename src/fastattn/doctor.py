@@ -85,6 +85,7 @@ def examine() -> list[Finding]:
         findings += _guard(subject, probe)
     for name in ("decode", "cudnn", "torch", "reference"):
         findings += _guard(f"backend {name}", partial(_backend, name))
+    findings += _guard("plans on disk", _plans)
     return findings + _guard("switches", _switches)
 
 
@@ -262,15 +263,33 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
     return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
 
 
-def _switches() -> Iterator[Finding]:
-    for name, value in switches().items():
-        known = SWITCHES.get(name)
-        yield Finding(
-            f"{name}={value}", "ok" if known else "broken", known or "no switch of fastattn's: a typing error?"
-        )
-    from . import dispatch
+def _plans() -> Iterator[Finding]:
+    from .backends.cudnn import disk
 
-    dispatch.allowed()  # raises when FASTATTN_BACKENDS names a backend that does not exist
+    folder, refusal = disk.directory(), disk.refusal()
+    if folder is None:
+        yield Finding("plans on disk", "off", "none are kept, each process builds its own")
+    elif refusal:
+        advice = f"give {folder} and what leads to it to this user alone (FASTATTN_PLAN_CACHE names another folder)"
+        yield Finding("plans on disk", "broken", f"none are kept: {refusal}", advice)
+    else:
+        yield Finding("plans on disk", "ok", str(folder))
+
+
+def _switches() -> Iterator[Finding]:
+    from .backends.cudnn import plans
+    from .dispatch import listed
+    from .switches import complaint, is_on
+
+    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": plans.policy}
+    on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET")
+    checks |= {name: partial(is_on, name, False) for name in on_or_off}
+    for name, value in switches().items():
+        text = SWITCHES.get(name, "")
+        wrong = (
+            complaint(checks[name]) if name in checks else "" if text else "no switch of fastattn's: a typing error?"
+        )
+        yield Finding(f"{name}={value}", "broken" if wrong else "ok", wrong or text)
 
 
 def _absent(subject: str, advice: str) -> Finding:

@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._compat.transformers import with_cache
+from ..arguments import add_trust_remote_code
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
+from . import script
 from .loaded import clock, default_model, identity, peak_memory, release
 from .parallel_ranks import add_options, meet, under_torchrun
 from .table import table
@@ -47,8 +50,9 @@ class Spread:
         cache = cp.cache(length)
         positions = cp.positions(length, self.device)
         with cp.model(self.model, length):
-            hidden = self.model.base_model(
-                input_ids=cp.shard(ids, 1), position_ids=positions, past_key_values=cache
+            body = self.model.base_model
+            hidden = body(
+                input_ids=cp.shard(ids, 1), position_ids=positions, **with_cache(body, cache)
             ).last_hidden_state
         # Whoever holds the last token hands it on.
         last = torch.zeros_like(hidden[:, -1]) if not (positions == length - 1).any() else hidden[:, -1].contiguous()
@@ -60,14 +64,14 @@ class Spread:
         with self.cp.decoding(self.model, cache):
             for _ in range(tokens):
                 token = logits.argmax(-1, keepdim=True)
-                logits = self.model(input_ids=token, past_key_values=cache).logits[:, -1]
+                logits = self.model(input_ids=token, **with_cache(self.model, cache)).logits[:, -1]
 
 
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All figures; the same on every rank. The first prints them."""
     name = arguments.model or (default_model() if device.type == "cuda" else "tiny")
-    loaded = load(name, device=device, seed=0)
+    loaded = load(name, device=device, seed=0, trust_remote_code=arguments.trust_remote_code)
     spread, vocabulary = Spread(loaded, arguments.strategy), loaded.config.vocab_size
     ids = torch.randint(vocabulary, (1, arguments.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -134,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-g", "--generation-tokens", type=int, default=8, help="after them (%(default)s)")
     parser.add_argument("--check-tokens", type=int, default=4096, help="of the short prompt (%(default)s)")
     parser.add_argument("--strategy", default="auto", choices=("auto", "ulysses", "ring", "allgather"))
+    add_trust_remote_code(parser)
     return parser
 
 
@@ -149,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from ..arguments import add_trust_remote_code
 from ..lm import Loaded, load, set_attention
 from ..lm.loop import generate_tokens
 from ..lm.runners import make_runner
 from ..lm.step import DecodeStep
-from . import results
+from . import output, results, script
 from .loaded import clock, identity
 from .table import table
 
@@ -112,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastattn.bench.profile_model", description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a preset or a model directory (%(default)s)")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=2048, metavar="N", help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(parser.add_argument)
+    add_trust_remote_code(parser)
     arguments = parser.parse_args(argv)
-    if arguments.json:
-        results.check_writable(arguments.json)
-    loaded = load(arguments.model, "fastattn")
+    output.check([arguments.json], inputs=[arguments.model])
+    loaded = load(arguments.model, "fastattn", trust_remote_code=arguments.trust_remote_code)
     rows = profile_engine(loaded, arguments.prompt_tokens)
     set_attention(loaded.model, "sdpa")
     rows += profile_loop(loaded, arguments.prompt_tokens)
@@ -140,4 +141,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import enable_checkpointing
 from ..lm import Loaded, load, set_attention
 from ..lm.fused_ops import FusedOps, find_fused_ops
 from ..lm.load import check_attention, pick_device
@@ -49,6 +50,7 @@ class Settings:
     seed: int = 0
     fused_ops: bool | None = None  #: True: fastattn's steps use liger-kernel's operations (None is False here)
     fused_loss: bool = False  #: and its loss, which never holds all logits
+    trust_remote_code: bool = False  #: see `fastattn.lm.load`
 
     def __post_init__(self) -> None:
         check_settings(self, ("batch_size", "num_trials", "warmup_steps"), ("delay", "seed"))
@@ -81,14 +83,20 @@ def run(settings: Settings) -> Report:
     for name in settings.attn:
         check_attention(name)
     from tqdm import tqdm
-    from transformers.utils import logging
+    from transformers import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = settings.dtype or ("bfloat16" if pick_device(settings.device).type == "cuda" else None)
     torch_dtype = getattr(torch, dtype) if dtype else None
     loaded = load(
-        settings.model, settings.attn[0], torch_dtype, settings.device, settings.seed, fused_ops=settings.fused_ops
+        settings.model,
+        settings.attn[0],
+        torch_dtype,
+        settings.device,
+        settings.seed,
+        fused_ops=settings.fused_ops,
+        trust_remote_code=settings.trust_remote_code,
     )
     for name in settings.attn[1:]:
         set_attention(loaded.model, name)
@@ -144,9 +152,7 @@ def _prepare(loaded: Loaded, checkpointing: bool) -> None:
     if checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"gradient_checkpointing: {type(model).__name__} does not support it")
-        # Newer versions of transformers warn of the older name, older versions have only that.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
 
 
 def _optimizer(model: torch.nn.Module, name: str, device: torch.device) -> torch.optim.Optimizer:

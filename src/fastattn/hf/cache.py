@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, cache_utils
-from transformers.cache_utils import Cache
+from transformers import PretrainedConfig
 
+from .._compat.hf import Cache, DummyLayer
+from .._compat.hf import StaticCache as TheirStaticCache
+from .._compat.transformers import attention_name
 from ..validate import FLOATING, check_tensor
 from .cache_layers import Host, Kind, Layer, Memory, Rows
 
@@ -18,9 +20,9 @@ class StaticCache(Cache):
     """Keys and values of a model for a batch of sequences, of fixed capacity, their lengths on the device.
 
         cache = fastattn.hf.StaticCache(model.config, batch=4, capacity=4096, device=model.device)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
-    One step of `model(ids, position_ids=..., past_key_values=cache)` can be captured in a CUDA graph and replayed at
+    One step of `model(ids, position_ids=..., cache=cache)` can be captured in a CUDA graph and replayed at
     every length, after one like it has run uncaptured. Rows may have different lengths: row b's next token goes to slot
     `lengths[b]`; pass `position_ids=cache.positions(tokens)` then. A row that is full drops what is too much where
     only the device knows. The attention over it must be `attn_implementation="fastattn"`; a model all of whose layers
@@ -52,7 +54,7 @@ class StaticCache(Cache):
         if dtype is not None and dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
         kinds = _kinds(config, capacity)
-        implementation = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+        implementation = attention_name(config.get_text_config(decoder=True))
         if any(kind.window for kind in kinds if kind) and implementation not in (None, "fastattn"):
             raise ValueError(
                 f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
@@ -66,7 +68,7 @@ class StaticCache(Cache):
         self._rows, self._memories = rows, memories
         rows.layers = [Layer(memory, rows) for memory in memories if memory]
         ours = iter(rows.layers)
-        super().__init__(layers=[next(ours) if memory else cache_utils.DummyLayer() for memory in memories])
+        super().__init__(layers=[next(ours) if memory else DummyLayer() for memory in memories])
 
     @property
     def lengths(self) -> Tensor:
@@ -167,7 +169,7 @@ def _kinds(config: PretrainedConfig, capacity: int) -> list[Kind | None]:
         if kind not in LAYER_TYPES:
             raise ValueError(f"config: layer {index} of {config.model_type} keeps another state than keys: {kind}")
     try:
-        layers = cache_utils.StaticCache(config=config, max_cache_len=capacity).layers
+        layers = TheirStaticCache(config=config, max_cache_len=capacity).layers
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"config: {config.model_type} has layers that no static cache can serve: {error!r}") from error
     kinds: list[Kind | None] = []

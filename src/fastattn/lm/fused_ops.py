@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from types import FunctionType, MethodType, TracebackType
 from typing import Any
@@ -30,6 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat.functions import copied, innermost, same, uses
+from .._compat.liger import installed, patcher
+from .._compat.liger import operations as _kernels
+from .._compat.transformers import activation as known_activation
+from .._compat.transformers import cache_argument, modeling
 from ..backends.triton_launch import native
 from ..notice import warn_once
 
@@ -149,7 +152,7 @@ def choose_fused_ops(model: nn.Module, wish: bool | None) -> FusedOps:
     if wish:
         check_fused_ops(device)
         return find_fused_ops(model)
-    if wish is False or device.type != "cuda" or find_spec("liger_kernel") is None:
+    if wish is False or device.type != "cuda" or not installed():
         return FusedOps()
     try:
         return find_fused_ops(model)
@@ -163,19 +166,6 @@ def check_fused_ops(device: torch.device) -> None:
     _kernels()
     if not native(device.type):
         raise ValueError(f"fused_ops: expected a model on a GPU, got one on {device}")
-
-
-@cache
-def _kernels() -> Any:
-    if find_spec("liger_kernel") is None:
-        raise ImportError("fused_ops: liger-kernel is not installed: pip install 'fastattn[liger]'")
-    try:
-        found = import_module("liger_kernel.ops")
-        for name in ("RMSNorm", "SiLUMul", "GELUMul", "Rope"):
-            getattr(found, f"Liger{name}Function")
-    except Exception as error:  # its import looks at devices, and at the versions of much
-        raise ImportError(f"fused_ops: liger-kernel cannot be used here: {error}") from error
-    return found
 
 
 def _replacements(
@@ -214,10 +204,9 @@ def _norm(function: Any, norm: _Norm) -> Callable[..., Tensor]:
 
 def _gate(kernels: Any, activation: Any) -> Any:
     """liger-kernel's product with an activation of transformers', or None."""
-    known = import_module("transformers.activations").ACT2FN
-    if type(activation) is type(known["silu"]):
+    if type(activation) is type(known_activation("silu")):
         return kernels.LigerSiLUMulFunction
-    if type(activation) is type(known["gelu_pytorch_tanh"]):
+    if type(activation) is type(known_activation("gelu_pytorch_tanh")):
         return kernels.LigerGELUMulFunction
     return None
 
@@ -235,11 +224,11 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
     """An attention module's forward that finds another `apply_rotary_pos_emb` among its globals, if it has a known one.
     Only a copy of the function sees them: the global itself belongs to every model of the family."""
     forward: Any = kind.forward  # type: ignore[attr-defined]
-    scope = forward.__globals__
+    scope = innermost(forward).__globals__
     for rope in ROPES:
-        reference = _modeling(rope.like)
+        reference = modeling(rope.like)
         if reference is not None and all(
-            _same(scope.get(name), getattr(reference, name, None)) for name in (ROPE, rope.helper)
+            same(scope.get(name), getattr(reference, name, None)) for name in (ROPE, rope.helper)
         ):
             break
     else:
@@ -247,9 +236,7 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
     own = scope | {ROPE: _rope(function, scope[ROPE], rope.half)}
     # torch.compile looks for the globals of a function with a __name__ in the module of that name.
     own.pop("__name__", None)
-    made = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made, f"rope in {kind.__name__}"
+    return copied(forward, own), f"rope in {kind.__name__}"
 
 
 def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[..., Any]:
@@ -265,18 +252,22 @@ def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[.
 
 def _loss(model: nn.Module) -> MethodType:
     """A causal model's forward with liger-kernel's loss. Its own code makes it, told to leave all else alone."""
-    patch = import_module("liger_kernel.transformers.monkey_patch")
-    kind: Any = getattr(model, "config", None)
-    apply = patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(kind, "model_type", None))
+    apply = patcher(getattr(getattr(model, "config", None), "model_type", None))
     options = signature(apply).parameters if apply is not None else {}
-    if "fused_linear_cross_entropy" in options and "forward" not in model.__dict__:
+    if apply is not None and "fused_linear_cross_entropy" in options and "forward" not in model.__dict__:
         nothing = {name: False for name, option in options.items() if isinstance(option.default, bool)}
         with suppress(TypeError):  # it knows the family, but not with such a head
             apply(model=model, **(nothing | {"fused_linear_cross_entropy": True}))
         made = model.__dict__.pop("forward", None)
         if isinstance(made, MethodType):
-            return made
+            return MethodType(_with_its_cache(made.__func__, model), model)
     raise ValueError(f"fused_loss: liger-kernel has none for {type(model).__name__}")
+
+
+def _with_its_cache(forward: Any, model: nn.Module) -> Any:
+    """liger-kernel's forward with the name that the model has for its cache: liger-kernel 0.8.5 knows the old one."""
+    new, old = cache_argument(model), "past_key_values"
+    return copied(forward, names={old: new}) if new and new != old and uses(forward, old) else forward
 
 
 def _fit(*tensors: Tensor) -> bool:
@@ -292,26 +283,7 @@ def _fit(*tensors: Tensor) -> bool:
 @cache
 def _is_like(kind: type, like: str, methods: tuple[str, ...]) -> bool:
     family, name = like.split(".")
-    reference = getattr(_modeling(family), name, None)
+    reference = getattr(modeling(family), name, None)
     return reference is not None and all(
-        _same(getattr(kind, method, None), getattr(reference, method, None)) for method in methods
+        same(getattr(kind, method, None), getattr(reference, method, None)) for method in methods
     )
-
-
-@cache
-def _modeling(family: str) -> Any:
-    try:
-        return import_module(f"transformers.models.{family}.modeling_{family}")
-    except ImportError:  # not in this version of transformers
-        return None
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two functions are the same instructions on the same names."""
-    return isinstance(one, FunctionType) and isinstance(other, FunctionType) and _code(one) == _code(other)
-
-
-def _code(function: FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    constants = tuple((type(x), x) for x in code.co_consts if x != function.__doc__)
-    return (code.co_code, code.co_names, constants, code.co_freevars, function.__defaults__, function.__kwdefaults__)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import last_logits_only, with_cache
 from .runner import prefill_steps
 
 
@@ -24,7 +25,7 @@ class LoopRunner:
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.device: torch.device = model.device
         self._model = model
-        self._one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._one = last_logits_only(model)
         self._caches = [self._empty() for _ in range(rows)]
 
     @torch.inference_mode()
@@ -33,8 +34,9 @@ class LoopRunner:
         # Where logits of every position are made, the last step is the last token alone: nobody reads the others.
         steps = prefill_steps(ids.shape[1]) if self._one else [*prefill_steps(ids.shape[1] - 1), 1]
         *body, last = ids.split(steps, 1)
+        base = self._model.base_model
         for step in body:
-            self._model.base_model(input_ids=step, past_key_values=cache, use_cache=True)
+            base(input_ids=step, **with_cache(base, cache), use_cache=True)
         return self._forward(cache, last)
 
     @torch.inference_mode()
@@ -56,7 +58,7 @@ class LoopRunner:
 
     def _forward(self, cache: Any, ids: Tensor) -> Tensor:
         """The logits `[V]` after ids `[1, S]`."""
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **self._one).logits[0, -1]
+        return self._model(input_ids=ids, **with_cache(self._model, cache), use_cache=True, **self._one).logits[0, -1]
 
     def _empty(self) -> Any:
         from transformers import DynamicCache

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import (
+    attention_name,
+    cache_argument,
+    keeps_a_state,
+    last_logits_only,
+    reads_experts_on_host,
+    with_cache,
+)
 from ..notice import warn_once
 from .fused_ops import FusedOps, choose_fused_ops
 from .load import Loaded, _line
@@ -50,9 +58,9 @@ class ModuleRunner:
         self.cache = StaticCache(model.config, batch=rows, capacity=capacity, dtype=model.dtype, device=self.device)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         #: False where a step picks experts on the host; `set_experts_implementation("grouped_mm")` picks on the device.
-        self.capturable = not _reads_its_experts(model)
+        self.capturable = not reads_experts_on_host(model)
         self._views: dict[tuple[int, int], StaticCache] = {}
-        self._last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._last_only = last_logits_only(model)
         self._ops = choose_fused_ops(model, fused_ops)
         try:
             self._try_out()
@@ -130,7 +138,8 @@ class ModuleRunner:
     def _forward(self, module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
         positions = cache.positions(ids.shape[1])
         with self._ops:
-            return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
+            options |= with_cache(module, cache)
+            return module(input_ids=ids, position_ids=positions, use_cache=True, **options)
 
 
 def refusal(model: Any, rows: int, capacity: int) -> str | None:
@@ -142,14 +151,14 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
         return "it has an encoder"
     if not model.can_generate() or model.get_output_embeddings() is None:
         return "it makes no logits of a next token"
-    if model._is_stateful:
+    if keeps_a_state(model):
         return "it keeps a recurrent state"
-    arguments = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "position_ids"):
-        if name not in arguments:
-            return f"its forward takes no {name}"
-    if config._attn_implementation != "fastattn":
-        return f'its attn_implementation is "{config._attn_implementation}": load it with "fastattn"'
+    if cache_argument(model) is None:
+        return "its forward takes no cache of keys and values (past_key_values)"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids"
+    if attention_name(config) != "fastattn":
+        return f'its attn_implementation is "{attention_name(config)}": load it with "fastattn"'
     if brings_its_own_attention(config):
         return "its layers compute attention themselves"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
@@ -171,9 +180,3 @@ def _ropes(config: Any) -> list[str]:
     found = getattr(config, "rope_parameters", None) or {}
     parts = [found, *(x for x in found.values() if isinstance(x, dict))]
     return [part["rope_type"] for part in parts if "rope_type" in part]
-
-
-def _reads_its_experts(model: Any) -> bool:
-    can_choose = getattr(model, "_can_set_experts_implementation", None)
-    config = model.config.get_text_config(decoder=True)
-    return bool(can_choose and can_choose()) and getattr(config, "_experts_implementation", None) == "eager"

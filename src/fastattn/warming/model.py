@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import is_causal_family
 from ..lm.load import pick_device
 from ..lm.presets import PRESETS, preset_config
+from ..lm.pretrained import read_config as read_directory_config
 from .kinds import Attention
 from .report import Warmth
 from .run import warm
@@ -41,6 +43,7 @@ def warmup_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Warmth:
     """`fastattn.warmup` for a transformers model that runs with `attn_implementation="fastattn"`.
 
@@ -51,13 +54,14 @@ def warmup_model(
         max_length: the longest sequence; no more than the model's own `max_position_embeddings`.
         training: make training ready as well.
         dtype: default: the config's; for presets bfloat16 on a GPU, float32 on the CPU.
+        trust_remote_code: whether code that comes with the directory may be run to read its config.
 
     Raises:
-        ValueError: there is no such model, or an argument is not as described.
+        ValueError: there is no such model, its config is damaged, or an argument is not as described.
         ImportError: transformers is not installed.
     """
     place = pick_device(device)
-    config = read_config(model)
+    config = read_config(model, trust_remote_code)
     text = config.get_text_config() if not config.is_encoder_decoder else config
     notes: list[str] = []
     if dtype is None:
@@ -81,7 +85,7 @@ def warmup_model(
     )
 
 
-def read_config(model: str | Path | Any) -> Any:
+def read_config(model: str | Path | Any, trust_remote_code: bool = False) -> Any:
     """The transformers config that a directory, a preset or a config stands for. Nothing is downloaded."""
     try:
         import transformers
@@ -90,13 +94,7 @@ def read_config(model: str | Path | Any) -> Any:
     if isinstance(model, transformers.PreTrainedConfig):
         return model
     if Path(model).is_dir():
-        try:
-            return transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{Path(model) / 'config.json'}: expected the config of a model transformers knows: {line}"
-            ) from error
+        return read_directory_config(Path(model), trust_remote_code)
     if str(model) in PRESETS:
         return preset_config(str(model))
     raise ValueError(
@@ -150,11 +148,7 @@ def _encoder_decoder(
 
 def _source(config: Any) -> tuple[str, str]:
     """The source of a model's layers; or why there is nothing to make ready."""
-    from ..hf.mask import COMPUTE_WITH_MASK
-
     name = config.model_type
-    if name in COMPUTE_WITH_MASK:
-        return "", f"{name}: computes with dense masks, each of which needs a plan for its own shape"
     home = type(config).__module__
     if not home.startswith("transformers.models."):
         return "", f"{name}: its code is not transformers' own"
@@ -183,9 +177,7 @@ def _is_causal(config: Any, source: str) -> bool | None:
     decoder = getattr(config, "is_decoder", None)
     if isinstance(decoder, bool):
         return decoder
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return True if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    return True if is_causal_family(config.model_type) else None
 
 
 def _layers(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._compat.transformers import ranks_of
 from .layers import Product, Rotary
 
 #: Model types whose layers compute what `FusedRunner` computes; each is compared with transformers in the tests.
@@ -50,8 +51,7 @@ def check(model: Any) -> None:
     if rope not in ROPE_TYPES:
         raise ValueError(f"model: expected rotary positions of one of {', '.join(ROPE_TYPES)}, got {rope}")
     # Where transformers spread the weights over ranks, its hooks around each layer join what they compute.
-    spread = (getattr(model, "_tp_size", None) or 1) > 1
-    if spread or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if ranks_of(model) > 1 or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError("model: expected whole weights on this rank, got parts of them (tensor parallel)")
     first = model.model.layers[0]
     linears = [first.self_attn.q_proj, first.self_attn.o_proj, first.mlp.gate_proj, first.mlp.down_proj, model.lm_head]
