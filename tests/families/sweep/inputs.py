@@ -65,7 +65,8 @@ def candidates(model: PreTrainedModel, mixed: bool = False) -> Iterator[dict[str
         sets += [[*text, *decoded, *required], [*text, *required]]
         sets += [[*text, extra, *decoded, *required] for extra in ("attention_mask", "bbox") if extra in known]
     for name in media:
-        sets += [[name, *required], [name, *decoded, *required], [*text, name, *decoded, *required]]
+        sets += [[*text, name, *decoded, *required]] if text else []
+        sets += [[name, *required], [name, *decoded, *required]]
     extras = [name for name in ("image_attention_mask", "image_embeds_position_mask") if name in known]
     sets += [[*text, *media, *decoded, *required, *extras], required]
     if mixed:

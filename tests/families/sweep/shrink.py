@@ -150,6 +150,11 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
             new[name] = _image(name, value, old)
         else:
             new[name] = _number(name, value, old, rules, level, factor)
+    staged = old.get("num_heads")
+    if level.startswith("tiny") and isinstance(staged, list) and isinstance(old.get("embed_dim"), int):
+        new["embed_dim"] = 8 * staged[0]  # stages that double width and heads
+        if "hidden_size" in old:
+            new["hidden_size"] = new["embed_dim"] * 2 ** (len(staged) - 1)
     if depth:
         for name in _DEPTHS:
             if isinstance(new.get(name), int) and old[name] == depth:
@@ -191,16 +196,19 @@ def _kept(old: dict[str, Any], depth: int) -> list[int]:
 
 def _cut_layers(old: dict[str, Any], depth: int) -> dict[str, Any]:
     """The lists that speak of layers, for the layers that stay."""
-    if depth <= 2:
-        return {}
     kept, cut = _kept(old, depth), {}
     for name, value in old.items():
+        if name == "depths" and isinstance(value, list) and all(isinstance(x, int) for x in value):
+            cut[name] = [min(x, 2) for x in value]
+            continue
         if name == "attention_window" and isinstance(value, list):
             cut[name] = [4] * len(kept)
             continue
         if name == "per_layer_config" and value and all(str(layer).isdigit() for layer in value):
             cut[name] = {new: value[i] for new, i in enumerate(kept) if i in value}
         if not isinstance(value, list) or not value:
+            continue
+        if depth <= 2:
             continue
         if len(value) == depth:
             cut[name] = [value[i] for i in kept]
