@@ -31,7 +31,7 @@ def build(name: str, config: PreTrainedConfig, attention: str) -> PreTrainedMode
     kind = getattr(transformers, name)
     config = type(config).from_dict(config.to_dict())
     for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
-        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel")):
+        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel", "ModelWithLMHead")):
             part.is_decoder = True
     model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     randomize(model)

@@ -25,7 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "detr": _resnet("stage4"),
     "table-transformer": _resnet("stage4"),
     "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
+    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "align": {"projection_dim": 640, "vision_config.depth_coefficient": 0.3},
     "bamba": {"attn_layer_indices": [1]},

@@ -14,7 +14,8 @@ _MEANING = {
     "not done": "not done within the time limit",
     "falls back in silence": "runs attention of its own, and no warning says so",
     "refused": "a `ValueError` that says why",
-    "as sdpa": "the model itself makes a bool mask, which eager adds to the scores as 0 and 1; the result is sdpa's",
+    "bool mask": "the model makes a bool mask of its own: eager adds it to the scores as 0 and 1, fastattn reads it as "
+    "sdpa does; when it is added, the result is eager's",
     "equal": "eager's result, with fastattn's attention",
     "falls back": "eager's result, by the model's own attention, with a warning",
     "no attention": "has no attention that fastattn could run",
@@ -61,9 +62,8 @@ def _note(report: dict[str, Any]) -> str:
     by_result = collections.defaultdict(list)
     for name, check in report["checks"].items():
         by_result[check["result"]].append(name)
-    parts = [
-        f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused", "as sdpa") if by_result[bad]
-    ]
+    named = [name for name in ("differs", "crashes", "refused", "bool mask") if by_result[name]]
+    parts = [f"{name}: {', '.join(by_result[name])}" for name in named]
     if report.get("why"):
         parts.append(report["why"])
     if report["result"] in ("equal", "falls back"):

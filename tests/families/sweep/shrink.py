@@ -20,7 +20,7 @@ POSITIONS = 128
 WINDOW = 5  #: of sliding layers and chunks, shorter than the sequences
 _DROPPED = {
     *("transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype", "torch_dtype"),
-    *("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "_attn_implementation"),
+    *("stage_names", "out_indices", "_out_features", "_out_indices", "_attn_implementation"),
 }
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "layers", "num_blocks")
 
@@ -127,7 +127,7 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
         rules += _TINY
     new: dict[str, Any] = {}
     for name, value in old.items():
-        if name in _DROPPED:
+        if name in _DROPPED or (name == "out_features" and len(old.get("stage_names") or ()) == depth + 1):
             continue
         if name in cut:
             new[name] = cut[name]
@@ -153,8 +153,8 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
     staged = old.get("num_heads")
     if level.startswith("tiny") and isinstance(staged, list) and isinstance(old.get("embed_dim"), int):
         new["embed_dim"] = 8 * staged[0]  # stages that double width and heads
-        if "hidden_size" in old:
-            new["hidden_size"] = new["embed_dim"] * 2 ** (len(staged) - 1)
+        new |= {"window_size": 2} if isinstance(old.get("window_size"), int) else {}
+        new |= {"hidden_size": new["embed_dim"] * 2 ** (len(staged) - 1)} if "hidden_size" in old else {}
     if depth:
         for name in _DEPTHS:
             if isinstance(new.get(name), int) and old[name] == depth:
