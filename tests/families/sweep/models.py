@@ -29,10 +29,7 @@ def build(name: str, config: PreTrainedConfig, attention: str) -> PreTrainedMode
     """The model of this class, in eval mode and float32."""
     seed()
     kind = getattr(transformers, name)
-    config = type(config).from_dict(config.to_dict())
-    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
-        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel", "ModelWithLMHead")):
-            part.is_decoder = True
+    config = _own(name, config)
     model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     randomize(model)
     if getattr(model, "generation_config", None) is not None:
@@ -45,11 +42,20 @@ def build(name: str, config: PreTrainedConfig, attention: str) -> PreTrainedMode
     return model
 
 
+def _own(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy; that of a decoder says so."""
+    config = type(config).from_dict(config.to_dict())
+    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
+        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel", "ModelWithLMHead")):
+            part.is_decoder = True
+    return config
+
+
 def refuse_large(name: str, config: PreTrainedConfig, largest: int = LARGEST) -> None:
     """Makes the model without its memory first: a config that cannot be right fails here, and costs nothing."""
     try:
         with torch.device("meta"):
-            model = getattr(transformers, name)(type(config).from_dict(config.to_dict()))
+            model = getattr(transformers, name)(_own(name, config))
     except Exception as e:
         if "meta" in str(e).lower():
             return  # what reads its own weights cannot be made so

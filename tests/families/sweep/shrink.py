@@ -127,7 +127,10 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
         rules += _TINY
     new: dict[str, Any] = {}
     for name, value in old.items():
-        if name in _DROPPED or (name == "out_features" and len(old.get("stage_names") or ()) == depth + 1):
+        if name in _DROPPED:
+            continue
+        if name == "out_features" and len(old.get("stage_names") or ()) == depth + 1:
+            new[name] = [f"stage{i + 1}" for i in range(_read(old))] if _read(old) > 1 else None
             continue
         if name in cut:
             new[name] = cut[name]
@@ -179,12 +182,17 @@ def _number(name: str, value: int, old: dict[str, Any], rules: list[tuple[str, A
     return _image(name, value, old)
 
 
+def _read(old: dict[str, Any]) -> int:
+    """How many layers of a backbone another model reads."""
+    return len(old.get("out_features") or ()) if isinstance(old.get("stage_names"), list) else 0
+
+
 def _kept(old: dict[str, Any], depth: int) -> list[int]:
     """Which layers stay: the first two of each kind, at most six."""
     lists = [v for v in old.values() if isinstance(v, list) and len(v) == depth and depth > 2]
     lists = [v for v in lists if all(isinstance(x, (str, int, bool)) for x in v) and len({*v}) <= 4]
     if not lists:
-        return list(range(min(depth, 2)))
+        return list(range(min(depth, max(2, _read(old)))))
     seen: dict[tuple[Any, ...], int] = {}
     kept = []
     for i, kind in enumerate(zip(*lists)):
