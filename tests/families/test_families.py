@@ -60,26 +60,26 @@ def test_families_are_found_in_the_auto_classes() -> None:
     assert len({unit.name for unit in units}) == len(units) > 300
 
 
-@pytest.mark.parametrize("fault", ["causal", "scaled", "padding"])
+@pytest.mark.parametrize("fault", ["scaled", "padding is read", "the future is read"])
 def test_a_faulty_attention_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = fastattn.hf.attention_forward
 
-    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def wrong(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         if fault == "scaled":
             query = query * 1.001
-        elif mask is None and fault == "causal":
-            kwargs["is_causal"] = False
-        elif fault == "padding":
-            mask = None
-        return right(module, query, key, value, mask, **kwargs)
+        else:
+            hidden = torch.full((query.shape[2], key.shape[2]), -torch.inf)
+            attention_mask = hidden.triu(1 + key.shape[2] - query.shape[2])[None, None]
+            attention_mask = attention_mask * 0 if fault == "the future is read" else attention_mask
+            attention_mask = attention_mask.nan_to_num(0.0, neginf=-torch.inf)
+        return right(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setattr(fastattn.hf, "attention_forward", wrong)
     unit = next(unit for unit in registry.units() if unit.name == "llama/causal")
     report = family.sweep(unit)
     assert report["result"] == "differs"
-    plain = report["checks"]["plain"]["result"]
-    assert plain == ("equal" if fault == "padding" else "differs")
-    assert report["checks"]["left padded"]["result"] == ("equal" if fault == "causal" else "differs")
+    assert report["checks"]["left padded"]["result"] == "differs"
+    assert report["checks"]["plain"]["result"] == ("equal" if fault == "padding is read" else "differs")
 
 
 def test_a_difference_is_relative_and_a_nan_is_one() -> None:

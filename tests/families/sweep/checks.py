@@ -123,7 +123,7 @@ def _shortened(inputs: dict[str, Tensor]) -> dict[str, Check]:
     lengths = {value.shape[-1]} if value.dim() == 2 else {value.shape[1], value.shape[-1]}
 
     def run(length: int) -> Check:
-        mask = torch.ones(value.shape[0], length, dtype=torch.long)
+        mask = torch.ones(BATCH, length, dtype=torch.long)
         mask[1, length * 3 // 4 :] = 0
 
         return lambda m: outputs(m, **{**inputs, "attention_mask": mask})
