@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .versions import Gone, gone
 
@@ -118,6 +119,20 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
 
 #: What a subclass of Tensor sets `__torch_function__` to that wants to see operations in `__torch_dispatch__` alone.
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+
+
+#: The operator behind `x.to(...)`.
+TO_COPY: Any = torch.ops.aten._to_copy.default
+
+
+def schema_arguments(operator: Any) -> Any:
+    """An operator's arguments: `name`, and `alias_info` where it writes to one or returns a view of it."""
+    return operator._schema.arguments
+
+
+def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested lists, tuples and dicts with each instance of `kind` replaced."""
+    return tree_map_only(kind, function, tree)
 
 
 def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
