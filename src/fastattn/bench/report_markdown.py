@@ -18,7 +18,11 @@ make a page of what is there (which needs no GPU):
 ```console
 $ fastattn sweep --json sweep.json --html sweep.html --plots plots
 $ fastattn report benchmarks/results/h100/*.json --html report.html
-```"""
+```
+
+Every file is written beside its place and renamed, so that a full disk leaves the old one. Of a symbolic link to a file
+the file is replaced; a pipe, `/dev/stdout` and `/dev/null` are written into; what is no file otherwise is refused
+before anything is measured. A report made of somebody else's result file shows what that says and does nothing else."""
 HEAD = "<!-- Made by `fastattn report --markdown` from result files: change those, not this. -->"
 
 
