@@ -55,7 +55,7 @@ def _pictures_of(path: Path, folder: Path) -> list[Path]:
     """The pictures of a page that was made here: it says so, it shows them, and they begin as ours do."""
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if not text.startswith(HEAD):
+        if not text.startswith(HEAD) or folder.is_symlink():  # a link may lead to what no page of ours is about
             return []
         names = {name for where, name in _PICTURE.findall(text) if where == folder.name}
         return [folder / name for name in sorted(names) if _is_ours(folder / name)]
