@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test fuzz gpuless gpu-test mutations support sanitize docs report lint format clean
+.PHONY: help benchmark test fuzz families gpuless gpu-test mutations support sanitize docs report lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,10 @@ test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and count
 N ?= 5000
 fuzz: $(DEV_STAMP) ## hold every backend against the truth on N random problems: make fuzz N=20000
 	FASTATTN_EXAMPLES=$(N) $(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest -q $(if $(GPU),,-n 2) tests/differential
+
+FAMILIES ?=
+families: $(DEV_STAMP) ## write docs/families.md anew: every model family of transformers against eager attention (15 minutes)
+	OMP_NUM_THREADS=1 $(PY) tests/families/run.py $(if $(FAMILIES),,--page docs/families.md) $(FAMILIES)
 
 # The library alone: its own dependencies are for running what it plans.
 gpuless: $(DEV_STAMP) ## fetch cuDNN (350 MB), so that `make test` asks it about GPUs that are not here

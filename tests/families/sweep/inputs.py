@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ def lookup(config: PreTrainedConfig, *names: str) -> Any:
     return None
 
 
-def candidates(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Inputs that the model may take, the likeliest first."""
+def candidates(model: PreTrainedModel, mixed: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Inputs that the model may take, the likeliest first. mixed: text with something else, only."""
     known = parameters(model)
     config = model.config
     required = [
@@ -65,21 +65,30 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         sets += [[*text, *decoded, *required], [*text, *required]]
         sets += [[*text, extra, *decoded, *required] for extra in ("attention_mask", "bbox") if extra in known]
     for name in media:
-        sets += [[name, *required], [name, *decoded, *required], [*text, name, *decoded, *required]]
+        sets += [[*text, name, *decoded, *required]] if text else []
+        sets += [[name, *required], [name, *decoded, *required]]
     extras = [name for name in ("image_attention_mask", "image_embeds_position_mask") if name in known]
     sets += [[*text, *media, *decoded, *required, *extras], required]
+    if mixed:
+        sets = [[*text, name, *decoded, *required, *extras] for name in media if text]
     seen: set[tuple[str, ...]] = set()
     for names in sets:
         key = tuple(dict.fromkeys(names))
         if key in seen or not key:
             continue
         seen.add(key)
-        shapes = [list(_shapes(name, config, model)) for name in key]
+        shapes = [variants(name, model, key) for name in key]
         for chosen in itertools.islice(itertools.product(*shapes), 40):
             merged: dict[str, Tensor] = {}
             for part in chosen:
                 merged |= {key: value for key, value in part.items() if key not in merged}
             yield {name: value for name, value in merged.items() if name in known}
+
+
+def variants(name: str, model: PreTrainedModel, wanted: Iterable[str]) -> list[dict[str, Tensor]]:
+    """Values for this argument; first those that come with the other ones that are wanted."""
+    found = list(_shapes(name, model.config, model))
+    return sorted(found, key=lambda given: len({*wanted} - given.keys()))
 
 
 def _shapes(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -125,17 +134,17 @@ def _shapes(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> Iter
     ):
         width = lookup(config, "hidden_size", "d_model", "embed_dim")
         yield {name: torch.randn(BATCH, LENGTH, width if isinstance(width, int) else 32)}
+    elif name == "qformer_input_ids":
+        yield {name: tokens()}
+    elif name in ("image_grid_thw", "grid_thw"):
+        yield {name: torch.tensor([[1, 4, 4]] * BATCH)}
     elif name == "image_attention_mask":
         yield {name: torch.ones(BATCH, LENGTH, 1, dtype=torch.long)}
     elif name == "image_embeds_position_mask":
         seen = torch.zeros(BATCH, LENGTH, dtype=torch.long)
         seen[:, 1 : 1 + (lookup(config, "latent_query_num") or 4)] = 1
         yield {name: seen}
-    elif name == "qformer_input_ids":
-        yield {name: tokens()}
-    elif name in ("image_grid_thw", "grid_thw"):
-        yield {name: torch.tensor([[1, 4, 4]] * BATCH)}
-    elif name in ("attention_mask", "pixel_mask", "pixel_attention_mask"):
+    elif name.endswith("mask"):
         yield {name: torch.ones(BATCH, LENGTH, dtype=torch.long)}
     elif name == "input_points":
         yield {name: torch.rand(BATCH, 1, 1, 2) * 30}
@@ -164,10 +173,12 @@ def _pictures(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Tensor]
         if name == "pixel_values":
             yield {name: image[:, None], "image_sizes": torch.tensor([[height, width]] * BATCH)}
             yield {name: image, "image_sizes": torch.tensor([[height, width]] * BATCH)}
+            tiles = lookup(vision, "max_num_tiles") or 1
             yield {
-                name: image[:, None, None],
+                name: image[:, None, None].repeat(1, 1, tiles, 1, 1, 1),
                 "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(BATCH, 1, 1, dtype=torch.long),
+                "aspect_ratio_mask": torch.ones(BATCH, 1, tiles, dtype=torch.long),
+                "cross_attention_mask": torch.ones(BATCH, LENGTH, 1, tiles, dtype=torch.long),
             }
         if (height, width) == (sides or [(64, 64)])[0]:
             yield from _patches(name, vision, channels, patch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checks import Check, generated, outputs, trimmed
+from .checks import Check, generated, gradients, outputs, pad_mask, select, trimmed
 from .compare import Result, floats
-from .inputs import BATCH, lookup, parameters, tokens
-from .inputs import _shapes as shapes
+from .inputs import BATCH, candidates, lookup, parameters, tokens, variants
 from .models import seed
 
 #: What a modality is asked by, and which token stands for it.
@@ -44,7 +42,36 @@ def media_checks(model: PreTrainedModel, notes: dict[str, str]) -> dict[str, Che
         found[f"{modality} amid text"] = lambda m, amid=amid: outputs(m, **amid)
         if model.can_generate():
             found[f"generate from {modality}"] = lambda m, amid=amid: generated(m, amid)
+    if not any(name.endswith("amid text") for name in found):
+        found |= _mixed(model)
     return found
+
+
+def _mixed(model: PreTrainedModel) -> dict[str, Check]:
+    """Text and something else where no token stands for it: read by cross-attention, or put in front."""
+    inputs = next((given for given in candidates(model, mixed=True) if _runs(model, given)), None)
+    if inputs is None:
+        return {}
+    found: dict[str, Check] = {"media with text": lambda m: outputs(m, **inputs)}
+    if "attention_mask" in parameters(model):
+        mask = pad_mask("left")
+        padded = {**inputs, "attention_mask": mask}
+        found["media with text, left padded"] = lambda m: select(outputs(m, **padded), mask)
+    for name in inputs:
+        if name.endswith("mask"):
+            fewer = {n: value for n, value in inputs.items() if n != name}
+            found[f"media with text, no {name}"] = lambda m, fewer=fewer: outputs(m, **fewer)
+    found["media with text, gradients"] = lambda m: gradients(m, inputs)
+    if model.can_generate():
+        found["generate from media with text"] = lambda m: generated(m, inputs)
+    return found
+
+
+def _runs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    try:
+        return bool(outputs(model, **inputs))
+    except Exception:
+        return False
 
 
 def amid_text(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -64,19 +91,24 @@ def tower(model: PreTrainedModel, method: str, given: dict[str, Tensor]) -> Resu
     return trimmed(floats(getattr(model, method)(**given)), given)
 
 
+def _arguments(model: Any, method: str) -> dict[str, inspect.Parameter]:
+    """Of the method, or of that of the model inside which it hands everything on to."""
+    various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    known = {name: p for name, p in parameters(model, method).items() if p.kind not in various}
+    inner = getattr(model, "model", None)
+    return known if known or not hasattr(inner, method) else _arguments(inner, method)
+
+
 def _first_that_runs(model: PreTrainedModel, method: str, notes: dict[str, str]) -> dict[str, Tensor] | None:
-    known = {n: p for n, p in parameters(model, method).items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    known = _arguments(model, method)
     required = [name for name, p in known.items() if p.default is inspect.Parameter.empty]
-    if not required:
-        required = list(known)[:1]
+    required = required or list(known)[:1]
     error = "no arguments"
-    for chosen in itertools.islice(
-        itertools.product(*(list(shapes(n, model.config, model)) for n in required[:1])), 60
-    ):
-        given = {name: value for part in chosen for name, value in part.items() if name in known}
-        missing = [name for name in required if name not in given]
-        for name in missing:
-            given |= {n: v for n, v in next(iter(shapes(name, model.config, model))).items() if n in known}
+    for part in variants(required[0], model, required)[:60]:
+        given = {name: value for name, value in part.items() if name in known}
+        for name in required:
+            if name not in given:
+                given |= {n: v for n, v in variants(name, model, required)[0].items() if n in known and n not in given}
         try:
             if tower(model, method, given):
                 return given
@@ -106,9 +138,6 @@ def _amid_text(model: PreTrainedModel, method: str, given: dict[str, Tensor], to
                 continue
             inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given, **extra}
             inputs = {name: value for name, value in inputs.items() if name in known}
-            try:
-                if outputs(model, **inputs):
-                    return inputs
-            except Exception:
-                continue
+            if _runs(model, inputs):
+                return inputs
     return None

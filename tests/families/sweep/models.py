@@ -26,19 +26,10 @@ def seed(value: int = 1) -> None:
 
 
 def build(name: str, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The model of this class, in eval mode and float32.
-
-    Raises:
-        TooLarge: more than `LARGEST` parameters.
-    """
+    """The model of this class, in eval mode and float32."""
     seed()
     kind = getattr(transformers, name)
-    config = type(config).from_dict(config.to_dict())
-    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
-        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel")):
-            part.is_decoder = True
-    if attention == "eager":
-        _refuse_large(kind, config)
+    config = _own(name, config)
     model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     randomize(model)
     if getattr(model, "generation_config", None) is not None:
@@ -51,14 +42,26 @@ def build(name: str, config: PreTrainedConfig, attention: str) -> PreTrainedMode
     return model
 
 
-def _refuse_large(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+def _own(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy; that of a decoder says so."""
+    config = type(config).from_dict(config.to_dict())
+    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
+        if hasattr(part, "is_decoder") and name.endswith(("ForCausalLM", "LMHeadModel", "ModelWithLMHead")):
+            part.is_decoder = True
+    return config
+
+
+def refuse_large(name: str, config: PreTrainedConfig, largest: int = LARGEST) -> None:
+    """Makes the model without its memory first: a config that cannot be right fails here, and costs nothing."""
     try:
         with torch.device("meta"):
-            model = kind(type(config).from_dict(config.to_dict()))
-    except Exception:
-        return  # not every model can be made without memory
+            model = getattr(transformers, name)(_own(name, config))
+    except Exception as e:
+        if "meta" in str(e).lower():
+            return  # what reads its own weights cannot be made so
+        raise
     count = sum(p.numel() for p in model.parameters())
-    if count > LARGEST:
+    if count > largest:
         raise TooLarge(f"{count / 1e6:.0f} million parameters")
 
 

@@ -5,36 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 _SERIES = {"prediction_length": 6, "context_length": 14, "lags_sequence": [1, 2], "feature_size": 4}
-_RESNET = {
-    "use_timm_backbone": False,
-    "use_pretrained_backbone": False,
-    "backbone": None,
-    "backbone_config": {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage4"],
-    },
-}
-_DEEPER_RESNET = {
-    **_RESNET,
-    "backbone_config": {**_RESNET["backbone_config"], "out_features": ["stage2", "stage3", "stage4"]},
-}
+
+
+def _resnet(*stages: str) -> dict[str, Any]:
+    """A backbone that needs no other library."""
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    own = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return {**own, "backbone_config": {**backbone, "out_features": list(stages)}}
+
 
 #: By family: attributes of the tiny config.
 CHANGES: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "informer": {**_SERIES, "sampling_factor": 1},
     "time_series_transformer": _SERIES,
-    "conditional_detr": _RESNET,
-    "dab-detr": _RESNET,
-    "deformable_detr": _DEEPER_RESNET,
-    "detr": _RESNET,
-    "table-transformer": _RESNET,
+    "conditional_detr": _resnet("stage4"),
+    "dab-detr": _resnet("stage4"),
+    "deformable_detr": _resnet("stage2", "stage3", "stage4"),
+    "detr": _resnet("stage4"),
+    "table-transformer": _resnet("stage4"),
     "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
+    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "align": {"projection_dim": 640, "vision_config.depth_coefficient": 0.3},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -50,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "perceiver": {"num_latents": 8, "d_latents": 32, "d_model": 32, "image_size": 16},
     "kimi_linear": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
     "bailing_hybrid": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "mllama": {"vision_config.vision_output_dim": 64},
     "hrm_text": {"H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 2, "num_hidden_layers": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
 }

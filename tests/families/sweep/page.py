@@ -14,6 +14,8 @@ _MEANING = {
     "not done": "not done within the time limit",
     "falls back in silence": "runs attention of its own, and no warning says so",
     "refused": "a `ValueError` that says why",
+    "bool mask": "the model makes a bool mask of its own: eager adds it to the scores as 0 and 1, fastattn reads it as "
+    "sdpa does; when it is added, the result is eager's",
     "equal": "eager's result, with fastattn's attention",
     "falls back": "eager's result, by the model's own attention, with a warning",
     "no attention": "has no attention that fastattn could run",
@@ -45,7 +47,9 @@ def page(versions: dict[str, str], reports: list[dict[str, Any]], tolerance: flo
     built = [report for report in reports if report["result"] != "not built"]
     lines += ["", "## Swept", "", "| family | kind | result | note |", "|---|---|---|---|"]
     order = list(_MEANING)
-    for report in sorted(built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else 9, r["family"])):
+    for report in sorted(
+        built, key=lambda r: (order.index(r["result"]) if r["result"] in BAD else len(order), r["family"])
+    ):
         lines.append(f"| {report['family']} | {report['kind']} | {report['result']} | {_note(report)} |")
     lines += ["", "## Not built", "", "| family | kind | reason |", "|---|---|---|"]
     for report in reports:
@@ -58,10 +62,11 @@ def _note(report: dict[str, Any]) -> str:
     by_result = collections.defaultdict(list)
     for name, check in report["checks"].items():
         by_result[check["result"]].append(name)
-    parts = [f"{bad}: {', '.join(by_result[bad])}" for bad in ("differs", "crashes", "refused") if by_result[bad]]
+    named = [name for name in ("differs", "crashes", "refused", "bool mask") if by_result[name]]
+    parts = [f"{name}: {', '.join(by_result[name])}" for name in named]
     if report.get("why"):
         parts.append(report["why"])
-    if (report["result"] == "equal" and report["warnings"]) or report["result"] == "falls back":
+    if report["result"] in ("equal", "falls back"):
         parts += report["warnings"][:1]
     return _cell("; ".join(parts), 200)
 

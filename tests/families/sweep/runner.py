@@ -20,7 +20,7 @@ import fastattn.hf  # noqa: F401  (imported once, before the processes part)
 from . import registry
 from .family import sweep
 
-MEMORY = 12 << 30  #: bytes of address space
+MEMORY = 6 << 30  #: bytes of address space
 
 
 def _child(unit: registry.Unit, path: Path) -> None:

@@ -1,8 +1,9 @@
 """A tiny config from a default one, by the names of its attributes.
 
 Levels, tried in turn until one makes a model that runs: "tiny" gives every size a small value of its own (two query
-heads to a head of keys, or without such groups), "scaled" divides the widths by one factor, "short" cuts depth and vocabulary only, "default" the vocabulary. What a rule gets
-wrong shows as a model that cannot be built, never as a wrong verdict.
+heads to a head of keys), "tiny without groups" as many heads of keys as of queries, "scaled" divides the widths by one
+factor, "short" cuts depth and vocabulary only. What a rule gets wrong shows as a model that cannot be built, never as a
+wrong verdict.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-LEVELS = ("tiny", "tiny without groups", "scaled", "short", "default")
+LEVELS = ("tiny", "tiny without groups", "scaled", "short")
 VOCABULARY = 128
 SPECIAL = 100  #: first id of the tokens that stand for images and the like; ordinary ones are below
 POSITIONS = 128
 WINDOW = 5  #: of sliding layers and chunks, shorter than the sequences
 _DROPPED = {
     *("transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype", "torch_dtype"),
-    *("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "_attn_implementation"),
+    *("stage_names", "out_indices", "_out_features", "_out_indices", "_attn_implementation"),
 }
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "layers", "num_blocks")
 
@@ -81,7 +82,10 @@ _IMAGE = re.compile(r"^(image_size|img_size|pretrain_image_size|image_resolution
 
 
 def shrink(config: PreTrainedConfig, level: str, changes: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """A config like this one that makes a tiny model. changes: by attribute, "text_config.hidden_size" in a nested one."""
+    """A config like this one that makes a tiny model.
+
+    changes: by attribute; "text_config.hidden_size" is one of a nested config.
+    """
     small = _shrink(config.to_dict(), level, {})
     if level.startswith("tiny"):
         _add_sections(config, small)
@@ -113,19 +117,20 @@ def _add_sections(config: PreTrainedConfig, small: dict[str, Any]) -> None:
 def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, Any]:
     """ids: which small token id stands for which one of the original, the same in all nested configs."""
     depth = next((old[name] for name in _DEPTHS if isinstance(old.get(name), int)), 0)
-    heads = next(
-        (v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)),
-        4,
-    )
-    rules = list(_EVERYWHERE)
-    cut = {} if level == "default" else _cut_layers(old, depth)
-    if level != "default":
-        rules += _SHALLOW
+    heads = [
+        v for k, v in old.items() if re.search(r"attention_heads$|^n_heads?$|^num_heads$", k) and isinstance(v, int)
+    ]
+    factor = max(1, (heads or [4])[0] // 4)
+    rules = [*_EVERYWHERE, *_SHALLOW]
+    cut = _cut_layers(old, depth)
     if level.startswith("tiny"):
         rules += _TINY
     new: dict[str, Any] = {}
     for name, value in old.items():
-        if name in _DROPPED and not (name in ("out_features", "out_indices") and level == "default"):
+        if name in _DROPPED:
+            continue
+        if name == "out_features" and len(old.get("stage_names") or ()) == depth + 1:
+            new[name] = [f"stage{i + 1}" for i in range(_read(old))] if _read(old) > 1 else None
             continue
         if name in cut:
             new[name] = cut[name]
@@ -147,8 +152,13 @@ def _shrink(old: dict[str, Any], level: str, ids: dict[int, int]) -> dict[str, A
         elif isinstance(value, bool) or not isinstance(value, int):
             new[name] = _image(name, value, old)
         else:
-            new[name] = _number(name, value, old, rules, level, max(1, heads // 4))
-    if level != "default" and depth:
+            new[name] = _number(name, value, old, rules, level, factor)
+    staged = old.get("num_heads")
+    if level.startswith("tiny") and isinstance(staged, list) and isinstance(old.get("embed_dim"), int):
+        new["embed_dim"] = 8 * staged[0]  # stages that double width and heads
+        new |= {"window_size": 2} if isinstance(old.get("window_size"), int) else {}
+        new |= {"hidden_size": new["embed_dim"] * 2 ** (len(staged) - 1)} if "hidden_size" in old else {}
+    if depth:
         for name in _DEPTHS:
             if isinstance(new.get(name), int) and old[name] == depth:
                 new[name] = len(_kept(old, depth))
@@ -172,12 +182,17 @@ def _number(name: str, value: int, old: dict[str, Any], rules: list[tuple[str, A
     return _image(name, value, old)
 
 
+def _read(old: dict[str, Any]) -> int:
+    """How many layers of a backbone another model reads."""
+    return len(old.get("out_features") or ()) if isinstance(old.get("stage_names"), list) else 0
+
+
 def _kept(old: dict[str, Any], depth: int) -> list[int]:
     """Which layers stay: the first two of each kind, at most six."""
     lists = [v for v in old.values() if isinstance(v, list) and len(v) == depth and depth > 2]
     lists = [v for v in lists if all(isinstance(x, (str, int, bool)) for x in v) and len({*v}) <= 4]
     if not lists:
-        return list(range(min(depth, 2)))
+        return list(range(min(depth, max(2, _read(old)))))
     seen: dict[tuple[Any, ...], int] = {}
     kept = []
     for i, kind in enumerate(zip(*lists)):
@@ -189,16 +204,19 @@ def _kept(old: dict[str, Any], depth: int) -> list[int]:
 
 def _cut_layers(old: dict[str, Any], depth: int) -> dict[str, Any]:
     """The lists that speak of layers, for the layers that stay."""
-    if depth <= 2:
-        return {}
     kept, cut = _kept(old, depth), {}
     for name, value in old.items():
+        if name == "depths" and isinstance(value, list) and all(isinstance(x, int) for x in value):
+            cut[name] = [min(x, 2) for x in value]
+            continue
         if name == "attention_window" and isinstance(value, list):
             cut[name] = [4] * len(kept)
             continue
         if name == "per_layer_config" and value and all(str(layer).isdigit() for layer in value):
             cut[name] = {new: value[i] for new, i in enumerate(kept) if i in value}
         if not isinstance(value, list) or not value:
+            continue
+        if depth <= 2:
             continue
         if len(value) == depth:
             cut[name] = [value[i] for i in kept]
