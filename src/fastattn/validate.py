@@ -50,7 +50,9 @@ def check_scale(scale: float, dtype: torch.dtype) -> float:
     """dtype: of q, promoted."""
     value, most = _number("scale", scale), LIMITS[work_dtype(dtype)][1]
     if not -most <= value <= most:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
-        raise ValueError(f"scale: expected a finite number of at most {most:g}, as scores are {_work(dtype)}, got {value}")
+        raise ValueError(
+            f"scale: expected a finite number of at most {most:g}, as scores are {_work(dtype)}, got {value}"
+        )
     return value
 
 

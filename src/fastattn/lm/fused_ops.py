@@ -244,12 +244,22 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
             break
     else:
         return None
-    own = scope | {ROPE: _rope(function, scope[ROPE], rope.half)}
+    made = _with_globals(forward, {ROPE: _rope(function, scope[ROPE], rope.half)})
+    return made, f"rope in {kind.__name__}"
+
+
+def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionType:
+    """A copy of a function that finds other values for some of its globals."""
+    own = function.__globals__ | changes
     # torch.compile looks for the globals of a function with a __name__ in the module of that name.
     own.pop("__name__", None)
-    made = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made, f"rope in {kind.__name__}"
+    # It keeps what it has compiled with the code, and finds it again among the globals of the function that was compiled
+    # first: one code for two functions ends in a NameError, for whichever comes second.
+    code = function.__code__.replace(co_name=f"{function.__name__}_with_other_globals")
+    made = FunctionType(code, own, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__ = function.__qualname__
+    return made
 
 
 def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[..., Any]:
