@@ -14,7 +14,7 @@ from ..problem import Call, Gradients, Problem, as_token_major
 from .base import Runner
 from .layout import readable
 
-#: What stands for an infinite number in a key: as good as one in a score, and what its parts and products are is finite.
+#: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
 _INFINITE = 1e30
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28

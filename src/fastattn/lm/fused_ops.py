@@ -253,8 +253,8 @@ def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionTy
     own = function.__globals__ | changes
     # torch.compile looks for the globals of a function with a __name__ in the module of that name.
     own.pop("__name__", None)
-    # It keeps what it has compiled with the code, and finds it again among the globals of the function that was compiled
-    # first: one code for two functions ends in a NameError, for whichever comes second.
+    # It keeps what it has compiled by the code, with names that are among the globals of the function that came first:
+    # one code for two functions ends in a NameError.
     code = function.__code__.replace(co_name=f"{function.__name__}_with_other_globals")
     made = FunctionType(code, own, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
