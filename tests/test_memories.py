@@ -31,7 +31,8 @@ KEPT_BY_OTHER_THINGS = {
     # by the machine, or by what is installed on it
     "fastattn.dispatch.backend", "fastattn.backends.triton_launch.missing_on_a_gpu",
     "fastattn.backends.triton_launch.has_triton", "fastattn.backends.cudnn.runtime.frontend",
-    "fastattn.bench.peers._flex", "fastattn.lm.fused_ops._kernels", "fastattn.lm.fused_ops._modeling", "fastattn.lm.fused_ops._is_like",
+    "fastattn.bench.peers._flex",
+    "fastattn.lm.fused_ops._kernels", "fastattn.lm.fused_ops._modeling", "fastattn.lm.fused_ops._is_like",
     # by what calls, in words: counters and warnings
     "fastattn.dispatch._calls", "fastattn.notice._given",
     # what os.environ wraps

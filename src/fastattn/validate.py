@@ -41,8 +41,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-#: Of factors on the scores, by the dtype in which those are computed: what is smaller or larger would make 0, infinities
-#: and so NaN of what is none. (A score is a sum of products, and 1e38 is the end of float32.)
+#: Of factors on the scores, by the dtype in which those are computed: with smaller or larger ones scores that are
+#: numbers would become 0, infinite and NaN. (A score is a sum of products, and float32 ends at 3e38.)
 LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
 
 

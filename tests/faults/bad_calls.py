@@ -216,7 +216,9 @@ ENTRIES = (
         lambda: {"cu_seqlens": ints(0, 3, 7)},
         {
             "cu_seqlens": [*NO_TENSOR, None, ints(0, 3, 7).long(), torch.zeros(3), ints(0, 3, 7)[None], ints()],
-            "cu_seqlens_kv": [*NO_TENSOR, ints(0, 7), ints(0, 3, 7)[None], ints(0, 3, 7).long(), ints(0, 3, 7).to("meta")],
+            "cu_seqlens_kv": [
+                *NO_TENSOR, ints(0, 7), ints(0, 3, 7)[None], ints(0, 3, 7).long(), ints(0, 3, 7).to("meta"),
+            ],
             "causal": NO_FLAG,
         },
     ),
@@ -267,7 +269,9 @@ ENTRIES = (
     Entry(
         "Segments.left_padded, fewer queries",
         lambda **arguments: fastattn.scaled_dot_product_attention(
-            torch.randn(2, 2, 3, 8), *(torch.randn(2, 2, 7, 8) for _ in range(2)), mask=Segments.left_padded(**arguments)
+            torch.randn(2, 2, 3, 8),
+            *(torch.randn(2, 2, 7, 8) for _ in range(2)),
+            mask=Segments.left_padded(**arguments),
         ),
         lambda: {"padding": ints(0, 3), "q_len": 3, "kv_len": 7},
         {"q_len": NO_SIZE, "kv_len": NO_SIZE, "causal": NO_FLAG},
