@@ -23,16 +23,15 @@ def check_ints(name: str, x: object, shape: str, least: int = 0) -> None:
         raise ValueError(f"{name}: expected int32 {shape}, got {x.dtype} {list(x.shape)}")
 
 
-def is_count(value: object) -> bool:
-    """True for an int, at least 1, that fits 32 bits: a size, a number of rows or tokens."""
+def is_count(value: object, least: int = 1) -> bool:
+    """True for an int, at least 1 (or `least`), that fits 32 bits: a size, a number of rows or tokens."""
     # (A SymInt: what torch.export makes of a size that may vary.)
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(1 <= value < 1 << 31)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(least <= value < 1 << 31)
 
 
-def check_count(name: str, value: object) -> int:
-    if not is_count(value):
-        large = isinstance(value, int) and value > 1
-        raise ValueError(f"{name}: expected an int {'< 2**31' if large else '>= 1'}, got {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> int:
+    if not is_count(value, least):
+        raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
     return value  # type: ignore[return-value]
 
 
@@ -52,5 +51,5 @@ def check_device(device: object) -> torch.device:
         raise ValueError(f"device: expected a torch device, such as cpu or cuda:0, got {device!r}") from error
     count = torch.cuda.device_count() if found.type == "cuda" and torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise ValueError(f"device: expected one that is there, got {str(device)!r}, but torch sees {count} GPUs here")
+        raise ValueError(f"device: got {str(device)!r}, but torch sees {count} GPUs here")
     return found  # type: ignore[no-any-return]

@@ -88,8 +88,8 @@ class Segments(NamedTuple):
         """
         check_ints("padding", padding, "[batch]")
         check_flag("causal", causal)
-        check_count("q_len", q_len)
-        check_count("kv_len", kv_len)
+        check_count("q_len", q_len, 0)
+        check_count("kv_len", kv_len, 0)
         row = torch.arange(padding.shape[0], dtype=torch.int32, device=padding.device)
         end = torch.full_like(padding, kv_len)
         if q_len == kv_len:

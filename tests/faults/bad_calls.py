@@ -43,6 +43,7 @@ HUGE = [2**70, 10**400]  #: ints that no tensor's size can be
 NO_TENSOR = junk("optional")
 NO_SIZE = [value for value in junk() if not (type(value) is int and value > 0)]
 NO_FLAG = junk("flag")
+_NO_LENGTH = [value for value in NO_SIZE if not (type(value) is int and value == 0)]
 
 
 def ints(*values: int) -> Tensor:
@@ -233,8 +234,8 @@ ENTRIES = (
                 *NO_TENSOR, None, torch.zeros(2), ints(0, 3).long(), ints(0, 3)[None], ints(0, 3).bool(),
                 ints(0, 3).to_sparse(), torch.tensor(3, dtype=torch.int32), ints(0, 3).to("meta"),
             ],
-            "q_len": [*NO_SIZE, *HUGE],
-            "kv_len": [*NO_SIZE, *HUGE],
+            "q_len": [*_NO_LENGTH, *HUGE],
+            "kv_len": [*_NO_LENGTH, *HUGE],
             "causal": NO_FLAG,
         },
     ),
@@ -274,7 +275,7 @@ ENTRIES = (
             mask=Segments.left_padded(**arguments),
         ),
         lambda: {"padding": ints(0, 3), "q_len": 3, "kv_len": 7},
-        {"q_len": NO_SIZE, "kv_len": NO_SIZE, "causal": NO_FLAG},
+        {"q_len": _NO_LENGTH, "kv_len": _NO_LENGTH, "causal": NO_FLAG},
     ),
 )  # fmt: skip
 
