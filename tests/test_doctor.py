@@ -161,8 +161,20 @@ def test_switches_in_force_are_named(monkeypatch):
 def test_a_backend_list_with_an_unknown_name_is_a_line(monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKENDS", "torch,nope")
     found = findings()
-    assert "expected one or more of decode, cudnn, torch, reference, got nope" in found["switches"].text
+    line = found["FASTATTN_BACKENDS=torch,nope"]
+    assert line.state == "broken"
+    assert "expected one or more of decode, cudnn, torch, reference, got nope" in line.text
     assert found["backend reference"].state == "ok"
+
+
+def test_a_switch_that_says_nothing_is_a_line(monkeypatch):
+    wrong = {"FASTATTN_PLANS": "exakt", "FASTATTN_CUDNN": "never", "FASTATTN_INTERPRET": "2"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    found = findings()
+    for name, value in wrong.items():
+        line = found[f"{name}={value}"]
+        assert line.state == "broken" and f"{name}: expected one of " in line.text and f"got '{value}'" in line.text
 
 
 def test_every_switch_of_the_source_is_known():

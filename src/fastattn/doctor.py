@@ -286,9 +286,8 @@ def _switches() -> Iterator[Finding]:
     checks |= {name: partial(is_on, name, False) for name in on_or_off}
     for name, value in switches().items():
         text = SWITCHES.get(name, "")
-        wrong = (
-            complaint(checks[name]) if name in checks else "" if text else "no switch of fastattn's: a typing error?"
-        )
+        wrong = complaint(checks[name]) if name in checks else ""
+        wrong = wrong if text else "no switch of fastattn's: a typing error?"
         yield Finding(f"{name}={value}", "broken" if wrong else "ok", wrong or text)
 
 

@@ -3,8 +3,8 @@
 transformers calls it once per forward and layer type. It always answers with a mask that has the shape, dtype and
 values of the one that eager attention would get, and that carries the visible keys in a compact form
 (`lazy_mask.py`): an interval of keys for each query, or a dense bool tensor for what intervals cannot say (padding with
-holes, functions that only `vmap` can evaluate). Like eager attention's, it answers None only for "every query sees every
-key", never for "causal".
+holes, functions that only `vmap` can evaluate). As for eager attention, None is answered only for "every query sees
+every key", never for "causal".
 
 Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
 as a window over the first few keys, for which the fastest kernels are made. Where it is padding or packing it carries
@@ -77,8 +77,8 @@ def interval_mask(
         kwargs: ignored, among them whether None may be answered for a causal mask: it never is.
 
     Returns:
-        None, or the additive mask `[B, 1, Sq, Skv]` of eager attention: 0 for visible keys, the dtype's lowest number for
-        others. It takes no memory until something computes with it; see `lazy_mask.py`.
+        None, or the additive mask `[B, 1, Sq, Skv]` of eager attention: 0 for visible keys, the dtype's lowest number
+        for others. It takes no memory until something computes with it; see `lazy_mask.py`.
 
     The host reads from the device at most once or twice a forward, never while a graph is captured or traced.
     """
