@@ -1,0 +1,125 @@
+"""Whether a model continues texts, and whether a runner says of them what the model says: tried on a few tokens.
+
+The truth is one forward pass over the whole text, without a cache. What a model keeps from token to token (keys, the
+state of a recurrence, convolutions, what its modules remember) differs from family to family and from release to
+release of transformers; whether a runner keeps it right shows in the logits.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .runner import Runner
+
+LONG, SHORT = 10, 6  #: tokens of the two texts: more than a convolution of 4 reaches back
+
+
+class Probe:
+    """Two short texts and the model's logits after each of their tokens.
+
+    Raises ValueError for a model that is no causal language model: its forward fails, its logits are no numbers, differ
+    from call to call, or depend on tokens that follow.
+    """
+
+    def __init__(self, model: Any) -> None:
+        name = type(model).__name__
+        options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+
+        @torch.inference_mode()
+        def logits(ids: Tensor) -> Tensor:
+            found: Tensor = model(input_ids=ids[None].to(model.device), **options).logits[0]
+            return found.float()
+
+        self.long, self.short = _texts(model)
+        try:
+            self.after_long, self.after_short = logits(self.long), logits(self.short)
+            again, begin = logits(self.long), logits(self.long[:3])
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            text = str(error).strip().splitlines()
+            reason = text[0] if text else type(error).__name__
+            raise ValueError(f"model: {name} makes no logits of a text's next token: {reason}") from error
+        self._half = model.dtype in (torch.float16, torch.bfloat16)
+        #: how much neighbouring places of a text differ: what losing a text's beginning would do, at least
+        self._spread = (self.after_long[1:] - self.after_long[:-1]).nan_to_num().norm(dim=-1).mean()
+        if self.after_long.isnan().any() or self.after_short.isnan().any():
+            raise ValueError(f"model: {name} makes logits that are no numbers (NaN)")
+        if not self._agree(again, self.after_long):
+            raise ValueError(f"model: {name} says something else each time: its forward pass is random")
+        if begin.shape != self.after_long[:3].shape or not self._agree(begin, self.after_long[:3]):
+            raise ValueError(
+                f"model: {name} is no causal language model: its logits depend on the tokens that follow (an encoder?)"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits there are for a token."""
+        return self.after_long.shape[-1]
+
+    def check(self, runner: Runner) -> None:
+        """Runs the texts through a runner, whose rows are empty before and after: in two steps, token by token, in two
+        rows at a time, and in a row that held another text. Raises ValueError where its logits are not the model's."""
+        if runner.vocab_size != self.vocab_size:
+            raise ValueError(f"it makes {runner.vocab_size} logits, the model {self.vocab_size}")
+        device = runner.device
+        long, short = (ids[: runner.capacity].to(device) for ids in (self.long, self.short))
+        split, last, end = len(long) // 2, len(long) - 1, len(short) - 1
+        try:
+            for part in (long[:split], long[split:last]):
+                if len(part):
+                    after = runner.prefill(0, part)
+            if last:
+                self._compare(after, self.after_long[last - 1], "of a prompt in two steps")
+                ids = long[last:]
+                if runner.rows > 1 and end:
+                    self._compare(runner.prefill(1, short[:end]), self.after_short[end - 1], "of a prompt")
+                    ids = torch.cat([ids, short[end:]])
+                after = runner.decode(ids)
+                self._compare(after[0], self.after_long[last], "of a token after a prompt")
+                if len(ids) > 1:
+                    self._compare(after[1], self.after_short[end], "of a second row")
+            for row in range(min(runner.rows, 2)):
+                runner.clear(row)
+            self._compare(runner.prefill(0, short), self.after_short[end], "in a row that was cleared")
+        except Exception as error:  # a model may raise anything where it is not run as it expects
+            if isinstance(error, (ValueError, torch.OutOfMemoryError)):
+                raise
+            raise ValueError(f"it fails: {type(error).__name__}: {error}") from error
+        finally:
+            for row in range(min(runner.rows, 2)):
+                runner.clear(row)
+
+    def _compare(self, found: Tensor, truth: Tensor, where: str) -> None:
+        if not self._agree(found.float(), truth):
+            raise ValueError(f"what it says {where} is not what a forward pass of the whole text says")
+
+    def _agree(self, found: Tensor, truth: Tensor) -> bool:
+        """Whether logits are the same up to rounding; in half precision, where rounding may choose another expert,
+        whether they are the same rather than those of another place."""
+        finite = truth.isfinite()
+        if not torch.equal(found.isfinite(), finite):
+            return False
+        error = (found - truth)[finite].norm()
+        scale = truth[finite].norm()
+        allowed = 0.02 * scale
+        if self._half:
+            rows = max(1, truth.numel() // truth.shape[-1]) ** 0.5
+            allowed = torch.maximum(0.05 * scale, 0.5 * rows * self._spread)
+        return bool(error <= allowed)
+
+
+def _texts(model: Any) -> tuple[Tensor, Tensor]:
+    """Two texts of tokens without a meaning of their own: no padding, no place of an image."""
+    config = model.config.get_text_config(decoder=True)
+    size = min(config.vocab_size, model.get_input_embeddings().num_embeddings)
+    special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))
+               and isinstance(value, int)}  # fmt: skip
+    allowed = torch.tensor([token for token in range(min(size, 4096)) if token not in special] or [0])
+    drawn = torch.randint(len(allowed), (LONG + SHORT,), generator=torch.Generator().manual_seed(0))
+    long, short = allowed[drawn].split([LONG, SHORT])
+    return long, short
