@@ -29,6 +29,7 @@ class LoopRunner:
         prefill_step: tokens of a prompt at a time. Default: `runner.PREFILL_STEP`.
         in_steps: whether the model can go on from a state with several tokens. Otherwise a row's first prompt goes
             through it at once, and what follows token by token.
+        own_cache: whether the model makes the cache for a row's first tokens, of a kind of its own.
 
     Raises ValueError for a model that has no state to hand on.
     """
@@ -36,10 +37,16 @@ class LoopRunner:
     capturable = False
 
     def __init__(
-        self, model: Any, rows: int, capacity: int, prefill_step: int | None = None, in_steps: bool = True
+        self,
+        model: Any,
+        rows: int,
+        capacity: int,
+        prefill_step: int | None = None,
+        in_steps: bool = True,
+        own_cache: bool = False,
     ) -> None:
         self._model, self._arguments = model, signature(model.forward).parameters
-        self._cache_name = cache_argument(model)
+        self._cache_name = None if own_cache else cache_argument(model)
         if self._cache_name is None and "use_cache" not in self._arguments:
             raise ValueError(f"{type(model).__name__} hands no state on from token to token")
         self.rows, self.capacity = rows, capacity

@@ -29,11 +29,8 @@ class Probe:
         name = type(model).__name__
         options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
-        @torch.inference_mode()
-        def logits(ids: Tensor) -> Tensor:
-            found: Tensor = model(input_ids=ids[None].to(model.device), **options).logits[0]
-            return found.float()
-
+        self._model, self._options = model, options
+        logits = self._logits
         self.long, self.short = _texts(model)
         try:
             self.after_long, self.after_short = logits(self.long), logits(self.short)
@@ -55,6 +52,12 @@ class Probe:
             raise ValueError(
                 f"model: {name} is no causal language model: its logits depend on the tokens that follow (an encoder?)"
             )
+
+    @torch.inference_mode()
+    def _logits(self, ids: Tensor) -> Tensor:
+        """`[S, V]`, after each of the tokens."""
+        found: Tensor = self._model(input_ids=ids[None].to(self._model.device), **self._options).logits[0]
+        return found.float()
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +96,14 @@ class Probe:
         finally:
             for row in range(min(runner.rows, 2)):
                 runner.clear(row)
+
+    def check_long(self, tokens: int) -> None:
+        """Raises ValueError where the model says something else each time of a text of so many tokens: attention over
+        hashed buckets is random only where a text is longer than a bucket."""
+        ids = self.long.repeat(-(-tokens // LONG))[:tokens]
+        one, two = (self._logits(ids)[-1] for _ in range(2))
+        if not self._agree(one, two):
+            raise ValueError("it says something else of a long text each time")
 
     def _compare(self, found: Tensor, truth: Tensor, where: str) -> None:
         if not self._agree(found.float(), truth):

@@ -22,7 +22,7 @@ def longest(config: Any) -> int:
     The published way to longer texts leaves max_position_embeddings as it was and adds a factor.
     """
     known: int | None = getattr(config, "max_position_embeddings", None)
-    if not known:
+    if not known or known < 0:  # XLNet says -1
         return 2**31
     reach = []
     for part in parts(config):

@@ -66,6 +66,8 @@ def _try(
     try:
         runner = kind(loaded.model, rows, capacity, **options)
         probe.check(runner)
+        if name == "WholeRunner":
+            probe.check_long(min(capacity, 512))
     except ValueError as error:
         runner, reason = None, _line(error)
     if loaded.ranks is not None:
@@ -88,6 +90,7 @@ _WHOLE = "by a forward pass over the whole text for each token, which is very sl
 _SLOW: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("loop_runner", "LoopRunner", {}, "one row after another, which is slow"),
     ("loop_runner", "LoopRunner", {"in_steps": False}, "one row after another, which is slow"),
+    ("loop_runner", "LoopRunner", {"in_steps": False, "own_cache": True}, "one row after another, which is slow"),
     ("whole_runner", "WholeRunner", {}, _WHOLE),
 )
 

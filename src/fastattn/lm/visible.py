@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -107,22 +108,20 @@ def _holds(check: Callable[[], bool]) -> bool:
         return False
 
 
+#: Kinds of layers, as configs call them, whose caches drop what lies beyond a window.
+WINDOWED = ("sliding_attention", "chunked_attention")
+
+
 def kept_whole(config: Any) -> Any:
     """The config with layers that see everything: a cache made by it keeps all keys, which is right whatever the masks
     hide. Layers that keep another state than keys are as they were."""
     text = copy.deepcopy(config.get_text_config(decoder=True))
-    types = getattr(text, "layer_types", None)
-    if types:
-        text.layer_types = ["full_attention" if kind in WINDOWED else kind for kind in types]
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(text, name, None) is not None and not any("sliding" in kind for kind in text_types(text)):
-            setattr(text, name, None)
+    types = list(getattr(text, "layer_types", None) or ())
+    with suppress(AttributeError):  # kinds that follow from other settings: none of them is a window
+        if any(kind in WINDOWED for kind in types):
+            text.layer_types = types = ["full_attention" if kind in WINDOWED else kind for kind in types]
+        if not any("sliding" in kind for kind in types):
+            for name in ("sliding_window", "attention_chunk_size"):
+                if getattr(text, name, None) is not None:
+                    setattr(text, name, None)
     return text
-
-
-WINDOWED = ("sliding_attention", "chunked_attention")
-
-
-def text_types(config: Any) -> list[str]:
-    """The kinds of a config's layers, where it names them."""
-    return list(getattr(config, "layer_types", None) or ())
