@@ -14,6 +14,7 @@ from pretended_gpu import PretendedGpu, pretend
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import fastattn.hf  # noqa: F401  (registers the attention)
+from fastattn._compat.transformers import with_cache
 from fastattn.warming.command import add_command
 from fastattn.warming.kinds import Attention
 from fastattn.warming.model import attentions_of, warmup_model
@@ -130,7 +131,7 @@ def test_an_encoder_decoder_has_three_kinds() -> None:
     "found, sentence",
     [
         (transformers.T5Config(), "adds a bias to the scores"),
-        (transformers.GPTJConfig(), "compute attention themselves"),
+        (transformers.BloomConfig(), "compute attention themselves"),
         (transformers.DogeConfig(), "computes with dense masks"),
         (config("Llama4Text", layer_types=["chunked_attention", "full_attention"]), "ready only up to one chunk"),
         (config("Qwen3", layer_types=["full_attention", "compressed_sparse_attention"]), "fastattn does not know them"),
@@ -174,7 +175,7 @@ def passes(model: Any, batch: int, length: int) -> None:
             StaticCache(config=model.config, max_cache_len=2 * length + 9),
         ):
             for count in (length, length // 2, 1, 1) if causal else ():
-                model(ids(count), past_key_values=cache, use_cache=True)
+                model(ids(count), **with_cache(model, cache), use_cache=True)
     for use_cache in (False, True) if causal else (False,):
         model(ids(length), **({"use_cache": use_cache} if causal else {}))[0].float().sum().backward()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, Qwen3NextConfig
 
+from fastattn._compat.transformers import with_cache
 from fastattn.hf import StaticCache, attention, cache_layers
 from fastattn.masks import Segments
 
@@ -35,14 +36,14 @@ def poison(cache: StaticCache) -> None:
 def step(model: PreTrainedModel, ids: Tensor, cache: StaticCache, **inputs: Tensor) -> Tensor:
     """Logits of a step, positions given by the cache."""
     with torch.no_grad():
-        return model(ids, position_ids=cache.positions(ids.shape[1]), past_key_values=cache, **inputs).logits
+        return model(ids, position_ids=cache.positions(ids.shape[1]), **with_cache(model, cache), **inputs).logits
 
 
 def expected(family: str, ids: Tensor, **changes: Any) -> Tensor:
     """eager's logits of whole sequences, `[B, S, V]`."""
     model = build(family, "eager", **changes)
     with torch.no_grad():
-        return model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        return model(ids, **with_cache(model, DynamicCache(config=model.config))).logits
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -60,7 +61,7 @@ def test_greedy_generate(family: str, padded: bool) -> None:
     for options in ({}, {"prefill_chunk_size": 4}):
         cache.reset()
         poison(cache)
-        assert torch.equal(model.generate(**inputs, **GREEDY, **options, past_key_values=cache), wanted)
+        assert torch.equal(model.generate(**inputs, **GREEDY, **options, **with_cache(model, cache)), wanted)
     assert cache.lengths.tolist() == [19] * 3
 
 
@@ -70,7 +71,7 @@ def test_windows_as_long_as_the_cache(family: str) -> None:
     ids = tokens(2, 11)
     wanted = build(family, "eager", **changes).generate(ids, **GREEDY)
     model = build(family, "fastattn", **changes)
-    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=make(model, 2)), wanted)
+    assert torch.equal(model.generate(ids, **GREEDY, **with_cache(model, make(model, 2))), wanted)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["", "unknown"])
@@ -135,7 +136,7 @@ def test_beam_search(family: str) -> None:
     ids, mask, _ = left_padded(2, 9)
     inputs = {"input_ids": ids, "attention_mask": mask, "num_beams": 3, **GREEDY}
     model = build(family, "fastattn")
-    found = model.generate(**inputs, past_key_values=make(model, 6))
+    found = model.generate(**inputs, **with_cache(model, make(model, 6)))
     assert torch.equal(found, build(family, "eager").generate(**inputs))
 
 
@@ -189,7 +190,7 @@ def test_padding_where_only_the_device_knows_the_lengths() -> None:
                     ids[:, part],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, part],
-                    past_key_values=cache,
+                    **with_cache(model, cache),
                 ).logits
             real = mask[:, part].bool()
             close(found[real], wanted[:, part][real])
@@ -214,7 +215,7 @@ def test_padding_with_holes() -> None:
                         ids[:, part],
                         attention_mask=mask[:, :end],
                         position_ids=positions[:, part],
-                        past_key_values=cache,
+                        **with_cache(model, cache),
                     ).logits
                 real = mask[:, part].bool()
                 close(found[real], wanted[:, part][real])
@@ -334,7 +335,7 @@ def test_models_without_windows_may_use_other_attention() -> None:
     inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
     for implementation in ("eager", "sdpa"):
         model = build("llama", implementation)
-        assert torch.equal(model.generate(**inputs, past_key_values=make(model, 2)), model.generate(**inputs))
+        assert torch.equal(model.generate(**inputs, **with_cache(model, make(model, 2))), model.generate(**inputs))
 
 
 @pytest.mark.gpu
@@ -346,7 +347,7 @@ def test_one_captured_step_serves_every_length(family: str) -> None:
     for each in (model, eager) if family == "gpt_oss" else ():
         each.set_experts_implementation("batched_mm")  # the one that can be captured in float32
     with torch.no_grad():
-        wanted = eager(ids, past_key_values=DynamicCache(config=eager.config)).logits
+        wanted = eager(ids, **with_cache(eager, DynamicCache(config=eager.config))).logits
     cache = make(model, 2)
     token = ids[:, :1].clone()
     stream = torch.cuda.Stream()

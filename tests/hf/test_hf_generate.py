@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, PreTrainedModel
 
 from fastattn import FastattnWarning
+from fastattn._compat.transformers import with_cache
 from fastattn.dispatch import stats
 from fastattn.notice import _given
 
@@ -179,12 +180,12 @@ def test_compiled_decode_with_a_static_cache_is_compiled_once() -> None:
     with torch.no_grad():
         expected = build("llama", "eager")(ids).logits
         cache = static_cache(model, 16)
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], **with_cache(model, cache))
         step = compiled(model)
         for i in range(4, 10):
             token = ids[:, i : i + 1].clone()
             with torch._dynamo.config.patch(error_on_recompile=i > 4):
-                found = step(input_ids=token, position_ids=position[:, i : i + 1].clone(), past_key_values=cache)
+                found = step(input_ids=token, position_ids=position[:, i : i + 1].clone(), **with_cache(model, cache))
             torch.testing.assert_close(found.logits[:, 0], expected[:, i], rtol=0, atol=1e-4)
 
 
@@ -193,7 +194,7 @@ def test_inference_mode() -> None:
     model = build("mistral", "fastattn")
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
-        found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(5, 1)], 1)
+        found = torch.cat([model(part, **with_cache(model, cache)).logits for part in ids.split(5, 1)], 1)
         expected = build("mistral", "eager")(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -206,18 +207,18 @@ def test_decode_with_a_static_cache_in_a_cuda_graph() -> None:
     with torch.no_grad():
         expected = eager(ids).logits
         cache = static_cache(model, 32)
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], **with_cache(model, cache))
         token, position = ids[:, 4:5].clone(), torch.tensor([[4]], device="cuda")
         lengths = [layer.cumulative_length for layer in cache.layers]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                model(token, position_ids=position, past_key_values=cache)
+                model(token, position_ids=position, **with_cache(model, cache))
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = model(token, position_ids=position, past_key_values=cache).logits
+            logits = model(token, position_ids=position, **with_cache(model, cache)).logits
         for length in lengths:
             length.fill_(4)
         for i in range(4, 12):

@@ -135,9 +135,10 @@ def test_packing(inner: str, remapped: bool) -> None:
     ids = hf.find_packed_sequence_indices(position)
     function = FUNCTIONS[inner](2)
     if remapped:
-        if not hasattr(hf, "packed_sequence_compatibility_function"):
+        if not hasattr(hf, "remap_positions_for_packed_sequence"):
             pytest.skip("this transformers does not remap positions")
-        function = hf.packed_sequence_compatibility_function(function, position, ids)
+        function = hf.remap_positions_for_packed_sequence(function, position)
+        function = hf.and_masks(function, hf.packed_sequence_mask_function(ids))
     else:
         function = hf.and_masks(function, hf.packed_sequence_mask_function(ids))
     with no_dense_mask():

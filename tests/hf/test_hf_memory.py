@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils as hf
 
 from fastattn import use_backend
+from fastattn._compat.transformers import with_cache
 from fastattn.hf import hints, interval_mask
 from fastattn.hf.slots import Slots
 from fastattn.masks import Segments
@@ -66,7 +67,7 @@ def run_long(kind: str, inputs: str, length: int, cached: str, device: str, **ch
                 cache.forget()
             for part in torch.arange(length, device=device).split(length // 2):
                 mask = {name: x[:, : int(part[-1]) + 1] for name, x in given.items()}
-                body(ids[:, part], position_ids=cache.positions(len(part)), past_key_values=cache, **mask)
+                body(ids[:, part], position_ids=cache.positions(len(part)), **with_cache(body, cache), **mask)
 
     return run
 

@@ -11,6 +11,8 @@ from tiny_models import DECODERS, ENCODERS, SEQ2SEQ, build, left_padded, static_
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from fastattn._compat.transformers import with_cache
+
 LENGTH = 14
 CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "dynamic": lambda model: DynamicCache(config=model.config),
@@ -42,7 +44,7 @@ def in_steps(
             input_ids=ids[:, start:stop],
             attention_mask=seen,
             position_ids=position[:, start:stop],
-            past_key_values=cache,
+            **with_cache(model, cache),
         )
         logits.append(part.logits)
         start = stop

@@ -23,6 +23,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 from tiny_models import build, tokens
 
+from fastattn._compat.transformers import with_cache
 from fastattn.lm import Loaded, load
 from fastattn.lm import runner as runner_module
 from fastattn.lm.module_runner import ModuleRunner
@@ -45,7 +46,7 @@ def greedy(eager: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     cache, found = DynamicCache(config=eager.config), []
     step = ids[None]
     for _ in range(count):
-        step = eager(step, past_key_values=cache).logits[:, -1:].argmax(-1)
+        step = eager(step, **with_cache(eager, cache)).logits[:, -1:].argmax(-1)
         found.append(int(step))
     return found
 

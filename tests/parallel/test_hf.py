@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastattn._compat.transformers import with_cache
 from fastattn.parallel import ContextParallel
 
 LENGTH, VOCABULARY, NEW = 43, 37, 5
@@ -161,10 +162,10 @@ def decoded(family: str) -> tuple[Tensor, int]:
     cache = cp.cache(LENGTH)
     with torch.no_grad():
         with cp.model(model, LENGTH):
-            model(**shards(cp, whole[:, :LENGTH]), past_key_values=cache)
+            model(**shards(cp, whole[:, :LENGTH]), **with_cache(model, cache))
         with cp.decoding(model, cache):
             tokens = whole[:, LENGTH:].split(1, 1)
-            logits = [model(input_ids=x, past_key_values=cache).logits for x in tokens]
+            logits = [model(input_ids=x, **with_cache(model, cache)).logits for x in tokens]
     return torch.cat(logits, 1), cache.layers[0].keys.shape[2]
 
 

@@ -37,13 +37,14 @@ def load(folder: str, **options: Any) -> Any:
 def logits_of(folder: str) -> tuple[Tensor, list[int], int]:
     """Logits of a forward and of a step with its cache, the shape of q_proj's weight here, calls served."""
     import fastattn
+    from fastattn._compat.transformers import cache_argument, with_cache
 
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}  # as torchrun does
     model = load(folder, tp_plan="auto").eval()
     with torch.no_grad():
         first = model(input_ids=IDS[:, :-1], use_cache=True)
-        then = model(input_ids=IDS[:, -1:], past_key_values=first.past_key_values)
+        then = model(input_ids=IDS[:, -1:], **with_cache(model, first[cache_argument(model)]))
     weight: Any = model.model.layers[0].self_attn.q_proj.weight
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     return torch.cat([first.logits, then.logits], 1), list(local.shape), sum(fastattn.stats()["calls"].values())

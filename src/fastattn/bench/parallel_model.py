@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._compat.transformers import with_cache
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
 from .loaded import clock, default_model, identity, peak_memory, release
@@ -47,8 +48,9 @@ class Spread:
         cache = cp.cache(length)
         positions = cp.positions(length, self.device)
         with cp.model(self.model, length):
-            hidden = self.model.base_model(
-                input_ids=cp.shard(ids, 1), position_ids=positions, past_key_values=cache
+            body = self.model.base_model
+            hidden = body(
+                input_ids=cp.shard(ids, 1), position_ids=positions, **with_cache(body, cache)
             ).last_hidden_state
         # Whoever holds the last token hands it on.
         last = torch.zeros_like(hidden[:, -1]) if not (positions == length - 1).any() else hidden[:, -1].contiguous()
@@ -60,7 +62,7 @@ class Spread:
         with self.cp.decoding(self.model, cache):
             for _ in range(tokens):
                 token = logits.argmax(-1, keepdim=True)
-                logits = self.model(input_ids=token, past_key_values=cache).logits[:, -1]
+                logits = self.model(input_ids=token, **with_cache(self.model, cache)).logits[:, -1]
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import masks
+from .._compat.transformers import PAGED_ARGUMENTS
 from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
 from ..notice import warn_once
@@ -19,7 +20,7 @@ from .hints import Band, Filled, Pieces, hint_of
 REFUSED = {
     "block_indices": "sparse attention over chosen blocks of keys",
     "sinks": "sinks that differ between tokens",
-    "cache": "the paged cache of continuous batching",
+    **dict.fromkeys(PAGED_ARGUMENTS, "the paged cache of continuous batching"),
 }
 
 #: Windows that are no windows, and the mask that says the same.

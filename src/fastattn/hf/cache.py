@@ -18,9 +18,9 @@ class StaticCache(Cache):
     """Keys and values of a model for a batch of sequences, of fixed capacity, their lengths on the device.
 
         cache = fastattn.hf.StaticCache(model.config, batch=4, capacity=4096, device=model.device)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
-    One step of `model(ids, position_ids=..., past_key_values=cache)` can be captured in a CUDA graph and replayed at
+    One step of `model(ids, position_ids=..., cache=cache)` can be captured in a CUDA graph and replayed at
     every length, after one like it has run uncaptured. Rows may have different lengths: row b's next token goes to slot
     `lengths[b]`; pass `position_ids=cache.positions(tokens)` then. A row that is full drops what is too much where
     only the device knows. The attention over it must be `attn_implementation="fastattn"`; a model all of whose layers

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat.functions import copied, innermost, same, uses
+from .._compat.transformers import cache_argument
 from ..backends.triton_launch import native
 from ..notice import warn_once
 
@@ -235,11 +237,11 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
     """An attention module's forward that finds another `apply_rotary_pos_emb` among its globals, if it has a known one.
     Only a copy of the function sees them: the global itself belongs to every model of the family."""
     forward: Any = kind.forward  # type: ignore[attr-defined]
-    scope = forward.__globals__
+    scope = innermost(forward).__globals__
     for rope in ROPES:
         reference = _modeling(rope.like)
         if reference is not None and all(
-            _same(scope.get(name), getattr(reference, name, None)) for name in (ROPE, rope.helper)
+            same(scope.get(name), getattr(reference, name, None)) for name in (ROPE, rope.helper)
         ):
             break
     else:
@@ -247,9 +249,7 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
     own = scope | {ROPE: _rope(function, scope[ROPE], rope.half)}
     # torch.compile looks for the globals of a function with a __name__ in the module of that name.
     own.pop("__name__", None)
-    made = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made, f"rope in {kind.__name__}"
+    return copied(forward, own), f"rope in {kind.__name__}"
 
 
 def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[..., Any]:
@@ -275,8 +275,14 @@ def _loss(model: nn.Module) -> MethodType:
             apply(model=model, **(nothing | {"fused_linear_cross_entropy": True}))
         made = model.__dict__.pop("forward", None)
         if isinstance(made, MethodType):
-            return made
+            return MethodType(_with_its_cache(made.__func__, model), model)
     raise ValueError(f"fused_loss: liger-kernel has none for {type(model).__name__}")
+
+
+def _with_its_cache(forward: Any, model: nn.Module) -> Any:
+    """liger-kernel's forward with the name that the model has for its cache: liger-kernel 0.8.5 knows the old one."""
+    new, old = cache_argument(model), "past_key_values"
+    return copied(forward, **{old: new}) if new not in (None, old) and uses(forward, old) else forward
 
 
 def _fit(*tensors: Tensor) -> bool:
@@ -294,7 +300,7 @@ def _is_like(kind: type, like: str, methods: tuple[str, ...]) -> bool:
     family, name = like.split(".")
     reference = getattr(_modeling(family), name, None)
     return reference is not None and all(
-        _same(getattr(kind, method, None), getattr(reference, method, None)) for method in methods
+        same(getattr(kind, method, None), getattr(reference, method, None)) for method in methods
     )
 
 
@@ -304,14 +310,3 @@ def _modeling(family: str) -> Any:
         return import_module(f"transformers.models.{family}.modeling_{family}")
     except ImportError:  # not in this version of transformers
         return None
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two functions are the same instructions on the same names."""
-    return isinstance(one, FunctionType) and isinstance(other, FunctionType) and _code(one) == _code(other)
-
-
-def _code(function: FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    constants = tuple((type(x), x) for x in code.co_consts if x != function.__doc__)
-    return (code.co_code, code.co_names, constants, code.co_freevars, function.__defaults__, function.__kwdefaults__)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import with_cache
 from .runner import PREFILL_STEP
 
 
@@ -35,8 +36,9 @@ def prefill(model: Any, ids: Tensor, cache: Any, step: int = PREFILL_STEP) -> Te
     if step < 1:
         raise ValueError(f"step: expected at least 1, got {step}")
     last = ids.shape[1] - 1
+    body = model.base_model
     for start in range(0, last, step):
-        model.base_model(input_ids=ids[:, start : min(start + step, last)], past_key_values=cache, use_cache=True)
+        body(input_ids=ids[:, start : min(start + step, last)], **with_cache(body, cache), use_cache=True)
     return _next(model, ids[:, last:], cache)
 
 
@@ -64,4 +66,4 @@ def generate_tokens(model: Any, ids: Tensor, *, cache: Any = None, step: int = P
 def _next(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The most likely token after ids `[B, n]`: int64 `[B]`. Makes logits of the last position only."""
     keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits[:, -1].argmax(-1)
+    return model(input_ids=ids, **with_cache(model, cache), use_cache=True, **keep).logits[:, -1].argmax(-1)

@@ -109,7 +109,7 @@ def over_ranks(
 
 @contextmanager
 def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -> Iterator[None]:
-    """Within the block, `model(input_ids=token, past_key_values=cache)` attends to the cache's shards on all ranks.
+    """Within the block, `model(input_ids=token, cache=cache)` attends to the cache's shards on all ranks.
 
     token: `[B, 1]`, the same on every rank, and so are the logits. Each call is collective.
     """
