@@ -29,6 +29,7 @@ class LoopRunner:
         prefill_step: tokens of a prompt at a time. Default: `runner.PREFILL_STEP`.
         in_steps: whether the model can go on from a state with several tokens. Otherwise a row's first prompt goes
             through it at once, and what follows token by token.
+        told: whether the model is given positions and a mask of ones, as `generate` does: some need them.
         own_cache: whether the model makes the cache for a row's first tokens, of a kind of its own.
 
     Raises ValueError for a model that has no state to hand on.
@@ -43,6 +44,7 @@ class LoopRunner:
         capacity: int,
         prefill_step: int | None = None,
         in_steps: bool = True,
+        told: bool = False,
         own_cache: bool = False,
     ) -> None:
         self._model, self._arguments = model, signature(model.forward).parameters
@@ -60,6 +62,7 @@ class LoopRunner:
         # All tokens of a prompt are turned by the same angles.
         self._in_steps, self._step = in_steps and self._turn is None, prefill_step
         self._rotary = _Remembered(model) if rope.remembers(self._config) else None
+        self._told = [name for name in ("position_ids", "attention_mask") if told and name in self._arguments]
         self._states = [self._empty() for _ in range(rows)]
 
     @torch.inference_mode()
@@ -115,6 +118,10 @@ class LoopRunner:
     def _call(self, module: Any, state: _State, ids: Tensor, **options: Any) -> Any:
         if "use_cache" in self._arguments:
             options["use_cache"] = True
+        if self._told:
+            whole = torch.arange(state.length + ids.shape[1], device=self.device)[None]
+            given = {"position_ids": whole[:, state.length :], "attention_mask": torch.ones_like(whole)}
+            options |= {name: given[name] for name in self._told}
         if self._rotary is not None:
             self._rotary.restore(state.rotary)
         found = module(input_ids=ids, **state.kept, **options)

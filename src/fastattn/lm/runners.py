@@ -85,12 +85,14 @@ def _runners(loaded: Loaded) -> list[tuple[str, str, dict[str, Any]]]:
     return [("fused", "FusedRunner", {}), modules] if ours else [modules]
 
 
+_LOOP = "one row after another, which is slow"
 _WHOLE = "by a forward pass over the whole text for each token, which is very slow"
 #: The same for those that remain, and how they decode.
 _SLOW: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    ("loop_runner", "LoopRunner", {}, "one row after another, which is slow"),
-    ("loop_runner", "LoopRunner", {"in_steps": False}, "one row after another, which is slow"),
-    ("loop_runner", "LoopRunner", {"in_steps": False, "own_cache": True}, "one row after another, which is slow"),
+    ("loop_runner", "LoopRunner", {}, _LOOP),
+    ("loop_runner", "LoopRunner", {"in_steps": False}, _LOOP),
+    ("loop_runner", "LoopRunner", {"in_steps": False, "told": True}, _LOOP),
+    ("loop_runner", "LoopRunner", {"in_steps": False, "told": True, "own_cache": True}, _LOOP),
     ("whole_runner", "WholeRunner", {}, _WHOLE),
 )
 
