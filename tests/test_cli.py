@@ -121,11 +121,15 @@ def test_what_goes_wrong_later(capsys, monkeypatch, error, status, text):
     assert command(capsys, "benchmark --model tiny") == (status, "", text)
 
 
-def test_bugs_keep_their_traceback(capsys, monkeypatch):
+def test_bugs_are_one_line_and_keep_their_traceback_for_who_asks(capsys, monkeypatch):
     def fail(*args):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(bench, "run", fail)
+    monkeypatch.delenv("FASTATTN_DEBUG", raising=False)
+    line = "fastattn: error: this should not have happened (RuntimeError: a bug): please report it, with what"
+    assert command(capsys, "benchmark --model tiny") == (1, "", f"{line} FASTATTN_DEBUG=1 shows\n")
+    monkeypatch.setenv("FASTATTN_DEBUG", "1")
     with pytest.raises(RuntimeError, match="a bug"):
         command(capsys, "benchmark --model tiny")
 

@@ -249,5 +249,8 @@ def test_errors_of_the_command(line: str, message: str) -> None:
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON file"):
+        warmup_model(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "nope"}')
     with pytest.raises(ValueError, match=r"config\.json: expected the config of a model transformers knows"):
         warmup_model(tmp_path, device="cpu")

@@ -15,6 +15,12 @@ def add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, t
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
 
 
+def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`, for whatever loads a model's directory."""
+    text = "run code that the model's directory brings, where transformers has none of its own (default: refuse)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=text)
+
+
 def numbers(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
     """An argparse type: so many whole numbers (None: one or more), separated by commas."""
 

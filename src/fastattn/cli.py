@@ -1,7 +1,7 @@
 """The `fastattn` command.
 
-Bad input is one line on stderr and exit status 2, before anything runs; Ctrl-C is 130. What is heavy to import is
-imported by the subcommand that needs it.
+Bad input is one line on stderr and exit status 2, before anything runs; `terminal` has the other ways to end. What is
+heavy to import is imported by the subcommand that needs it.
 """
 
 from __future__ import annotations
@@ -16,44 +16,29 @@ from .bench.command import add_command as add_benchmark
 from .bench.report_html import add_command as add_report
 from .bench.sweep import add_command as add_sweep
 from .generation import add_command as add_generate
+from .terminal import complain, guarded
 from .warming.command import add_command as add_warmup
 
 MASKS = ("none", "causal", "bool", "additive", "intervals")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line (default: the process's own) and returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Runs the command line (default: the process's own) and returns the exit status: see `terminal`."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    return guarded(lambda: _main(given))
+
+
+def _main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     arguments.argv = argv
-    try:
-        return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("fastattn: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        from .switches import is_on
-
-        if is_on("FASTATTN_DEBUG", False):
-            raise
-        return _complain(str(error) or type(error).__name__, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, because torch may not be imported
-            raise
-        return _complain(f"out of GPU memory: {str(error).splitlines()[0]}", 1)
-
-
-def _complain(text: str, status: int) -> int:
-    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
-    print(f"fastattn: error: {line}", file=sys.stderr)
-    return status
+    return int(arguments.run(arguments))
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with errors as one line instead of the usage and a line."""
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(_complain(f"{message} (see {self.prog} --help)", 2))
+        raise SystemExit(complain(f"{message} (see {self.prog} --help)", 2))
 
 
 class _Version(argparse.Action):

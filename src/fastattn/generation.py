@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DTYPES, add_dtype_and_device
+from .arguments import DTYPES, add_dtype_and_device, add_trust_remote_code
+from .terminal import argument_text, standard_input, stopped_by
 
 if TYPE_CHECKING:
     from .lm.parallel import Ranks
@@ -45,6 +46,7 @@ def add_command(commands: Any) -> None:
     text = "tensor parallel: spread the model over the processes that torchrun started"
     add("--tp", action="store_true", help=f"{text} (torchrun --nproc-per-node N -m fastattn generate --tp ...)")
     add_dtype_and_device(parser, None, "the model's own")
+    add_trust_remote_code(parser)
     parser.set_defaults(run=run)
 
 
@@ -61,7 +63,7 @@ def add_fused_ops(add: Callable[..., Any], automatic: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: text on stdout, what it took on stderr. Returns the exit status: 0, or 130 after Ctrl-C.
+    """The command: text on stdout, what it took on stderr. Returns the exit status: 0, or `terminal.stopped_by`.
 
     Raises ValueError, naming the option, for a model without a tokenizer, a prompt without tokens or beyond the model's
     length, or an option out of its range.
@@ -82,6 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(arguments, name)}")
     _check_model(arguments.model)
+    arguments.stop = [argument_text(text, "stop") for text in arguments.stop]
     if not arguments.tp:
         return _generate(arguments, _prompts(arguments), sampling)
     from .lm.parallel import join
@@ -104,7 +107,15 @@ def _generate(
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
     fused_ops = FUSED_OPS[arguments.fused_ops]
-    loaded = load(arguments.model, arguments.attn, dtype, arguments.device, ranks=ranks, fused_ops=fused_ops)
+    loaded = load(
+        arguments.model,
+        arguments.attn,
+        dtype,
+        arguments.device,
+        ranks=ranks,
+        fused_ops=fused_ops,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     one = arguments.prompt is not None
     ids = [
         encode(loaded, prompt, chat=arguments.chat, name="prompt" if one else f"prompts[{i}]")
@@ -125,8 +136,8 @@ def _generate(
             for number, piece in pieces:
                 meter.tick()
                 printer.add(number, piece.text, piece.finish_reason is not None)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as stop:
+        status = stopped_by(stop)
     printer.finish()
     print(meter.usage(loaded.model.device), file=sys.stderr)
     return status
@@ -169,7 +180,7 @@ class _Printer:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompts_file is None:
-        return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
+        return [standard_input() if arguments.prompt == "-" else argument_text(arguments.prompt, "prompt")]
     try:
         lines = Path(arguments.prompts_file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

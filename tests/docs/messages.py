@@ -51,7 +51,7 @@ def _assigned(scope: ast.AST) -> dict[str, ast.expr]:
 def _message_call(node: ast.AST) -> ast.Call | None:
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         return node.exc
-    if isinstance(node, ast.Call) and _name(node.func) in ("warn_once", "warn", "_complain"):
+    if isinstance(node, ast.Call) and _name(node.func) in ("warn_once", "warn", "complain"):
         return node
     return None
 

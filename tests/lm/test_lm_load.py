@@ -123,7 +123,10 @@ def _drop_a_tensor(path):
             r"config\.json: expected the config of a model transformers kno",
         ),
         (lambda p: _edit_config(p, model_type="t5"), "cannot be loaded as a causal language model"),
-        (lambda p: _edit_config(p, intermediate_size=500), "cannot be loaded as a causal language model"),
+        (
+            lambda p: _edit_config(p, intermediate_size=500),
+            r"model\.safetensors: model\.layers\.0\.mlp\.down_proj\.weight: expected shape \[256, 500\]",
+        ),
         (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors: not found"),
         (_truncate, r"model\.safetensors: expected a whole safetensors file, this one is damaged"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "this one is damaged"),

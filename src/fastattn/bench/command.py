@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import DTYPES, add_dtype_and_device, numbers
+from ..arguments import DTYPES, add_dtype_and_device, add_trust_remote_code, numbers
 from ..generation import FUSED_OPS, add_fused_ops
 from . import results
 
@@ -48,6 +48,7 @@ def add_command(commands: Any) -> None:
     )
     add("--json", metavar="FILE", help="write all figures and the environment to FILE")
     add_dtype_and_device(parser, None, "the model's own; for presets, and to train, bf16 on a GPU, fp32 on the CPU")
+    add_trust_remote_code(parser)
     add_fused_ops(add, "where it is installed, on a GPU; to train: off")
     add("--seed", type=int, default=0, metavar="N", help="of the prompts and of a preset's weights (%(default)s)")
 
@@ -127,6 +128,7 @@ def _run(arguments: argparse.Namespace, mine: Iterable[str], ranks: Ranks | None
         "device": arguments.device,
         "fused_ops": FUSED_OPS[arguments.fused_ops],
         "seed": arguments.seed,
+        "trust_remote_code": arguments.trust_remote_code,
         **{name: getattr(arguments, name) for name in ("num_trials", *mine) if getattr(arguments, name) is not None},
     }
     given.pop("tp", None)

@@ -52,6 +52,7 @@ class Settings:
     device: str | None = None
     seed: int = 0
     fused_ops: bool | None = None  #: see `fastattn.lm.load`; fastattn alone uses them
+    trust_remote_code: bool = False  #: see `fastattn.lm.load`
 
     def __post_init__(self) -> None:
         counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
@@ -99,7 +100,16 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     first = attention_of(settings.attn[0])
-    loaded = load(settings.model, first, dtype, settings.device, settings.seed, ranks, settings.fused_ops)
+    loaded = load(
+        settings.model,
+        first,
+        dtype,
+        settings.device,
+        settings.seed,
+        ranks,
+        settings.fused_ops,
+        settings.trust_remote_code,
+    )
     for name in settings.attn[1:]:
         set_attention(loaded.model, attention_of(name))
     limit = longest_of(loaded)

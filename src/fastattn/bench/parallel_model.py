@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._compat.transformers import with_cache
+from ..arguments import add_trust_remote_code
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
 from .loaded import clock, default_model, identity, peak_memory, release
@@ -69,7 +70,7 @@ class Spread:
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All figures; the same on every rank. The first prints them."""
     name = arguments.model or (default_model() if device.type == "cuda" else "tiny")
-    loaded = load(name, device=device, seed=0)
+    loaded = load(name, device=device, seed=0, trust_remote_code=arguments.trust_remote_code)
     spread, vocabulary = Spread(loaded, arguments.strategy), loaded.config.vocab_size
     ids = torch.randint(vocabulary, (1, arguments.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-g", "--generation-tokens", type=int, default=8, help="after them (%(default)s)")
     parser.add_argument("--check-tokens", type=int, default=4096, help="of the short prompt (%(default)s)")
     parser.add_argument("--strategy", default="auto", choices=("auto", "ulysses", "ring", "allgather"))
+    add_trust_remote_code(parser)
     return parser
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import add_trust_remote_code
 from ..lm import Loaded, load, set_attention
 from ..lm.loop import generate_tokens
 from ..lm.runners import make_runner
@@ -113,10 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="llama-3.1-8b", help="a preset or a model directory (%(default)s)")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=2048, metavar="N", help="(%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    add_trust_remote_code(parser)
     arguments = parser.parse_args(argv)
     if arguments.json:
         results.check_writable(arguments.json)
-    loaded = load(arguments.model, "fastattn")
+    loaded = load(arguments.model, "fastattn", trust_remote_code=arguments.trust_remote_code)
     rows = profile_engine(loaded, arguments.prompt_tokens)
     set_attention(loaded.model, "sdpa")
     rows += profile_loop(loaded, arguments.prompt_tokens)

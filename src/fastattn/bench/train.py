@@ -49,6 +49,7 @@ class Settings:
     seed: int = 0
     fused_ops: bool | None = None  #: True: fastattn's steps use liger-kernel's operations (None is False here)
     fused_loss: bool = False  #: and its loss, which never holds all logits
+    trust_remote_code: bool = False  #: see `fastattn.lm.load`
 
     def __post_init__(self) -> None:
         check_settings(self, ("batch_size", "num_trials", "warmup_steps"), ("delay", "seed"))
@@ -88,7 +89,13 @@ def run(settings: Settings) -> Report:
     dtype = settings.dtype or ("bfloat16" if pick_device(settings.device).type == "cuda" else None)
     torch_dtype = getattr(torch, dtype) if dtype else None
     loaded = load(
-        settings.model, settings.attn[0], torch_dtype, settings.device, settings.seed, fused_ops=settings.fused_ops
+        settings.model,
+        settings.attn[0],
+        torch_dtype,
+        settings.device,
+        settings.seed,
+        fused_ops=settings.fused_ops,
+        trust_remote_code=settings.trust_remote_code,
     )
     for name in settings.attn[1:]:
         set_attention(loaded.model, name)

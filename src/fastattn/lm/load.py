@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..failures import blame
+from .directory import check_directory
 from .fused_ops import check_fused_ops
 from .presets import PRESETS, preset_config
+from .pretrained import check_vocabulary, read_config, read_model, read_tokenizer, rows_of
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -37,6 +39,7 @@ def load(
     seed: int = 0,
     ranks: Ranks | None = None,
     fused_ops: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Loads a causal language model for inference. Nothing is downloaded.
 
@@ -52,11 +55,14 @@ def load(
         fused_ops: whether liger-kernel's norms, rotary embeddings and activations take the place of transformers' own
             while a runner or an engine runs the model through transformers' modules; the model itself is not changed.
             None: on a GPU, where liger-kernel is installed. True: it is required. False: never.
+        trust_remote_code: whether code that comes with the directory may be run. Without, a model that cannot be had
+            from transformers' own classes is refused.
 
     Raises:
-        ValueError: there is no such model, or it is incomplete or damaged: the text names the path and what was
-            expected there. The device or the attention implementation is not available. The model has no tensor
-            parallel plan, or heads that the ranks do not divide. `fused_ops` without a GPU, or with `ranks`.
+        ValueError: there is no such model, or it is incomplete or damaged: the text, one line, names the path and what
+            was expected there. Weights of other shapes than the config says, that it does not know, or that are NaN or
+            infinite count as damaged. The device or the attention implementation is not available. The model has no
+            tensor parallel plan, or heads that the ranks do not divide. `fused_ops` without a GPU, or with `ranks`.
         ImportError: transformers is not installed, or too old for `ranks`; or liger-kernel is not, for `fused_ops`.
     """
     _transformers()
@@ -67,8 +73,7 @@ def load(
         check_fused_ops(place)
     path = Path(model)
     if path.is_dir():
-        check_directory(path)
-        loaded = _load_directory(path, attn, dtype, place, ranks)
+        loaded = _load_directory(path, attn, dtype, place, ranks, trust_remote_code)
     elif str(model) in PRESETS:
         loaded = _create(str(model), attn, dtype, place, seed, ranks)
     else:
@@ -123,72 +128,33 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def check_directory(path: Path) -> None:
-    """Raises ValueError unless the directory holds a config.json and whole safetensors files. Reads only headers."""
-    config = path / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{config}: not found; expected a model directory in Hugging Face's layout")
-    _read_json(config)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weights = _read_json(index).get("weight_map")
-        if not isinstance(weights, dict) or not weights:
-            raise ValueError(f"{index}: expected a weight_map that names the safetensors files")
-        files = [path / str(name) for name in sorted(set(weights.values()))]
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; expected the weights as safetensors")
-    try:
-        with safe_open(str(file), framework="pt"):  # reads the header and compares it with the file's size
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: expected a whole safetensors file, this one is damaged: {_line(error)}") from error
-
-
 def _load_directory(
-    path: Path, attn: str, dtype: torch.dtype | None, device: torch.device, ranks: Ranks | None
+    path: Path,
+    attn: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ranks: Ranks | None,
+    trust_remote_code: bool,
 ) -> Loaded:
-    transformers = _transformers()
     check_attention(attn)
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path / 'config.json'}: expected the config of a model transformers knows: {_line(error)}"
-        ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # damaged files raise whatever the tokenizer's parser raises
-        raise ValueError(f"{path}: expected a tokenizer (tokenizer.json or the like): {_line(error)}") from error
-    spread = _spread(config, ranks)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    with blame(f"{path}: cannot be loaded"):
+        stored = check_directory(path)
+        config = read_config(path, trust_remote_code)
+        tokenizer = read_tokenizer(path, config, trust_remote_code)
+    spread = _spread(config, ranks, trust_remote_code)
+    with blame(f"{path}: cannot be loaded"):
+        model = read_model(
             path,
-            config=config,
+            config,
+            stored,
+            trust_remote_code,
+            None if spread else device,
             dtype=dtype or "auto",
             attn_implementation=attn,
-            local_files_only=True,
-            output_loading_info=True,
             **spread,
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"{path}: cannot be loaded as a causal language model: {_line(error)}") from error
-    # transformers fills what it does not find with random numbers, and only warns.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{path}: expected weights for every parameter, {len(missing)} are missing: {missing[0]}, ...")
-    model = model if spread else model.to(device)
-    return Loaded(model.eval(), tokenizer, config.get_text_config(), path.resolve().name, ranks)
+        check_vocabulary(path, tokenizer, rows_of(model))
+    return Loaded(model, tokenizer, config.get_text_config(), path.resolve().name, ranks)
 
 
 def _create(
@@ -207,13 +173,15 @@ def _create(
             if spread:
                 model = _create_spread(config, dtype, attn, spread)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attn, trust_remote_code=False
+                )
         except (ValueError, ImportError) as error:
             raise ValueError(f"attn: {attn} cannot be used here: {_line(error)}") from error
     return Loaded(model.eval(), None, config, name, ranks)
 
 
-def _spread(config: Any, ranks: Ranks | None) -> dict[str, Any]:
+def _spread(config: Any, ranks: Ranks | None, trust_remote_code: bool = False) -> dict[str, Any]:
     """What makes `from_pretrained` spread a model over the ranks. Nothing where one holds it whole."""
     if ranks is None or ranks.size == 1:
         return {}
@@ -226,7 +194,7 @@ def _spread(config: Any, ranks: Ranks | None) -> dict[str, Any]:
         raise ImportError(f"tp: expected transformers 5.17 or later, got {transformers.__version__}") from error
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(f"model: expected a causal language model: {_line(error)}") from error
     if not model.base_model.tp_plan:
@@ -266,16 +234,6 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ImportError(f"fastattn.lm needs transformers: pip install 'fastattn[hf]' ({_line(error)})") from error
     return transformers
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file: {_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _line(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..failures import blame
+from .chat import render_chat
 from .checks import check_flag, check_ids, check_int, check_sequence
 from .engine import Engine, make_engine
 from .load import Loaded
@@ -176,8 +178,8 @@ def encode(loaded: Loaded, prompt: Prompt, *, chat: bool = False, name: str = "p
         chat: put the text into the model's chat template, as a user's message.
         name: what errors call the prompt.
 
-    Raises ValueError for a model without a tokenizer or, with `chat`, without a template, and for a prompt without
-    tokens or as long as the model.
+    Raises ValueError for a model without a tokenizer or, with `chat`, without a template or with one that fails (see
+    `fastattn.lm.chat`), for a prompt that is no Unicode text, has no tokens, or is as long as the model.
     """
     if loaded.tokenizer is None:
         raise ValueError(f"loaded: {loaded.name} has no tokenizer; expected a model directory that has one")
@@ -187,13 +189,13 @@ def encode(loaded: Loaded, prompt: Prompt, *, chat: bool = False, name: str = "p
             raise ValueError(f"{name}: expected text for the chat template, got {type(prompt).__name__}")
         ids = check_ids(name, prompt)
     else:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # half of a character, or bytes that were no UTF-8
+            raise ValueError(f"{name}: expected Unicode text, got a lone surrogate: the text was no UTF-8")
         if chat:
-            if not loaded.tokenizer.chat_template:
-                raise ValueError("chat: this model's tokenizer has no chat template")
-            message = [{"role": "user", "content": prompt}]
-            prompt = loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            prompt = render_chat(loaded.tokenizer, [{"role": "user", "content": prompt}])
         # A template writes the special tokens itself.
-        ids = loaded.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+        with blame(f"{name}: the model's tokenizer cannot take this text"):
+            ids = loaded.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ValueError(f"{name}: expected some text, this one has no tokens")
     if len(ids) >= longest(loaded):

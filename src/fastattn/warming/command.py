@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..arguments import DTYPES, add_dtype_and_device, numbers
+from ..arguments import DTYPES, add_dtype_and_device, add_trust_remote_code, numbers
 
 
 def add_command(commands: Any) -> None:
@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     add("--max-length", type=int, default=8192, metavar="N", help="tokens of the longest sequence (%(default)s)")
     add("--training", action="store_true", help="training as well")
     add_dtype_and_device(parser, None, "the model's own")
+    add_trust_remote_code(parser)
     add("--no-progress", action="store_true", help="only the report")
     parser.set_defaults(run=run)
 
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None,
         device=arguments.device,
         progress=not arguments.no_progress,
+        trust_remote_code=arguments.trust_remote_code,
     )
     print(warmth, flush=True)
     return 0 if warmth.complete else 1

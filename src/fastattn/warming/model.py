@@ -17,6 +17,7 @@ import torch
 
 from ..lm.load import pick_device
 from ..lm.presets import PRESETS, preset_config
+from ..lm.pretrained import read_config as read_directory_config
 from .kinds import Attention
 from .report import Warmth
 from .run import warm
@@ -41,6 +42,7 @@ def warmup_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Warmth:
     """`fastattn.warmup` for a transformers model that runs with `attn_implementation="fastattn"`.
 
@@ -51,13 +53,14 @@ def warmup_model(
         max_length: the longest sequence; no more than the model's own `max_position_embeddings`.
         training: make training ready as well.
         dtype: default: the config's; for presets bfloat16 on a GPU, float32 on the CPU.
+        trust_remote_code: whether code that comes with the directory may be run to read its config.
 
     Raises:
-        ValueError: there is no such model, or an argument is not as described.
+        ValueError: there is no such model, its config is damaged, or an argument is not as described.
         ImportError: transformers is not installed.
     """
     place = pick_device(device)
-    config = read_config(model)
+    config = read_config(model, trust_remote_code)
     text = config.get_text_config() if not config.is_encoder_decoder else config
     notes: list[str] = []
     if dtype is None:
@@ -81,7 +84,7 @@ def warmup_model(
     )
 
 
-def read_config(model: str | Path | Any) -> Any:
+def read_config(model: str | Path | Any, trust_remote_code: bool = False) -> Any:
     """The transformers config that a directory, a preset or a config stands for. Nothing is downloaded."""
     try:
         import transformers
@@ -90,13 +93,7 @@ def read_config(model: str | Path | Any) -> Any:
     if isinstance(model, transformers.PreTrainedConfig):
         return model
     if Path(model).is_dir():
-        try:
-            return transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{Path(model) / 'config.json'}: expected the config of a model transformers knows: {line}"
-            ) from error
+        return read_directory_config(Path(model), trust_remote_code)
     if str(model) in PRESETS:
         return preset_config(str(model))
     raise ValueError(

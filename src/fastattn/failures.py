@@ -1,0 +1,69 @@
+"""What failures are called: an exception in one line, whether it is want of memory, and who is to blame for it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST = 400  #: characters of another library's text that are shown
+#: torch, CUDA, cuBLAS and C++ have no common type for it.
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
+
+
+class Refused(ValueError):
+    """A ValueError that says all there is to say, in one line: `blame` lets it through."""
+
+
+def printable(text: str) -> str:
+    """The text in one line, without what a terminal would obey: a stranger's file may have written a part of it."""
+    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, in one line that is not too long; its type's name where it says nothing."""
+    text, name = printable(str(error)), type(error).__name__
+    if isinstance(error, KeyError | AttributeError | IndexError | ZeroDivisionError) or not text:
+        text = f"{name}: {text}" if text else name  # the text alone is but a name
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, or the one that led to it, is want of memory. Needs no torch."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(found, OSError) and found.errno == errno.ENOMEM:
+            return True
+        # What a ValueError says may be quoted from a file.
+        if isinstance(found, RuntimeError) or type(found).__name__ == "SafetensorError":
+            if _NO_MEMORY.search(str(found)):
+                return True
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return False
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turns whatever goes wrong within the block into a ValueError of one line, `what` and the cause.
+
+    Want of memory, Ctrl-C and `Refused` stay what they are.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except BaseException as error:
+        # Rust's panics, of tokenizers and safetensors, are no Exceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if is_out_of_memory(error):
+            raise
+        raise Refused(f"{what}: {in_one_line(error)}") from error

@@ -1,0 +1,116 @@
+"""A chat template is a program that a stranger wrote: it is run in a process of its own, within bounds.
+
+transformers renders templates in jinja's sandbox, which keeps them from the machine but not from running forever or
+filling memory, and neither can be stopped from within: `{{ 9 ** (9 ** 9) }}` does not come back to the interpreter. So
+a forked child renders, with transformers' own code and the tokenizer as it is, and the kernel holds it to its limits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from ..failures import in_one_line
+
+SECONDS = 20  #: real templates take milliseconds; what is left is for a machine that is busy
+MEMORY = 1 << 30  #: bytes beyond what the process has
+OUTPUT = 1 << 20  #: characters beyond eight times the messages'
+_CHUNK = 1 << 16
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """The prompt that a tokenizer's chat template makes of messages, with the beginning of the answer.
+
+    Raises ValueError for a tokenizer without a template, and for a template that raises, takes more than `SECONDS` or
+    `MEMORY`, or writes more than `OUTPUT`.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("chat: this model's tokenizer has no chat template")
+    place = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
+    failed = f"chat: {place}the chat template"
+    most = OUTPUT + 8 * sum(len(message["content"]) for message in messages)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of locks that other threads may hold: rendering takes none of theirs, and time is bounded.
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _render(tokenizer, messages, most, write)
+    os.close(write)
+    try:
+        answer = _read(read, 12 * most + _CHUNK)
+    finally:
+        os.close(read)
+        with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored nobody has to wait
+            os.kill(child, signal.SIGKILL)  # no child is left behind, whatever ended the wait
+            os.waitpid(child, 0)
+    if answer is None:
+        raise ValueError(f"{failed} does not end: it was stopped after {SECONDS} seconds")
+    if not answer:
+        raise ValueError(f"{failed} was stopped: it took more memory or time than it may")
+    text, error = json.loads(answer)
+    if error:
+        raise ValueError(f"{failed} failed: {error}")
+    return str(text)
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], most: int, write: int) -> NoReturn:
+    """The child: writes (text, error), and is gone. It runs nothing that the parent would run at its end."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _limit()
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            if not isinstance(text, str):
+                answer = ("", f"expected a text, got {type(text).__name__}")
+            elif len(text) > most:
+                answer = ("", f"it wrote {len(text)} characters, where at most {most} were expected")
+            else:
+                answer = (text, "")
+        except MemoryError:
+            answer = ("", f"it took more than {MEMORY >> 20} MiB of memory")
+        except Exception as error:
+            answer = ("", in_one_line(error))
+        data = memoryview(json.dumps(answer).encode())
+        while data:
+            data = data[os.write(write, data[:_CHUNK]) :]
+    finally:
+        os._exit(0)
+
+
+def _limit() -> None:
+    """Also for when the parent is killed and nobody waits."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        wanted = used + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
+def _read(pipe: int, most: int) -> bytes | None:
+    """All that the child writes; None where it takes too long."""
+    found, end, poll = bytearray(), time.monotonic() + SECONDS, select.poll()
+    poll.register(pipe, select.POLLIN)
+    while True:
+        left = end - time.monotonic()
+        if left <= 0 or not poll.poll(1000 * left):
+            return None
+        piece = os.read(pipe, _CHUNK)
+        if not piece:
+            return bytes(found)
+        found += piece
+        if len(found) > most:
+            return b""

@@ -1,0 +1,159 @@
+"""A model's directory through transformers: the one place that hands a stranger's files to other libraries.
+
+Whatever those raise is one line that names the directory or the file. No code of the directory is run unless the caller
+trusts it, nothing is downloaded, no pickle is opened, and nobody is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..failures import Refused, blame
+from .directory import CONFIG, Stored, brings_code, check_config, check_sizes
+from .weights import check_dtypes, check_finite, check_loaded, check_runs, outline
+
+CODE = "it brings code of its own, which is not run unless you trust it: --trust-remote-code, trust_remote_code=True"
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a directory. Raises ValueError, naming the file, for one that it cannot make sense of."""
+    from transformers import AutoConfig
+
+    check_config(path)
+    with _code_refused(path, trust_remote_code):
+        with blame(f"{path / CONFIG}: expected the config of a model transformers knows"), _quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            check_sizes(path, config.get_text_config())
+    return config
+
+
+def read_tokenizer(path: Path, config: Any, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer, once it has turned a text into tokens and back."""
+    from transformers import AutoTokenizer
+
+    expected = f"{path}: expected a tokenizer (tokenizer.json or the like)"
+    with _code_refused(path, trust_remote_code), blame(expected), _quiet():
+        found = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        ids = found("a b")["input_ids"]
+        if not isinstance(found.decode(ids), str) or isinstance(found.model_max_length, bool | str):
+            raise TypeError("its settings are not of the right types")
+        templates = found.chat_template or ""
+        for text in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(text, str):
+                raise TypeError(f"chat_template: expected a text, got {type(text).__name__}")
+    return found
+
+
+def check_vocabulary(path: Path, tokenizer: Any, rows: int) -> None:
+    """Raises ValueError when the tokenizer's own vocabulary is larger than the model's embedding has rows.
+
+    Tokens that were added to it may lie beyond, as those for images do in models without: prompts that hold them are
+    refused.
+    """
+    if tokenizer.vocab_size > rows:
+        raise Refused(
+            f"{path}: expected a tokenizer with at most as many tokens as the model's embedding has rows, "
+            f"got {tokenizer.vocab_size} and {rows}"
+        )
+
+
+def read_model(
+    path: Path,
+    config: Any,
+    stored: dict[str, Stored],
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+    **options: Any,
+) -> Any:
+    """The directory's causal language model in eval mode, all of whose weights are the files' and finite.
+
+    stored: from `check_directory`. device: where it goes; None: where transformers puts it. options: for
+    transformers' from_pretrained.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _code_refused(path, trust_remote_code):
+        drawn = outline(path, config, stored, trust_remote_code)
+    check_dtypes(drawn, config, stored)
+    with blame(f"{path}: cannot be loaded as a causal language model"), _quiet() as log:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # never a pickle
+                ignore_mismatched_sizes=True,  # said below, by name
+                output_loading_info=True,
+                **options,
+            )
+        except RuntimeError as error:
+            if found := re.search(r"(\S+)\s*\|\s*\S*CONVERSION", "\n".join(log)):  # the error itself names no tensor
+                raise Refused(f"{path}: {_plain(found[1])}: the files' tensors do not fit the config") from error
+            raise
+        model = (model if device is None else model.to(device)).eval()
+        check_loaded(path, model, info, stored, part=type(model.config) is not type(config))
+        check_finite(path, model, stored)
+        check_runs(path, model, rows_of(drawn))
+    return model
+
+
+def rows_of(model: Any) -> int:
+    """How many tokens a model's embedding knows."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
+
+
+@contextmanager
+def _code_refused(path: Path, trust_remote_code: bool) -> Iterator[None]:
+    """Says what a failure within the block is due to where the directory brings code that was not run."""
+    try:
+        yield
+    except ValueError as error:
+        if trust_remote_code or not brings_code(path):
+            raise
+        raise Refused(f"{path}: cannot be loaded without its code: {CODE}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Collects what transformers logs within the block: what matters of it is said by errors, in one line each.
+
+    Whoever sets TRANSFORMERS_VERBOSITY sees it as well.
+    """
+    texts: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    logger, collector = logging.getLogger("transformers"), Collector()
+    handlers = list(logger.handlers)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        for handler in handlers:
+            logger.removeHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+        for handler in handlers:
+            if handler not in logger.handlers:
+                logger.addHandler(handler)
+
+
+def _plain(text: str) -> str:
+    """Without the colours of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
