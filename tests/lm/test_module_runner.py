@@ -233,7 +233,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: _made(OPTConfig(**_SIZES, word_embed_proj_dim=32, num_attention_heads=4, ffn_dim=48)),
         "lengths on the device: ",
     ),
-    "longrope": (lambda: build("phi3", "fastattn", rope_parameters=LONGROPE, max_position_embeddings=128, original_max_position_embeddings=32), "longrope"),
+    "longrope": (
+        lambda: build(
+            "phi3",
+            "fastattn",
+            rope_parameters=LONGROPE,
+            max_position_embeddings=128,
+            original_max_position_embeddings=32,
+        ),
+        "longrope",
+    ),
 }
 
 

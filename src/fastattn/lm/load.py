@@ -60,7 +60,7 @@ def load(
             None: on a GPU, where liger-kernel is installed. True: it is required. False: never.
         trust_remote_code: whether code that comes with the directory may be run. Without, a model that cannot be had
             from transformers' own classes is refused.
-        adapter_path: a directory with an adapter that peft wrote (adapter_config.json, adapter_model.safetensors), to be
+        adapter_path: a directory with an adapter that peft wrote: adapter_config.json, adapter_model.safetensors. It is
             merged into the weights. Default: the one beside the model, if it has one.
 
     Raises:
