@@ -109,6 +109,22 @@ def test_prompt_from_stdin(capsys, monkeypatch, speaker):
     assert generate(capsys, speaker, "-g", "3", prompt="-")[1] == generate(capsys, speaker, "-g", "3")[1]
 
 
+def test_a_byte_order_mark_is_no_prompt(capsys, monkeypatch, speaker, tmp_path):
+    status, plain, _ = generate(capsys, speaker, "-g", "3")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffw5 w6 w7"))
+    assert generate(capsys, speaker, "-g", "3", prompt="-")[:2] == (status, plain)
+    path = tmp_path / "prompts"
+    expected = batch(capsys, speaker, path, "w5 w6 w7\n", "-g", "3")
+    assert batch(capsys, speaker, path, "\ufeffw5 w6 w7\n", "-g", "3")[:2] == expected[:2]
+
+
+@pytest.mark.parametrize("options", [("--top-k", "0"), ("--top-p", "1"), ("--top-p", "1.0", "--top-k", "0")])
+def test_off_is_off(capsys, speaker, options):
+    assert generate(capsys, speaker, *options)[:2] == generate(capsys, speaker)[:2]
+    drawn = ("--temperature", "1", "--seed", "4")
+    assert generate(capsys, speaker, *drawn, *options)[:2] == generate(capsys, speaker, *drawn)[:2]
+
+
 def test_chat_template(capsys, speaker):
     expected = greedy(load(speaker, attn="eager", device="cpu").model, [900, 5, 901], 4)
     status, out, err = generate(capsys, speaker, "-g", "4", "--chat", prompt="w5")

@@ -68,8 +68,8 @@ def apply_adapter(model: Any, path: Path) -> Any:
     """
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with blame(f"{path}: the adapter cannot be applied"), torch.no_grad():
-        from peft import PeftConfig, PeftModel
-        from peft.utils import load_peft_weights, set_peft_model_state_dict
+        from peft import PeftConfig, PeftModel  # type: ignore[import-not-found]
+        from peft.utils import load_peft_weights, set_peft_model_state_dict  # type: ignore[import-not-found]
 
         config = PeftConfig.from_pretrained(str(path))
         kind = getattr(config.peft_type, "value", config.peft_type)

@@ -52,8 +52,8 @@ class Probe:
         if not self._agree(again, self.after_long):
             raise ValueError(f"model: {name} says something else each time: its forward pass is random")
         # Of one length, so that nothing else differs: what is left is rounding, if anything.
-        error = (begin - self.after_long)[: LONG - 3].nan_to_num().norm()
-        if error > (0.01 if self._coarse else 1e-4) * self.after_long[: LONG - 3].nan_to_num().norm():
+        change = (begin - self.after_long)[: LONG - 3].nan_to_num().norm()
+        if change > (0.01 if self._coarse else 1e-4) * self.after_long[: LONG - 3].nan_to_num().norm():
             raise ValueError(
                 f"model: {name} is no causal language model: its logits depend on the tokens that follow (an encoder?)"
             )

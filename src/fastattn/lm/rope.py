@@ -26,9 +26,9 @@ def longest(config: Any) -> int:
         return 2**31
     reach = []
     for part in parts(config):
-        original, factor = part.get("original_max_position_embeddings") or known, part.get("factor")
-        stretched = part["rope_type"] in STRETCHED and factor
-        reach.append(max(known, int(original * factor)) if stretched else known)
+        factor = part.get("factor") if part["rope_type"] in STRETCHED else None
+        original: int = part.get("original_max_position_embeddings") or known
+        reach.append(max(known, int(original * factor)) if factor else known)
     return min(reach, default=known)
 
 

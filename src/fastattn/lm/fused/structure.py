@@ -80,12 +80,13 @@ def check_structure(model: Any, family: str, prefix: str) -> None:
 
 
 def _check_module(name: str, module: Any, kind: type, family: str, prefix: str) -> None:
-    if type(module) is not kind:
+    made: Any = type(module)
+    if made is not kind:
         raise ValueError(_other(name, kind, module))
     where = f"model: {name or kind.__name__}"
     short = kind.__name__.removeprefix(prefix)
     home = f"transformers.models.{family}.modeling_{family}" if kind.__name__.startswith(prefix) else kind.__module__
-    forward: Any = kind.forward  # type: ignore[attr-defined]
+    forward: Any = made.forward
     if kind.__module__ != home or forward.__module__ != home or forward.__qualname__ != f"{kind.__name__}.forward":
         if kind is not nn.ModuleList:
             raise ValueError(
