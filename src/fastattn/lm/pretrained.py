@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..failures import Refused, blame
+from .adapters import ELSEWHERE
 from .directory import CONFIG, Stored, brings_code, check_config, check_sizes
 from .weights import check_dtypes, check_finite, check_loaded, check_runs, outline
 
@@ -93,6 +94,7 @@ def read_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,  # never a pickle
+                adapter_kwargs=dict(ELSEWHERE),
                 ignore_mismatched_sizes=True,  # said below, by name
                 output_loading_info=True,
                 **options,
@@ -101,6 +103,10 @@ def read_model(
             if found := re.search(r"(\S+)\s*\|\s*\S*CONVERSION", "\n".join(log)):  # the error itself names no tensor
                 raise Refused(f"{path}: {_plain(found[1])}: the files' tensors do not fit the config") from error
             raise
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise Refused(
+                f"{path}: this transformers applies the adapter beside the model by itself: move it elsewhere"
+            )
         model = (model if device is None else model.to(device)).eval()
         if not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None:
             check_dtypes(drawn, stored)
