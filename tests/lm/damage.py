@@ -465,6 +465,17 @@ def _tokenizers() -> Iterator[Kind]:
     ):
         for value in (3, [], {"a": 1}, "nope", None, True, ["x", 3], {"0": {"content": 3}}):
             yield Kind(f"tokenizer_config {name} {value!r}", edited("tokenizer_config.json", **{name: value}), EITHER)
+    for name, content in {"no UTF-8": b"\xff\xfe{{ x }}", "empty": b"", "broken": b"{% for %}"}.items():
+        yield Kind(f"chat_template.jinja {name}", text("chat_template.jinja", content), EITHER)
+    yield Kind("chat_template.jinja a pipe", lambda p: os.mkfifo(p / "chat_template.jinja"))
+    yield Kind("chat_template.jinja a directory", lambda p: (p / "chat_template.jinja").mkdir(), EITHER)
+    yield Kind(
+        "a template among others that is a pipe",
+        lambda p: [
+            (p / "additional_chat_templates").mkdir(),
+            os.mkfifo(p / "additional_chat_templates" / "x.jinja"),
+        ],
+    )
     for file in ("special_tokens_map.json", "added_tokens.json"):
         for what, content in {
             "cut": "{",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..failures import blame
-from .directory import check_directory
+from .directory import read_headers
 from .fused_ops import check_fused_ops
 from .presets import PRESETS, preset_config
 from .pretrained import check_vocabulary, read_config, read_model, read_tokenizer, rows_of
@@ -72,7 +73,7 @@ def load(
             raise ValueError("fused_ops: cannot be used with a model that is spread over ranks")
         check_fused_ops(place)
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(model):  # False as well where it cannot be told
         loaded = _load_directory(path, attn, dtype, place, ranks, trust_remote_code)
     elif str(model) in PRESETS:
         loaded = _create(str(model), attn, dtype, place, seed, ranks)
@@ -138,8 +139,8 @@ def _load_directory(
 ) -> Loaded:
     check_attention(attn)
     with blame(f"{path}: cannot be loaded"):
-        stored = check_directory(path)
         config = read_config(path, trust_remote_code)
+        stored = read_headers(path)
         tokenizer = read_tokenizer(path, config, trust_remote_code)
     spread = _spread(config, ranks, trust_remote_code)
     with blame(f"{path}: cannot be loaded"):
