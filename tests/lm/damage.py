@@ -273,8 +273,9 @@ def _settings() -> Iterator[Kind]:
         {"rope_type": "dynamic", "rope_theta": 1e4},
     ):
         yield Kind(f"rope_parameters {value!r}", config(rope_parameters=value), EITHER)
-    for value in ({}, {"quant_method": "nope"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}, "x", [], 3):
+    for value in ({}, {"quant_method": "gptq"}, {"quant_method": "fp8"}, "x", [], 3):
         yield Kind(f"quantization_config {value!r}", config(quantization_config=value), EITHER)
+    yield Kind("an unknown quantization", config(quantization_config={"quant_method": "nope"}))
     yield Kind("biases that the files do not have", config(attention_bias=True))
     yield Kind("attention of a stranger", config(attn_implementation="evil/kernel"), HARMLESS)
     yield Kind("attention of a stranger, inside", config(_attn_implementation_internal="evil/kernel"), HARMLESS)

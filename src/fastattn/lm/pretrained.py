@@ -103,6 +103,8 @@ def read_model(
         model = (model if device is None else model.to(device)).eval()
         if not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None:
             check_dtypes(drawn, stored)
+            if getattr(model.config, "quantization_config", None) is not None:  # transformers warns, and goes on
+                raise Refused(f"{path / CONFIG}: quantization_config: expected a kind that transformers knows")
         check_loaded(path, model, info, stored, part=type(model.config) is not type(config))
         check_finite(path, model, stored)
         check_runs(path, model, rows_of(drawn))
