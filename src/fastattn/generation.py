@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -201,7 +202,7 @@ def _check_model(model: str) -> None:
     """Before a preset's 8 billion random numbers are made."""
     from .lm.presets import PRESETS
 
-    if model in PRESETS and not Path(model).is_dir():
+    if model in PRESETS and not os.path.isdir(model):
         raise ValueError(
             f"model: the preset {model} has random weights and no tokenizer, so there is no text to generate: "
             "expected a Hugging Face model directory (fastattn benchmark takes presets)"

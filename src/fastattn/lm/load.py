@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from .._compat.transformers import attention_name, causal_class, distributed
 from ..failures import Refused, blame
 from .adapters import apply_adapter, find_adapter
-from .directory import check_directory
+from .directory import read_headers
 from .fused_ops import check_fused_ops
 from .presets import PRESETS, preset_config
 from .pretrained import check_vocabulary, read_config, read_model, read_tokenizer, rows_of
@@ -83,7 +84,7 @@ def load(
     adapter = find_adapter(path, adapter_path)
     if adapter is not None and ranks is not None:
         raise ValueError("adapter_path: cannot be used with a model that is spread over ranks")
-    if path.is_dir():
+    if os.path.isdir(model):  # False as well where it cannot be told
         loaded = _load_directory(path, attn, dtype, place, ranks, trust_remote_code)
     elif str(model) in PRESETS:
         loaded = _create(str(model), attn, dtype, place, seed, ranks)
@@ -153,10 +154,10 @@ def _load_directory(
 ) -> Loaded:
     check_attention(attn)
     with blame(f"{path}: cannot be loaded"):
-        stored = check_directory(path)
         config = read_config(path, trust_remote_code)
         if config.is_encoder_decoder:
             raise Refused(f"{path}: expected a causal language model, {config.model_type} has an encoder")
+        stored = read_headers(path)
         tokenizer = read_tokenizer(path, config, trust_remote_code)
     spread = _spread(config, ranks, trust_remote_code)
     with blame(f"{path}: cannot be loaded"):
