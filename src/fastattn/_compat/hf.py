@@ -21,7 +21,6 @@ DummyLayer = _need("cache_utils.DummyLayer")
 StaticCache = _need("cache_utils.StaticCache")
 causal_mask_function = _need("masking_utils.causal_mask_function")
 bidirectional_mask_function = _need("masking_utils.bidirectional_mask_function")
-eager_mask = _need("masking_utils.eager_mask")
 sdpa_mask = _need("masking_utils.sdpa_mask")
 is_tracing = _need("utils.import_utils.is_tracing")
 
