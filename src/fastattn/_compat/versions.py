@@ -15,6 +15,7 @@ TESTED = {
     "nvidia-cudnn-frontend": ("1.28", "1.32"),
     "transformers": ("5.4", "5.24"),
     "liger-kernel": ("0.8.5", "0.8.5"),
+    "peft": ("0.19", "0.21"),
 }
 
 
