@@ -161,7 +161,7 @@ def test_switches_in_force_are_named(monkeypatch):
 def test_a_backend_list_with_an_unknown_name_is_a_line(monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKENDS", "torch,nope")
     found = findings()
-    assert "expected one or more of decode, cudnn, torch, reference, got nope" in found["switches"].text
+    assert "expected one or more of decode, cudnn, torch, reference, got nope" in found["FASTATTN_BACKENDS=torch,nope"].text
     assert found["backend reference"].state == "ok"
 
 
