@@ -53,7 +53,7 @@ def gone(package: str, name: str) -> str:
         return f"{package} is not installed: fastattn needs it for {name}"
     oldest, newest = TESTED[package]
     if not newer_than_tested(package, installed) and numbers(installed) >= numbers(oldest):
-        return f"{package} {installed} has no {name}, later versions have: pip install -U '{package}<{_next(newest)}'"
+        return f"{package} {installed} has no {name}; {newest} has: pip install -U '{package}<{_next(newest)}'"
     return (
         f"{package} {installed} has no {name}: fastattn was tested with {oldest} to {newest}: "
         f"pip install '{package}>={oldest},<{_next(newest)}'"
