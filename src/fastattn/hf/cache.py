@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .._compat.hf import Cache, DummyLayer
+from .._compat.hf import Cache, layer_without_memory
 from .._compat.hf import StaticCache as TheirStaticCache
 from .._compat.transformers import attention_name
 from ..checks import check_device, check_tensor
@@ -69,7 +69,7 @@ class StaticCache(Cache):
         self._rows, self._memories = rows, memories
         rows.layers = [Layer(memory, rows) for memory in memories if memory]
         ours = iter(rows.layers)
-        super().__init__(layers=[next(ours) if memory else DummyLayer() for memory in memories])
+        super().__init__(layers=[next(ours) if memory else layer_without_memory() for memory in memories])
 
     @property
     def lengths(self) -> Tensor:

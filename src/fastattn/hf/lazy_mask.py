@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._compat.hf import is_tracing
-from .._compat.torch import NO_TORCH_FUNCTION, TO_COPY, map_instances, schema_arguments, wrapper_subclass
+from .._compat.torch import NO_TORCH_FUNCTION, arguments_of, tree_map_only, wrapper_subclass
 from ..masks import Intervals, Segments
 
 _ATTRIBUTE = "_fastattn_compact"
@@ -139,12 +139,12 @@ class LazyMask(Tensor):
             if func in _SAME or (func is _SLICE and _is_whole(mask, *args[1:], **kwargs)):
                 return mask._again(mask._compact)
             device = kwargs.get("device")
-            if func is TO_COPY and device is not None and kwargs.get("dtype", mask.dtype) in (None, mask.dtype):
+            if func is _TO_COPY and device is not None and kwargs.get("dtype", mask.dtype) in (None, mask.dtype):
                 return mask._again(mask._compact.to(torch.device(device)))
         for argument, given in _arguments(func, args, kwargs):
             if argument.alias_info is not None:  # written to, or a view of it is returned
-                map_instances(LazyMask, LazyMask._share, given)
-        given, options = map_instances(LazyMask, LazyMask.dense, (args, kwargs))
+                tree_map_only(LazyMask, LazyMask._share, given)
+        given, options = tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
         out = func(*given, **options)
         lazy = [x for x in (*args, *kwargs.values()) if isinstance(x, LazyMask)]
         return next((x for x in lazy if out is x._dense), out)  # an operation in place returns its argument
@@ -167,11 +167,12 @@ class LazyMask(Tensor):
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _SLICE = torch.ops.aten.slice.Tensor
+_TO_COPY = torch.ops.aten._to_copy.default
 
 
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """An operation's arguments as its schema has them, each with what is given for it."""
-    for position, argument in enumerate(schema_arguments(func)):
+    for position, argument in enumerate(arguments_of(func)):
         if argument.name in kwargs:
             yield argument, kwargs[argument.name]
         elif position < len(args):
