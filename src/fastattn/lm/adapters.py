@@ -68,8 +68,8 @@ def apply_adapter(model: Any, path: Path) -> Any:
     """
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with blame(f"{path}: the adapter cannot be applied"), torch.no_grad():
-        from peft import PeftConfig, PeftModel  # type: ignore[import-not-found]
-        from peft.utils import load_peft_weights, set_peft_model_state_dict  # type: ignore[import-not-found]
+        from peft import PeftConfig, PeftModel
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         config = PeftConfig.from_pretrained(str(path))
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -79,7 +79,7 @@ def apply_adapter(model: Any, path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say of missing weights is found out below
             wrapped = PeftModel.from_pretrained(model, str(path), config=config)
-            said = set_peft_model_state_dict(wrapped, load_peft_weights(str(path), device=str(model.device)))
+            said: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(path), device=str(model.device)))
         own = [name for name in said.missing_keys if config.peft_type.value.lower() in name.lower() or "lora_" in name]
         for what, names in (("lacks", own), ("has, which the model does not know,", said.unexpected_keys)):
             if names:

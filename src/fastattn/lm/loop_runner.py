@@ -159,7 +159,7 @@ class _Remembered:
     def __init__(self, model: Any) -> None:
         self._modules = [
             module for module in model.modules()
-            if module._buffers and not module._modules and not module._parameters
+            if has_only_buffers(module)
         ]  # fmt: skip
         with torch.inference_mode():  # a short text puts back what longer ones have changed
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
@@ -168,7 +168,10 @@ class _Remembered:
     def now(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Everything as it is."""
         return [
-            ({name: x for name, x in vars(module).items() if not name.startswith("_")}, dict(module._buffers))
+            (
+                {name: x for name, x in vars(module).items() if not name.startswith("_")},
+                dict(module.named_buffers(recurse=False)),
+            )
             for module in self._modules
         ]
 
@@ -176,7 +179,14 @@ class _Remembered:
         """Makes everything what it was. None: before the first text."""
         for module, (values, buffers) in zip(self._modules, kept or self._new, strict=True):
             vars(module).update(values)
-            module._buffers.update(buffers)
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+
+
+def has_only_buffers(module: torch.nn.Module) -> bool:
+    """Whether a module holds buffers, and neither parameters nor other modules."""
+    held = any(True for _ in module.buffers(recurse=False))
+    return held and not any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.children())
 
 
 def vocabulary(model: Any) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import has_adapter
 from ..failures import Refused, blame
 from .adapters import ELSEWHERE
 from .directory import CONFIG, Stored, brings_code, check_config, check_sizes
@@ -102,7 +103,7 @@ def read_model(
             if found := re.search(r"(\S+)\s*\|\s*\S*CONVERSION", "\n".join(log)):  # the error itself names no tensor
                 raise Refused(f"{path}: {_plain(found[1])}: the files' tensors do not fit the config") from error
             raise
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapter(model):
             raise Refused(
                 f"{path}: this transformers applies the adapter beside the model by itself: move it elsewhere"
             )

@@ -6,11 +6,13 @@ without a word. So every module has to be of the very class that transformers' o
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..._compat.transformers import activation as known_activation
+from ..._compat.transformers import modeling
 
 #: What a module of each class holds: parameters that must be there, those that may be, and buffers.
 _HELD: dict[str, tuple[set[str], set[str], set[str]]] = {
@@ -27,14 +29,14 @@ def expected(model: Any, family: str, prefix: str) -> dict[str, type]:
 
     family: the module's name in transformers.models. prefix: what its classes' names begin with.
     """
-    code = import_module(f"transformers.models.{family}.modeling_{family}")
+    code = modeling(family)
 
     def own(name: str) -> type:
         found: type = getattr(code, f"{prefix}{name}")
         return found
 
     attention, mlp = own("Attention"), own("MLP")
-    activation = type(import_module("transformers.activations").ACT2FN["silu"])
+    activation = type(known_activation("silu"))
     layer: dict[str, type] = {
         "": own("DecoderLayer"),
         "self_attn": attention,
@@ -99,14 +101,14 @@ def _check_module(name: str, module: Any, kind: type, family: str, prefix: str) 
     if module.training:
         raise ValueError(f"{where}: expected a model in eval mode")
     needed, allowed, buffers = _HELD.get(short, (set(), set(), set()))
-    parameters = {key for key, value in module._parameters.items() if value is not None}
-    held = {key for key, value in module._buffers.items() if value is not None}
+    parameters = {key for key, _ in module.named_parameters(recurse=False)}
+    held = {key for key, _ in module.named_buffers(recurse=False)}
     extra = parameters - needed - allowed
     for what, names in (("lacks", needed - parameters), ("has", extra), ("has", held - buffers)):
         if names:
             raise ValueError(f"{where}: it {what} {', '.join(sorted(names))}, which the fused layers do not expect")
-    for key, value in module._parameters.items():
-        if value is not None and (type(value) is not nn.Parameter or type(value.data) is not Tensor):
+    for key, value in module.named_parameters(recurse=False):
+        if type(value) is not nn.Parameter or type(value.data) is not Tensor:
             raise ValueError(f"{where}: expected {key} as a plain tensor, got {type(value.data).__name__}")
     if kind is nn.Embedding and (module.max_norm is not None or module.sparse):
         raise ValueError(f"{where}: expected a plain embedding, got one with max_norm or sparse")
