@@ -189,6 +189,67 @@ def test_bad_steps() -> None:
         cache.add_rows(0)
 
 
+@pytest.mark.parametrize(
+    "rows", [torch.tensor([-1]), torch.tensor([3]), torch.tensor([0, -3], dtype=torch.int32), torch.tensor([2, 2**40])]
+)
+def test_indices_of_no_row_are_refused_and_change_nothing(rows: Tensor) -> None:
+    cache = make()
+    cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32))
+    keys = [x.clone() for x in cache.keys]
+    for change in (cache.reset, cache.reorder):
+        with pytest.raises(ValueError, match=r"rows: expected indices in 0\.\.2, got "):
+            change(rows)
+        assert cache.lengths.tolist() == [4, 2, 3]
+        assert all(torch.equal(a, b) for a, b in zip(keys, cache.keys, strict=True))
+
+
+def test_rows_in_any_order_and_twice() -> None:
+    for rows in (torch.tensor([2, 0, 2]), torch.tensor([True, False, True]), torch.tensor([0, 2], dtype=torch.int32)):
+        cache = make()
+        cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32))
+        cache.reset(rows)
+        assert cache.lengths.tolist() == [0, 2, 0]
+        cache.reset(torch.tensor([], dtype=torch.int64))
+        assert cache.lengths.tolist() == [0, 2, 0]
+
+
+@pytest.mark.gpu
+def test_indices_of_no_row_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not read: nothing becomes of them in `reset`, `reorder` takes the nearest row. Debugging finds them."""
+    cache = make(device="cuda")
+    cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32, device="cuda"))
+    rows, order = torch.tensor([-1, 0, 3], device="cuda"), torch.tensor([-5, 7, 1], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.reset(rows)
+        lengths = cache.lengths.clone()
+        cache.reorder(order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert lengths.tolist() == [0, 2, 3]
+    assert cache.lengths.tolist() == [0, 3, 2]
+    cache.reset(torch.tensor([1]))
+    assert cache.lengths.tolist() == [0, 0, 2], "indices on the host will do"
+    monkeypatch.setattr(debug, "ENABLED", True)
+    for change in (cache.reset, cache.reorder):
+        with pytest.raises(ValueError, match="rows: expected indices"):
+            change(torch.tensor([-1], device="cuda"))
+
+
+def test_a_cache_is_where_there_is_a_device_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: Any = {"layers": 1, "batch": 1, "kv_heads": 1, "head_dim": 8}
+    assert KVCache(**sizes).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cache = KVCache(**sizes, dtype=torch.float32)
+    assert cache.lengths.device.type == cache.keys[0].device.type == "cpu"
+    cache.step(2)
+    q = torch.randn(1, 1, 2, 8)
+    assert bool(cache.attend(0, q, q, q).isfinite().all())
+    for device in ("cuda", "cuda:0", torch.device("cuda", 5)):
+        with pytest.raises(ValueError, match=r"device: got 'cuda.*torch sees 0 GPUs"):
+            KVCache(**sizes, device=device)
+
+
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("new, dim, value_dim", [(1, 8, 8), (5, 24, 40), (70, 64, 128)])
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import naive
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,8 +50,14 @@ BAD: dict[str, list[Any]] = {
         None, torch.randn(B, HKV, SKV), torch.randn(B, HKV, SKV + 1, D), torch.randn(B, HKV + 1, SKV, D),
         torch.randn(B, H, SKV, D), torch.randn(B + 1, HKV, SKV, D), torch.randn(B, HKV, SKV, D, device="meta"),
     ],
-    "scale": [torch.nan, torch.inf, -torch.inf, "1", True, 1j, torch.tensor(1.0), [1.0], 10**400],
-    "softcap": [torch.nan, torch.inf, 0.0, -1.0, "5", True, torch.tensor(5.0)],
+    "scale": [
+        torch.nan, torch.inf, -torch.inf, "1", True, 1j, torch.tensor(1.0), [1.0], 10**400, 1e300, -1e300,
+        np.float32(1.0), np.int64(1), np.array(1.0),
+    ],
+    "softcap": [
+        torch.nan, torch.inf, 0.0, -1.0, "5", True, torch.tensor(5.0), 1e300, 1e-300, 5e-324,
+        np.float32(5.0),
+    ],
     "window": [3, (3,), (1, 2, 3), (-2, 0), (0, -5), (1.0, 2), (True, 1), "ab", torch.tensor([1, 2]), (None, 1)],
     "mask": [
         "causality", "", "Causal", 1, True, [[True]], Array(), torch.ones(SQ, SKV, dtype=torch.int32),
@@ -81,9 +89,9 @@ FINE: dict[str, list[Any]] = {
     "q": [torch.randn(B, SQ, H, D).transpose(1, 2), torch.randn(B, H, SQ, D).bfloat16(), torch.randn(B, H, 0, D)],
     "k": [torch.randn(1, HKV, SKV, D).expand(B, -1, -1, -1), torch.randn(B, HKV, SKV, D, requires_grad=True)],
     "v": [torch.randn(B, HKV, SKV, 3), torch.randn(B, HKV, SKV, D).double(), torch.randn(B, HKV, SKV, 0)],
-    "scale": [None, 1, 0.1, -2.0, 0],
-    "softcap": [None, 1, 30.0],
-    "window": [None, (0, 0), [3, -1], (-1, 2**40)],
+    "scale": [None, 1, 0.1, -2.0, 0, 1e-300, -1e-39, 1e-45, 5e-324, np.float64(0.5)],
+    "softcap": [None, 1, 30.0, 1e6, 1e-6, np.float64(2.0)],
+    "window": [None, (0, 0), [3, -1], (-1, 2**40), (2**31, 2**31 - 1), (10**30, -1)],
     "mask": [
         None, "causal", torch.tensor(True), torch.ones(SKV).bool(), torch.ones(SQ, SKV).half(), torch.ones(1, H, 1, 1),
         Intervals(ints(B, SQ), 4 * ints(B, SQ)), Intervals(ints(1, 1), ints(1, 1)),
@@ -230,3 +238,68 @@ def test_random_mutations(seed: int) -> None:
             q, v = arguments["q"], arguments["v"]
             assert out.shape == (*q.shape[:3], v.shape[3]), (turn, changed)
     assert 60 < results < 240  # or the mutations say nothing, about right calls or about wrong ones
+
+
+BEYOND = {"scale": (1e31, -1e31, 3e38, -1e300, 10**40), "softcap": (1e31, 3e38, 1e-31, 1e-39, 1e-300)}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BEYOND.items() for value in values])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_factor_beyond_float32_is_refused_where_scores_are_float32(
+    name: str, value: float, dtype: torch.dtype
+) -> None:
+    arguments = {key: x.to(dtype) for key, x in good().items()}
+    with pytest.raises(ValueError, match=f"{name}: expected .*as scores are float32"):
+        fastattn.scaled_dot_product_attention(**arguments, **{name: value})
+    if abs(value) <= 1e290 and abs(value) >= 1e-290:
+        out = fastattn.scaled_dot_product_attention(**good() | {"v": good()["v"].double()}, **{name: value})
+        assert isinstance(out, Tensor) and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-39, 1e-32, 1e-30, 1e-20, -1e-300, -1e-39, 0, 5e-324])
+@pytest.mark.parametrize("backend", ["reference", "torch", "decode"])
+def test_a_scale_that_float32_knows_as_nothing(backend: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of 0, masked ones still masked (0 * -inf is NaN); and scores that are not 0, of large numbers."""
+    if backend == "decode":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("native on a GPU")
+        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    arguments = good()
+    q, k, v = arguments.values()
+    for factor in (1.0, 2.0**60):
+        q, k = q * factor, k * factor
+        found = fastattn.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", backend=backend)
+        for _ in range(2):  # and by the short way
+            again = fastattn.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", backend=backend)
+            assert torch.equal(found, again)
+        seen = naive.visible(q, k, window=(-1, 0))
+        scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found, (weights @ v.double().repeat_interleave(2, 1)).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e-6, 1e6, 1e20, 1e30])
+@pytest.mark.parametrize("backend", ["reference", "decode"])
+def test_softcaps_at_the_limits(backend: str, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "decode":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("native on a GPU")
+        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    q, k, v = good().values()
+    found = fastattn.scaled_dot_product_attention(q, k, v, softcap=softcap, mask="causal", backend=backend)
+    scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * D**-0.5
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~naive.visible(q, k, window=(-1, 0)), -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, (weights @ v.double().repeat_interleave(2, 1)).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_scales_at_the_limits_take_the_greatest_score(backend: str) -> None:
+    q, k, v = good().values()
+    for scale in (1e30, -1e30):
+        found = fastattn.scaled_dot_product_attention(q, k, v, scale=scale, backend=backend)
+        best = ((q @ k.repeat_interleave(2, 1).mT) * scale).argmax(-1)
+        want = v.repeat_interleave(2, 1).gather(2, best[..., None].expand(-1, -1, -1, D))
+        torch.testing.assert_close(found, want)

@@ -16,8 +16,9 @@ from torch import Tensor
 from . import dispatch, fast_path, ops
 from ._compat import torch as torch_internals
 from .masks import Intervals, Segments
-from .problem import Call, Problem
+from .problem import Call, Problem, work_dtype
 from .validate import (
+    LIMITS,
     check_flag,
     check_inputs,
     check_lengths,
@@ -54,7 +55,7 @@ def scaled_dot_product_attention(
         k: keys `[B, Hkv, Skv, D]`; Hq must be a multiple of Hkv (grouped-query attention, nothing is repeated).
         v: values `[B, Hkv, Skv, Dv]`. q, k, v: float16, bfloat16, float32 or float64, any strides; mixed dtypes
             promote as torch promotes; under autocast they are cast as torch's own attention casts them.
-        scale: factor on the scores, default `1 / sqrt(D)`.
+        scale: factor on the scores, default `1 / sqrt(D)`; at most 1e30 (1e290 for float64), of any sign.
         mask: None; "causal"; a bool tensor (True = attend) or an additive floating tensor, broadcastable to
             `[B, Hq, Sq, Skv]`; `Intervals`; or `Segments` (left padding, packing). "causal" is aligned to the **lower
             right**: query i sees key j when `j <= i + Skv - Sq`, what prefill in chunks and decode need. (torch's
@@ -63,7 +64,8 @@ def scaled_dot_product_attention(
             value (attention sinks as in gpt-oss).
         window: `(left, right)`: the query at position p sees the keys `[p - left, p + right]`, -1 meaning open;
             p = i + Skv - Sq. Combines with any mask.
-        softcap: cap > 0: scores become `cap * tanh(score / cap)` before masking (Gemma 2).
+        softcap: cap > 0: scores become `cap * tanh(score / cap)` before masking (Gemma 2); 1e-30 to 1e30 (1e-290 to
+            1e290 for float64).
         q_lengths, kv_lengths: int32 `[B]` on q's device: queries and keys past them are not there, and the causal
             alignment is by them: p = i + kv_lengths[b] - q_lengths[b]. Never read on the host. Values outside of
             0..S are clamped.
@@ -147,7 +149,7 @@ def prepare(
     if not torch.compiler.is_compiling() and torch_internals.transforms_active():
         raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
     q, k, v = _one_dtype(q, k, v)
-    scale = 1.0 / math.sqrt(q.shape[3] or 1) if scale is None else check_scale(scale)
+    scale = 1.0 / math.sqrt(q.shape[3] or 1) if scale is None else check_scale(scale, q.dtype)
     left, right = (-1, -1) if window is None else check_window(window)
     if isinstance(mask, str):
         if mask != "causal":
@@ -172,7 +174,10 @@ def prepare(
         check_lengths("kv_lengths", kv_lengths, q)
     if scale <= 0.0:  # kernels track the row's maximum before they scale, which needs a positive scale
         q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
-    cap = 0.0 if softcap is None else check_softcap(softcap)
+    least = LIMITS[work_dtype(q.dtype)][0]
+    if scale < least:  # in float32 it would be 0 sooner or later, and 0 * -inf is NaN: q takes what is missing
+        q, scale = q * (scale / least), least
+    cap = 0.0 if softcap is None else check_softcap(softcap, q.dtype)
     grads = _wanted(q, k, v, mask, sinks) if torch.is_grad_enabled() else ""
     return Call(
         q,

@@ -21,6 +21,12 @@ def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=text)
 
 
+def add_adapter_path(parser: argparse.ArgumentParser) -> None:
+    """`--adapter-path`, for whatever loads a model to generate with it."""
+    text = "merge this adapter, of peft's layout, into the model's weights (default: the one beside the model, if any)"
+    parser.add_argument("--adapter-path", metavar="DIR", help=text)
+
+
 def numbers(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
     """An argparse type: so many whole numbers (None: one or more), separated by commas."""
 

@@ -223,6 +223,8 @@ def serve(call: Call, names: tuple[str, ...], use: Callable[[Route], T]) -> T:
             if setback is not None:
                 raise _nobody(reasons(Problem.of(call), names)) from setback
             raise
+        if setback is not None:  # the shortened list does not show who was passed over
+            found = found._replace(until=time.monotonic())
         name = found.backend.name
         try:
             return use(found)

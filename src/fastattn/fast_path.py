@@ -18,6 +18,7 @@ from .backends.base import OutOfMemory
 from .backends.failures import failure_of
 from .masks import Intervals, Segments
 from .problem import Call
+from .validate import LIMITS
 
 
 class Known(NamedTuple):
@@ -43,7 +44,7 @@ def name_of(
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
-    if scale is not None and not (type(scale) is float and 0.0 < scale < math.inf):
+    if scale is not None and not (type(scale) is float and _LEAST <= scale <= _MOST):
         return None
     if return_lse is not False and return_lse is not True:
         return None
@@ -84,6 +85,7 @@ def name_of(
 
 
 _ODD = "no plain tensor"
+_LEAST, _MOST = LIMITS[torch.float32]  #: scales beyond it validation changes or refuses
 
 
 def _tensor(x: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DTYPES, add_dtype_and_device, add_trust_remote_code
+from .arguments import DTYPES, add_adapter_path, add_dtype_and_device, add_trust_remote_code
 from .terminal import argument_text, standard_input, stopped_by
 
 if TYPE_CHECKING:
     from .lm.parallel import Ranks
 
+BOM = "\ufeff"  #: what some editors and shells write before a text; it is no part of it
 #: --fused-ops -> `fused_ops` of `lm.load`.
 FUSED_OPS = {"auto": None, "on": True, "off": False}
 
@@ -46,6 +48,7 @@ def add_command(commands: Any) -> None:
     text = "tensor parallel: spread the model over the processes that torchrun started"
     add("--tp", action="store_true", help=f"{text} (torchrun --nproc-per-node N -m fastattn generate --tp ...)")
     add_dtype_and_device(parser, None, "the model's own")
+    add_adapter_path(parser)
     add_trust_remote_code(parser)
     parser.set_defaults(run=run)
 
@@ -115,6 +118,7 @@ def _generate(
         ranks=ranks,
         fused_ops=fused_ops,
         trust_remote_code=arguments.trust_remote_code,
+        adapter_path=arguments.adapter_path,
     )
     one = arguments.prompt is not None
     ids = [
@@ -180,9 +184,11 @@ class _Printer:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompts_file is None:
-        return [standard_input() if arguments.prompt == "-" else argument_text(arguments.prompt, "prompt")]
+        return [
+            standard_input().removeprefix(BOM) if arguments.prompt == "-" else argument_text(arguments.prompt, "prompt")
+        ]
     try:
-        lines = Path(arguments.prompts_file).read_text(encoding="utf-8").split("\n")
+        lines = Path(arguments.prompts_file).read_text(encoding="utf-8").removeprefix(BOM).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts_file: cannot be read: {error}") from error
     if not lines[-1]:
@@ -196,7 +202,7 @@ def _check_model(model: str) -> None:
     """Before a preset's 8 billion random numbers are made."""
     from .lm.presets import PRESETS
 
-    if model in PRESETS and not Path(model).is_dir():
+    if model in PRESETS and not os.path.isdir(model):
         raise ValueError(
             f"model: the preset {model} has random weights and no tokenizer, so there is no text to generate: "
             "expected a Hugging Face model directory (fastattn benchmark takes presets)"

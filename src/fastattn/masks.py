@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_flag, check_ints
 from .problem import Call, Problem
 
 LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
@@ -56,16 +57,18 @@ class Segments(NamedTuple):
 
         cu_seqlens, cu_seqlens_kv: int32 `[N + 1]`, cumulative lengths of the queries' and of the keys' sequences (the
         same unless given): sequence n holds the tokens `cu[n] <= t < cu[n + 1]`.
+
+        Raises ValueError or TypeError, naming the argument, for what is not as described.
         """
-        for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_kv", cu_seqlens_kv)):
-            if cu is None and name == "cu_seqlens_kv":
-                continue
-            if not isinstance(cu, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(cu).__name__}")
-            if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
-                raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu.dtype} {list(cu.shape)}")
-            if cu.shape != cu_seqlens.shape:
-                raise ValueError(f"{name}: expected {list(cu_seqlens.shape)} as of cu_seqlens, got {list(cu.shape)}")
+        check_ints("cu_seqlens", cu_seqlens, "[sequences + 1]", 1)
+        check_flag("causal", causal)
+        if cu_seqlens_kv is not None:
+            check_ints("cu_seqlens_kv", cu_seqlens_kv, "[sequences + 1]", 1)
+            for what in ("shape", "device"):
+                expected, got = getattr(cu_seqlens, what), getattr(cu_seqlens_kv, what)
+                if expected != got:
+                    expected, got = (list(x) if what == "shape" else x for x in (expected, got))
+                    raise ValueError(f"cu_seqlens_kv: expected {what} {expected} as of cu_seqlens, got {got}")
         row = torch.zeros_like(cu_seqlens[1:])
         found = [row, cu_seqlens[:-1], cu_seqlens[1:]]
         if cu_seqlens_kv is not None:
@@ -74,19 +77,24 @@ class Segments(NamedTuple):
 
     @staticmethod
     def left_padded(padding: Tensor, q_len: int, kv_len: int, *, causal: bool = True) -> Segments:
-        """One sequence per batch entry, at its right end. The queries are the last q_len of kv_len tokens.
+        """One sequence per batch entry, at its right end. The queries are the last q_len of kv_len tokens (the first
+        ones of no sequence where there are more).
 
-        padding: int32 `[B]`, tokens of padding before the first real one, of kv_len.
+        padding: int32 `[B]` on the inputs' device, tokens of padding before the first real one, of kv_len; read on the
+            device alone, clamped to 0..kv_len (with FASTATTN_DEBUG=1 the op raises).
+        q_len, kv_len: Sq and Skv of the call.
+
+        Raises ValueError or TypeError, naming the argument, for what is not as described.
         """
-        if not isinstance(padding, Tensor):
-            raise TypeError(f"padding: expected a torch.Tensor, got {type(padding).__name__}")
-        if padding.dtype != torch.int32 or padding.dim() != 1:
-            raise ValueError(f"padding: expected int32 [batch], got {padding.dtype} {list(padding.shape)}")
+        check_ints("padding", padding, "[batch]")
+        check_flag("causal", causal)
+        check_count("q_len", q_len, 0)
+        check_count("kv_len", kv_len, 0)
         row = torch.arange(padding.shape[0], dtype=torch.int32, device=padding.device)
         end = torch.full_like(padding, kv_len)
         if q_len == kv_len:
             return Segments(torch.stack([row, padding, end]), causal)
-        first = (padding - (kv_len - q_len)).clamp(min=0)
+        first = (padding.clamp(0, kv_len) - (kv_len - q_len)).clamp(min=0)
         return Segments(torch.stack([row, first, torch.full_like(padding, q_len), padding, end]), causal)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from .checks import check_device as check_device
+from .checks import check_flag as check_flag
+from .checks import check_tensor as check_tensor
+from .checks import is_count as is_count
 from .masks import Intervals, Segments
+from .problem import work_dtype
 
 LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,45 +41,33 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise ValueError(f"{name}: expected a dense (strided) tensor, got a nested one")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
+#: Of factors on the scores, by the dtype in which those are computed: with smaller or larger ones scores that are
+#: numbers would become 0, infinite and NaN. (A score is a sum of products, and float32 ends at 3e38.)
+LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
 
 
-def is_count(value: object) -> bool:
-    """True for an int, at least 1, that fits 32 bits: a size, a number of rows or tokens."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device: expected a torch device, such as cpu or cuda:0, got {device!r}") from error
-
-
-def check_scale(scale: float) -> float:
-    value = _number("scale", scale)
-    if not -math.inf < value < math.inf:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
-        raise ValueError(f"scale: expected a finite number, got {value}")
+def check_scale(scale: float, dtype: torch.dtype) -> float:
+    """dtype: of q, promoted."""
+    value, most = _number("scale", scale), LIMITS[work_dtype(dtype)][1]
+    if not -most <= value <= most:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
+        raise ValueError(
+            f"scale: expected a finite number of at most {most:g}, as scores are {_work(dtype)}, got {value}"
+        )
     return value
 
 
-def check_softcap(softcap: float) -> float:
-    value = _number("softcap", softcap)
-    if not 0 < value < math.inf:
-        raise ValueError(f"softcap: expected None or a finite number > 0, got {value}")
+def check_softcap(softcap: float, dtype: torch.dtype) -> float:
+    value, (least, most) = _number("softcap", softcap), LIMITS[work_dtype(dtype)]
+    if not least <= value <= most:
+        raise ValueError(
+            f"softcap: expected None or a finite number > 0, from {least:g} to {most:g} as scores are {_work(dtype)}, "
+            f"got {value}"
+        )
     return value
 
 
-def check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
-    return value
+def _work(dtype: torch.dtype) -> str:
+    return str(work_dtype(dtype)).removeprefix("torch.")
 
 
 def check_window(window: tuple[int, int]) -> tuple[int, int]:

@@ -17,12 +17,22 @@ ROOM = ROOT / "_compat"
 ALLOWED = {
     **dict.fromkeys(("_replace", "_fields", "_asdict"), "documented for named tuples"),
     "_getframe": "documented by sys",
+    "_exit": "documented by os",
+    "_to_copy": "an ATen operator",
     "_data": "of os.environ, asked with getattr and done without where it is not there",
 }
+GLUON = "triton.experimental.gluon"  #: a language for kernels, as triton.language is
 #: Libraries of whose modules only these are imported elsewhere; of transformers only what it exports at the top.
 PUBLIC = {
     "transformers": ("transformers",),
-    "triton": ("triton", "triton.language"),
+    "triton": (
+        "triton",
+        "triton.language",
+        "triton.experimental",
+        GLUON,
+        f"{GLUON}.language",
+        f"{GLUON}.language.nvidia.hopper",
+    ),
     "cudnn": ("cudnn",),
     "liger_kernel": (),
 }

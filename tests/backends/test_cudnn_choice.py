@@ -189,10 +189,8 @@ def test_what_is_trained_is_told_by_the_call_not_by_its_log_sum_exp(
 def test_training_counts_what_was_served_before(built: list[PlanKey], clock: Clock) -> None:
     """The same plan serves both; it is built once."""
     served, trained = Choice(EXACT, GENERAL), Choice(EXACT, GENERAL, trained=True)
-    for choice, expected in (
-        *[(served, [GENERAL])] * 5,
-        *[(trained, [GENERAL, EXACT]), (served, [GENERAL, EXACT])] * 20,
-    ):
+    both = [GENERAL, EXACT]
+    for choice, expected in (*[(served, [GENERAL])] * 5, *[(trained, both), (served, both)] * 20):
         choice.plan()
         clock.now += 2 * plans.OCCASION
         assert plans.cache.wait(10)

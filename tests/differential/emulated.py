@@ -206,7 +206,11 @@ class EmulatedCache:
         return EmulatedPlan(key)
 
     def best(
-        self, exact: PlanKey | None, general: PlanKey, larger: Callable[[], Iterable[PlanKey]] = tuple
+        self,
+        exact: PlanKey | None,
+        general: PlanKey,
+        larger: Callable[[], Iterable[PlanKey]] = tuple,
+        trained: bool = False,
     ) -> EmulatedPlan:
         if exact is not None and self.exact:
             return self.get(exact)

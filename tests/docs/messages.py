@@ -20,8 +20,9 @@ def messages() -> Iterator[tuple[str, str]]:
             for node in _own(scope):
                 call = _message_call(node)
                 if call is not None and call.args:
+                    cause = f": {HOLE}" if _name(call.func) == "blame" else ""  # it adds what went wrong
                     for text in _texts(call.args[0], names):
-                        yield f"{name}:{node.lineno}", text
+                        yield f"{name}:{node.lineno}", text + cause
 
 
 def _scopes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -51,7 +52,7 @@ def _assigned(scope: ast.AST) -> dict[str, ast.expr]:
 def _message_call(node: ast.AST) -> ast.Call | None:
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         return node.exc
-    if isinstance(node, ast.Call) and _name(node.func) in ("warn_once", "warn", "complain"):
+    if isinstance(node, ast.Call) and _name(node.func) in ("warn_once", "warn", "complain", "blame"):
         return node
     return None
 

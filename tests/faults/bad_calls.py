@@ -43,6 +43,7 @@ HUGE = [2**70, 10**400]  #: ints that no tensor's size can be
 NO_TENSOR = junk("optional")
 NO_SIZE = [value for value in junk() if not (type(value) is int and value > 0)]
 NO_FLAG = junk("flag")
+_NO_LENGTH = [value for value in NO_SIZE if not (type(value) is int and value == 0)]
 
 
 def ints(*values: int) -> Tensor:
@@ -91,6 +92,8 @@ def tokens() -> dict[str, Any]:
 
 _NO_KV = [*NO_TENSOR, None, torch.randn(2, 2, 8), torch.randn(2, 2, 2, 8), torch.randn(1, 2, 1, 8)]
 _NO_KV += [torch.randn(2, 2, 1, 9), torch.randn(2, 2, 1, 8).to("meta"), torch.randn(2, 2, 1, 8).to_sparse()]
+_NO_ROWS = [ints(0)[None], ints(0).short(), ints(0).to("meta"), ints(-1), ints(2), ints(0, -3), ints(1, 2).long()]
+_NO_ROWS += [torch.tensor([2**40]), torch.tensor([-(2**40)]), ints(0, 1).to_sparse(), torch.tensor(0)]
 _NO_DTYPE = [*junk(), torch.int32, torch.bool, torch.complex64]
 _NO_DEVICE = [*junk("optional", "int", "number"), "no:such:device", -2]
 
@@ -138,7 +141,7 @@ ENTRIES = (
             **{name: [x for x in NO_SIZE if x is not None] for name in ("value_dim", "capacity")},
             "windows": [*junk("optional", "int", "sequence", "pair"), 0, -1, True, 2.5, [3], [3, 0], (1, 2, 3), "ab"],
             "dtype": _NO_DTYPE,
-            "device": [*_NO_DEVICE, None],
+            "device": [*_NO_DEVICE, "cuda:99", torch.device("cuda", 99)],
         },
     ),
     Entry(
@@ -167,13 +170,13 @@ ENTRIES = (
         "KVCache.reset",
         lambda **arguments: cache().reset(**arguments),
         lambda: {"rows": ints(0)},
-        {"rows": [*NO_TENSOR, torch.ones(2), torch.ones(3).bool(), ints(0)[None]]},
+        {"rows": [*NO_TENSOR, torch.ones(2), torch.ones(3).bool(), torch.ones(2).bool().to("meta"), *_NO_ROWS]},
     ),
     Entry(
         "KVCache.reorder",
         lambda **arguments: cache().reorder(**arguments),
         lambda: {"rows": ints(1, 0)},
-        {"rows": [*NO_TENSOR, None, torch.ones(2), ints(0)[None]]},
+        {"rows": [*NO_TENSOR, None, torch.ones(2), torch.ones(2).bool(), *_NO_ROWS]},
     ),
     Entry(
         "KVCache.add_rows",
@@ -214,7 +217,9 @@ ENTRIES = (
         lambda: {"cu_seqlens": ints(0, 3, 7)},
         {
             "cu_seqlens": [*NO_TENSOR, None, ints(0, 3, 7).long(), torch.zeros(3), ints(0, 3, 7)[None], ints()],
-            "cu_seqlens_kv": [*NO_TENSOR, ints(0, 7), ints(0, 3, 7)[None]],
+            "cu_seqlens_kv": [
+                *NO_TENSOR, ints(0, 7), ints(0, 3, 7)[None], ints(0, 3, 7).long(), ints(0, 3, 7).to("meta"),
+            ],
             "causal": NO_FLAG,
         },
     ),
@@ -224,7 +229,53 @@ ENTRIES = (
             *(torch.randn(2, 2, 7, 8) for _ in range(3)), mask=Segments.left_padded(**arguments)
         ),
         lambda: {"padding": ints(0, 3), "q_len": 7, "kv_len": 7},
-        {"padding": [*NO_TENSOR, None, torch.zeros(2), ints(0, 3).long()], "causal": NO_FLAG},
+        {
+            "padding": [
+                *NO_TENSOR, None, torch.zeros(2), ints(0, 3).long(), ints(0, 3)[None], ints(0, 3).bool(),
+                ints(0, 3).to_sparse(), torch.tensor(3, dtype=torch.int32), ints(0, 3).to("meta"),
+            ],
+            "q_len": [*_NO_LENGTH, *HUGE],
+            "kv_len": [*_NO_LENGTH, *HUGE],
+            "causal": NO_FLAG,
+        },
+    ),
+    Entry(
+        "Segments",
+        lambda **arguments: fastattn.scaled_dot_product_attention(
+            *(torch.randn(2, 2, 7, 8) for _ in range(3)), mask=Segments(**arguments)
+        ),
+        lambda: {"table": ints(0, 1, 0, 0, 7, 7).view(3, 2)},
+        {
+            "table": [
+                *NO_TENSOR, None, ints(0, 0, 7), ints(0, 1, 0, 0).view(2, 2), ints(0, 0, 7)[:, None].long(),
+                torch.zeros(3, 2), ints(0, 0, 7)[:, None].to("meta"), ints(0, 0, 7)[:, None].to_sparse(),
+            ],
+            "causal": NO_FLAG,
+        },
+    ),
+    Entry(
+        "Intervals",
+        lambda **arguments: fastattn.scaled_dot_product_attention(
+            *(torch.randn(2, 2, 7, 8) for _ in range(3)), mask=fastattn.Intervals(**arguments)
+        ),
+        lambda: {"lo": ints(0, 3)[:, None], "hi": ints(7, 7)[:, None]},
+        {
+            name: [
+                *NO_TENSOR, None, ints(0, 3), ints(0, 3)[:, None].long(), torch.zeros(2, 1), ints(0, 1, 2)[:, None],
+                ints(0, 3)[None], ints(0, 3)[:, None].to("meta"), ints(0, 3)[:, None].to_sparse(),
+            ]
+            for name in ("lo", "hi")
+        },
+    ),
+    Entry(
+        "Segments.left_padded, fewer queries",
+        lambda **arguments: fastattn.scaled_dot_product_attention(
+            torch.randn(2, 2, 3, 8),
+            *(torch.randn(2, 2, 7, 8) for _ in range(2)),
+            mask=Segments.left_padded(**arguments),
+        ),
+        lambda: {"padding": ints(0, 3), "q_len": 3, "kv_len": 7},
+        {"q_len": _NO_LENGTH, "kv_len": _NO_LENGTH, "causal": NO_FLAG},
     ),
 )  # fmt: skip
 
@@ -234,6 +285,9 @@ ALSO = {
     "cu_seqlens": ("mask.table",),
     "padding": ("mask.table",),
     "causal": ("mask.causal",),
+    "table": ("mask.table",),
+    "lo": ("mask.lo", "mask.hi"),
+    "hi": ("mask.hi", "mask.lo"),
 }
 #: (entry, argument) -> what it may be as well.
 ALSO_FINE = {("attention", name): values for name, values in FINE.items()}

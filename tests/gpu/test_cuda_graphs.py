@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
-from fastattn.backends.cudnn import plans
+from fastattn.backends.cudnn import backward, forward, plans
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -176,24 +175,43 @@ def test_varlen_reads_nothing_on_the_host() -> None:
 def test_plans_are_built_in_the_background_while_another_thread_captures(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's captures are "global": what a thread without leave allocates or loads meanwhile would end them."""
+    """torch's captures are "global": what a thread without leave allocates or loads meanwhile would end them.
+
+    With a cache and a worker of the test's own: nothing that another test asked for is built, or counted, here.
+    """
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
-    case = BASE.but(q_len=211, kv_len=211)  # a length of its own, so that its exact plan is not there
+    monkeypatch.delenv("FASTATTN_PLANS", raising=False)
+    assert plans.cache.wait(120), "what other tests left to be built"
+    cache = plans.PlanCache()
+    for module in (plans, forward, backward):
+        monkeypatch.setattr(module, "cache", cache)
+    monkeypatch.setattr(plans, "SERVED_AFTER", 1 << 30)  # nothing is built but by the submit below
+    fastattn.clear_plans()  # calls that remember plans of the other cache
+    case = BASE.but(q_len=211, kv_len=211)
     inputs, keys = make(case, "cuda", seed), []
-    best = plans.cache.best
-    monkeypatch.setattr(plans.cache, "best", lambda exact, *rest: (keys.append(exact), best(exact, *rest))[1])
+    best = cache.best
+    monkeypatch.setattr(cache, "best", lambda exact, *rest: (keys.append(exact), best(exact, *rest))[1])
     run(inputs, "cudnn")
-    before = plans.cache.stats()
+    assert cache.wait(60) and cache.stats()["background_builds"] == 0 and keys[0] is not None
+    began, go_on = threading.Event(), threading.Event()
+
+    def build() -> None:
+        began.set()
+        assert go_on.wait(60)
+        cache._make_in_background(keys[0])
+
+    cache._worker.submit(build)
+    assert began.wait(60)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plans.cache._worker.submit(partial(plans.cache._make_in_background, keys[0]))
+        go_on.set()  # so that all of the build lies within the capture
         while True:
             got = run(inputs, "cudnn", poison=False)
-            if plans.cache.wait(0.002):
+            if cache.wait(0.002):
                 break
-    after = plans.cache.stats()
-    assert after["background_builds"] == before["background_builds"] + 1
-    assert after["background_failures"] == before["background_failures"]
+    assert cache._find(keys[0]) is not None
+    after = cache.stats()
+    assert (after["background_builds"], after["background_failures"]) == (1, 0), after
     fresh = refill(inputs, case, seed + 1)
     graph.replay()
     assert_right(case, fresh, got)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -181,7 +182,7 @@ def test_known_functions_are_read_not_evaluated(function: str, padding: str) -> 
 
 
 def test_plain_masks_are_known_on_the_host() -> None:
-    """What the fastest kernels do without a mask; and never None, which layers read in two ways."""
+    """What the fastest kernels do without a mask."""
     full = torch.ones(2, 9, dtype=torch.bool)
     window, both = hf.sliding_window_causal_mask_function, hf.bidirectional_mask_function
     assert hint_of(interval_mask(2, 9, 9)) == (9, -1, 0)
@@ -190,9 +191,20 @@ def test_plain_masks_are_known_on_the_host() -> None:
     assert hint_of(interval_mask(2, 4, 9, q_offset=5)) == (9, -1, 0)
     assert hint_of(interval_mask(2, 9, 9, mask_function=window(9))) == (9, -1, 0)
     assert hint_of(interval_mask(2, 4, 9, mask_function=both, attention_mask=full)) == (9, -1, -1)
-    for skip in (True, False):  # whether None may be answered changes nothing
-        assert hint_of(interval_mask(2, 9, 9, allow_is_causal_skip=skip)) == (9, -1, 0)
-        assert hint_of(interval_mask(2, 4, 9, mask_function=both, allow_is_bidirectional_skip=skip)) == (9, -1, -1)
+
+
+def test_none_means_every_key_as_in_eager_attention() -> None:
+    both = hf.bidirectional_mask_function
+    full, left = torch.ones(2, 9, dtype=torch.bool), PADDING["left"](2, 9)
+    skip = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": True}
+    assert interval_mask(2, 9, 9, **skip) is not None, "causal"
+    assert interval_mask(2, 1, 9, q_offset=8, **skip) is not None, "a single query"
+    assert interval_mask(2, 9, 9, mask_function=both, attention_mask=left, **skip) is not None
+    assert interval_mask(2, 9, 9, mask_function=both, allow_is_bidirectional_skip=False) is not None
+    for padding in (None, full):
+        assert interval_mask(2, 9, 9, mask_function=both, attention_mask=padding, **skip) is None
+    decoder = SimpleNamespace(is_causal=False)  # whose layers call themselves causal all the same
+    assert interval_mask(2, 9, 9, mask_function=both, config=decoder, **skip) is not None
 
 
 def test_bands() -> None:

@@ -273,8 +273,9 @@ def _settings() -> Iterator[Kind]:
         {"rope_type": "dynamic", "rope_theta": 1e4},
     ):
         yield Kind(f"rope_parameters {value!r}", config(rope_parameters=value), EITHER)
-    for value in ({}, {"quant_method": "nope"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}, "x", [], 3):
+    for value in ({}, {"quant_method": "gptq"}, {"quant_method": "fp8"}, "x", [], 3):
         yield Kind(f"quantization_config {value!r}", config(quantization_config=value), EITHER)
+    yield Kind("an unknown quantization", config(quantization_config={"quant_method": "nope"}))
     yield Kind("biases that the files do not have", config(attention_bias=True))
     yield Kind("attention of a stranger", config(attn_implementation="evil/kernel"), HARMLESS)
     yield Kind("attention of a stranger, inside", config(_attn_implementation_internal="evil/kernel"), HARMLESS)
@@ -465,6 +466,17 @@ def _tokenizers() -> Iterator[Kind]:
     ):
         for value in (3, [], {"a": 1}, "nope", None, True, ["x", 3], {"0": {"content": 3}}):
             yield Kind(f"tokenizer_config {name} {value!r}", edited("tokenizer_config.json", **{name: value}), EITHER)
+    for name, content in {"no UTF-8": b"\xff\xfe{{ x }}", "empty": b"", "broken": b"{% for %}"}.items():
+        yield Kind(f"chat_template.jinja {name}", text("chat_template.jinja", content), EITHER)
+    yield Kind("chat_template.jinja a pipe", lambda p: os.mkfifo(p / "chat_template.jinja"))
+    yield Kind("chat_template.jinja a directory", lambda p: (p / "chat_template.jinja").mkdir(), EITHER)
+    yield Kind(
+        "a template among others that is a pipe",
+        lambda p: [
+            (p / "additional_chat_templates").mkdir(),
+            os.mkfifo(p / "additional_chat_templates" / "x.jinja"),
+        ],
+    )
     for file in ("special_tokens_map.json", "added_tokens.json"):
         for what, content in {
             "cut": "{",

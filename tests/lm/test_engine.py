@@ -433,7 +433,7 @@ def test_the_loop_gives_what_transformers_gives(tiny):
     expected = [reference(tiny, prompt, 6, eos_token_id=None) for prompt in prompts]
     runner = LoopRunner(tiny.model, 2, 64)
     assert collect(Engine(runner).generate(prompts, 6))[0] == expected
-    assert not any(cache.get_seq_length() for cache in runner._caches)
+    assert not any(state.length for state in runner._states)
 
 
 def test_the_loop_prefills_in_steps(tiny, monkeypatch):
@@ -456,7 +456,7 @@ def test_a_full_row_of_the_loop_stays_as_it_is(tiny):
     runner.prefill(0, torch.tensor([1, 2, 3, 4]))
     runner.decode(torch.tensor([5]))
     assert runner.decode(torch.tensor([5])).shape == (1, 1024)
-    assert runner._caches[0].get_seq_length() == 5
+    assert runner._states[0].length == 5
 
 
 def test_the_loop_is_what_remains_and_says_why(tiny, monkeypatch):
@@ -514,7 +514,7 @@ def test_bad_sizes(tiny, rows, capacity, message):
 
 @pytest.mark.parametrize("tokens, capacity", [(1, 256), (256, 256), (257, 512), (10**9, 131072)])
 def test_rows_have_a_round_length_within_the_models(tiny, monkeypatch, tokens, capacity):
-    monkeypatch.setattr(engine_module, "make_runner", lambda loaded, rows, capacity: FakeRunner(rows, capacity))
+    monkeypatch.setattr(engine_module, "make_runner", lambda loaded, rows, capacity, **rest: FakeRunner(rows, capacity))
     assert make_engine(tiny, 3, tokens).runner.capacity == capacity
 
 

@@ -414,6 +414,30 @@ def test_compiled(kernels_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(logits(compiled, ids), plain, **tolerance)
 
 
+def _shift(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def _shifted(x: Tensor, *, by: float = 2.0) -> Tensor:
+    return _shift(x) * by
+
+
+@pytest.mark.parametrize("order", ["original first", "copy first"])
+def test_a_copy_with_other_globals_is_compiled_as_a_function_of_its_own(order: str) -> None:
+    """As each attention module's forward is after a graph break in its caller: torch.compile finds what it compiled by
+    the code of a function, and there it names globals that are in the scope of one of the two only."""
+    torch._dynamo.reset()
+    copied = fused_ops._with_globals(_shifted, {"_shift": lambda x: x + 10})
+    x = torch.ones(3)
+    functions = [(_shifted, 4.0), (copied, 22.0)]
+    for function, expected in 2 * (functions if order == "original first" else functions[::-1]):
+        compiled = torch.compile(function, backend="eager")
+        assert compiled(x).tolist() == [expected] * 3
+        assert function(x).tolist() == [expected] * 3
+    assert fused_ops._same(_shifted, copied), "still recognised"
+    assert copied.__name__ == "_shifted" and copied.__kwdefaults__ == {"by": 2.0}
+
+
 class _Wrong:
     """Kernels that differ from liger-kernel's, each in its way."""
 

@@ -109,6 +109,22 @@ def test_prompt_from_stdin(capsys, monkeypatch, speaker):
     assert generate(capsys, speaker, "-g", "3", prompt="-")[1] == generate(capsys, speaker, "-g", "3")[1]
 
 
+def test_a_byte_order_mark_is_no_prompt(capsys, monkeypatch, speaker, tmp_path):
+    status, plain, _ = generate(capsys, speaker, "-g", "3")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffw5 w6 w7"))
+    assert generate(capsys, speaker, "-g", "3", prompt="-")[:2] == (status, plain)
+    path = tmp_path / "prompts"
+    expected = batch(capsys, speaker, path, "w5 w6 w7\n", "-g", "3")
+    assert batch(capsys, speaker, path, "\ufeffw5 w6 w7\n", "-g", "3")[:2] == expected[:2]
+
+
+@pytest.mark.parametrize("options", [("--top-k", "0"), ("--top-p", "1"), ("--top-p", "1.0", "--top-k", "0")])
+def test_off_is_off(capsys, speaker, options):
+    assert generate(capsys, speaker, *options)[:2] == generate(capsys, speaker)[:2]
+    drawn = ("--temperature", "1", "--seed", "4")
+    assert generate(capsys, speaker, *drawn, *options)[:2] == generate(capsys, speaker, *drawn)[:2]
+
+
 def test_chat_template(capsys, speaker):
     expected = greedy(load(speaker, attn="eager", device="cpu").model, [900, 5, 901], 4)
     status, out, err = generate(capsys, speaker, "-g", "4", "--chat", prompt="w5")
@@ -123,14 +139,14 @@ def test_chat_template(capsys, speaker):
         (("--temperature", "-1"), "--temperature: expected 0 or more, got -1.0"),
         (("--temperature", "nan"), "--temperature: expected 0 or more, got nan"),
         (("--temperature", "1", "--top-p", "0"), "--top-p: expected a number in (0, 1], got 0.0"),
-        (("--temperature", "1", "--top-k", "0"), "--top-k: expected a whole number, at least 1, got 0"),
+        (("--temperature", "1", "--top-k", "-1"), "--top-k: expected at least 0, got -1"),
         (("--top-k", "4"), "--top-k: only with a temperature above 0"),
         (("--temperature", "1", "--min-p", "2"), "--min-p: expected a number in [0, 1], got 2.0"),
         (("--repetition-penalty", "0"), "--repetition-penalty: expected a number above 0, got 0.0"),
         (("--batch-size", "0"), "--batch-size: expected at least 1, got 0"),
         (("--stop", ""), "--stop: expected strings that are not empty"),
         (("--prompts-file", "x"), "--prompts-file: not allowed with argument --prompt"),
-        (("--seed", "-1"), "--seed: expected 0 or more"),
+        (("--seed", "-1"), "--seed: expected at least 0, got -1"),
         (("--attn", "nope"), "--attn: expected one of eager, fastattn,"),
         (("--device", "cuda:99"), "--device: "),
         (("--model", "tiny"), "--model: the preset tiny has random weights and no tokenizer"),

@@ -132,6 +132,37 @@ def test_what_a_file_says_commands_no_terminal(copy: Path):
     assert str(caught.value).isprintable()
 
 
+def test_a_directory_that_may_not_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for method in ("read_text", "iterdir"):  # tests run as root, who may read everything
+        monkeypatch.setattr(Path, method, refuse)
+        for read in (load, warming_config):
+            with pytest.raises(ValueError, match=rf"^{copy}.*Permission denied"):
+                read(copy)
+
+
+def test_a_name_that_can_be_none(copy: Path):
+    for name in ("x" * 5000, "a\x00b", ""):
+        with pytest.raises(ValueError, match="model: expected a directory"):
+            load(name)
+        with pytest.raises(ValueError, match="model: expected a directory"):
+            warming_config(name)
+
+
+def test_a_panic_of_a_parser_is_damage(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    class PanicException(BaseException):  # as pyo3 has it
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"tokenizer.json: expected a tokenizer .*: index out of bounds"):
+        load(copy, attn="eager", device="cpu")
+
+
 @pytest.mark.parametrize("layout", ["snapshots", "cache"])
 def test_the_links_of_the_hubs_cache_are_followed(copy: Path, tmp_path: Path, layout: str, monkeypatch):
     blobs = tmp_path / "models--a--b" / "blobs"

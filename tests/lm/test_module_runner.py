@@ -197,7 +197,7 @@ LONGROPE: dict[str, Any] = {
     "rope_theta": 1e4,
     "short_factor": [1.0] * 4,
     "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 32,
 }
 REFUSED: dict[str, tuple[Any, str]] = {
     "eager": (lambda: build("llama", "eager"), 'attn_implementation is "eager"'),
@@ -233,7 +233,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: _made(OPTConfig(**_SIZES, word_embed_proj_dim=32, num_attention_heads=4, ffn_dim=48)),
         "lengths on the device: ",
     ),
-    "longrope": (lambda: build("phi3", "fastattn", rope_parameters=LONGROPE, max_position_embeddings=128), "longrope"),
+    "longrope": (
+        lambda: build(
+            "phi3",
+            "fastattn",
+            rope_parameters=LONGROPE,
+            max_position_embeddings=128,
+            original_max_position_embeddings=32,
+        ),
+        "longrope",
+    ),
 }
 
 

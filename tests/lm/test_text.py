@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 
@@ -181,3 +182,37 @@ def test_a_stop_string_in_the_last_token_is_found(tokenizer):
     texts = TextStream(tokenizer, [], ["d and"])
     shown = [texts.add(token, "length" if i == len(ids) - 1 else None) for i, token in enumerate(ids)]
     assert ("".join(text for text, _ in shown), shown[-1][1]) == ("wor", "stop")
+
+
+def byte_tokens() -> Any:
+    """A tokenizer in sentencepiece's manner: characters that it has no token for are bytes, and a run of bytes of which
+    one is wrong is decoded as no character at all."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "▁", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", ["🏳🌈", "日本語", "a日", "é"])
+def test_a_cut_run_of_bytes(text: str) -> None:
+    """What was shown stays; each byte that is left over is one replacement character, as decoding at once has it."""
+    tokenizer = byte_tokens()
+    ids = [2 if byte == b"a"[0] else 3 + byte for byte in text.encode()]
+    for cut in range(1, len(ids) + 1):
+        stream = Detokenizer(tokenizer, [2])
+        found = "".join([stream.add(token) for token in ids[:cut]]) + stream.flush()
+        whole = text.encode()[:cut].decode(errors="ignore")
+        left = cut - len(whole.encode())
+        assert found == whole + "\ufffd" * left
+
+
+def test_bytes_that_break_a_run_take_nothing_back() -> None:
+    tokenizer = byte_tokens()
+    ids = [*(3 + byte for byte in "日".encode()), 3 + 0xE6, 2, 2]
+    stream = Detokenizer(tokenizer, [2])
+    assert "".join([stream.add(token) for token in ids]) + stream.flush() == "日\ufffdaa"

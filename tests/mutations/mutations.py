@@ -22,6 +22,7 @@ _DECODE = ("tests/backends/test_decode.py", "-k", "splits or layouts")
 _KEYS = ("tests/backends/test_cudnn_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
+_STRANGERS = ("tests/backends/test_disk_strangers.py",)
 
 MUTATIONS = (
     # what is remembered
@@ -232,6 +233,69 @@ MUTATIONS = (
         "if body[8 : 8 + length] != label:",
         "if False:",
         _FILES,
+    ),
+    Mutation(
+        "a plan that somebody else may write is trusted",
+        "backends/cudnn/folder.py",
+        "if info.st_uid != os.geteuid() or info.st_mode & mode:",
+        "if False:",
+        _STRANGERS,
+    ),
+    Mutation(
+        "what leads to the folder of plans is not looked at",
+        "backends/cudnn/folder.py",
+        "            _check_lead(os.fstat(here), path)\n",
+        "",
+        _STRANGERS,
+    ),
+    Mutation(
+        "a copied folder of plans is trusted",
+        "backends/cudnn/folder.py",
+        'os.fstat(handle).st_ino.to_bytes(8, "little")',
+        "bytes(8)",
+        _STRANGERS,
+    ),
+    Mutation(
+        "what is no plan of ours is trimmed",
+        "backends/cudnn/disk.py",
+        "if _OURS.fullmatch(entry.name) else None",
+        'if entry.name.endswith((".plan", ".tmp")) else None',
+        _STRANGERS,
+    ),
+    Mutation(
+        "a result file names files elsewhere",
+        "bench/charts.py",
+        '_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")',
+        '_NO_NAME = re.compile(r"[^A-Za-z0-9._/-]+")',
+        ("tests/bench/test_hostile_results.py", "-k", "name_no_files"),
+    ),
+    Mutation(
+        "a result file's text is markup in markdown",
+        "bench/report_markdown.py",
+        "escape(text, quote=False)",
+        "text",
+        ("tests/bench/test_hostile_results.py", "-k", "do_nothing and sweep"),
+    ),
+    Mutation(
+        "a terminal obeys a result file",
+        "printable.py",
+        "    if character.isprintable():\n        return character\n",
+        "    return character\n",
+        ("tests/bench/test_hostile_results.py", "-k", "do_nothing or printable"),
+    ),
+    Mutation(
+        "a file is written over its own input",
+        "bench/output.py",
+        "if _same(path, Path(source)) or _part_of(path, Path(source)):",
+        "if False:",
+        ("tests/bench/test_output.py", "-k", "inputs or model"),
+    ),
+    Mutation(
+        "a full disk takes the old file",
+        "bench/output.py",
+        "    temporary = _temporary(path)\n    handle = os.open(temporary, _NEW, 0o666)  # less the umask\n",
+        "    temporary = path\n    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)\n",
+        ("tests/bench/test_output.py", "-k", "old_file"),
     ),
     Mutation(
         "v may be shorter than k",

@@ -50,6 +50,10 @@ def copied(
     inner = getattr(function, "__wrapped__", None)
     if inner is None:
         code = _renamed(function.__code__, names) if names else function.__code__
+        if scope is not None:
+            # torch.compile keeps what it has compiled by the code, with names that are among the globals of the
+            # function that came first: one code for two functions ends in a NameError.
+            code = code.replace(co_name=f"{function.__name__}_with_other_globals")
         return _made(function, code, function.__globals__ if scope is None else scope, function.__closure__)
     if not isinstance(inner, FunctionType):
         raise TypeError(f"{function.__qualname__} wraps something that is no function: {inner!r}")

@@ -17,13 +17,17 @@ def _need(name: str) -> Any:
 ALL_ATTENTION_FUNCTIONS = _need("modeling_utils.ALL_ATTENTION_FUNCTIONS")
 Cache = _need("cache_utils.Cache")
 CacheLayerMixin = _need("cache_utils.CacheLayerMixin")
-DummyLayer = _need("cache_utils.DummyLayer")
 StaticCache = _need("cache_utils.StaticCache")
 causal_mask_function = _need("masking_utils.causal_mask_function")
 bidirectional_mask_function = _need("masking_utils.bidirectional_mask_function")
-eager_mask = _need("masking_utils.eager_mask")
 sdpa_mask = _need("masking_utils.sdpa_mask")
 is_tracing = _need("utils.import_utils.is_tracing")
+
+
+def layer_without_memory() -> Any:
+    """The cache of a layer that keeps nothing. Raises Gone before the versions that have such layers."""
+    return _need("cache_utils.DummyLayer")()
+
 
 MASKING = causal_mask_function.__module__  #: where transformers' mask functions are written
 

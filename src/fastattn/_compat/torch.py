@@ -5,14 +5,14 @@ Used as a module (`torch_internals.raw_stream(0)`), so that a test can put somet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .versions import Gone, gone
+from .versions import Gone, gone, need
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,11 +49,6 @@ def may_be_watched() -> bool:
 def same_dispatch(one: Tensor, other: Tensor) -> bool:
     """Whether torch's dispatcher treats two tensors alike. False where torch does not tell."""
     return _keys is not None and _keys(one).raw_repr() == _keys(other).raw_repr()
-
-
-def changes(x: Tensor) -> int:
-    """How often a tensor was changed in place. It must not have been made in inference mode."""
-    return x._version
 
 
 def driver_version() -> int:
@@ -117,9 +112,17 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tens
 
 
 #: What a subclass of Tensor sets `__torch_function__` to that wants to see operations in `__torch_dispatch__` alone.
-NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+NO_TORCH_FUNCTION: Any = need("torch", "torch._C._disabled_torch_function_impl")
+#: Applies a function to all instances of a class within tuples, lists and dicts.
+tree_map_only: Callable[..., Any] = need("torch", "torch.utils._pytree.tree_map_only")
 
 
 def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     """An instance of a subclass of Tensor that has a shape, a dtype and a device, but no memory."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def arguments_of(operator: Any) -> Sequence[Any]:
+    """An operator's arguments as its schema has them: `name`, and `alias_info` of those that it writes to or views."""
+    found: Sequence[Any] = operator._schema.arguments
+    return found

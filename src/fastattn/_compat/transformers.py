@@ -64,6 +64,11 @@ def keeps_a_state(model: Any) -> bool:
     return bool(getattr(model, "_is_stateful", True))
 
 
+def has_adapter(model: Any) -> bool:
+    """Whether `from_pretrained` found an adapter beside the model and put it into its layers."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def ranks_of(model: Any) -> int:
     """Over how many ranks transformers spread a model."""
     return getattr(model, "_tp_size", None) or 1

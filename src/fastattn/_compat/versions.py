@@ -15,6 +15,7 @@ TESTED = {
     "nvidia-cudnn-frontend": ("1.28", "1.32"),
     "transformers": ("5.4", "5.24"),
     "liger-kernel": ("0.8.5", "0.8.5"),
+    "peft": ("0.19", "0.21"),
 }
 
 
@@ -51,6 +52,8 @@ def gone(package: str, name: str) -> str:
     except PackageNotFoundError:
         return f"{package} is not installed: fastattn needs it for {name}"
     oldest, newest = TESTED[package]
+    if not newer_than_tested(package, installed) and numbers(installed) >= numbers(oldest):
+        return f"{package} {installed} has no {name}; {newest} has: pip install -U '{package}<{_next(newest)}'"
     return (
         f"{package} {installed} has no {name}: fastattn was tested with {oldest} to {newest}: "
         f"pip install '{package}>={oldest},<{_next(newest)}'"

@@ -14,6 +14,8 @@ from ..problem import Call, Gradients, Problem, as_token_major
 from .base import Runner
 from .layout import readable
 
+#: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
+_INFINITE = 1e30
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28
 
@@ -71,6 +73,15 @@ def _needs_mask(p: Problem) -> bool:
     return p.right >= 0 and not (p.causal and (p.q_len == p.kv_len or p.q_len == 1))
 
 
+def _without_infinities(k: Tensor) -> Tensor:
+    """Keys whose infinities, which are legal (a score of -inf takes a key out), are numbers so large that they do the
+    same. torch's memory-efficient kernel multiplies float32 as three products of TF32: it splits x in what TF32 holds
+    and the rest, and the rest of -inf is -inf + inf, NaN. Other dtypes are multiplied as they are."""
+    if k.dtype != torch.float32:
+        return k
+    return k.nan_to_num(nan=torch.nan, posinf=_INFINITE, neginf=-_INFINITE)
+
+
 def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = blind = None
     if _needs_mask(p):
@@ -91,7 +102,7 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if p.device == "cuda":
         # Measured (2.11): rows that do not start at 16 bytes, and masks without a key dim of their own, end some of
         # torch's kernels in an illegal access; and a row of finfo.min is a row of nothing to them.
-        q, k, v = readable(q), readable(k), readable(v)
+        q, k, v = readable(q), readable(_without_infinities(k)), readable(v)
         if mask is not None:
             mask = masks.in_base_2(mask) if p.mask == "additive" else mask
             mask = mask.expand(*mask.shape[:3], p.kv_len).contiguous()

@@ -146,6 +146,7 @@ def _model(chapter: Chapter, data: dict[str, Any]) -> None:
     )
     names = list(found)
     keys = list(dict.fromkeys(key for entry in found.values() for key in entry.get("averages", {})))
+    head = few_columns(["implementation", *(_WORDS.get(key, key) for key in keys)])
     for key in (key for key in keys if key.endswith(("_tps", "tokens_per_second"))):
         values = [(name, found[name].get("averages", {}).get(key)) for name in names]
         series = [Series(name, [(0, value)]) for name, value in values if value]
@@ -154,7 +155,6 @@ def _model(chapter: Chapter, data: dict[str, Any]) -> None:
             slug = f"{chapter.name}-{key.replace('_', '-')}"
             title = _WORDS.get(key, key)
             chapter.parts.append(Chart(slug, title, text, "bars", "", "tokens/s", series, [""], log=False))
-    head = few_columns(["implementation", *(_WORDS.get(key, key) for key in keys)])
     rows = [
         [title_of(name), *(number(entry.get("averages", {}).get(key)) for key in keys)] for name, entry in found.items()
     ]

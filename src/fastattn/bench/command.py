@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import DTYPES, add_dtype_and_device, add_trust_remote_code, numbers
+from ..arguments import DTYPES, add_adapter_path, add_dtype_and_device, add_trust_remote_code, numbers
 from ..generation import FUSED_OPS, add_fused_ops
 from ..printable import printable
 from . import output, results
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("adamw", "sgd")
 
 # What either benchmark takes, and the other refuses. None is "not given": the default is that of the settings.
-GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths", "tp")
+GENERATION = ("generation_tokens", "prompt_lengths", "prefill_step_size", "fresh_lengths", "tp", "adapter_path")
 TRAINING = ("warmup_steps", "variable_lengths", "optimizer", "gradient_checkpointing", "fused_loss")
 
 
@@ -49,6 +49,7 @@ def add_command(commands: Any) -> None:
     )
     output.add_json(add)
     add_dtype_and_device(parser, None, "the model's own; for presets, and to train, bf16 on a GPU, fp32 on the CPU")
+    add_adapter_path(parser)
     add_trust_remote_code(parser)
     add_fused_ops(add, "where it is installed, on a GPU; to train: off")
     add("--seed", type=int, default=0, metavar="N", help="of the prompts and of a preset's weights (%(default)s)")

@@ -53,6 +53,7 @@ class Settings:
     seed: int = 0
     fused_ops: bool | None = None  #: see `fastattn.lm.load`; fastattn alone uses them
     trust_remote_code: bool = False  #: see `fastattn.lm.load`
+    adapter_path: str | None = None  #: see `fastattn.lm.load`
 
     def __post_init__(self) -> None:
         counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
@@ -109,6 +110,7 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
         ranks,
         settings.fused_ops,
         settings.trust_remote_code,
+        settings.adapter_path,
     )
     for name in settings.attn[1:]:
         set_attention(loaded.model, attention_of(name))

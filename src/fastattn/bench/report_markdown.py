@@ -18,7 +18,11 @@ make a page of what is there (which needs no GPU):
 ```console
 $ fastattn sweep --json sweep.json --html sweep.html --plots plots
 $ fastattn report benchmarks/results/h100/*.json --html report.html
-```"""
+```
+
+Every file is written beside its place and renamed, so that a full disk leaves the old one. Of a symbolic link to a file
+the file is replaced; a pipe, `/dev/stdout` and `/dev/null` are written into; what is no file otherwise is refused
+before anything is measured. A report made of somebody else's result file shows what that says and does nothing else."""
 HEAD = "<!-- Made by `fastattn report --markdown` from result files: change those, not this. -->"
 
 
@@ -51,7 +55,7 @@ def _pictures_of(path: Path, folder: Path) -> list[Path]:
     """The pictures of a page that was made here: it says so, it shows them, and they begin as ours do."""
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if not text.startswith(HEAD):
+        if not text.startswith(HEAD) or folder.is_symlink():  # a link may lead to what no page of ours is about
             return []
         names = {name for where, name in _PICTURE.findall(text) if where == folder.name}
         return [folder / name for name in sorted(names) if _is_ours(folder / name)]

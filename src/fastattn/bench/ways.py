@@ -46,18 +46,18 @@ def make_way(loaded: Loaded, name: str, rows: int, capacity: int, step: int) -> 
     step: prompt tokens at a time, where it is ours to say.
     """
     if name == "fastattn":
-        return _Engine(loaded, rows, capacity)
+        return _Engine(loaded, rows, capacity, step)
     if name.endswith(STATIC):
         return _Generate(loaded, "static", capacity)
     return _Loop(loaded, step)
 
 
 class _Engine:
-    def __init__(self, loaded: Loaded, rows: int, capacity: int) -> None:
+    def __init__(self, loaded: Loaded, rows: int, capacity: int, step: int) -> None:
         from ..lm.engine import Engine
         from ..lm.runners import make_runner
 
-        runner = make_runner(loaded, rows, capacity)
+        runner = make_runner(loaded, rows, capacity, prefill_step=step)
         self.fused_ops: tuple[str, ...] = getattr(runner, "fused_ops", ())
         self._engine = Engine(runner, eos_ids=(), ranks=loaded.ranks)
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .._compat.hf import Cache, DummyLayer
+from .._compat.hf import Cache, layer_without_memory
 from .._compat.hf import StaticCache as TheirStaticCache
 from .._compat.transformers import attention_name
-from ..validate import FLOATING, check_tensor
+from ..checks import check_device, check_tensor
+from ..validate import FLOATING
 from .cache_layers import Host, Kind, Layer, Memory, Rows
 
 #: Layers that keep keys and values, or nothing.
@@ -32,7 +33,7 @@ class StaticCache(Cache):
         config: the model's, or that of its text part: how many layers there are, which of them have a window.
         batch, capacity: B rows of at most that many tokens.
         dtype: of keys and values. Default: that of the first ones.
-        device: where they and the lengths live.
+        device: where they and the lengths live; by default the current GPU where there is one, else the CPU.
 
     Raises:
         ValueError: an argument is not as described, or the model has layers with a state of another kind (recurrent,
@@ -46,7 +47,7 @@ class StaticCache(Cache):
         batch: int,
         capacity: int,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cuda",
+        device: torch.device | str | None = None,
     ) -> None:
         for name, size in (("batch", batch), ("capacity", capacity)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -60,7 +61,7 @@ class StaticCache(Cache):
                 f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
             )
         with torch.inference_mode(False):  # else they could be written in inference mode only
-            lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            lengths = torch.zeros(batch, dtype=torch.int32, device=check_device(device))
         memories = [kind and Memory(kind, batch, dtype) for kind in kinds]
         self._compose(Rows(lengths, Host(batch), capacity, 0), memories)
 
@@ -68,7 +69,7 @@ class StaticCache(Cache):
         self._rows, self._memories = rows, memories
         rows.layers = [Layer(memory, rows) for memory in memories if memory]
         ours = iter(rows.layers)
-        super().__init__(layers=[next(ours) if memory else DummyLayer() for memory in memories])
+        super().__init__(layers=[next(ours) if memory else layer_without_memory() for memory in memories])
 
     @property
     def lengths(self) -> Tensor:

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from .._compat.hf import is_tracing
-from .._compat.torch import NO_TORCH_FUNCTION, wrapper_subclass
+from .._compat.torch import NO_TORCH_FUNCTION, arguments_of, tree_map_only, wrapper_subclass
 from ..masks import Intervals, Segments
 
 _ATTRIBUTE = "_fastattn_compact"
@@ -173,7 +172,7 @@ _TO_COPY = torch.ops.aten._to_copy.default
 
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """An operation's arguments as its schema has them, each with what is given for it."""
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(arguments_of(func)):
         if argument.name in kwargs:
             yield argument, kwargs[argument.name]
         elif position < len(args):

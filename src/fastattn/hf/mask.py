@@ -3,8 +3,8 @@
 transformers calls it once per forward and layer type. It always answers with a mask that has the shape, dtype and
 values of the one that eager attention would get, and that carries the visible keys in a compact form
 (`lazy_mask.py`): an interval of keys for each query, or a dense bool tensor for what intervals cannot say (padding with
-holes, functions that only `vmap` can evaluate). It never answers None: None means "causal" to some layers and "all
-keys" to others.
+holes, functions that only `vmap` can evaluate). As for eager attention, None is answered only for "every query sees
+every key", never for "causal".
 
 Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
 as a window over the first few keys, for which the fastest kernels are made. Where it is padding or packing it carries
@@ -55,12 +55,13 @@ def interval_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     config: Any = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | None:
     """The mask of one layer type for one forward, as transformers' `AttentionMaskInterface` asks for it.
 
     Args:
@@ -69,14 +70,15 @@ def interval_mask(
             tensor; its value now is what counts, later changes do not reach the mask.
         mask_function: bool of (batch, head, query position, key position).
         attention_mask: None, or bool `[B, positions]`, False for padding; missing positions count as padding.
+        allow_is_bidirectional_skip: None may be answered where every query sees every key.
         use_vmap: the function takes only scalars.
         device, dtype: of the result.
-        config: the model's; only where its class is defined is looked at, for a warning.
-        kwargs: whether None may be answered (`allow_is_causal_skip` and the like): it never is.
+        config: the model's; only `is_causal` is read, and for a warning where its class is defined.
+        kwargs: ignored, among them whether None may be answered for a causal mask: it never is.
 
     Returns:
-        The additive mask `[B, 1, Sq, Skv]` of eager attention: 0 for visible keys, the dtype's lowest number for
-        others. It takes no memory until something computes with it; see `lazy_mask.py`.
+        None, or the additive mask `[B, 1, Sq, Skv]` of eager attention: 0 for visible keys, the dtype's lowest number
+        for others. It takes no memory until something computes with it; see `lazy_mask.py`.
 
     The host reads from the device at most once or twice a forward, never while a graph is captured or traced.
     """
@@ -131,6 +133,9 @@ def interval_mask(
         if padding is None:
             return dense()
     hint: Band | CausalSegments | None = _band(pattern, place, padding)
+    # A decoder made bidirectional by its config has layers that call themselves causal and would misread None.
+    if hint == (kv_length, -1, -1) and allow_is_bidirectional_skip and getattr(config, "is_causal", None) is not False:
+        return None
     if hint is None and readable:
         hint = _causal_segments(pattern, place, padding, batch_size)
     if pattern.is_open:

@@ -99,14 +99,14 @@ def recognise(mask_function: Callable[..., Any]) -> Pattern | None:
 
 
 def _read(mask_function: Callable[..., Any]) -> Pattern | None:
-    if getattr(mask_function, "__qualname__", None) not in masking_utils.UNDERSTOOD:
-        return None
     if mask_function is masking_utils.causal_mask_function:
-        return Pattern(right=0)
+        return Pattern(right=0) if "causal_mask_function" in masking_utils.UNDERSTOOD else None
     if mask_function is masking_utils.bidirectional_mask_function:
-        return Pattern()
+        return Pattern() if "bidirectional_mask_function" in masking_utils.UNDERSTOOD else None
     if torch.compiler.is_compiling():
         return None  # torch.compile does not let a traced closure be looked into
+    if getattr(mask_function, "__qualname__", None) not in masking_utils.UNDERSTOOD:
+        return None
     if getattr(mask_function, "__module__", "") != masking_utils.MASKING:
         return None
     expected, read = _CLOSURES.get(mask_function.__qualname__, ((), None))

@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import debug
 from ..api import scaled_dot_product_attention
 from ..backends.triton_launch import native
+from ..checks import check_count, check_device, check_tensor, is_count
 from ..masks import Intervals
-from ..validate import FLOATING, check_device, check_lengths, check_tensor, is_count
+from ..validate import FLOATING, check_lengths
 
 GROWTH = 256  #: tokens by which a cache without a fixed capacity grows
 
@@ -36,7 +37,7 @@ class KVCache:
             CUDA graph is captured.
         windows: for each layer the number of last tokens that a query sees, itself included, or None for all; a single
             value stands for all layers. Such a layer keeps only so many tokens, as a ring.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values. The device is by default the current GPU where there is one, else the CPU.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -53,14 +54,13 @@ class KVCache:
         capacity: int | None = None,
         windows: int | Sequence[int | None] | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cuda",
+        device: torch.device | str | None = None,
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"value_dim": head_dim if value_dim is None else value_dim}
         sizes |= {} if capacity is None else {"capacity": capacity}
         for name, size in sizes.items():
-            if not is_count(size):
-                raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+            check_count(name, size)
         if dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
         listed = list(windows) if isinstance(windows, Sequence) else [windows] * layers
@@ -113,8 +113,7 @@ class KVCache:
         Raises ValueError when the host knows that a row would be longer than a fixed capacity. Where only the device
         knows, what is too much is dropped (FASTATTN_DEBUG=1 raises).
         """
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"tokens: expected an int >= 1, got {tokens!r}")
+        check_count("tokens", tokens)
         if counts is not None:
             check_lengths("counts", counts, self.lengths)
         bound = self._bound + tokens
@@ -190,29 +189,34 @@ class KVCache:
         return out
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Empties the cache, or the rows (int64 or int32 indices `[N]`, or bool `[B]`) for new sequences."""
-        if rows is not None:
-            check_tensor("rows", rows)
-            flags = rows.dtype == torch.bool and rows.shape == self.lengths.shape
-            if not flags and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
-                raise ValueError(
-                    f"rows: expected int64 or int32 [rows], or bool [{self.batch}], got {rows.dtype} {list(rows.shape)}"
-                )
+        """Empties the cache, or some of its rows, for new sequences.
+
+        rows: int64 or int32 indices `[N]`, each of 0..B-1, in any order; or bool `[B]`. On the CPU or on the cache's
+            device; there they are not read on the host, and those that are no row's do nothing (FASTATTN_DEBUG=1
+            raises, as on the CPU).
+        """
         if rows is None:
             self.lengths.zero_()
             self._bound, self._equal = 0, not self._captured
+            return
+        check_tensor("rows", rows)
+        if rows.dtype == torch.bool and rows.shape == self.lengths.shape:
+            self._check_place(rows)
+            chosen = rows.to(self.device)
         else:
-            self.lengths[rows] = 0
-            self._equal = False
+            rows = self._check_rows(rows, f", or bool [{self.batch}]")
+            chosen = (rows[:, None] == torch.arange(self.batch, device=self.device)).any(0)
+        self.lengths.masked_fill_(chosen, 0)
+        self._equal = False
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row i what row `rows[i]` was: beams that swap, rows that are dropped or doubled.
 
-        rows: integers `[N]` on the cache's device; the batch has N rows then, in new memory unless N == B.
+        rows: int64 or int32 `[N]`, each of 0..B-1, as often as wanted; the batch has N rows then, in new memory unless
+            N == B. On the CPU or on the cache's device; there they are not read on the host, and clamped
+            (FASTATTN_DEBUG=1 raises, as on the CPU).
         """
-        check_tensor("rows", rows)
-        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"rows: expected int64 or int32 [rows], got {rows.dtype} {list(rows.shape)}")
+        rows = self._check_rows(rows).clamp(0, self.batch - 1)
         same = rows.shape[0] == self.batch
         for memory in (self.keys, self.values):
             for layer, old in enumerate(memory):
@@ -224,8 +228,7 @@ class KVCache:
 
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
-        if not is_count(count):
-            raise ValueError(f"count: expected an int >= 1, got {count!r}")
+        check_count("count", count)
         for memory, dim in ((self.keys, self.head_dim), (self.values, self.value_dim)):
             for layer, old in enumerate(memory):
                 memory[layer] = torch.cat([old, self._memory(count, layer, dim)])
@@ -281,6 +284,22 @@ class KVCache:
         lo = torch.maximum(i, before - start[:, None])
         hi = torch.where(i < self._counts[:, None], i + window, 0)
         return (joined[0], k), (joined[1], v), Intervals(lo, hi)
+
+    def _check_rows(self, rows: Tensor, also: str = "") -> Tensor:
+        """Indices of rows, on the cache's device. also: what else the message allows."""
+        check_tensor("rows", rows)
+        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"rows: expected int64 or int32 [rows]{also}, got {rows.dtype} {list(rows.shape)}")
+        self._check_place(rows)
+        if rows.numel() and (rows.device.type == "cpu" or debug.ENABLED):
+            least, most = (int(x) for x in rows.aminmax())
+            if least < 0 or most >= self.batch:
+                raise ValueError(f"rows: expected indices in 0..{self.batch - 1}, got {least}..{most}")
+        return rows.to(self.device)
+
+    def _check_place(self, rows: Tensor) -> None:
+        if rows.device.type != "cpu" and rows.device != self.lengths.device:
+            raise ValueError(f"rows: expected device cpu, or {self.lengths.device} as of the cache, got {rows.device}")
 
     def _check(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:

@@ -68,6 +68,9 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], most: int, write
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):  # it has nothing to say but its answer
+            os.dup2(null, number)
         _limit()
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

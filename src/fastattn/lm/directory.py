@@ -10,6 +10,7 @@ import json
 import math
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ OBJECTS = (
     "added_tokens.json",
     "vocab.json",
 )
-_LARGEST = 1 << 30  #: bytes of a file that is parsed as a whole
+_LARGEST = 1 << 28  #: bytes of a file that is parsed as a whole
 _MOST_LAYERS = 10_000  #: more than any model; before a config makes lists of that length
 #: Sizes of which a model has at least one, as transformers calls them.
 _SIZES = (
@@ -51,15 +52,6 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def check_directory(path: Path) -> dict[str, Stored]:
-    """The tensors in a model's directory, by name. Reads JSON files and headers, no weights.
-
-    Raises ValueError unless there are a config.json and whole safetensors files, all of them within the directory.
-    """
-    check_config(path)
-    return _tensors(path)
-
-
 def check_config(path: Path) -> dict[str, Any]:
     """config.json, once it and the JSON files beside it have been found to be what they should.
 
@@ -68,6 +60,9 @@ def check_config(path: Path) -> dict[str, Any]:
     """
     for entry in sorted(path.iterdir()):
         _check_kind(entry)
+        with suppress(OSError):  # no directory, or one that nobody can read
+            for inner in sorted(entry.iterdir()):
+                _check_kind(inner)
     if not (path / CONFIG).is_file():
         raise Refused(f"{path / CONFIG}: not found; expected a model directory in Hugging Face's layout")
     found = {name: read_json(path / name) for name in OBJECTS if (path / name).exists()}
@@ -166,7 +161,12 @@ def _check_end(path: Path, generation: dict[str, Any]) -> None:
             )
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
+def read_headers(path: Path) -> dict[str, Stored]:
+    """The tensors in a model's directory, by name. Reads no weights.
+
+    Raises ValueError, naming the file, unless there are whole safetensors files, all of them within the directory, and
+    of several files an index that is right.
+    """
     whole, index = path / WHOLE, path / INDEX
     named: dict[str, str] = {}
     if index.exists():

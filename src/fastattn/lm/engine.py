@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
+from .checks import check_flag, check_ids, check_int, check_sequence
+from .constraints import Constraints
 from .load import Loaded
 from .parallel import Ranks
 from .runner import Runner
@@ -63,20 +65,30 @@ class Engine:
         capture: bool | None = None,
         ahead: bool | None = None,
         ranks: Ranks | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         """
         Args:
             runner: `make_runner` finds one for a model. The engine decides over its rows.
-            eos_ids: tokens that end a text.
+            eos_ids: tokens that end a text, each >= 0.
             capture: whether decode steps are captured in CUDA graphs. Default: on a GPU, if the runner allows it.
             ahead: whether a step is queued before the last one's tokens are looked at. Default: on a GPU.
             ranks: that run the model together, each with an engine like this one and the same calls (tensor parallel).
+            constraints: of the choice of tokens, in every request. Default: none.
+
+        Raises ValueError for an argument that is not as described.
         """
+        eos_ids = check_ids("eos_ids", eos_ids)
+        for name, value in (("capture", capture), ("ahead", ahead)):
+            check_flag(name, value)
+        if any(token < 0 for token in eos_ids):
+            raise ValueError(f"eos_ids: expected token ids, 0 or more, got {min(eos_ids)}")
         on_gpu = runner.device.type == "cuda"
         self.runner = runner
         self.eos_ids = frozenset(eos_ids)
         self._step = DecodeStep(runner, capture, ranks)
         self._ranks = ranks
+        self._constraints = constraints
         self._ahead = on_gpu if ahead is None else ahead
         self._waiting: deque[_Request] = deque()
         self._rows: list[_Request | None] = []  #: of the first rows; None: the request is done
@@ -124,26 +136,27 @@ class Engine:
 
         Raises ValueError when there is no such request.
         """
-        if not 0 <= request < len(self._requests):
-            raise ValueError(f"request: expected the number of one of {len(self._requests)} that run, got {request}")
+        if isinstance(request, bool) or not isinstance(request, int) or not 0 <= request < len(self._requests):
+            raise ValueError(f"request: expected the number of one of {len(self._requests)} that run, got {request!r}")
         found = self._requests[request]
         found.cancelled = True
         if found in self._waiting:
             self._waiting.remove(found)
 
     def _check(self, prompts: Any, max_tokens: Any, sampling: Any) -> list[_Request]:
-        limits = _each("max_tokens", max_tokens, len(prompts))
+        prompts = check_sequence("prompts", prompts, "prompts, token ids each")
+        limits = [check_int("max_tokens", limit) for limit in _each("max_tokens", max_tokens, len(prompts))]
         if isinstance(sampling, (Sampling, type(None))):
             sampling = [(sampling or Sampling()).for_request(i) for i in range(len(prompts))]
         requests = []
         for i, (prompt, limit, how) in enumerate(
             zip(prompts, limits, _each("sampling", sampling, len(prompts)), strict=True)
         ):
-            ids = [int(token) for token in prompt]
+            ids = check_ids(f"prompts[{i}]", prompt)
+            if not isinstance(how, Sampling):
+                raise ValueError(f"sampling: expected Sampling, one for all or one for each, got {how!r:.80}")
             if not ids:
                 raise ValueError(f"prompts[{i}]: expected at least one token")
-            if limit < 1:
-                raise ValueError(f"max_tokens: expected at least 1, got {limit}")
             if len(ids) >= self.runner.capacity:
                 room = self.runner.capacity
                 raise ValueError(f"prompts[{i}]: expected fewer tokens than a row's {room}, got {len(ids)}")
@@ -229,11 +242,22 @@ class Engine:
             prompt = prompt.pin_memory().to(self.runner.device, non_blocking=True)
         logits, token = self.runner.prefill(row, prompt), self._step.ids[row : row + 1]
         token.copy_(logits.argmax(-1))
-        if not request.sampling.is_greedy:
-            request.chooser = Chooser(request.sampling, prompt, request.limit)
+        sampling = self._constrained(request)
+        if not sampling.is_greedy:
+            request.chooser = Chooser(sampling, prompt, request.limit)
             choose([request.chooser], logits[None], token)
         request.chosen = 1
         self._rows[row] = request
+
+    def _constrained(self, request: _Request) -> Sampling:
+        """How a request's tokens are chosen, with what the model asks of all of them."""
+        sampling = request.sampling
+        if self._constraints is None:
+            return sampling
+        found = self._constraints.of(
+            len(request.prompt), request.limit, self.runner.device, sampling.repetition_penalty is not None
+        )
+        return replace(sampling, processors=(*found, *sampling.processors)) if found else sampling
 
     def _look(self, chosen: list[_Chosen]) -> list[Event]:
         """Waits for the tokens on their way to the host, for nothing else. Frees the rows of texts that they end."""
@@ -272,20 +296,36 @@ class Engine:
                 self.runner.clear(row)
 
 
-def make_engine(loaded: Loaded, rows: int, tokens: int) -> Engine:
+def make_engine(loaded: Loaded, rows: int, tokens: int, *, prefill_step: int | None = None) -> Engine:
     """An engine for sequences of at most so many tokens, prompt and text together, as far as the model allows.
 
     Its rows have a multiple of 256 tokens, so that there are few different engines. The tokens that end a text are
-    those of the model's generation_config.
+    those of the model's generation_config, and the tokenizer's eos_token. What generation_config asks of every text
+    beside sampling (tokens that may not come, a least length, a repetition penalty) is done; what cannot be is named in
+    a warning. The model is not to be changed (adapters, hooks, dtype, device) while the engine lives.
+
+    Args:
+        loaded: from `load`.
+        rows: how many sequences run at a time, >= 1.
+        tokens: of a sequence, >= 1.
+        prefill_step: tokens of a prompt that go through the model at a time, about; >= 1. Default:
+            `runner.PREFILL_STEP`.
+
+    Raises ValueError for an argument that is not as described, and for a model that makes no next tokens; see
+    `make_runner`.
     """
+    rows, tokens = check_int("rows", rows), check_int("tokens", tokens)
+    eos_ids = end_tokens(loaded)
+    constraints = Constraints(getattr(loaded.model, "generation_config", None), eos_ids)
     capacity = min(-(-tokens // 256) * 256, longest(loaded))
-    return Engine(make_runner(loaded, rows, capacity), end_tokens(loaded), ranks=loaded.ranks)
+    runner = make_runner(loaded, rows, capacity, prefill_step=prefill_step)
+    return Engine(runner, eos_ids, ranks=loaded.ranks, constraints=constraints)
 
 
 def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
     """A value for each of so many requests."""
-    if not isinstance(value, Sequence):
-        return [value] * count
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        return [value] * count  # type: ignore[list-item]
     if len(value) != count:
         raise ValueError(f"{name}: expected one for all prompts or {count}, one for each, got {len(value)}")
     return value

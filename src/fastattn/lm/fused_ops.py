@@ -233,10 +233,16 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
             break
     else:
         return None
-    own = scope | {ROPE: _rope(function, scope[ROPE], rope.half)}
+    made = _with_globals(forward, {ROPE: _rope(function, scope[ROPE], rope.half)})
+    return made, f"rope in {kind.__name__}"
+
+
+def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionType:
+    """A copy of a function that finds other values for some of its globals."""
+    own = innermost(function).__globals__ | changes
     # torch.compile looks for the globals of a function with a __name__ in the module of that name.
     own.pop("__name__", None)
-    return copied(forward, own), f"rope in {kind.__name__}"
+    return copied(function, own)
 
 
 def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._compat.transformers import attention_name, causal_class, distributed
-from ..failures import blame
-from .directory import check_directory
+from ..failures import Refused, blame
+from .adapters import apply_adapter, find_adapter
+from .directory import read_headers
 from .fused_ops import check_fused_ops
 from .presets import PRESETS, preset_config
 from .pretrained import check_vocabulary, read_config, read_model, read_tokenizer, rows_of
+from .probe import Probe
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -41,6 +44,7 @@ def load(
     ranks: Ranks | None = None,
     fused_ops: bool | None = None,
     trust_remote_code: bool = False,
+    adapter_path: str | Path | None = None,
 ) -> Loaded:
     """Loads a causal language model for inference. Nothing is downloaded.
 
@@ -58,13 +62,17 @@ def load(
             None: on a GPU, where liger-kernel is installed. True: it is required. False: never.
         trust_remote_code: whether code that comes with the directory may be run. Without, a model that cannot be had
             from transformers' own classes is refused.
+        adapter_path: a directory with an adapter that peft wrote: adapter_config.json, adapter_model.safetensors. It is
+            merged into the weights. Default: the one beside the model, if it has one.
 
     Raises:
         ValueError: there is no such model, or it is incomplete or damaged: the text, one line, names the path and what
             was expected there. Weights of other shapes than the config says, that it does not know, or that are NaN or
             infinite count as damaged. The device or the attention implementation is not available. The model has no
             tensor parallel plan, or heads that the ranks do not divide. `fused_ops` without a GPU, or with `ranks`.
-        ImportError: transformers is not installed, or too old for `ranks`; or liger-kernel is not, for `fused_ops`.
+            It is no causal language model (see `probe.Probe`). The adapter does not fit, or cannot be merged.
+        ImportError: transformers is not installed, or too old for `ranks`; or liger-kernel is not, for `fused_ops`; or
+            peft is not, for an adapter.
     """
     _transformers()
     place = pick_device(device) if ranks is None else ranks.device
@@ -73,7 +81,10 @@ def load(
             raise ValueError("fused_ops: cannot be used with a model that is spread over ranks")
         check_fused_ops(place)
     path = Path(model)
-    if path.is_dir():
+    adapter = find_adapter(path, adapter_path)
+    if adapter is not None and ranks is not None:
+        raise ValueError("adapter_path: cannot be used with a model that is spread over ranks")
+    if os.path.isdir(model):  # False as well where it cannot be told
         loaded = _load_directory(path, attn, dtype, place, ranks, trust_remote_code)
     elif str(model) in PRESETS:
         loaded = _create(str(model), attn, dtype, place, seed, ranks)
@@ -82,6 +93,10 @@ def load(
             f"model: expected a directory with config.json, *.safetensors and a tokenizer, "
             f"or one of the presets {', '.join(PRESETS)}, got {str(model)!r}"
         )
+    if adapter is not None:
+        loaded = replace(loaded, model=apply_adapter(loaded.model, adapter))
+    if path.is_dir() and ranks is None:
+        Probe(loaded.model)  # before anybody waits for its first token
     return replace(loaded, fused_ops=fused_ops)
 
 
@@ -139,8 +154,10 @@ def _load_directory(
 ) -> Loaded:
     check_attention(attn)
     with blame(f"{path}: cannot be loaded"):
-        stored = check_directory(path)
         config = read_config(path, trust_remote_code)
+        if config.is_encoder_decoder:
+            raise Refused(f"{path}: expected a causal language model, {config.model_type} has an encoder")
+        stored = read_headers(path)
         tokenizer = read_tokenizer(path, config, trust_remote_code)
     spread = _spread(config, ranks, trust_remote_code)
     with blame(f"{path}: cannot be loaded"):

@@ -17,12 +17,11 @@ from .._compat.transformers import (
     with_cache,
 )
 from ..notice import warn_once
+from . import rope
 from .fused_ops import FusedOps, choose_fused_ops
 from .load import Loaded, _line
 from .runner import prefill_steps
-
-#: RoPE whose frequencies change with the longest position of a batch: they are chosen on the host, for all rows alike.
-ROPE_OF_THE_BATCH = ("dynamic", "longrope")
+from .visible import kept_whole, needs_no_more, sights
 
 
 class ModuleRunner:
@@ -36,6 +35,7 @@ class ModuleRunner:
         rows, capacity: as many sequences, of at most so many tokens.
         fused_ops: True: liger-kernel is required. False: not used. None: as the model was loaded; otherwise where
             liger-kernel is installed, on a GPU.
+        prefill_step: tokens of a prompt at a time. Default: `runner.PREFILL_STEP`.
 
     Raises:
         ValueError: rows or capacity is not as described, or the model cannot be run row by row; the text says why.
@@ -43,7 +43,9 @@ class ModuleRunner:
         ImportError: `fused_ops` is required, and liger-kernel is not installed.
     """
 
-    def __init__(self, model: Any, rows: int, capacity: int, fused_ops: bool | None = None) -> None:
+    def __init__(
+        self, model: Any, rows: int, capacity: int, fused_ops: bool | None = None, prefill_step: int | None = None
+    ) -> None:
         from ..hf import StaticCache
 
         if isinstance(model, Loaded):
@@ -55,10 +57,15 @@ class ModuleRunner:
         self.model = model
         self.rows, self.capacity = rows, capacity
         self.device: torch.device = model.device
-        self.cache = StaticCache(model.config, batch=rows, capacity=capacity, dtype=model.dtype, device=self.device)
+        self._config = cache_config(model, capacity)
+        self.cache = StaticCache(self._config, batch=rows, capacity=capacity, dtype=model.dtype, device=self.device)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         #: False where a step picks experts on the host; `set_experts_implementation("grouped_mm")` picks on the device.
-        self.capturable = not reads_experts_on_host(model)
+        #: Rotary modules that remember the longest text look for it on the host as well.
+        self.capturable = not reads_experts_on_host(model) and not rope.remembers(
+            model.config.get_text_config(decoder=True)
+        )
+        self._step = prefill_step
         self._views: dict[tuple[int, int], StaticCache] = {}
         self._last_only = last_logits_only(model)
         self._ops = choose_fused_ops(model, fused_ops)
@@ -84,7 +91,8 @@ class ModuleRunner:
             raise ValueError(f"ids: expected [tokens], at least one, got {list(ids.shape)}")
         cache = self._view(row, 1)
         # A model that makes logits of every token is given only the last one whole.
-        steps = prefill_steps(ids.shape[0]) if self._last_only else [*prefill_steps(ids.shape[0] - 1), 1]
+        count = ids.shape[0]
+        steps = prefill_steps(count, self._step) if self._last_only else [*prefill_steps(count - 1, self._step), 1]
         *body, last = ids.split(steps)
         for step in body:
             self._forward(self.model.base_model, step[None], cache)
@@ -115,7 +123,7 @@ class ModuleRunner:
         """Raises ValueError unless the model's own code can do with lengths that only the device knows."""
         from ..hf import StaticCache
 
-        cache = StaticCache(self.model.config, batch=min(self.rows, 2), capacity=24, device=self.device)
+        cache = StaticCache(self._config, batch=min(self.rows, 2), capacity=24, device=self.device)
         cache.forget()
         ids = torch.zeros(cache.max_batch_size, 1, dtype=torch.long, device=self.device)
         try:
@@ -163,20 +171,30 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
         return "its layers compute attention themselves"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return "it is spread over several devices"
-    ropes = _ropes(config)
-    for rope in ropes:
-        if rope in ROPE_OF_THE_BATCH:
-            return f'its RoPE ("{rope}") depends on the longest row'
+    fixed = rope.fixed_up_to(config)
+    if fixed is not None and capacity > fixed:
+        kinds = ", ".join(sorted({part["rope_type"] for part in rope.parts(config)} - rope.FIXED))
+        return f'its RoPE ("{kinds}") depends on the longest row beyond {fixed} tokens'
     positions = getattr(config, "max_position_embeddings", None)
-    if not ropes and positions is not None and capacity > positions:
+    if not rope.parts(config) and positions is not None and capacity > positions:
         return f"it has a table of {positions} positions, expected a capacity of no more"
     if rows > 1 and getattr(config, "attn_temperature_tuning", None) and config.model_type == "llama4_text":
         return "it scales queries by one position for all rows (attn_temperature_tuning)"
     return None
 
 
-def _ropes(config: Any) -> list[str]:
-    """The kinds of RoPE of a model's layers."""
-    found = getattr(config, "rope_parameters", None) or {}
-    parts = [found, *(x for x in found.values() if isinstance(x, dict))]
-    return [part["rope_type"] for part in parts if "rope_type" in part]
+def cache_config(model: Any, capacity: int) -> Any:
+    """The config for the cache of a model: its own where layers that keep a window alone see no more than that, else
+    one whose layers keep everything."""
+    from ..hf import StaticCache
+
+    cache = StaticCache(model.config, batch=1, capacity=capacity, device="meta")
+    windows = {
+        index: memory.kind.window for index, memory in enumerate(cache._memories) if memory and memory.kind.window
+    }
+    if not windows:
+        return model.config
+    seen = sights(model)
+    if all(needs_no_more(seen.get(index), window) for index, window in windows.items()):
+        return model.config
+    return kept_whole(model.config)

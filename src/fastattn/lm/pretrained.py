@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import has_adapter
 from ..failures import Refused, blame
+from .adapters import ELSEWHERE
 from .directory import CONFIG, Stored, brings_code, check_config, check_sizes
 from .weights import check_dtypes, check_finite, check_loaded, check_runs, outline
-
-CODE = "it brings code of its own, which is not run unless you trust it: --trust-remote-code, trust_remote_code=True"
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     """transformers' config of a directory. Raises ValueError, naming the file, for one that it cannot make sense of."""
     from transformers import AutoConfig
 
-    check_config(path)
+    with blame(f"{path}: cannot be loaded"):
+        check_config(path)
     with _code_refused(path, trust_remote_code):
         with blame(f"{path / CONFIG}: expected the config of a model transformers knows"), _quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -78,7 +79,7 @@ def read_model(
 ) -> Any:
     """The directory's causal language model in eval mode, all of whose weights are the files' and finite.
 
-    stored: from `check_directory`. device: where it goes; None: where transformers puts it. options: for
+    stored: from `read_headers`. device: where it goes; None: where transformers puts it. options: for
     transformers' from_pretrained.
     """
     from transformers import AutoModelForCausalLM
@@ -93,6 +94,7 @@ def read_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,  # never a pickle
+                adapter_kwargs=dict(ELSEWHERE),
                 ignore_mismatched_sizes=True,  # said below, by name
                 output_loading_info=True,
                 **options,
@@ -101,9 +103,15 @@ def read_model(
             if found := re.search(r"(\S+)\s*\|\s*\S*CONVERSION", "\n".join(log)):  # the error itself names no tensor
                 raise Refused(f"{path}: {_plain(found[1])}: the files' tensors do not fit the config") from error
             raise
+        if has_adapter(model):
+            raise Refused(
+                f"{path}: this transformers applies the adapter beside the model by itself: move it elsewhere"
+            )
         model = (model if device is None else model.to(device)).eval()
         if not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None:
             check_dtypes(drawn, stored)
+            if getattr(model.config, "quantization_config", None) is not None:  # transformers warns, and goes on
+                raise Refused(f"{path / CONFIG}: quantization_config: expected a kind that transformers knows")
         check_loaded(path, model, info, stored, part=type(model.config) is not type(config))
         check_finite(path, model, stored)
         check_runs(path, model, rows_of(drawn))
@@ -124,7 +132,10 @@ def _code_refused(path: Path, trust_remote_code: bool) -> Iterator[None]:
     except ValueError as error:
         if trust_remote_code or not brings_code(path):
             raise
-        raise Refused(f"{path}: cannot be loaded without its code: {CODE}") from error
+        raise Refused(
+            f"{path}: cannot be loaded without code of its own, which is not run unless you trust it: "
+            "--trust-remote-code, trust_remote_code=True"
+        ) from error
 
 
 @contextmanager

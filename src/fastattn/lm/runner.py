@@ -10,11 +10,12 @@ from torch import Tensor
 PREFILL_STEP = 2048  #: prompt tokens per forward pass: enough to fill a GPU, and activations stay small
 
 
-def prefill_steps(tokens: int) -> list[int]:
-    """How many tokens of a prompt to put through at a time: `PREFILL_STEP`, the last time up to a quarter more, as a
-    short step would read all weights anew. [] for none."""
-    count = max(1, -(-(tokens - PREFILL_STEP // 4) // PREFILL_STEP))
-    return [PREFILL_STEP] * (count - 1) + [tokens - PREFILL_STEP * (count - 1)] if tokens else []
+def prefill_steps(tokens: int, step: int | None = None) -> list[int]:
+    """How many tokens of a prompt to put through at a time: `step`, the last time up to a quarter more, as a short step
+    would read all weights anew. Default: `PREFILL_STEP`. [] for none."""
+    step = step or PREFILL_STEP
+    count = max(1, -(-(tokens - step // 4) // step))
+    return [step] * (count - 1) + [tokens - step * (count - 1)] if tokens else []
 
 
 class Runner(Protocol):

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_int, check_number, check_sequence
+
+#: Below it float32 probabilities of tokens whose logits differ by 1e-4 are 1 and 0, and then logits divided by it are
+#: no longer finite: the likeliest token is taken.
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,47 +27,63 @@ class Sampling:
     number out of its range.
     """
 
-    temperature: float = 0.0  #: above 0: tokens are drawn, from probabilities at this temperature
-    top_p: float | None = None  #: draw from the likeliest tokens that together have this probability, in (0, 1]
-    top_k: int | None = None  #: draw from this many of the likeliest tokens, >= 1
+    temperature: float = 0.0  #: from 1e-6 on: tokens are drawn, from probabilities at this temperature
+    top_p: float | None = None  #: draw from the likeliest tokens that together have this probability, in (0, 1]; 1: off
+    top_k: int | None = None  #: draw from this many of the likeliest tokens; 0: off
     min_p: float | None = None  #: draw from tokens with at least this part of the best one's probability, in [0, 1]
-    repetition_penalty: float | None = None  #: above 0; above 1 makes what the row already holds less likely
+    #: above 0; above 1 makes what the row already holds less likely; 1: off; None: as generation_config says
+    repetition_penalty: float | None = None
     seed: int | None = None  #: of what is drawn; None: another each time
     #: transformers' LogitsProcessors: `f(ids [1, tokens so far], logits [1, V]) -> logits`, on the model's device. One
     #: that reads a value on the host makes the GPU wait for it; one with a memory of its own serves one request only.
     processors: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "processors", tuple(self.processors))
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
-            raise ValueError(f"top_k: expected a whole number, at least 1, got {self.top_k}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: expected a number in [0, 1], got {self.min_p}")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty: expected a number above 0, got {self.repetition_penalty}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 or more, below 2**63, got {self.seed}")
+        processors = tuple(check_sequence("processors", self.processors, "functions of ids and logits"))
+        for processor in processors:
+            if not callable(processor):
+                raise ValueError(f"processors: expected functions of ids and logits, got {processor!r}")
+        found: dict[str, Any] = {"processors": processors}
+        check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "0 or more")
+        if self.top_p is not None:
+            found["top_p"] = _unless(1, check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]"))
+        if self.top_k is not None:
+            found["top_k"] = _unless(0, check_int("top_k", self.top_k, 0))
+        if self.min_p is not None:
+            found["min_p"] = _unless(0, check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]"))
+        if self.repetition_penalty is not None:
+            check_number("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
+        if self.seed is not None:
+            found["seed"] = check_int("seed", self.seed, 0, 2**63 - 1)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
         for name in ("top_p", "top_k", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise ValueError(f"{name}: only with a temperature above 0, which makes it draw")
 
     @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn: the temperature is not so low that only the best one can come."""
+        return self.temperature >= COLDEST
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the choice is the largest logit, as it comes from the model."""
-        return self.temperature == 0 and not self.looks_back
+        return not self.draws and not self.looks_back
 
     @property
     def looks_back(self) -> bool:
         """Whether a choice depends on the tokens before it other than through the model."""
-        return self.repetition_penalty is not None or bool(self.processors)
+        return self.repetition_penalty not in (None, 1) or bool(self.processors)
 
     def for_request(self, number: int) -> Sampling:
         """The same, with a seed of its own: equal prompts of a batch shall not get equal texts."""
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**63)
+
+
+def _unless(off: float, value: Any) -> Any:
+    """None for the value that means "off"."""
+    return None if value == off else value
 
 
 class Chooser:
@@ -78,7 +100,7 @@ class Chooser:
             self.history = torch.cat([prompt, prompt.new_empty(most)])[None]
             self.known = len(prompt)
         self.generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.draws:
             self.generator = torch.Generator(prompt.device)
             if sampling.seed is None:
                 self.generator.seed()
@@ -137,15 +159,15 @@ def _processors(sampling: Sampling) -> Any:
     import transformers as known
 
     found = known.LogitsProcessorList()
-    if sampling.repetition_penalty is not None:
+    if sampling.repetition_penalty is not None and sampling.repetition_penalty != 1:
         found.append(known.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     found.extend(sampling.processors)
-    if sampling.temperature > 0:
+    if sampling.draws:
         if sampling.temperature != 1:
             found.append(known.TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k is not None:
-            found.append(known.TopKLogitsWarper(int(sampling.top_k)))
-        if sampling.top_p is not None and sampling.top_p < 1:
+            found.append(known.TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p is not None:
             found.append(known.TopPLogitsWarper(sampling.top_p))
         if sampling.min_p is not None:
             found.append(known.MinPLogitsWarper(sampling.min_p))

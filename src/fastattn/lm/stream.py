@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..failures import blame
 from .chat import render_chat
+from .checks import check_flag, check_ids, check_int, check_sequence
 from .engine import Engine, make_engine
 from .load import Loaded
 from .runners import longest
@@ -80,11 +81,12 @@ def stream_generate(
         loaded: a model with its tokenizer, from `load`.
         prompt: text, or token ids.
         max_tokens: at most so many, >= 1. The model's length may end the text earlier.
-        stop: strings that end the text; nothing of them is shown. The tokens that the model's generation_config names
-            (eos_token_id) end it too.
+        stop: strings that end the text; nothing of them is shown. The tokens that the model's generation_config
+            (eos_token_id) and its tokenizer (eos_token) name end it too, and the former's stop_strings.
         engine: from `make_engine`, to be used again and again: it holds the cache and the captured decode steps.
             Default: one is made, and gone when the iterator is.
-        sampling: the fields of `Sampling`; default: greedy. What generation_config says of sampling is not used.
+        sampling: the fields of `Sampling`; default: greedy. What generation_config says of drawing tokens (do_sample,
+            temperature, top_k, top_p, min_p) is not used; of what else it says see `make_engine`.
 
     Returns:
         An iterator. Closing it frees what was made for it; what was shown stays right.
@@ -93,9 +95,11 @@ def stream_generate(
         ValueError: an argument is not as described, the prompt has no tokens or leaves no room for any, or the model
             has no tokenizer.
     """
-    how = Sampling(**sampling)
+    how = _sampling(sampling)
+    max_tokens = check_int("max_tokens", max_tokens)
+    stop = _stops(loaded, stop)
+    _check_engine(engine)
     ids = encode(loaded, prompt)
-    StopStrings(stop)
     engine = engine or _engine_for(loaded, [ids], max_tokens, 1)
     pieces = _pieces(loaded, engine, [ids], max_tokens, stop, how)
     return _timed(loaded, pieces, len(ids))
@@ -129,10 +133,17 @@ def stream_batch(
 
     Raises ValueError as `stream_generate` does; the text names the prompt.
     """
-    how = Sampling(**sampling)
-    StopStrings(stop)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    how = _sampling(sampling)
+    stop = _stops(loaded, stop)
+    batch_size = check_int("batch_size", batch_size)
+    _check_engine(engine)
+    prompts = _prompts(prompts)
+    if isinstance(max_tokens, Sequence) and not isinstance(max_tokens, str):
+        if len(max_tokens) != len(prompts):
+            raise ValueError(f"max_tokens: expected one for all prompts or {len(prompts)}, got {len(max_tokens)}")
+        max_tokens = [check_int("max_tokens", count) for count in max_tokens]
+    else:
+        max_tokens = check_int("max_tokens", max_tokens)
     all_ids = [encode(loaded, prompt, name=f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     if not all_ids:
         nothing: Sequence[tuple[int, Piece]] = ()
@@ -143,6 +154,7 @@ def stream_batch(
 
 def batch_generate(loaded: Loaded, prompts: Sequence[Prompt], **options: Any) -> list[Result]:
     """The texts that continue the prompts, in their order. Arguments and errors: see `stream_batch`."""
+    prompts = _prompts(prompts)
     found: list[list[Piece]] = [[] for _ in prompts]
     ids = [encode(loaded, prompt, name=f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     for number, piece in stream_batch(loaded, ids, **options):
@@ -171,8 +183,11 @@ def encode(loaded: Loaded, prompt: Prompt, *, chat: bool = False, name: str = "p
     """
     if loaded.tokenizer is None:
         raise ValueError(f"loaded: {loaded.name} has no tokenizer; expected a model directory that has one")
+    check_flag("chat", chat)
     if not isinstance(prompt, str):
-        ids = [int(token) for token in prompt]
+        if chat:
+            raise ValueError(f"{name}: expected text for the chat template, got {type(prompt).__name__}")
+        ids = check_ids(name, prompt)
     else:
         if any("\ud800" <= c <= "\udfff" for c in prompt):  # half of a character, or bytes that were no UTF-8
             raise ValueError(f"{name}: expected Unicode text, got a lone surrogate: the text was no UTF-8")
@@ -216,10 +231,35 @@ class Meter:
 
 
 def _engine_for(loaded: Loaded, prompts: list[list[int]], max_tokens: int | Sequence[int], rows: int) -> Engine:
-    counts = [max_tokens] if isinstance(max_tokens, int) else list(max_tokens)
-    if not counts or min(counts) < 1:  # before memory is taken for a cache
-        raise ValueError(f"max_tokens: expected at least 1, got {min(counts, default='none')}")
+    counts = [max_tokens] if isinstance(max_tokens, int) else max_tokens
     return make_engine(loaded, rows, max(map(len, prompts)) + max(counts))
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    known = [field.name for field in fields(Sampling)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name}: no such option; expected one of {', '.join(known)}")
+    return Sampling(**options)
+
+
+def _stops(loaded: Loaded, stop: Any) -> list[str]:
+    """The strings that end a text: the caller's and the model's. Raises ValueError unless they are strings."""
+    of_model = getattr(getattr(loaded.model, "generation_config", None), "stop_strings", None) or []
+    of_model = [of_model] if isinstance(of_model, str) else list(of_model)
+    own = [stop] if isinstance(stop, str) else check_sequence("stop", stop, "strings")
+    StopStrings(own)
+    return [*own, *(text for text in of_model if isinstance(text, str) and text and text not in own)]
+
+
+def _prompts(prompts: Any) -> Sequence[Prompt]:
+    found: Sequence[Prompt] = check_sequence("prompts", prompts, "prompts, text or token ids each")
+    return found
+
+
+def _check_engine(engine: Any) -> None:
+    if engine is not None and not isinstance(engine, Engine):
+        raise ValueError(f"engine: expected one from make_engine, or None, got {type(engine).__name__}")
 
 
 def _pieces(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .checks import check_sequence
+
 _CONTEXT = range(6, 32)  #: how many tokens before the first are decoded along: as few as begin with a character
 _HELD = 8  #: tokens; a character has at most four bytes, so that more which do not end one are no beginning of one
 _BROKEN = "\ufffd"  #: what decoders write for bytes that are no character, or not yet
@@ -48,14 +50,21 @@ class Detokenizer:
 
     def _show(self, text: str, count: int) -> str:
         """What is new in the text of the window's first tokens. The window begins anew with those it came from."""
-        # A context may end within a character, which what follows completes.
-        shown = self._shown if text.startswith(self._shown) else self._shown.rstrip(_BROKEN)
-        new = text[len(shown) :]
+        new = self._beyond(text, count)
         if new:  # else a special token: it has no text that could be context for what follows
             del self._ids[: self._read]
             self._read = count - self._read
             self._shown = self._decode(self._ids[: self._read])
         return new
+
+    def _beyond(self, text: str, count: int) -> str:
+        # A context may end within a character, which what follows completes.
+        for shown in (self._shown, self._shown.rstrip(_BROKEN)):
+            if text.startswith(shown):
+                return text[len(shown) :]
+        # What follows broke bytes that were a character: some decoders give up on all bytes of a run if one is wrong.
+        # The character was shown, and stays; the rest is what its own tokens say.
+        return self._decode(self._ids[self._read : count])
 
     def _decode(self, ids: list[int]) -> str:
         # Cleaning up would change text that was returned already.
@@ -67,8 +76,7 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """Raises ValueError for an empty string."""
-        if isinstance(stop, str):
-            stop = [stop]
+        stop = [stop] if isinstance(stop, str) else check_sequence("stop", stop, "strings")
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: expected strings that are not empty, got {list(stop)!r}")
         self._stop = tuple(stop)

@@ -65,7 +65,7 @@ class Attention:
                 raise ValueError(f"windows: {error}") from error
         check_flag("sinks", self.sinks)
         if self.softcap is not None:
-            check_softcap(self.softcap)
+            check_softcap(self.softcap, self.dtype)
 
 
 class Trial(NamedTuple):

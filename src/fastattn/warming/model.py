@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,7 +94,7 @@ def read_config(model: str | Path | Any, trust_remote_code: bool = False) -> Any
         raise ImportError(f"warming up a model needs transformers: pip install 'fastattn[hf]' ({error})") from error
     if isinstance(model, transformers.PreTrainedConfig):
         return model
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return read_directory_config(Path(model), trust_remote_code)
     if str(model) in PRESETS:
         return preset_config(str(model))

@@ -25,10 +25,8 @@ MOST_BYTES = 32 << 20  #: that they take on all GPUs together
 
 
 def _bytes(places: dict[str, Tensor]) -> int:
-    # They are views of two allocations.
-    return sum(
-        x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in places.values()}.values()
-    )
+    storages = [x.untyped_storage() for x in places.values()]  # views, of two allocations
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 _kept: Memo[tuple[int, int], dict[str, Tensor]] = Memo(MOST_KEPT, "offsets", _bytes, MOST_BYTES)

@@ -63,11 +63,9 @@ def compile_binary(flags: Flags) -> Binary:
 
 def compile_kernel(flags: Flags, **changes: Any) -> Any:
     """Triton's own result. changes: fields of `Blocks`, or turns=False, for measurements."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
+    from ..._compat.gluon import compiled
     from .hopper_forward import INTEGERS, forward_kernel
 
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[flags.dtype]
@@ -115,6 +113,4 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
     constants = {(i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
     # The output is torch's own allocation: its rows are stored in wide pieces.
     attributes = {(names.index("out_ptr"),): [["tt.divisibility", 16]]}
-    source = GluonASTSource(forward_kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-    return triton.compile(source, target=target, options={"num_warps": 4})
+    return compiled(forward_kernel, signature, constants, attributes, CAPABILITY, warps=4)

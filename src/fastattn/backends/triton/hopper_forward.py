@@ -27,9 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import base_value
 
-from .gluon_names import aggregate, as_value, barrier, load_tile, store_tile
+from ..._compat.gluon import aggregate, as_value, barrier, base_value, load_tile, store_tile
 from .hopper_tiles import (
     ALIGNED,
     BAND,

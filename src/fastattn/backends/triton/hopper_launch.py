@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._compat import torch as torch_internals
 from ...problem import Call, Problem
 from ..layout import Output, copied
 from ..triton_launch import has_triton
@@ -130,7 +131,7 @@ class Forward:
         if not scale > 0:  # the kernel takes the maximum of scores before it scales them
             q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
         q, k, v = (x if readable(x) else copied(x) for x in (q, k, v))
-        if self._device != torch._C._cuda_getDevice():
+        if self._device != torch_internals.current_device():
             with torch.cuda.device(self._device):
                 return self._launch(call, q, k, v, scale)
         return self._launch(call, q, k, v, scale)
@@ -190,7 +191,7 @@ class _Arguments:
         for i, x in enumerate(tensors):
             if x is not None:
                 pointers[i] = x.data_ptr()
-        function.launch(programs, device, torch._C._cuda_getCurrentRawStream(device), places)
+        function.launch(programs, device, torch_internals.raw_stream(device), places)
 
     def _make(self) -> tuple[Any, Any, Any]:
         numbers = ctypes.create_string_buffer(_INTEGERS.size)

@@ -13,7 +13,7 @@ them with 0.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_names import aggregate, as_value
+from ..._compat.gluon import aggregate, as_value
 
 #: What hides keys. FULL: nothing but lengths. ALIGNED: causal, as many keys as queries. BAND: left and right, as data.
 FULL = gl.constexpr(0)

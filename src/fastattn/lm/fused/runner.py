@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...api import scaled_dot_product_attention
-from ..runner import PREFILL_STEP, prefill_steps
+from .. import runner as runner_module
+from ..runner import prefill_steps
+from .structure import Snapshot
 from .weights import Layer, check, read
 
 
@@ -20,13 +22,14 @@ class FusedRunner:
     first product and attention. Numbers differ from transformers' own by rounding: what is rounded between two
     operations there stays in float32 here.
 
-    The model's parameters are merged in place (see `weights.read`); it goes on working, but is not to be trained, moved
-    or cast while the runner lives.
+    The model's parameters are merged in place (see `weights.read`); it goes on working, but is not to be trained,
+    moved, cast or given adapters or hooks while the runner lives: the next prompt raises RuntimeError then.
 
     Args:
         model: on its device, in bfloat16, float16 or float32; any attention implementation.
         rows: sequences at a time.
         capacity: tokens of each, prompt included.
+        prefill_step: tokens of a prompt at a time. Default: `runner.PREFILL_STEP`.
 
     Raises:
         ValueError: the model is of another kind, or has what these layers have not; the message says which.
@@ -34,8 +37,9 @@ class FusedRunner:
 
     capturable = True
 
-    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+    def __init__(self, model: Any, rows: int, capacity: int, prefill_step: int | None = None) -> None:
         check(model)
+        self._step = prefill_step
         config, weight = model.config, model.lm_head.weight
         self.rows, self.capacity, self.vocab_size = rows, capacity, weight.shape[0]
         self.device: torch.device = weight.device
@@ -48,17 +52,19 @@ class FusedRunner:
             self._lengths = torch.zeros(rows, dtype=torch.int32, device=self.device)
             if self.device.type == "cuda":
                 self._try_products()
+        self._model = Snapshot(model)
         self._fresh = [True] * rows  # nothing was ever put into the row: the host knows its length
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Tensor) -> Tensor:
-        """See `Runner`."""
+        """See `Runner`. RuntimeError: the model was changed since the runner was made."""
+        self._model.check()
         known = 0 if self._fresh[row] else None
         if self._fresh[row]:  # steps of a row that nobody uses count its length up all the same
             self._lengths[row] = 0
         self._fresh[row] = False
         h = last = ids.new_empty(0)
-        for part in ids.split(prefill_steps(ids.shape[0])):
+        for part in ids.split(prefill_steps(ids.shape[0], self._step)):
             tokens = part.shape[0]
             if known is not None and known + _rounded(tokens) <= self.capacity:
                 part = functional.pad(part, (0, _rounded(tokens) - tokens))
@@ -91,7 +97,8 @@ class FusedRunner:
         first prompt of a length waits for it, up to 45 ms."""
         layer = self._layers[0]
         inner, hidden = layer.out.weight.shape[1], self._embedding.shape[1]
-        most = min(self.capacity, PREFILL_STEP + PREFILL_STEP // 4)
+        step = self._step or runner_module.PREFILL_STEP
+        most = min(self.capacity, step + step // 4)
         for tokens in sorted({_rounded(n) for n in range(2, most + 1)}):
             h = self._embedding.new_zeros((tokens, hidden))
             layer.qkv(h)

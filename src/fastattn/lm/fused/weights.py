@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._compat.transformers import ranks_of
+from ..visible import Sight, is_window, sees_everything, sights
 from .layers import Product, Rotary
+from .structure import check_structure, one_place
 
 #: Model types whose layers compute what `FusedRunner` computes; each is compared with transformers in the tests.
 FAMILIES = {
@@ -53,20 +55,47 @@ def check(model: Any) -> None:
     # Where transformers spread the weights over ranks, its hooks around each layer join what they compute.
     if ranks_of(model) > 1 or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError("model: expected whole weights on this rank, got parts of them (tensor parallel)")
+    one_place(model)
+    check_structure(model, kind, FAMILIES[kind].removesuffix("ForCausalLM"))
+    if model.model.rotary_emb.rope_type != rope:
+        raise ValueError(
+            f"model: expected rotary positions {rope} as its config says, got {model.model.rotary_emb.rope_type}"
+        )
+    if model.lm_head.bias is not None:
+        raise ValueError("model: a bias of its logits (lm_head) is not supported")
     first = model.model.layers[0]
-    linears = [first.self_attn.q_proj, first.self_attn.o_proj, first.mlp.gate_proj, first.mlp.down_proj, model.lm_head]
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"model: expected plain nn.Linear layers, got {type(linear).__name__}")
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
-        raise ValueError(f"model: expected parameters of one floating dtype, got {', '.join(map(str, dtypes))}")
-    if len({parameter.device for parameter in model.parameters()}) != 1:
-        raise ValueError("model: expected all parameters on one device")
     dim = first.self_attn.head_dim
     cos, _ = _angles(model, 1)
     if cos.shape[1] != dim:
         raise ValueError(f"model: expected rotary positions over the whole head dim {dim}, got {cos.shape[1]}")
+    for index, layer in enumerate(model.model.layers):
+        _check_layer(config, index, layer, dim)
+
+
+def _check_layer(config: Any, index: int, layer: Any, dim: int) -> None:
+    """Raises ValueError for a layer whose numbers are not those of the config."""
+    attention, mlp = layer.self_attn, layer.mlp
+    hidden, q_heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    shapes = {
+        attention.q_proj: (q_heads * dim, hidden),
+        attention.k_proj: (kv_heads * dim, hidden),
+        attention.v_proj: (kv_heads * dim, hidden),
+        attention.o_proj: (hidden, q_heads * dim),
+        mlp.gate_proj: tuple(mlp.up_proj.weight.shape),
+        mlp.down_proj: (hidden, mlp.up_proj.weight.shape[0]),
+    }
+    where = f"model: layer {index}"
+    for linear, shape in shapes.items():
+        if tuple(linear.weight.shape) != shape:
+            raise ValueError(f"{where}: expected a weight of {list(shape)}, got {list(linear.weight.shape)}")
+    if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        raise ValueError(f"{where}: a bias in its gated products is not supported")
+    if len({linear.bias is None for linear in (attention.q_proj, attention.k_proj, attention.v_proj)}) != 1:
+        raise ValueError(f"{where}: expected biases of all of q, k and v, or of none")
+    if attention.head_dim != dim or attention.layer_idx != index or not attention.is_causal:
+        raise ValueError(f"{where}: expected causal attention of its own index over heads of {dim}")
+    if getattr(attention, "num_key_value_groups", None) != q_heads // kv_heads:
+        raise ValueError(f"{where}: expected {q_heads // kv_heads} heads for each of K and V")
 
 
 def read(model: Any, capacity: int) -> tuple[list[Layer], Product]:
@@ -77,7 +106,7 @@ def read(model: Any, capacity: int) -> tuple[list[Layer], Product]:
     """
     config = model.config
     cos, sin = _angles(model, capacity)
-    layers = []
+    seen, layers = sights(model), []
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
@@ -96,7 +125,7 @@ def read(model: Any, capacity: int) -> tuple[list[Layer], Product]:
                 qkv=Product(qkv, bias, gain=before.weight.detach(), eps=before.variance_epsilon),
                 rotary=rotary,
                 scale=attention.scaling,
-                window=_window(config, index),
+                window=_window(config, index, seen.get(index)),
                 out=Product(attention.o_proj.weight, attention.o_proj.bias, add=True),
                 gate_up=Product(gate_up, gain=after.weight.detach(), eps=after.variance_epsilon, gated=True),
                 down=Product(mlp.down_proj.weight, add=True),
@@ -143,8 +172,11 @@ def _angles(model: Any, capacity: int) -> tuple[Tensor, Tensor]:
     return cos[0].contiguous(), sin[0].contiguous()
 
 
-def _window(config: Any, index: int) -> int | None:
-    """See `Layer.window`."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    return None if types and types[index] != "sliding_attention" else window
+def _window(config: Any, index: int, sight: Sight | None) -> int | None:
+    """See `Layer.window`. Raises ValueError for a layer that sees neither everything before it nor a window."""
+    if sight is not None and sees_everything(sight):
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    if sight is None or not window or not is_window(sight, window):
+        raise ValueError(f"model: layer {index}: expected a causal mask, or one with the config's window {window}")
+    return window

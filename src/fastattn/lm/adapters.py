@@ -1,0 +1,98 @@
+"""Adapters (LoRA and its kin): applied through peft and merged into the model's weights, or refused; never ignored."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..failures import Refused, blame
+from .directory import read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+#: For transformers' from_pretrained: a folder in which it finds no adapter. It would apply one that lies beside a model
+#: without being asked, in a way that hides weights that are missing.
+ELSEWHERE = {"subfolder": "no-adapter-here"}
+
+
+def find_adapter(model: Path, adapter_path: str | Path | None) -> Path | None:
+    """The directory of the adapter that belongs to a model: the one named, or the model's own if it holds one.
+
+    Reads the adapter's config and the header of its weights. Raises ValueError where they are not what peft writes, or
+    where there are two; ImportError where peft is needed and not installed.
+    """
+    beside = model if model.is_dir() and (model / CONFIG).exists() else None
+    if adapter_path is None:
+        found = beside
+    else:
+        if not isinstance(adapter_path, (str, Path)):
+            raise ValueError(f"adapter_path: expected a directory, got {adapter_path!r:.80}")
+        found = Path(adapter_path)
+        if not (found / CONFIG).is_file():
+            raise Refused(f"adapter_path: expected a directory with {CONFIG} and {WEIGHTS}, got {str(adapter_path)!r}")
+        if beside is not None and found.resolve() != beside.resolve():
+            raise Refused(
+                f"adapter_path: {model} has an adapter of its own beside its weights; expected one of the two"
+            )
+    if found is None:
+        return None
+    if not (model / "config.json").exists() and beside is not None and model.is_dir():
+        raise Refused(f"{model}: holds an adapter and no model; expected the model, and this directory as adapter_path")
+    _check(found)
+    if find_spec("peft") is None:
+        raise ImportError(f"{found / CONFIG}: adapters need peft: pip install 'fastattn[peft]'")
+    return found
+
+
+def _check(path: Path) -> None:
+    from safetensors import safe_open
+
+    config, weights = path / CONFIG, path / WEIGHTS
+    if not isinstance(read_json(config).get("peft_type"), str):
+        raise Refused(f"{config}: expected an adapter that peft wrote, with a peft_type")
+    if not weights.is_file():
+        raise Refused(f"{weights}: not found; expected the adapter's weights as safetensors")
+    with blame(f"{weights}: expected a whole safetensors file, this one is damaged"), safe_open(str(weights), "pt"):
+        pass
+
+
+def apply_adapter(model: Any, path: Path) -> Any:
+    """The model with the adapter merged into its weights, of their dtypes as before.
+
+    Raises ValueError, in one line, for an adapter that does not fit the model, whose weights are not all there or not
+    all known, or whose kind cannot be merged.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    with blame(f"{path}: the adapter cannot be applied"), torch.no_grad():
+        from peft import PeftConfig, PeftModel
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        config = PeftConfig.from_pretrained(str(path))
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            raise Refused(f"{path}: the adapter is of a kind that cannot be merged into weights: {kind}")
+        config.inference_mode = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say of missing weights is found out below
+            wrapped = PeftModel.from_pretrained(model, str(path), config=config)
+            said: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(path), device=str(model.device)))
+        own = [name for name in said.missing_keys if config.peft_type.value.lower() in name.lower() or "lora_" in name]
+        for what, names in (("lacks", own), ("has, which the model does not know,", said.unexpected_keys)):
+            if names:
+                raise Refused(f"{path / WEIGHTS}: the adapter {what} {names[0]} ({len(names)} of its weights)")
+        try:
+            merged = wrapped.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError) as error:
+            text = f"{path}: the adapter is of a kind that cannot be merged into weights: {kind}"
+            raise Refused(text) from error
+    left = [name for name, module in merged.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+    if left:
+        raise Refused(f"{path}: the adapter cannot be merged into the weights of {left[0]}")
+    for name, parameter in merged.named_parameters():
+        if name in before and parameter.dtype != before[name]:
+            parameter.data = parameter.data.to(before[name])
+    return merged.eval()
