@@ -57,7 +57,7 @@ def checks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Check
         found |= _masked(inputs)
         if model.can_generate():
             found |= _cached(model, inputs)
-    elif "attention_mask" in known:
+    elif "attention_mask" in known and next(iter(inputs.values())).is_floating_point():
         found |= _shortened(inputs)
     if model.can_generate():
         found["generate"] = lambda m: generated(m, inputs)
