@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -12,11 +14,12 @@ import pytest
 import tiny_models  # noqa: F401  (registers "fastattn", quietly)
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, BridgeTowerConfig
 from transformers.masking_utils import bidirectional_mask_function
 
 from fastattn import FastattnWarning
 from fastattn.hf import attention_forward, interval_mask
+from fastattn.hf import mask as mask_module
 from fastattn.hf.attention import REFUSED
 from fastattn.hf.lazy_mask import compact_of, pack
 from fastattn.masks import Intervals
@@ -96,6 +99,25 @@ def test_the_mask_decides_not_the_layer(says: bool | None) -> None:
     q, k, v = inputs()
     check(q, k, v, interval_mask(B, S, S), {"mask": "causal"}, layer=layer)
     check(q, k, v, interval_mask(B, S, S, mask_function=bidirectional_mask_function), {}, layer=layer)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_none_means_every_key_in_a_model_that_asks_for_masks(part: bool) -> None:
+    """BridgeTower's layers for pictures call themselves causal and are handed no mask, because nothing is padded."""
+    q, k, v = inputs()
+    whole, layer = BridgeTowerConfig(), Layer(is_causal=True)
+    layer.config = whole.text_config if part else whole
+    check(q, k, v, None, {"mask": "causal"}, layer=layer)
+    interval_mask(B, S, S, config=whole)
+    check(q, k, v, None, {}, layer=layer)
+    check(q, k, v, interval_mask(B, S, S, config=whole), {"mask": "causal"}, layer=layer)
+    layer.config = copy.deepcopy(layer.config)
+    check(q, k, v, None, {"mask": "causal"}, layer=layer)
+    known = {id(whole), id(whole.text_config), id(whole.vision_config)}
+    assert known <= mask_module._asking.keys()
+    del whole
+    gc.collect()
+    assert not known & mask_module._asking.keys(), "ids may come again"
 
 
 def test_queries_of_batch_one_meet_keys_of_many() -> None:

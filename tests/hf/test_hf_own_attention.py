@@ -14,8 +14,11 @@ from transformers import (
     BarkCoarseConfig,
     BloomConfig,
     Data2VecVisionConfig,
+    DebertaConfig,
     FalconConfig,
+    Gemma3nAudioConfig,
     GPTNeoConfig,
+    LlamaConfig,
     SamVisionConfig,
 )
 
@@ -93,6 +96,31 @@ def test_layers_that_add_the_mask_themselves() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = forward(config, "fastattn", inputs)
-    assert sum("compute attention themselves" in str(w.message) for w in caught) == 1
+    assert sum("computes attention itself" in str(w.message) for w in caught) == 1
     expected = forward(config, "eager", inputs)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_layers_that_ask_for_no_mask_are_told_of_too() -> None:
+    config = DebertaConfig(**_TEXT, intermediate_size=48, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    _given.clear()
+    with pytest.warns(FastattnWarning, match="DisentangledSelfAttention of DebertaModel computes attention itself"):
+        AutoModel.from_config(config, attn_implementation="fastattn")
+
+
+def test_models_that_use_it_are_not() -> None:
+    _given.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FastattnWarning)
+        AutoModel.from_config(LlamaConfig(**_TEXT, intermediate_size=48), attn_implementation="fastattn")
+        AutoModel.from_config(FalconConfig(**_TEXT), attn_implementation="eager")
+
+
+def test_a_switch_tells_as_well() -> None:
+    config = Gemma3nAudioConfig(
+        hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=4, sscp_conv_channel_size=(8, 4)
+    )
+    model = AutoModel.from_config(config, attn_implementation="eager")
+    _given.clear()
+    with pytest.warns(FastattnWarning, match="Gemma3nAudioAttention of Gemma3nAudioEncoder"):
+        model.set_attn_implementation("fastattn")

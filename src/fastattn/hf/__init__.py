@@ -24,7 +24,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4)
         f"fastattn.hf needs transformers 5.4 or later, found {transformers.__version__}: pip install 'fastattn[hf]'"
     )
 
-from .._compat.attention_classes import fall_back_to_eager
+from .._compat.attention_classes import watch_models
 from .attention import attention_forward
 from .cache import StaticCache
 from .mask import interval_mask
@@ -34,6 +34,6 @@ NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers tr
 # Both, always: a model whose attention is registered but not its mask is given no mask at all, and is causal no more.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, interval_mask)
-fall_back_to_eager(NAME)
+watch_models(NAME)
 
 __all__ = ["NAME", "StaticCache", "attention_forward", "interval_mask"]

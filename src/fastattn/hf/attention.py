@@ -19,6 +19,7 @@ from ..masks import Intervals
 from ..notice import warn_once
 from ..varlen import varlen_attention
 from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, capturing, compact_of, dense_intervals
+from .mask import asks_for_masks
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
 REFUSED = {
@@ -58,8 +59,8 @@ def attention_forward(
     """Attention as transformers' `AttentionInterface` asks for it.
 
     Args:
-        module: the layer; only `is_causal` is read, and only where there is no mask (False where it has none: eager
-            attention without a mask sees every key).
+        module: the layer; its `is_causal` is read where there is no mask, unless masks are made for its `config`: None
+            means every key then.
         query, key, value: `[B, Hq, Sq, D]`, `[B, Hkv, Skv, D]`, `[B, Hkv, Skv, Dv]`; keys and values not repeated. A
             batch of 1 broadcasts.
         attention_mask: None, what `interval_mask` made, or a bool (True = attend) or additive tensor broadcastable to
@@ -96,9 +97,7 @@ def attention_forward(
             f'{"softcap" if softcap else "sinks"}: set attention_dropout=0 in its config, or use "eager"'
         )
     query, key, value = _one_batch(query, key, value)
-    # Eager attention takes no mask for "all keys", whatever the layer says of itself. Only layers that say they are
-    # causal, and are handed no mask because nobody asked for one, are causal.
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    causal = attention_mask is None and _calls_itself_causal(module, is_causal)
     settings: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     packing = None if cu_q is None or cu_k is None else (cu_q, cu_k)
@@ -109,7 +108,7 @@ def attention_forward(
         left, right = found.window or (-1, -1)
         banded = found.mask is None and found.keys == key.shape[2] and right <= 0
         if banded and position_bias is None and indices is None and not dropout:
-            causal = right == 0 or (causal and attention_mask is None)
+            causal = right == 0 or causal
             window = (left, -1) if left >= 0 else None
             return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
         found = found._replace(mask=_meet(found.mask, _segments(query, key, *packing), found.keys))
@@ -133,6 +132,16 @@ def attention_forward(
     out = scaled_dot_product_attention(query, key, value, mask=mask, window=window, **settings)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2), None
+
+
+def _calls_itself_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Whether a layer that is handed no mask is causal.
+
+    Eager attention sees every key then, whatever the layer says of itself, and so does a layer of a model that asks for
+    its masks. Where none was asked for (layers that are called by themselves), the layer's word counts.
+    """
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    return bool(causal) and not asks_for_masks(getattr(module, "config", None))
 
 
 def _mask_arguments(

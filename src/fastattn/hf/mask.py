@@ -15,15 +15,16 @@ as a window over the first few keys, for which the fastest kernels are made. Whe
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .._compat.hf import causal_mask_function, is_tracing, sdpa_mask
 from ..masks import Intervals, Segments
-from ..notice import warn_once
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
 from .lazy_mask import Band, CausalSegments, pack
 from .patterns import Pattern, recognise
@@ -73,7 +74,7 @@ def interval_mask(
         allow_is_bidirectional_skip: None may be answered where every query sees every key.
         use_vmap: the function takes only scalars.
         device, dtype: of the result.
-        config: the model's; only `is_causal` is read, and for a warning where its class is defined.
+        config: the model's. It is remembered that it asks; no more of it is looked at.
         kwargs: ignored, among them whether None may be answered for a causal mask: it never is.
 
     Returns:
@@ -82,7 +83,7 @@ def interval_mask(
 
     The host reads from the device at most once or twice a forward, never while a graph is captured or traced.
     """
-    warn_of_own_attention(config)
+    remember(config)
     shape = batch_size, q_length, kv_length, dtype
     if isinstance(kv_offset, Slots):
         if use_vmap:
@@ -133,8 +134,7 @@ def interval_mask(
         if padding is None:
             return dense()
     hint: Band | CausalSegments | None = _band(pattern, place, padding)
-    # A decoder made bidirectional by its config has layers that call themselves causal and would misread None.
-    if hint == (kv_length, -1, -1) and allow_is_bidirectional_skip and getattr(config, "is_causal", None) is not False:
+    if hint == (kv_length, -1, -1) and allow_is_bidirectional_skip and not is_tracing(positions):
         return None
     if hint is None and readable:
         hint = _causal_segments(pattern, place, padding, batch_size)
@@ -150,13 +150,28 @@ def _intervals(lo: Tensor, hi: Tensor, batch_size: int) -> Intervals:
     return Intervals(lo, hi)
 
 
-def warn_of_own_attention(config: Any) -> None:
-    """Says once that layers of a model do not call the attention function that its config names."""
-    if config is not None and not torch.compiler.is_compiling() and brings_its_own_attention(config):
-        warn_once(
-            f'attn_implementation="fastattn": the layers of "{config.model_type}" compute attention themselves in this '
-            "version of transformers, and go on doing so without fastattn."
-        )
+#: Configs whose models ask for masks, by their ids; dropped with the configs.
+_asking: dict[int, weakref.ref[Any]] = {}
+
+
+def asks_for_masks(config: Any) -> bool:
+    """Whether a mask was made for a config, or for one that it is a part of.
+
+    To such a model's layers None means what eager attention makes of it, every key, whatever they call themselves.
+    """
+    found = _asking.get(id(config))
+    return found is not None and found() is config
+
+
+def remember(config: Any) -> None:
+    """Takes note of a config, and of its parts, that masks are made for."""
+    if config is None or torch.compiler.is_compiling() or asks_for_masks(config):
+        return
+    key = id(config)
+    _asking[key] = weakref.ref(config, lambda _: _asking.pop(key, None))
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            remember(part)
 
 
 def brings_its_own_attention(config: Any) -> bool:
