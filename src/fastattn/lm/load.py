@@ -155,7 +155,7 @@ def _load_directory(
         stored = check_directory(path)
         config = read_config(path, trust_remote_code)
         if config.is_encoder_decoder:
-            raise Refused(f"{path}: expected a causal language model, {config.model_type} has an encoder")
+            raise Refused(f"{path}: cannot be loaded as a causal language model: {config.model_type} has an encoder")
         tokenizer = read_tokenizer(path, config, trust_remote_code)
     spread = _spread(config, ranks, trust_remote_code)
     with blame(f"{path}: cannot be loaded"):
