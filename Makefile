@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP_ARGS ?=
-CONSTRAINT := -c constraints.txt
+CONSTRAINTS ?= constraints.txt
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 1)
 
 ifeq ($(GPU),)
@@ -28,23 +28,37 @@ endif
 
 PY := $(VENV)/bin/python
 # Keyed by content, not by time: a checkout that only touches the files installs nothing again.
-KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(if $(GPU),gpu,cpu)
+KEY := $(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)-$(if $(GPU),gpu,cpu)
 RUN_STAMP := $(VENV)/.fastattn-run-$(KEY)
+DEV_EXTRAS ?= dev
+TESTS ?= tests
 DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test fuzz gpuless gpu-test mutations support sanitize docs report lint format clean
+.PHONY: help benchmark test test-oldest test-newest fuzz gpuless gpu-test mutations support sanitize docs report lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 benchmark: $(RUN_STAMP) ## run a language model through fastattn and compare (with a GPU: Llama-3.1-8B's shape)
 	$(VENV)/bin/fastattn benchmark $(BENCHMARK_ARGS)
 
 test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and counted without one
-	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) tests
+	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) $(TESTS)
+
+# What depends on the versions of other libraries.
+BY_VERSION := tests/_compat tests/hf tests/lm
+
+test-oldest: ## run the tests of hf and lm with the oldest versions that are promised, in an environment of their own
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt DEV_EXTRAS=test \
+	  TESTS="$(BY_VERSION)"
+
+test-newest: ## the same with what the registry has now
+	@rm -f .venv-newest/.fastattn-dev-*
+	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt DEV_EXTRAS=test \
+	  PIP_ARGS="$(PIP_ARGS) --upgrade --upgrade-strategy eager" TESTS="$(BY_VERSION)"
 
 N ?= 5000
 fuzz: $(DEV_STAMP) ## hold every backend against the truth on N random problems: make fuzz N=20000
@@ -100,9 +114,9 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_STAMP): | $(PY)
-	$(PY) -m pip install -q $(PIP_ARGS) $(CONSTRAINT) -e '.[$(RUN_EXTRAS)]'
+	$(PY) -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[$(RUN_EXTRAS)]'
 	@rm -f $(VENV)/.fastattn-run-* && touch $@
 
 $(DEV_STAMP): | $(PY)
-	$(PY) -m pip install -q $(PIP_ARGS) $(CONSTRAINT) -e '.[dev]'
+	$(PY) -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[$(DEV_EXTRAS)]'
 	@rm -f $(VENV)/.fastattn-dev-* && touch $@

@@ -42,7 +42,7 @@ class PretendedGpu:
         self.plans.add(key)
         return _Plan(key)
 
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = tuple) -> Any:
+    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = tuple, trained: bool = False) -> Any:
         return self.get(general)
 
     def stats(self) -> dict[str, float]:

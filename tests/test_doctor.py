@@ -91,7 +91,7 @@ def test_what_is_old_or_missing_comes_with_what_to_install(monkeypatch, package,
 
 @pytest.mark.parametrize("version", ["1.28", "1.28.0rc1", "1.100.2", "2.0"])
 def test_versions_that_are_new_enough(version):
-    assert doctor._numbers(version) >= doctor.CUDNN_FRONTEND
+    assert doctor.numbers(version) >= doctor.CUDNN_FRONTEND
 
 
 def test_with_a_gpu_what_is_absent_has_to_be_installed(monkeypatch):
@@ -161,7 +161,7 @@ def test_switches_in_force_are_named(monkeypatch):
 def test_a_backend_list_with_an_unknown_name_is_a_line(monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKENDS", "torch,nope")
     found = findings()
-    assert "expected one or more of decode, cudnn, torch, reference, got nope" in found["switches"].text
+    assert "expected one or more of decode, cudnn, torch, reference, got nope" in found["FASTATTN_BACKENDS=torch,nope"].text
     assert found["backend reference"].state == "ok"
 
 
@@ -180,3 +180,24 @@ def test_on_a_gpu_every_backend_works(monkeypatch):
     assert {
         name: found[f"backend {name}"].text for name in dispatch.NAMES if found[f"backend {name}"].state != "ok"
     } == {}
+
+
+@pytest.mark.parametrize(
+    "subject, package, version, newest",
+    [
+        ("torch", "torch", "2.13.0+cpu", ""),
+        ("torch", "torch", "2.14.0", "2.13"),
+        ("Triton", "triton", "3.10.0", "3.9"),
+        ("cuDNN frontend", "nvidia-cudnn-frontend", "1.33.0", "1.32"),
+        ("transformers", "transformers", "5.24.3", ""),
+        ("transformers", "transformers", "6.0.0.dev0", "5.24"),
+        ("liger-kernel", "liger-kernel", "0.8.6", "0.8.5"),
+        ("peft", "peft", "1.0", "0.21"),
+    ],
+)
+def test_a_version_newer_than_the_newest_tested_is_said(monkeypatch, subject, package, version, newest):
+    known = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: version if name == package else known(name))
+    found = findings()[subject]
+    assert found.state == "ok"
+    assert found.text.endswith(f"newer than the newest version tested, {newest}") is bool(newest)

@@ -62,7 +62,7 @@ DECODERS = {
     "cohere2": config("Cohere2", **SLIDING),
     "glm": config("Glm", partial_rotary_factor=0.5),
     "gpt2": transformers.GPT2Config(
-        n_embd=64, n_head=4, n_layer=1, vocab_size=99, n_positions=2048, attn_pdrop=0, dtype="bfloat16"
+        n_embd=64, n_head=4, n_layer=1, vocab_size=99, n_positions=2048, attn_pdrop=0.0, dtype="bfloat16"
     ),
     "gpt_neox": transformers.GPTNeoXConfig(
         hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=48, vocab_size=99, rotary_pct=0.5
@@ -132,7 +132,6 @@ def test_an_encoder_decoder_has_three_kinds() -> None:
     [
         (transformers.T5Config(), "adds a bias to the scores"),
         (transformers.BloomConfig(), "compute attention themselves"),
-        (transformers.DogeConfig(), "computes with dense masks"),
         (config("Llama4Text", layer_types=["chunked_attention", "full_attention"]), "ready only up to one chunk"),
         (config("Qwen3", layer_types=["full_attention", "compressed_sparse_attention"]), "fastattn does not know them"),
         (transformers.LlavaConfig(), "only the text part"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fast_path, ops
+from ._compat import torch as torch_internals
 from .masks import Intervals, Segments
 from .problem import Call, Problem
 from .validate import (
@@ -143,7 +144,7 @@ def prepare(
 ) -> Call:
     """Validates the op's arguments and brings them into one form. Raises as the op does, before any launch."""
     check_inputs(q, k, v)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and torch_internals.transforms_active():
         raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
     q, k, v = _one_dtype(q, k, v)
     scale = 1.0 / math.sqrt(q.shape[3] or 1) if scale is None else check_scale(scale)

@@ -6,17 +6,24 @@ The rule is one list, fastest first; the first backend without a reason to refus
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from .backends.base import Backend, Runner
+import torch
+
+from . import memo
+from ._compat.torch import constant_when_traced
+from .backends.base import Backend, OutOfMemory, Refusal, Runner, Setback
+from .backends.failures import failure_of, give_back
 from .forks import after_fork, renew_lock
 from .memo import Memo
 from .notice import warn_once
@@ -29,14 +36,17 @@ _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", de
 #: True inside torch's operators, where the memory that is allocated may be a captured graph's.
 opaque: ContextVar[bool] = ContextVar("fastattn_opaque", default=False)
 _calls: Counter[str] = Counter()
-_refused: dict[tuple[str, Problem], str] = {}
 _lock = threading.Lock()
+#: Seconds until a backend that had a setback is asked again, doubled each time that it has another one at once.
+FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
+T = TypeVar("T")
 
 
 after_fork(sys.modules[__name__], renew_lock)
 #: What `api.py` remembers of whole calls; here because it has to go when a route does.
-fast_path: Memo[Any, Any] = Memo(1 << 12)
-_routes: Memo[Any, Route] = Memo(1 << 13)
+fast_path: Memo[Any, Any] = Memo(1 << 12, "calls")
+_routes: Memo[Any, Route] = Memo(1 << 13, "routes")
+_refused: Memo[tuple[str, Problem], _Late] = Memo(1 << 12, "refusals")
 
 
 class BackendError(ValueError):
@@ -72,20 +82,22 @@ def check_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def listed() -> tuple[str, ...]:
+    """FASTATTN_BACKENDS."""
+    value = setting("FASTATTN_BACKENDS")
+    return NAMES if not value else check_names([n.strip() for n in value.split(",")], "FASTATTN_BACKENDS")
+
+
+@constant_when_traced
 def allowed() -> tuple[str, ...]:
     """The backends that may serve a call here and now, in order. Under torch.compile: when the graph was traced."""
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    listed = setting("FASTATTN_BACKENDS")
-    names = NAMES if not listed else check_names([n.strip() for n in listed.split(",")], "FASTATTN_BACKENDS")
+    names = listed()
     if not is_on("FASTATTN_CUDNN", True):
         names = tuple(name for name in names if name != "cudnn")
     return names
-
-
-# What torch.compiler.assume_constant_result does, which imports all of torch._dynamo (0.9 s) to do it.
-allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -108,26 +120,58 @@ def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, l
     return {name: _reasons(name, problem) for name in (allowed() if names is None else names)}
 
 
+class _Late(NamedTuple):
+    """What a backend found out when it was called."""
+
+    why: str
+    until: float  #: when it is asked again, by time.monotonic(); inf: never
+    wait: float  #: seconds between
+
+
+def _late(name: str, problem: Problem) -> _Late | None:
+    found = _refused.get((name, problem))
+    return found if found is not None and time.monotonic() < found.until else None
+
+
 def _reasons(name: str, problem: Problem) -> list[str]:
     """What a backend says, and what it found out when it was called (`refuse`)."""
-    late = _refused.get((name, problem))
-    return [*backend(name).reasons(problem), *([late] if late else [])]
+    late = _late(name, problem)
+    return [*backend(name).reasons(problem), *([late.why] if late else [])]
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
     """The first backend of the list that can serve the problem. Raises BackendError with every refusal."""
+    return _select(problem, names)[0]
+
+
+def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
+    """The same, and until when the choice holds: see `Route.until`."""
     refusals: dict[str, list[str]] = {}
+    until, waiting = 0.0, None
     for name in names:
-        why = _reasons(name, problem)
-        if not why:
+        why = backend(name).reasons(problem)
+        late = None if why else _late(name, problem)
+        if not why and late is None:
             if name == "reference" and problem.device == "cuda" and not problem.empty:
                 _warn_slow(refusals)
-            return backend(name)
+            return backend(name), until
+        if late is not None:
+            why = [late.why]
+            until = min(until or math.inf, late.until)
+            waiting = waiting or (name if late.until < math.inf else None)
         refusals[name] = why
-    if not names:
-        raise BackendError("no backend is allowed: FASTATTN_BACKENDS names cudnn alone and FASTATTN_CUDNN=0 forbids it")
+    if waiting is not None:  # nobody else is left: it may go well now
+        return backend(waiting), time.monotonic()
+    raise _nobody(refusals)
+
+
+def _nobody(refusals: dict[str, list[str]]) -> BackendError:
+    if not refusals:
+        return BackendError(
+            "no backend is allowed: FASTATTN_BACKENDS names cudnn alone and FASTATTN_CUDNN=0 forbids it"
+        )
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in refusals.items())
-    raise BackendError(f"no allowed backend can serve this call:\n{listed}")
+    return BackendError(f"no allowed backend can serve this call:\n{listed}")
 
 
 class Route(NamedTuple):
@@ -136,6 +180,14 @@ class Route(NamedTuple):
     problem: Problem
     backend: Backend
     run: Runner  #: the forward
+    #: 0: no backend that would take the problem was passed over; else one was, for what it found out when it was
+    #: called, and this is when it is asked again, inf for never.
+    until: float = 0.0
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be remembered."""
+        return self.until in (0.0, math.inf)
 
 
 def route(call: Call, names: tuple[str, ...]) -> Route:
@@ -148,22 +200,77 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
     found = _routes.get(name)
     if found is None:
         problem = Problem.of(call)
-        chosen = select(problem, names)
-        found = _routes[name] = Route(problem, chosen, chosen.bind(problem, call))
+        chosen, until = _select(problem, names)
+        found = Route(problem, chosen, chosen.bind(problem, call), until)
+        if found.lasts:
+            _routes[name] = found
     return found
 
 
-def refuse(name: str, problem: Problem, error: Exception) -> None:
+def serve(call: Call, names: tuple[str, ...], use: Callable[[Route], T]) -> T:
+    """What `use` makes of a call's route. Where that backend turns out not to be able to, another one is used.
+
+    Raises BackendError when nobody is left, but torch.OutOfMemoryError where that is for want of memory.
+    """
+    left, gave_back = names, False
+    setback: Setback | None = None
+    while True:
+        try:
+            found = route(call, left)
+        except BackendError:
+            if isinstance(setback, OutOfMemory):
+                raise torch.OutOfMemoryError(str(setback)) from setback
+            if setback is not None:
+                raise _nobody(reasons(Problem.of(call), names)) from setback
+            raise
+        name = found.backend.name
+        try:
+            return use(found)
+        except Exception as error:
+            failure = failure_of(error, call.q.device)
+            if failure is None:
+                raise
+        if isinstance(failure, OutOfMemory) and not gave_back and give_back(call.q.device):
+            gave_back = True
+            continue
+        refuse(name, found.problem, failure)
+        if isinstance(failure, Setback):
+            setback, left = failure, tuple(other for other in left if other != name)
+
+
+def gives_up(name: str, problem: Problem, error: Exception) -> bool:
+    """True where an error says that the backend cannot serve the problem, ever or for now: it is passed over then."""
+    failure = failure_of(error, torch.device(problem.device, max(problem.index, 0)))
+    if failure is not None:
+        refuse(name, problem, failure)
+    return failure is not None
+
+
+def refuse(name: str, problem: Problem, error: Refusal) -> None:
     """Takes a backend's word, given when it was called, that it cannot serve a problem; says so once per reason."""
     why = str(error).split("\n")[0][:300]
+    now, wait = time.monotonic(), math.inf
     with _lock:
-        _refused[name, problem] = why
+        if isinstance(error, Setback):
+            last = _refused.get((name, problem))
+            again = last is not None and now < last.until + last.wait
+            wait = min(2 * last.wait, LONGEST_WAIT) if last is not None and again else FIRST_WAIT
+        _refused[name, problem] = _Late(why, now + wait, wait)
         _routes.clear()
         fast_path.clear()
-    warn_once(
-        f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
-        "`fastattn doctor` says whether this machine's versions are the cause."
-    )
+    kind = re.sub(r"\d+", "#", f"{name}: {why}")
+    if wait < math.inf:
+        warn_once(
+            f"fastattn: {name} could not serve a call ({why}); another backend serves calls like it until {name} is "
+            "tried again, in a few seconds. Out of GPU memory: leave more of it free.",
+            kind,
+        )
+    else:
+        warn_once(
+            f"fastattn: {name} refused a call that it should serve ({why}); another backend serves it from now on. "
+            "`fastattn doctor` says whether this machine's versions are the cause.",
+            kind,
+        )
 
 
 def count(name: str) -> None:
@@ -176,13 +283,15 @@ def stats() -> dict[str, Any]:
     """What has happened in this process: calls served by each backend, and the cuDNN plans' counters.
 
     Returns a dict: "calls" maps backend names to forward calls served and "<name>.backward" to backward calls;
-    "plans" holds the counters of the cuDNN plan cache (builds, disk loads, hits, evictions, milliseconds).
+    "plans" holds the counters of the cuDNN plan cache (builds, disk loads, hits, evictions, milliseconds);
+    "kept" says what is remembered of kinds of calls, by what it is: "entries", and the "bytes" of device memory in
+    them. All of it is bounded, and `clear_plans` forgets all of it.
     """
     from .backends.cudnn import plans
 
     with _lock:
         calls = dict(_calls)
-    return {"calls": calls, "plans": plans.stats()}
+    return {"calls": calls, "plans": plans.stats(), "kept": memo.holdings()}
 
 
 def _warn_slow(refusals: dict[str, list[str]]) -> None:

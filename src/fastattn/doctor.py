@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from ._compat.versions import newer_than_tested, numbers
 from .bench.results import ask, cudnn_text, driver_version, switches, version_of
 
 CUDNN_FRONTEND = (1, 28)  #: before it, building a plan held Python's lock and ragged backward graphs did not build
@@ -35,6 +35,10 @@ GET_TORCH = "install a CUDA build of torch: https://pytorch.org/get-started/loca
 GET_DRIVER = "install or update the NVIDIA driver: https://www.nvidia.com/drivers"
 GET_CUDA = "pip install 'fastattn[cuda]'"
 GET_HF = "pip install 'fastattn[hf]'"
+EXTRA = "pip install 'fastattn[%s]'"
+
+#: What the registry calls them, where the report says it otherwise.
+PACKAGES = {"cuDNN frontend": "nvidia-cudnn-frontend", "Triton": "triton"}
 
 #: Relative error that a working backend stays below, in the dtype it is tried in here.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
@@ -81,10 +85,14 @@ def examine() -> list[Finding]:
         ("cuDNN frontend", _frontend),
         ("Triton", _triton),
         ("transformers", _transformers),
+        ("liger-kernel", partial(_extra, "liger-kernel", "the model runs on transformers' own layers", "liger")),
+        ("peft", partial(_extra, "peft", "models with adapters are refused", "adapters")),
     ):
         findings += _guard(subject, probe)
+    findings = [_untested(finding) for finding in findings]
     for name in ("decode", "cudnn", "torch", "reference"):
         findings += _guard(f"backend {name}", partial(_backend, name))
+    findings += _guard("plans on disk", _plans)
     return findings + _guard("switches", _switches)
 
 
@@ -168,7 +176,7 @@ def _frontend() -> Iterator[Finding]:
     version = version_of("nvidia-cudnn-frontend")
     if version is None:
         yield _absent("cuDNN frontend", GET_CUDA)
-    elif _numbers(version) < CUDNN_FRONTEND:
+    elif numbers(version) < CUDNN_FRONTEND:
         text = f"{version}; the cudnn backend needs {_text(CUDNN_FRONTEND)} or later"
         yield Finding("cuDNN frontend", "missing", text, "pip install -U 'nvidia-cudnn-frontend>=1.28'")
     elif not _has_gpu():
@@ -194,13 +202,27 @@ def _transformers() -> Iterator[Finding]:
     if version is None:
         yield Finding("transformers", "none", "not installed: no fastattn.hf, no benchmark", GET_HF)
         return
-    if _numbers(version) < TRANSFORMERS:
+    if numbers(version) < TRANSFORMERS:
         text = f"{version}; fastattn.hf needs {_text(TRANSFORMERS)} or later"
         yield Finding("transformers", "missing", text, "pip install -U 'transformers>=5.4'")
         return
     from . import hf  # noqa: F401  (importing it registers the implementation)
 
     yield Finding("transformers", "ok", f'{version}, with attn_implementation="fastattn"')
+
+
+def _extra(package: str, without: str, extra: str) -> Iterator[Finding]:
+    version = version_of(package)
+    yield Finding(package, "ok" if version else "none", version or f"not installed: {without} ({EXTRA % extra})")
+
+
+def _untested(finding: Finding) -> Finding:
+    """The same, or that the version is newer than any that fastattn was tested with."""
+    package = PACKAGES.get(finding.subject, finding.subject)
+    newest = newer_than_tested(package, version_of(package) or "") if finding.state == "ok" else ""
+    return (
+        replace(finding, text=f"{finding.text}; newer than the newest version tested, {newest}") if newest else finding
+    )
 
 
 def _backend(name: str) -> Iterator[Finding]:
@@ -262,15 +284,33 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
     return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
 
 
-def _switches() -> Iterator[Finding]:
-    for name, value in switches().items():
-        known = SWITCHES.get(name)
-        yield Finding(
-            f"{name}={value}", "ok" if known else "broken", known or "no switch of fastattn's: a typing error?"
-        )
-    from . import dispatch
+def _plans() -> Iterator[Finding]:
+    from .backends.cudnn import disk
 
-    dispatch.allowed()  # raises when FASTATTN_BACKENDS names a backend that does not exist
+    folder, refusal = disk.directory(), disk.refusal()
+    if folder is None:
+        yield Finding("plans on disk", "off", "none are kept, each process builds its own")
+    elif refusal:
+        advice = f"give {folder} and what leads to it to this user alone (FASTATTN_PLAN_CACHE names another folder)"
+        yield Finding("plans on disk", "broken", f"none are kept: {refusal}", advice)
+    else:
+        yield Finding("plans on disk", "ok", str(folder))
+
+
+def _switches() -> Iterator[Finding]:
+    from .backends.cudnn import plans
+    from .dispatch import listed
+    from .switches import complaint, is_on
+
+    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": plans.policy}
+    on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET")
+    checks |= {name: partial(is_on, name, False) for name in on_or_off}
+    for name, value in switches().items():
+        text = SWITCHES.get(name, "")
+        wrong = (
+            complaint(checks[name]) if name in checks else "" if text else "no switch of fastattn's: a typing error?"
+        )
+        yield Finding(f"{name}={value}", "broken" if wrong else "ok", wrong or text)
 
 
 def _absent(subject: str, advice: str) -> Finding:
@@ -287,12 +327,6 @@ def _has_gpu() -> bool:
 
 def _dtype_name() -> str:
     return "bfloat16" if _has_gpu() else "float32"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "1.28.0rc1" -> (1, 28, 0)."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
 def _text(version: tuple[int, ...]) -> str:

@@ -7,10 +7,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .printable import one_line
+
 _LONGEST = 400  #: characters of another library's text that are shown
-#: torch, CUDA, cuBLAS and C++ have no common type for it.
+#: What libraries say that are out of memory, which have no common type for it: torch, CUDA_ERROR_OUT_OF_MEMORY,
+#: cudaErrorMemoryAllocation, CUDNN_STATUS_ALLOC_FAILED, ..._DEVICE_ALLOCATION_FAILED, CUBLAS_STATUS_ALLOC_FAILED, C++.
 _NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+    r"out[ _]of[ _](device[ _])?memory|alloc(ation)?[ _]failed|ErrorMemoryAllocation|bad_alloc|"
+    r"(can't|cannot) allocate memory|not enough memory",
+    re.IGNORECASE,
 )
 
 
@@ -18,18 +23,17 @@ class Refused(ValueError):
     """A ValueError that says all there is to say, in one line: `blame` lets it through."""
 
 
-def printable(text: str) -> str:
-    """The text in one line, without what a terminal would obey: a stranger's file may have written a part of it."""
-    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
-
-
 def in_one_line(error: BaseException) -> str:
     """What an exception says, in one line that is not too long; its type's name where it says nothing."""
-    text, name = printable(str(error)), type(error).__name__
+    text, name = one_line(str(error)), type(error).__name__
     if isinstance(error, KeyError | AttributeError | IndexError | ZeroDivisionError) or not text:
         text = f"{name}: {text}" if text else name  # the text alone is but a name
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def says_memory(text: str) -> bool:
+    """True for the text of an error for want of memory."""
+    return bool(_NO_MEMORY.search(text))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         # What a ValueError says may be quoted from a file.
         if isinstance(found, RuntimeError) or type(found).__name__ == "SafetensorError":
-            if _NO_MEMORY.search(str(found)):
+            if says_memory(str(found)):
                 return True
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return False

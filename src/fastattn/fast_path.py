@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import debug, dispatch, ops
-from .backends.base import Refusal
+from .backends.base import OutOfMemory
+from .backends.failures import failure_of
 from .masks import Intervals, Segments
 from .problem import Call
 
@@ -109,8 +110,12 @@ def run(
     route = known.route
     try:
         found = route.run(call)
-    except Refusal as error:
-        dispatch.refuse(route.backend.name, route.problem, error)
+    except Exception as error:
+        failure = failure_of(error, q.device)
+        if failure is None:
+            raise
+        if not isinstance(failure, OutOfMemory):  # else the long way tries it once more
+            dispatch.refuse(route.backend.name, route.problem, failure)
         return None
     dispatch.count(route.backend.name)
     return found
@@ -119,4 +124,6 @@ def run(
 def remember(name: Any, call: Call, names: tuple[str, ...]) -> None:
     """Takes a call that was served the long way, and what `name_of` said of it."""
     default = 1.0 / math.sqrt(call.q.shape[3] or 1)
-    dispatch.fast_path[name] = Known(dispatch.route(call, names), call[11:], default)
+    route = dispatch.route(call, names)
+    if route.lasts:
+        dispatch.fast_path[name] = Known(route, call[11:], default)

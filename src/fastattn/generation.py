@@ -100,7 +100,7 @@ def _generate(
     arguments: argparse.Namespace, prompts: list[str], sampling: dict[str, Any], ranks: Ranks | None = None
 ) -> int:
     import torch
-    from transformers.utils import logging
+    from transformers import logging
 
     from .lm import load
     from .lm.stream import Meter, encode, stream_batch

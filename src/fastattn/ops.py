@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import debug, dispatch
-from .backends.base import Refusal
+from . import debug, dispatch, reference
+from ._compat import torch as torch_internals
 from .problem import Call, Gradients, token_major, work_dtype
 
 _CALL = (
@@ -43,7 +43,7 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
     if call.grads:
         return _Attention.apply(*call, names)
     with _no_autocast(call.q):
-        return serve(call, names)
+        return serve(call, names)[:2]
 
 
 def plain(*tensors: Tensor) -> bool:
@@ -56,46 +56,60 @@ def plain(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        and not torch_internals.may_be_watched()
     )
 
 
-def serve(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+class Served(NamedTuple):
+    """A forward, and who ran it."""
+
+    out: Tensor
+    lse: Tensor | None
+    route: dispatch.Route
+
+
+def serve(call: Call, names: tuple[str, ...]) -> Served:
     """The forward, on the backend that `dispatch` picks."""
-    problem, backend, run = dispatch.route(call, names)
-    dispatch.count(backend.name)
-    if debug.ENABLED:
-        debug.check_call(call)
-    try:
-        out, lse = run(call)
-    except Refusal as error:
-        dispatch.refuse(backend.name, problem, error)
-        return serve(call, names)
-    if debug.ENABLED:
-        debug.check_result(call, backend.name, out, lse)
-    return out, lse
+
+    def use(route: dispatch.Route) -> Served:
+        if debug.ENABLED:
+            debug.check_call(call)
+        out, lse = route.run(call)
+        if debug.ENABLED:
+            debug.check_result(call, route.backend.name, out, lse)
+        return Served(out, lse, route)
+
+    found = dispatch.serve(call, names, use)
+    dispatch.count(found.route.backend.name)
+    return found
 
 
-def _forward(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    out, lse = serve(call, names)
-    if lse is None or not (call.return_lse or call.grads):
-        # A backend whose backward does not read it may leave it out; one that needs it itself may return it unasked.
+def _forward(call: Call, names: tuple[str, ...], compute_lse: bool = False) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """The output, the log-sum-exp, and the backends that may run the backward.
+
+    A backend whose own backward does not read the log-sum-exp may leave it out. Where it serves in place of one that
+    has given up, that one may be back by the backward: it is left out there, or (`compute_lse`) finds what it reads.
+    """
+    out, lse, route = serve(call, names)
+    if lse is None and call.grads and route.until:
+        if compute_lse:
+            lse = reference.forward(route.problem, call)[1]
+        else:
+            names = tuple(name for name in names if not dispatch.backend(name).reads_lse)
+    if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
         lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
-    return out, lse
+    return out, lse, names
 
 
 def _gradients(
     call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> Gradients:
-    problem, backend, _ = dispatch.route(call, names)
-    dispatch.count(f"{backend.name}.backward")
-    try:
-        return backend.backward(problem, call, out, lse, grad_out, grad_lse)
-    except Refusal as error:
-        dispatch.refuse(backend.name, problem, error)
-        backend = dispatch.route(call, names).backend
-        return backend.backward(problem, call, out, lse, grad_out, grad_lse)
+    def use(route: dispatch.Route) -> tuple[str, Gradients]:
+        return route.backend.name, route.backend.backward(route.problem, call, out, lse, grad_out, grad_lse)
+
+    name, found = dispatch.serve(call, names, use)
+    dispatch.count(f"{name}.backward")
+    return found
 
 
 class _Attention(torch.autograd.Function):
@@ -105,8 +119,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         call = Call(*args[:_FIELDS])
         with _no_autocast(call.q):
-            out, lse = _forward(call, args[_FIELDS])
-        _setup_context(ctx, args, (out, lse))
+            out, lse, names = _forward(call, args[_FIELDS])
+        _setup_context(ctx, (*args[:_FIELDS], names), (out, lse))
         if not call.return_lse:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -118,7 +132,7 @@ class _Attention(torch.autograd.Function):
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     with _inside(args[0]):
-        out, lse = _forward(*_unpack(args))
+        out, lse, _ = _forward(*_unpack(args), compute_lse=True)  # a graph says already who may run the backward
         return out, lse.contiguous()  # as a tracer was told
 
 
@@ -198,7 +212,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     names = ctx.rest[-1]
-    batched = torch._C._dispatch_keys(grad_out).raw_repr() != torch._C._dispatch_keys(out).raw_repr()  # by old vmap
+    batched = not torch_internals.same_dispatch(grad_out, out)  # by old vmap
     if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, *tensors[:3]):
         # The operator: traced, or with create_graph=True, which it knows how to refuse.
         names = names if isinstance(names, str) else ",".join(names)

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from .failures import is_out_of_memory, printable
+from .failures import is_out_of_memory
+from .printable import one_line
 from .switches import is_on
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -92,8 +93,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 def complain(text: str, status: int) -> int:
     """Says what is wrong, in one line on stderr; returns the exit status."""
-    line = "; ".join(part for line in text.splitlines() if (part := printable(line)))
-    _say(f"fastattn: error: {line}")
+    _say(f"fastattn: error: {one_line(text, '; ')}")
     return status
 
 
@@ -137,7 +137,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError):
         return complain(text, 1)
     return complain(
-        f"this should not have happened ({type(error).__name__}: {printable(text)[:400]}): "
+        f"this should not have happened ({type(error).__name__}: {one_line(text)[:400]}): "
         "please report it, with what FASTATTN_DEBUG=1 shows",
         1,
     )

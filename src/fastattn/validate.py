@@ -107,7 +107,8 @@ def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tenso
     if mask.dim() > 4:
         raise ValueError(f"mask: expected at most 4 dims, got {_shape(mask)}")
     mask = mask[(None,) * (4 - mask.dim())]
-    if any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+    # Not `size not in (1, whole)`: torch.compile answers that wrongly for symbolic sizes.
+    if any(size != 1 and size != whole for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")
     return mask, None, None
 

@@ -18,15 +18,17 @@ from cases import a_problem
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn._compat import torch as torch_internals
 from fastattn.backends import scratch
 from fastattn.backends.cudnn import plans, runtime
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.plans import Choice, PlanCache
+from fastattn.memo import Memo
 from fastattn.problem import Call
 
 
 def key(length: int) -> PlanKey:
-    """Of a call with gradients, of which it has the log-sum-exp."""
+    """Of a call whose log-sum-exp is asked for, with or without gradients: the key does not tell."""
     operands = [Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16)]
     operands.append(Operand("stats", (1, 1, length, 1), (length, length, 1, 1), torch.float32))
     return PlanKey("forward", 0, tuple(operands))
@@ -96,7 +98,7 @@ def test_a_choice_asks_the_cache_once(asked: list[Any], clock: Clock) -> None:
 
 
 def test_each_change_of_the_cache_is_noticed(asked: list[Any], clock: Clock) -> None:
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     plans.cache.get(EXACT)
     exact, is_exact = choice.plan()
     assert is_exact and exact.key == EXACT
@@ -124,7 +126,7 @@ def test_clear_plans_reaches_every_choice(built: list[PlanKey], clock: Clock) ->
 
 
 def test_a_change_of_policy_is_noticed(built: list[PlanKey], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
 
     def found() -> tuple[PlanKey, bool]:
         plan, is_exact = choice.plan()
@@ -153,7 +155,7 @@ def test_while_the_exact_plan_is_missing_its_occasions_are_counted(
     built: list[PlanKey], asked: list[Any], clock: Clock
 ) -> None:
     """The model's layers within an occasion are one; a Choice that kept still would be taken for a lost interest."""
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     for _ in range(32):
         assert not choice.plan()[1]
     assert len(asked) <= 3, "of 32 layers the cache hears now and then"
@@ -168,8 +170,67 @@ def test_while_the_exact_plan_is_missing_its_occasions_are_counted(
     assert is_exact and plan.key == EXACT
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_trained_is_told_by_the_call_not_by_its_log_sum_exp(
+    trained: bool, built: list[PlanKey], clock: Clock
+) -> None:
+    """Sinks and return_lse ask for it as well: a stall for text that is being generated."""
+    choice = Choice(EXACT, GENERAL, trained=trained)
+    enough = plans.EXACT_AFTER if trained else plans.SERVED_AFTER
+    assert plans.SERVED_AFTER >= 8 * plans.EXACT_AFTER
+    for occasion in range(1, enough + 1):
+        assert built in ([], [GENERAL]), occasion
+        choice.plan()
+        clock.now += 2 * plans.OCCASION
+        assert plans.cache.wait(10)
+    assert built == [GENERAL, EXACT]
+
+
+def test_training_counts_what_was_served_before(built: list[PlanKey], clock: Clock) -> None:
+    """The same plan serves both; it is built once."""
+    served, trained = Choice(EXACT, GENERAL), Choice(EXACT, GENERAL, trained=True)
+    for choice, expected in (
+        *[(served, [GENERAL])] * 5,
+        *[(trained, [GENERAL, EXACT]), (served, [GENERAL, EXACT])] * 20,
+    ):
+        choice.plan()
+        clock.now += 2 * plans.OCCASION
+        assert plans.cache.wait(10)
+        assert built == expected
+
+
+@pytest.mark.parametrize("features, grads", [("", "qkv"), ("lse", ""), ("sinks", ""), ("sinks", "qkvs"), ("", "")])
+def test_the_calls_of_cudnn_say_whether_they_train(features: str, grads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.backends.cudnn import forward
+
+    found: list[bool] = []
+    monkeypatch.setattr(forward, "Choice", lambda *keys, trained: found.append(trained))
+    p = dataclasses.replace(PROBLEM, sinks=features == "sinks", return_lse=features == "lse", grads=grads)
+    q, k = torch.zeros(1, 4, 5, 8, dtype=torch.float16), torch.zeros(1, 2, 5, 8, dtype=torch.float16)
+    forward._WithoutBias(p, q, k, k)
+    assert found == [bool(grads)]
+
+
+@pytest.mark.parametrize("value", ["exakt", "2", "0", "exact,any", " "])
+def test_a_policy_that_there_is_not_is_refused_by_name(
+    value: str, built: list[PlanKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastattn.backends.cudnn import CudnnBackend
+
+    monkeypatch.setenv("FASTATTN_PLANS", value)
+    expected = rf"FASTATTN_PLANS: expected one of auto, exact, any, got '{value}'"
+    for mask in ("none", "bool"):  # of which the second takes an exact plan whatever the policy is
+        with pytest.raises(ValueError, match=expected):
+            CudnnBackend().bind(dataclasses.replace(PROBLEM, mask=mask), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=expected):
+        Choice(EXACT, GENERAL).plan()
+    for good in ("EXACT", " any ", "auto", ""):
+        monkeypatch.setenv("FASTATTN_PLANS", good)
+        assert plans.policy() == (good.strip().lower() or "auto")
+
+
 def test_steady_calls_reach_the_second_occasion_in_time(built: list[PlanKey], clock: Clock) -> None:
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     start = clock.now
     while not choice.plan()[1]:
         clock.now += 0.01
@@ -189,7 +250,7 @@ def test_the_exact_plan_is_taken_as_soon_as_it_is_there(
         return build(key)
 
     monkeypatch.setattr(plans.Plan, "build", staticmethod(slow))
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     choice.plan()
     clock.now += 2 * plans.OCCASION
     for _ in range(3):
@@ -202,7 +263,7 @@ def test_the_exact_plan_is_taken_as_soon_as_it_is_there(
 def test_a_plan_in_use_is_not_evicted_before_the_others(built: list[PlanKey], clock: Clock) -> None:
     """A Choice does not go through the cache at each call; the order of use must not suffer."""
     plans.cache.get(EXACT)
-    hot, warm = Choice(EXACT, GENERAL), Choice(None, key(1))
+    hot, warm = Choice(EXACT, GENERAL, trained=True), Choice(None, key(1))
     plan = hot.plan()[0]
     for length in range(200, 230):
         for _ in range(3):
@@ -217,7 +278,7 @@ def test_a_plan_in_use_is_not_evicted_before_the_others(built: list[PlanKey], cl
 
 def test_a_plan_that_was_evicted_is_not_kept_alive_and_comes_back(built: list[PlanKey], clock: Clock) -> None:
     plans.cache.get(EXACT)
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     assert choice.plan()[1]
     for length in range(200, 210):
         plans.cache.get(key(length))
@@ -232,7 +293,7 @@ def test_an_exact_plan_that_was_built_for_coming_back_and_evicted_comes_back_aga
     built: list[PlanKey], clock: Clock
 ) -> None:
     """It has been asked for often enough before, and that must not count as having been refused."""
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     for round in (1, 2):
         for _ in range(2 * plans.EXACT_AFTER):
             choice.plan()
@@ -264,7 +325,7 @@ def test_a_larger_plan_serves_until_the_general_one_is_there(
 def test_without_any_plan_the_general_one_is_built_and_the_next_larger_one_prepared(
     built: list[PlanKey], clock: Clock
 ) -> None:
-    choice = Choice(EXACT, GENERAL, lambda: LARGER)
+    choice = Choice(EXACT, GENERAL, lambda: LARGER, trained=True)
     assert choice.plan()[0].key == GENERAL
     assert plans.cache.wait(10) and built == [GENERAL, LARGER[0]]
     assert choice.plan()[0].key == GENERAL, "the larger one is another length's"
@@ -277,7 +338,7 @@ def test_while_capturing_nothing_larger_is_prepared(
     built: list[PlanKey], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert Choice(EXACT, GENERAL, lambda: LARGER).plan()[0].key == GENERAL
+    assert Choice(EXACT, GENERAL, lambda: LARGER, trained=True).plan()[0].key == GENERAL
     assert plans.cache.wait(10) and built == [GENERAL]
 
 
@@ -298,7 +359,7 @@ def test_a_general_plan_that_was_evicted_is_prepared_again(built: list[PlanKey],
 
 def test_a_choice_is_every_threads(built: list[PlanKey]) -> None:
     """Plans come and go and the policy stays: whatever the order, the plan is the one of a key of this choice."""
-    choice = Choice(EXACT, GENERAL)
+    choice = Choice(EXACT, GENERAL, trained=True)
     stop, wrong = threading.Event(), []
 
     def use() -> None:
@@ -335,7 +396,7 @@ class Streams:
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     found = Streams()
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: found.current + 100 * index, raising=False)
+    monkeypatch.setattr(torch_internals, "raw_stream", lambda index: found.current + 100 * index)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(scratch, "_local", type(scratch._local)())
     return found
@@ -372,15 +433,22 @@ def test_places_are_made_once_for_each_stream(ask: Any, streams: Streams) -> Non
     assert places() is first and len(computed) == 2
 
 
-def test_places_of_many_streams_are_bounded(ask: Any, streams: Streams) -> None:
-    from fastattn.backends.cudnn.places import MOST_STREAMS
+def test_places_of_many_streams_are_bounded(ask: Any, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.backends.cudnn import places as module
 
-    places, _ = ask()
-    kept = places.__closure__ and next(c.cell_contents for c in places.__closure__ if hasattr(c.cell_contents, "_kept"))
-    for stream in range(3 * MOST_STREAMS):
-        streams.current = stream
-        assert places() is places()
-        assert len(kept._kept) <= MOST_STREAMS
+    one = torch.empty(1).untyped_storage().nbytes()
+    for entries, most_bytes, reached in ((8, 100 * one, 8), (100, 5 * one, 5)):
+        kept = Memo(entries, "offsets", module._bytes, most_bytes)
+        monkeypatch.setattr(module, "_kept", kept)
+        calls, most = [ask()[0] for _ in range(3)], 0
+        for stream in range(20):
+            streams.current = stream
+            for places in calls:
+                assert places() is places()
+                assert kept.holds() == (len(kept), len(kept) * one)
+                most = max(most, len(kept))
+        assert most == reached
+    assert module._kept.limit <= 1 << 14 and module.MOST_BYTES <= 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -457,7 +525,7 @@ def allocated(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(size)
         return torch.empty(size, dtype=dtype)
 
-    fake = SimpleNamespace(empty=empty, uint8=torch.uint8, _C=torch._C, cuda=torch.cuda)
+    fake = SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=torch.cuda)
     monkeypatch.setattr(scratch, "torch", fake)
     return found
 

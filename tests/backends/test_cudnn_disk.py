@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn._compat import torch as torch_internals
 from fastattn.backends.cudnn import disk, plans
+from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 
 PAYLOAD = bytes(range(256)) * 3
@@ -33,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def the_file(folder: Path) -> Path:
-    (found,) = folder.iterdir()
+    (found,) = folder.glob("*.plan")
     return found
 
 
@@ -87,7 +89,7 @@ def test_the_environment_names_all_that_can_make_a_plan_invalid(monkeypatch: pyt
     for holder, name, value in (
         (device, "name", "other"), (device, "major", 10), (device, "minor", 3), (device, "multi_processor_count", 1),
         (device, "total_memory", 1), (library.cudnn, "__version__", "1.29.0"), (library, "version", 92000),
-        (torch.version, "cuda", "13.9"), (disk, "FORMAT", 99), (disk, "_driver", lambda: 12345),
+        (torch.version, "cuda", "13.9"), (disk, "FORMAT", 99), (torch_internals, "driver_version", lambda: 12345),
     ):  # fmt: skip
         monkeypatch.setattr(holder, name, value)
         look()
@@ -119,7 +121,7 @@ def test_a_file_of_another_key_under_this_name_is_not_used(folder: Path) -> None
     disk.store(key(8), PAYLOAD)
     foreign = the_file(folder)
     disk.store(key(), PAYLOAD)
-    own = next(path for path in folder.iterdir() if path != foreign)
+    own = next(path for path in folder.glob("*.plan") if path != foreign)
     own.write_bytes(foreign.read_bytes())
     assert disk.load(key()) is None
 
@@ -169,13 +171,13 @@ def test_a_disk_that_does_not_take_files(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(folder))
 
-    def full(*args: Any) -> None:
+    def full(*args: Any, **rest: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     disk.store(key(), PAYLOAD)
     assert disk.load(key()) is None
-    assert list(folder.iterdir()) == [], "nothing half written is left"
+    assert [path.name for path in folder.iterdir()] == [KEY], "nothing half written is left"
 
 
 def test_the_least_recently_used_files_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_an_exact_plan_that_keeps_being_missed_is_built_in_the_background(
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     cache = plans.PlanCache()
     exact, general = key(100), key(0)
-    found = [cache.best(exact, general) for _ in range(plans.EXACT_AFTER)]
+    found = [cache.best(exact, general, trained=True) for _ in range(plans.EXACT_AFTER)]
     assert found == [cache.get(general)] * plans.EXACT_AFTER, "nobody waits for it"
     assert cache.wait(10)
     assert built == [general, exact]
@@ -123,12 +123,14 @@ def test_what_serves_is_built_for_later_than_what_trains(built: list[PlanKey], m
     """While a plan is built other threads stand still at times: that has to pay."""
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     cache = plans.PlanCache()
-    exact = dataclasses.replace(key(100), operands=key(100).operands[:1])
-    for _ in range(plans.SERVED_AFTER - 1):
+    for exact in (key(100), dataclasses.replace(key(101), operands=key(101).operands[:1])):  # with statistics, without
+        built.clear()
+        cache.clear()
+        for _ in range(plans.SERVED_AFTER - 1):
+            cache.best(exact, key(0))
+        assert cache.wait(10) and built == [key(0)]
         cache.best(exact, key(0))
-    assert cache.wait(10) and built == [key(0)]
-    cache.best(exact, key(0))
-    assert cache.wait(10) and built == [key(0), exact]
+        assert cache.wait(10) and built == [key(0), exact]
 
 
 def test_the_layers_of_a_model_are_one_occasion(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +138,7 @@ def test_the_layers_of_a_model_are_one_occasion(built: list[PlanKey], monkeypatc
     monkeypatch.setattr(plans, "OCCASION", 60.0)
     cache = plans.PlanCache()
     for _ in range(100):
-        cache.best(key(100), key(0))
+        cache.best(key(100), key(0), trained=True)
     assert cache.wait(10)
     assert built == [key(0)]
 
@@ -158,7 +160,7 @@ def test_a_shape_that_does_not_come_back_is_not_built(built: list[PlanKey], monk
     cache = plans.PlanCache()
     for length in range(20, 60):
         for _ in range(plans.EXACT_AFTER - 1):
-            cache.best(key(length), key(0))
+            cache.best(key(length), key(0), trained=True)
     assert cache.wait(10)
     assert built == [key(0)]
 
@@ -181,7 +183,7 @@ def test_a_background_failure_is_reported_once_and_not_repeated(
     cache = plans.PlanCache()
     with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background.*FASTATTN_PLANS=any"):
         for _ in range(10):
-            cache.best(key(13), key(0))
+            cache.best(key(13), key(0), trained=True)
         assert cache.wait(10)
     assert built.count(key(13)) == 1
     assert cache.stats()["background_failures"] == 1
@@ -231,13 +233,13 @@ def test_a_task_that_raises_does_not_stop_the_next(caplog: pytest.LogCaptureFixt
 def test_a_miss_inside_a_capture_does_not_count(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     cache = plans.PlanCache()
-    cache.best(key(100), key(0))
+    cache.best(key(100), key(0), trained=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    cache.best(key(100), key(0))
+    cache.best(key(100), key(0), trained=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert cache.wait(10)
     assert built == [key(0)]
-    cache.best(key(100), key(0))
+    cache.best(key(100), key(0), trained=True)
     assert cache.wait(10)
     assert built == [key(0), key(100)]
 

@@ -245,7 +245,7 @@ def test_killed_at_any_moment_while_others_store_and_load(server: Server, folder
     assert found["damaged"] == found["nothing"] == 0 and found["whole"], found
     age(folder, 2 * HOUR)
     disk.store(key(0), payload(0, 0))
-    assert len(list(folder.iterdir())) == len(KEYS), "five plans and nothing else"
+    assert len(list(folder.iterdir())) == len(KEYS) + 1, "five plans, the key and nothing else"
 
 
 def test_what_killed_ones_leave_goes_after_an_hour(server: Server, folder: Path) -> None:

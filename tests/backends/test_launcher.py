@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastattn._compat import torch as torch_internals
 from fastattn.backends import triton_launch
 from fastattn.backends.triton_launch import Launcher
 from fastattn.memo import Memo
@@ -105,8 +106,8 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     found = Gpu()
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: found.device, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", found.streams.__getitem__, raising=False)
+    monkeypatch.setattr(torch_internals, "current_device", lambda: found.device)
+    monkeypatch.setattr(torch_internals, "raw_stream", found.streams.__getitem__)
     monkeypatch.setattr(torch.cuda, "device", found.switch)
     monkeypatch.setattr(triton_launch, "_compiled", Memo(1 << 12))
     return found

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
 from fastattn.bench import charts, plots, report_html, sweep
-from fastattn.bench.chapters import chapter_of, chapters_of, load
+from fastattn.bench.chapters import chapter_of, chapters_of
 from fastattn.bench.charts import Chart, Table
+from fastattn.bench.reading import load
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -252,8 +253,6 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
 
 def test_markdown_has_the_same(swept, tmp_path):
     folder, found, _ = swept
-    (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "old.svg").touch()
     assert command("report", folder / "op.json", "--markdown", tmp_path / "page.md") == 0
     text = (tmp_path / "page.md").read_text()
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastattn.bench import results
+from fastattn.bench import output, results
 from fastattn.bench.table import ratio, table
 
 
@@ -76,7 +76,7 @@ def test_a_write_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_writable_path_is_left_alone(tmp_path):
     path = tmp_path / "result.json"
-    assert results.check_writable(path) == path
+    assert output.check_writable(path) == path
     assert os.listdir(tmp_path) == []
 
 
@@ -88,7 +88,7 @@ def test_unwritable_paths(tmp_path):
         (tmp_path / "file" / "x.json", "there is no directory"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
-            results.check_writable(path)
+            output.check_writable(path)
         assert str(path) in str(caught.value)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn._compat import torch as torch_internals
 from fastattn.backends import scratch
 from fastattn.backends.cudnn import CudnnBackend, backward, forward, graphs, places, plans, support
 from fastattn.backends.cudnn.graphs import KEY_SIDE, ROLES, PlanKey
@@ -231,7 +232,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
         set_(module, "cache", cache)
     set_(forward, "_bound", Memo(1 << 10))
     set_(backward, "_recipes", Memo(1 << 10))
-    set_(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    set_(torch_internals, "raw_stream", lambda index: 0)
     for module in (places, scratch):
         set_(module, "may_keep", lambda: True)
     return cache

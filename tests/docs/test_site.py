@@ -40,7 +40,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 def test_the_page_of_benchmarks_is_made_from_the_result_files():
     """`make docs` renews it; nobody writes it by hand."""
-    from fastattn.bench.chapters import chapters_of, load
+    from fastattn.bench.chapters import chapters_of
+    from fastattn.bench.reading import load
     from fastattn.bench.report_markdown import page
 
     chapters = chapters_of({str(path): load(path) for path in RESULTS})

@@ -15,6 +15,7 @@ ENTRIES = re.findall(r"^\| `(.+?)` \| ", PAGE, re.MULTILINE)
 INTERNAL = {
     ("backends/cudnn/disk.py", "*"): "caught: the plan is built anew, with a line in the log",
     ("*", "unreachable: *"): "a mistake of ours",
+    ("backends/cudnn/folder.py", "*"): "the same",
     ("parallel/plan.py", "* is not in *"): "a mistake of ours",
     ("__init__.py", "module * has no attribute *"): "Python's own message",
     ("bench/calls.py", "torch's *"): "an entry of a result file: what an implementation cannot do",

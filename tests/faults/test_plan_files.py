@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import hmac
 import itertools
 import os
 import random
@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn.backends.cudnn import disk, plans
+from fastattn.backends.cudnn import folder as folders
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
@@ -74,8 +75,18 @@ def file(cudnn: Cudnn, tmp_path: Path) -> Path:
     fresh()
     assert (cudnn.built, cudnn.taken) == (1, [PAYLOAD]), "the second process need not build"
     cudnn.built, cudnn.taken = 0, []
-    (found,) = (tmp_path / "plans").iterdir()
+    (found,) = (tmp_path / "plans").glob("*.plan")
     return found
+
+
+def secret(folder: Path) -> bytes:
+    """What a plan in this folder is signed with."""
+    with folders.opened(folder) as handle:
+        return folders.key(handle)
+
+
+def plan_files(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "plans").glob("*.plan*"))
 
 
 def regions(whole: bytes) -> dict[str, range]:
@@ -137,14 +148,14 @@ def test_damage_never_reaches_cudnn(
 @given(data=st.binary(max_size=200) | st.builds(lambda tail: disk.MAGIC + tail, st.binary(max_size=200)))
 def test_any_bytes_at_all(data: bytes) -> None:
     with pytest.raises(ValueError):
-        disk._unpack(data, b"label")
+        disk._unpack(data, b"label", b"key")
 
 
 @pytest.mark.parametrize("length", [0, 1, len(disk.MAGIC), 2**31, 2**63, 2**64 - 1])
 def test_a_file_that_is_whole_and_lies_about_its_label(length: int, cudnn: Cudnn, file: Path) -> None:
-    """Its digest is right: not damaged, but made by something else."""
+    """Its code is right: not damaged, but made by something else."""
     body = length.to_bytes(8, "little") + disk._label(KEY) + PAYLOAD
-    file.write_bytes(disk.MAGIC + hashlib.sha256(body).digest() + body)
+    file.write_bytes(disk.MAGIC + hmac.digest(secret(file.parent), body, "sha256") + body)
     fresh()
     assert cudnn.taken == [] and cudnn.built == 1
 
@@ -161,7 +172,7 @@ def test_what_is_no_file_of_ours(thing: str, cudnn: Cudnn, file: Path, tmp_path:
         file.symlink_to(tmp_path / "nothing")
     elif thing == "link to another plan":
         other = tmp_path / "other.plan"
-        other.write_bytes(disk._pack(PAYLOAD, b"another label"))
+        other.write_bytes(disk._pack(PAYLOAD, b"another label", secret(file.parent)))
         file.symlink_to(other)
     elif thing == "huge":
         with file.open("wb") as sparse:
@@ -175,11 +186,13 @@ def test_what_is_no_file_of_ours(thing: str, cudnn: Cudnn, file: Path, tmp_path:
 
 #: Where `disk` asks the system for something: (holder, name).
 STEPS: dict[str, tuple[Any, str]] = {
-    "make the folder": (Path, "mkdir"),
-    "look at the file": (Path, "stat"),
-    "read": (Path, "read_bytes"),
-    "make a temporary file": (disk.tempfile, "mkstemp"),
-    "open it": (os, "fdopen"),
+    "make the folder": (os, "mkdir"),
+    "open anything": (os, "open"),
+    "look at it": (os, "fstat"),
+    "look at the root": (os, "stat"),
+    "read": (os, "read"),
+    "write": (os, "fdopen"),
+    "name the key": (os, "link"),
     "rename it": (os, "replace"),
     "say that it was used": (os, "utime"),
     "list the folder": (os, "scandir"),
@@ -204,8 +217,7 @@ def test_a_disk_that_fails(
             assert fresh().key == KEY
         assert fresh().key == KEY
     assert all(payload == PAYLOAD for payload in cudnn.taken)
-    plans_there = [path for path in (tmp_path / "plans").iterdir() if path.suffix == ".plan"]
-    assert len(plans_there) == 1 and fresh().key == KEY and cudnn.taken[-1] == PAYLOAD
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 1 and fresh().key == KEY and cudnn.taken[-1] == PAYLOAD
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_write(
@@ -231,7 +243,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_write(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *arguments: Full(open_(*arguments)))
         fresh()
-    assert list((tmp_path / "plans").iterdir()) == [], "what was half written would take up what room there is"
+    assert plan_files(tmp_path) == [], "what was half written would take up what room there is"
     fresh()
     assert cudnn.built == 2 and cudnn.taken == []
 
@@ -256,12 +268,17 @@ def test_a_folder_that_cannot_be(way: str, cudnn: Cudnn, tmp_path: Path, monkeyp
 def test_a_folder_that_may_only_be_read(cudnn: Cudnn, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a cache that an administrator filled."""
     if os.geteuid() == 0:  # who may write anywhere
+        open_ = os.open
 
         def refuse(*arguments: Any, **rest: Any) -> Any:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        for holder, name in (STEPS["make a temporary file"], STEPS["say that it was used"], STEPS["remove"]):
-            monkeypatch.setattr(holder, name, refuse)
+        def only_read(path: Any, flags: int, *arguments: Any, **rest: Any) -> int:
+            return refuse() if flags & os.O_CREAT else open_(path, flags, *arguments, **rest)
+
+        monkeypatch.setattr(os, "open", only_read)
+        for step in ("say that it was used", "remove"):
+            monkeypatch.setattr(*STEPS[step], refuse)
     else:
         file.chmod(0o400)
         file.parent.chmod(0o500)
@@ -289,3 +306,19 @@ def test_no_home(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> None:
     for turn in range(2):
         assert fresh().key == KEY
         assert cudnn.built == turn + 1
+
+
+@pytest.mark.parametrize("room", [0, 10, 60, 1000])
+def test_a_file_that_may_not_grow(room: int, cudnn: Cudnn, tmp_path: Path) -> None:
+    """A quota, by the system's own hand: for the key first, then for the plan."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        fresh()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert plan_files(tmp_path) == []
+    fresh()
+    fresh()
+    assert cudnn.built == 2 and cudnn.taken == [PAYLOAD]

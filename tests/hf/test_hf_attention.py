@@ -13,10 +13,13 @@ import tiny_models  # noqa: F401  (registers "fastattn", quietly)
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.masking_utils import bidirectional_mask_function
 
 from fastattn import FastattnWarning
 from fastattn.hf import attention_forward, interval_mask
 from fastattn.hf.attention import REFUSED
+from fastattn.hf.lazy_mask import compact_of, pack
+from fastattn.masks import Intervals
 from fastattn.notice import _given
 
 B, HQ, HKV, S, D = 2, 4, 2, 9, 8
@@ -36,11 +39,19 @@ def inputs(q_len: int = S, kv_len: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, expected: dict[str, Any], **arguments: Any) -> None:
     layer = arguments.pop("layer", Layer())
     out, weights = attention_forward(layer, q, k, v, mask, **arguments)
+    k, v = (x.expand(B, -1, -1, -1) for x in (k, v))
     assert weights is None
     assert out.shape == (B, q.shape[2], HQ, D)
     assert out.is_contiguous()
     truth = naive.attention(q.double(), k.double(), v.double(), **expected).out.transpose(1, 2)
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=1e-5)
+
+
+def of_intervals(rows: list[list[int]], queries: int | None = None) -> Tensor:
+    """A mask as the mask function makes it: query i sees the keys `rows[i][0] <= j < rows[i][1]`."""
+    lo, hi = torch.tensor(rows).int().T.contiguous()
+    visible = Intervals(lo.expand(B, -1).contiguous(), hi.expand(B, -1).contiguous())
+    return pack(visible, None, B, queries or len(rows), S, torch.float32)
 
 
 @pytest.mark.parametrize("q_len", [1, 4, S])
@@ -50,7 +61,7 @@ def test_without_a_mask(q_len: int) -> None:
     check(q, k, v, None, {}, layer=Layer(is_causal=False))
     check(q, k, v, None, {}, is_causal=False)
     check(q, k, v, None, {"mask": "causal"}, layer=Layer(is_causal=False), is_causal=True)
-    check(q, k, v, None, {"mask": "causal"}, layer=torch.nn.Module())
+    check(q, k, v, None, {}, layer=torch.nn.Module())  # as eager: no mask hides nothing
     check(q, k, v, None, {"mask": "causal", "window": (3, -1)}, sliding_window=4)
     check(q, k, v, None, {"mask": "causal"}, sliding_window=S)
 
@@ -72,11 +83,27 @@ def test_masks_are_the_whole_truth() -> None:
         check(q, k, v, mask, {"mask": mask}, sliding_window=2)
         longer = torch.cat([mask, mask], -1)
         check(q, k, v, longer, {"mask": mask})
-    lo, hi = torch.tensor([0, 2, 9, 5]), torch.tensor([3, 9, 9, 6])
-    mask = torch.stack([lo, hi], -1).int().expand(B, 1, 4, 2)
-    check(q, k, v, mask, {"mask": (lo[None].int(), hi[None].int())}, sliding_window=2)
-    shared = torch.tensor([1, 5]).int().expand(B, 1, 1, 2)
-    check(q, k, v, shared, {"mask": (shared[:, 0, :, 0], shared[:, 0, :, 1])}, is_causal=True)
+    mask = of_intervals([[0, 3], [2, 9], [9, 9], [5, 6]])
+    check(q, k, v, mask, {"mask": tuple(compact_of(mask).visible)}, sliding_window=2)
+    shared = of_intervals([[1, 5]], queries=4)
+    check(q, k, v, shared, {"mask": tuple(compact_of(shared).visible)}, is_causal=True)
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_the_mask_decides_not_the_layer(says: bool | None) -> None:
+    """Encoders whose layers call themselves nothing or causal, decoders whose layers call themselves bidirectional."""
+    layer = torch.nn.Module() if says is None else Layer(says)
+    q, k, v = inputs()
+    check(q, k, v, interval_mask(B, S, S), {"mask": "causal"}, layer=layer)
+    check(q, k, v, interval_mask(B, S, S, mask_function=bidirectional_mask_function), {}, layer=layer)
+
+
+def test_queries_of_batch_one_meet_keys_of_many() -> None:
+    q, k, v = inputs()
+    check(q, k[:1], v[:1], None, {"mask": "causal"})
+    out, _ = attention_forward(Layer(), q[:1], k, v, None)
+    truth = naive.attention(q[:1].expand(B, -1, -1, -1).double(), k.double(), v.double(), mask="causal").out
+    torch.testing.assert_close(out.double(), truth.transpose(1, 2), rtol=0, atol=1e-5)
 
 
 def test_a_band_reads_only_its_keys() -> None:
@@ -95,7 +122,7 @@ def test_position_bias(kind: str) -> None:
     seen = torch.rand(B, 1, 4, S) < 0.7
     seen[..., 0] = True
     mask = {
-        "intervals": torch.tensor([[0, 3], [1, 4], [0, 9], [2, 2]]).int().expand(B, 1, 4, 2),
+        "intervals": of_intervals([[0, 3], [1, 4], [0, 9], [2, 2]]),
         "band": interval_mask(B, 4, S),
         "bool": seen,
         "additive": torch.randn(B, 1, 4, S),
@@ -104,8 +131,7 @@ def test_position_bias(kind: str) -> None:
     if kind == "causal":
         expected["window"] = (-1, 0)
     elif kind == "intervals":
-        j = torch.arange(S)
-        expected["mask"] = torch.where((j >= mask[..., :1]) & (j < mask[..., 1:]), cut, -torch.inf)
+        expected["mask"] = torch.where(compact_of(mask).dense(S), cut, -torch.inf)
     elif kind == "band":
         expected["mask"] = torch.where(torch.arange(S) <= torch.arange(4)[:, None], cut, -torch.inf)
     elif kind == "bool":
@@ -182,7 +208,7 @@ def test_dropout_runs_on_transformers_sdpa(kind: str) -> None:
     seen = torch.rand(B, 1, rows, S) < 0.6
     seen[0, 0, 2] = False
     mask = {
-        "intervals": torch.tensor([[0, 3], [1, 1], [0, 9]] * 3).int().expand(B, 1, rows, 2) if rows == S else None,
+        "intervals": of_intervals([[0, 3], [1, 1], [0, 9]] * 3) if rows == S else None,
         "bool": seen,
         "additive": torch.where(seen, torch.randn(B, 1, rows, S), -torch.inf),
     }.get(kind)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, Qwen3NextConfig
 
 from fastattn._compat.transformers import with_cache
-from fastattn.hf import StaticCache, attention, cache_layers
+from fastattn.hf import StaticCache, attention, cache_layers, lazy_mask
 from fastattn.masks import Segments
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "cohere2", "llama4"]
@@ -290,8 +290,8 @@ def test_after_a_captured_step_the_host_knows_nothing(monkeypatch: pytest.Monkey
     cache = make(model, 2)
     step(model, ids[:, :6], cache)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_layers, "_capturing", lambda x: True)
-        patch.setattr(attention, "_capturing", lambda x: True)
+        for module in (cache_layers, attention, lazy_mask):
+            patch.setattr(module, "capturing", lambda x: True)
         assert isinstance(cache.get_seq_length(), Tensor)
         close(step(model, ids[:, 6:7], cache), wanted[:, 6:7])
         with pytest.raises(ValueError, match="before one is captured"):

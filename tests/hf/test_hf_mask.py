@@ -1,10 +1,9 @@
-"""The mask function says what transformers' own dense mask says, in O(S) wherever it can."""
+"""The mask function says what eager attention's dense mask says, in O(S) wherever it can."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils as hf
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from fastattn.hf import interval_mask
+from fastattn.hf import interval_mask, lazy_mask
 from fastattn.hf import mask as mask_module
-from fastattn.hf.mask import Band, Pieces, hint_of
+from fastattn.hf.lazy_mask import Band, CausalSegments, compact_of
 from fastattn.hf.patterns import Pattern, recognise
+from fastattn.masks import Intervals
 
 #: q_length, kv_length, q_offset, kv_offset
 PLACES: dict[str, tuple[int, int, int, int]] = {
@@ -54,26 +54,37 @@ PADDING: dict[str, Callable[[int, int], Tensor | None]] = {
 }
 
 
-def seen_through(mask: Tensor | None, causal: bool, q_length: int, kv_length: int) -> Tensor:
-    """A mask as dense bool, broadcastable to `[B, 1, Sq, Skv]`; None as the attention function reads it."""
-    i, j = torch.arange(q_length)[:, None], torch.arange(kv_length)
-    if mask is None:
-        return (j <= i + kv_length - q_length if causal else torch.ones(q_length, kv_length, dtype=torch.bool))[
-            None, None
-        ]
-    if mask.dtype == torch.bool:
-        return mask
-    assert mask.dtype == torch.int32
-    assert mask.dim() == 4
-    assert mask.shape[1] == 1
-    assert mask.shape[2] in (1, q_length)
-    return (j >= mask[..., :1]) & (j < mask[..., 1:])
+def hint_of(mask: Tensor) -> Any:
+    compact = compact_of(mask)
+    assert compact is not None
+    return compact.hint
 
 
-def seen_through_band(mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
+def is_interval(mask: Tensor) -> bool:
+    """True where the mask is O(S) numbers."""
+    compact = compact_of(mask)
+    assert compact is not None
+    return isinstance(compact.visible, Intervals)
+
+
+def seen_through(mask: Tensor) -> Tensor:
+    """The compact form as dense bool, broadcastable to `[B, 1, Sq, Skv]`."""
+    compact = compact_of(mask)
+    assert compact is not None
+    if isinstance(compact.visible, Intervals):
+        for bound in compact.visible:
+            assert bound.dtype == torch.int32
+            assert bound.shape[0] == mask.shape[0]
+            assert bound.shape[1] in (1, mask.shape[2])
+            assert bound.is_contiguous()
+    return compact.dense(mask.shape[-1])
+
+
+def seen_through_band(mask: Tensor) -> Tensor | None:
     band = hint_of(mask)
     if not isinstance(band, Band):
         return None
+    q_length, kv_length = mask.shape[-2:]
     assert band.keys <= kv_length
     i, j = torch.arange(q_length)[:, None] + band.keys - q_length, torch.arange(kv_length)
     seen = (j < band.keys).expand(q_length, -1)
@@ -84,10 +95,10 @@ def seen_through_band(mask: Tensor, q_length: int, kv_length: int) -> Tensor | N
     return seen[None, None]
 
 
-def same_as_pieces(mask: Tensor, seen: Tensor) -> None:
-    """What a mask says of the queries in its Pieces, if it has any, and that those are all that are no padding."""
+def same_as_segments(mask: Tensor, seen: Tensor) -> None:
+    """What a mask says of the queries in its segments, if it has any, and that those are all that are no padding."""
     hint = hint_of(mask)
-    if not isinstance(hint, Pieces):
+    if not isinstance(hint, CausalSegments):
         return
     batch, q_length, kv_length = seen.shape[0], *seen.shape[2:]
     q, k = torch.empty(batch, 1, q_length, 4), torch.empty(batch, 1, kv_length, 4)
@@ -98,23 +109,19 @@ def same_as_pieces(mask: Tensor, seen: Tensor) -> None:
         assert torch.equal(seen.diagonal(dim1=-2, dim2=-1), real[..., 0])
 
 
-def check(
-    batch: int, place: tuple[int, int, int | Tensor, int], function: Any, padding: Tensor | None
-) -> Tensor | None:
+def check(batch: int, place: tuple[int, int, int | Tensor, int], function: Any, padding: Tensor | None) -> Tensor:
     names = ("q_length", "kv_length", "q_offset", "kv_offset")
     request: dict[str, Any] = dict(zip(names, place, strict=True))
     request |= {"batch_size": batch, "mask_function": function, "attention_mask": padding}
     expected = sdpa_mask(**request, allow_is_causal_skip=False)
-    found = interval_mask(**request)
-    # As transformers does: a function that looks ahead is a bidirectional one.
-    i = torch.zeros(1, 1, 1, 1, dtype=torch.long)
-    causal = not bool(function(i, i, i, i + 1).all())
-    seen = seen_through(found, causal, place[0], place[1])
-    assert torch.equal(seen.expand_as(expected), expected)
-    if found is not None and found.dtype == torch.int32:
-        band = seen_through_band(found, place[0], place[1])
-        assert band is None or torch.equal(band.expand_as(expected), expected)
-        same_as_pieces(found, expected)
+    found = interval_mask(**request, dtype=torch.float16)
+    assert found.shape == expected.shape
+    assert torch.equal(seen_through(found).expand_as(expected), expected)
+    band = seen_through_band(found)
+    assert band is None or torch.equal(band.expand_as(expected), expected)
+    same_as_segments(found, expected)
+    dense = eager_mask(**request, dtype=torch.float16)
+    assert torch.equal(found + 0, dense), "who computes with the mask gets what eager attention gets"
     return found
 
 
@@ -142,18 +149,15 @@ def test_packing(inner: str, remapped: bool) -> None:
     else:
         function = hf.and_masks(function, hf.packed_sequence_mask_function(ids))
     with no_dense_mask():
-        check_against = interval_mask(2, 9, 9, mask_function=function)
-    assert check_against is not None
+        mask = interval_mask(2, 9, 9, mask_function=function)
     expected = sdpa_mask(2, 9, 9, mask_function=function, allow_is_causal_skip=False)
-    assert torch.equal(seen_through(check_against, True, 9, 9), expected)
+    assert torch.equal(seen_through(mask), expected)
 
 
 def test_packing_that_is_no_interval_goes_dense() -> None:
     ids = torch.tensor([[0, 1, 0, 1, 0, 1]])
     function = hf.and_masks(hf.causal_mask_function, hf.packed_sequence_mask_function(ids))
-    mask = check(1, (6, 6, 0, 0), function, None)
-    assert mask is not None
-    assert mask.dtype == torch.bool
+    assert not is_interval(check(1, (6, 6, 0, 0), function, None))
 
 
 @contextmanager
@@ -176,20 +180,19 @@ def test_known_functions_are_read_not_evaluated(function: str, padding: str) -> 
         interval_mask(3, 9, 9, mask_function=FUNCTIONS[function](3), attention_mask=PADDING[padding](3, 9))
 
 
-def test_what_needs_no_mask_gets_none() -> None:
+def test_plain_masks_are_known_on_the_host() -> None:
+    """What the fastest kernels do without a mask; and never None, which layers read in two ways."""
     full = torch.ones(2, 9, dtype=torch.bool)
-    assert interval_mask(2, 9, 9) is None
-    assert interval_mask(2, 9, 9, attention_mask=full) is None
-    assert interval_mask(2, 1, 9, q_offset=8, attention_mask=full) is None
-    assert interval_mask(2, 4, 9, q_offset=5) is None
-    assert interval_mask(2, 9, 9, mask_function=hf.sliding_window_causal_mask_function(9)) is None
-    assert interval_mask(2, 4, 9, mask_function=hf.bidirectional_mask_function, attention_mask=full) is None
-    # but not where unwritten slots follow, a window cuts, or the model's layers would misread it
-    assert interval_mask(2, 9, 12) is not None
-    assert interval_mask(2, 9, 9, mask_function=hf.sliding_window_causal_mask_function(8)) is not None
-    assert interval_mask(2, 9, 9, config=SimpleNamespace(model_type="git")) is not None
-    decoder = SimpleNamespace(model_type="llama", is_causal=False)
-    assert interval_mask(2, 9, 9, mask_function=hf.bidirectional_mask_function, config=decoder) is not None
+    window, both = hf.sliding_window_causal_mask_function, hf.bidirectional_mask_function
+    assert hint_of(interval_mask(2, 9, 9)) == (9, -1, 0)
+    assert hint_of(interval_mask(2, 9, 9, attention_mask=full)) == (9, -1, 0)
+    assert hint_of(interval_mask(2, 1, 9, q_offset=8, attention_mask=full)) == (9, -1, 0)
+    assert hint_of(interval_mask(2, 4, 9, q_offset=5)) == (9, -1, 0)
+    assert hint_of(interval_mask(2, 9, 9, mask_function=window(9))) == (9, -1, 0)
+    assert hint_of(interval_mask(2, 4, 9, mask_function=both, attention_mask=full)) == (9, -1, -1)
+    for skip in (True, False):  # whether None may be answered changes nothing
+        assert hint_of(interval_mask(2, 9, 9, allow_is_causal_skip=skip)) == (9, -1, 0)
+        assert hint_of(interval_mask(2, 4, 9, mask_function=both, allow_is_bidirectional_skip=skip)) == (9, -1, -1)
 
 
 def test_bands() -> None:
@@ -199,26 +202,17 @@ def test_bands() -> None:
     assert hint_of(interval_mask(2, 9, 20)) == (9, -1, 0)  # an empty static cache
     assert hint_of(interval_mask(2, 4, 20, torch.tensor(5))) == (9, -1, 0)  # and one that holds 5
     assert hint_of(interval_mask(2, 1, 20, torch.tensor(5))) is None  # not worth a wait
-    pieces = hint_of(interval_mask(2, 9, 9, attention_mask=PADDING["left"](2, 9)))
-    assert isinstance(pieces, Pieces) and pieces.segments.causal
-    assert pieces.segments.table.tolist()[1:] == [[0, 1], [9, 9]], "tokens from the first real one to the last"
+    hint = hint_of(interval_mask(2, 9, 9, attention_mask=PADDING["left"](2, 9)))
+    assert isinstance(hint, CausalSegments) and hint.segments.causal
+    assert hint.segments.table.tolist()[1:] == [[0, 1], [9, 9]], "tokens from the first real one to the last"
     assert hint_of(interval_mask(2, 1, 9, 8, attention_mask=PADDING["left"](2, 9))) is None, "a kernel of its own"
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_mask_changed_in_place_loses_its_band(inference: bool) -> None:
-    with torch.inference_mode(inference):
-        mask = interval_mask(2, 9, 20)
-        assert hint_of(mask) is not None
-        mask.copy_(interval_mask(2, 9, 20, 4))
-        assert hint_of(mask) is None
 
 
 def test_the_live_length_of_a_static_cache_is_copied() -> None:
     length = torch.tensor(5)
     mask = interval_mask(1, 1, 12, length)
     length.add_(1)
-    assert mask.tolist() == [[[[0, 6]]]]
+    assert (mask == 0).sum() == 6
 
 
 def test_functions_made_of_unknown_parts() -> None:
@@ -230,12 +224,12 @@ def test_functions_made_of_unknown_parts() -> None:
     function = hf.or_masks(hf.causal_mask_function, block)
     assert recognise(function) is None
     mask = check(1, (9, 9, 0, 0), function, None)
-    assert mask.dtype == torch.int32  # one block is one interval
+    assert is_interval(mask), "one block is one interval"
     blocks[0, 5:7] = 0  # a block in two parts is none
     mask = check(1, (9, 9, 0, 0), function, None)
-    assert mask.dtype == torch.bool
+    assert not is_interval(mask)
     mask = interval_mask(1, 9, 9, mask_function=hf.causal_mask_function, use_vmap=True)
-    assert mask.dtype == torch.bool
+    assert not is_interval(mask)
 
 
 def test_what_recognise_makes_of_functions() -> None:
@@ -246,15 +240,6 @@ def test_what_recognise_makes_of_functions() -> None:
     assert recognise(hf.and_masks(hf.causal_mask_function, lambda b, h, q, k: k >= 0)) is None
     assert recognise(hf.or_masks(hf.causal_mask_function, hf.bidirectional_mask_function)) is None
     assert recognise(hf.padding_mask_function(torch.ones(1, 3, dtype=torch.bool))) is None
-
-
-def test_callers_that_compute_with_the_mask_get_it_dense() -> None:
-    assert interval_mask(2, 9, 9, allow_is_causal_skip=False).dtype == torch.bool
-    open_mask = interval_mask(2, 4, 9, mask_function=hf.bidirectional_mask_function, allow_is_bidirectional_skip=False)
-    assert open_mask.dtype == torch.bool
-    assert interval_mask(2, 9, 9, config=SimpleNamespace(model_type="doge")).dtype == torch.bool
-    # A static cache forbids None as well, and is given intervals.
-    assert interval_mask(2, 1, 12, torch.tensor(4), allow_is_causal_skip=False).dtype == torch.int32
 
 
 class Watch(TorchDispatchMode):
@@ -296,11 +281,13 @@ def test_a_graph_can_be_captured_without_host_reads(function: str, monkeypatch: 
     with Watch(reads_allowed=False):
         decode = interval_mask(2, 1, 12, torch.tensor(4), mask_function=mask_function)
         interval_mask(2, 9, 9, mask_function=mask_function)
-    assert decode is None or decode.dtype == torch.int32
-    monkeypatch.setattr(mask_module, "is_tracing", lambda tensor=None: True)
+    assert is_interval(decode)
+    for module in (mask_module, lazy_mask):
+        monkeypatch.setattr(module, "is_tracing", lambda tensor=None: True)
     real = PADDING["left"](2, 12)
     with Watch(reads_allowed=False):
         prefill = interval_mask(2, 4, 12, torch.tensor(4), mask_function=mask_function)
         padded = interval_mask(2, 1, 12, torch.tensor(4), mask_function=mask_function, attention_mask=real)
-    assert prefill is None or prefill.dtype == torch.int32
-    assert padded.dtype == torch.bool  # whether it has holes cannot be known
+    assert type(prefill) is Tensor, "the compiler drops it where only its compact form is read"
+    assert is_interval(prefill)
+    assert not is_interval(padded), "whether it has holes cannot be known"

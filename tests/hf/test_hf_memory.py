@@ -16,7 +16,8 @@ from transformers import masking_utils as hf
 
 from fastattn import use_backend
 from fastattn._compat.transformers import with_cache
-from fastattn.hf import hints, interval_mask
+from fastattn.hf import interval_mask
+from fastattn.hf.lazy_mask import Band, CausalSegments, compact_of
 from fastattn.hf.slots import Slots
 from fastattn.masks import Segments
 
@@ -116,14 +117,14 @@ def test_chunks_are_segments(known: bool, padded: bool) -> None:
         keys = before + queries if known else chunk - 1 + queries
         offset = start - before if known else Slots(torch.full((2,), start, dtype=torch.int32), chunk)
         mask = interval_mask(2, queries, keys, start, offset, function, real)
-        if mask is None or not isinstance(hints.hint_of(mask), hints.Pieces):
+        compact = compact_of(mask)
+        if not isinstance(compact.hint, CausalSegments):
+            assert isinstance(compact.hint, Band)
             assert known and not padded and start + queries <= chunk
             continue
-        found = naive.visible(
-            torch.empty(2, 1, queries, 4), torch.empty(2, 1, keys, 4), mask=hints.hint_of(mask).segments
-        )
-        key = torch.arange(keys)
-        seen = (key >= mask[..., :1]) & (key < mask[..., 1:])
+        q, k = torch.empty(2, 1, queries, 4), torch.empty(2, 1, keys, 4)
+        found = naive.visible(q, k, mask=compact.hint.segments)
+        seen = compact.dense(keys)
         if padded:
             seen = seen & (torch.arange(start, start + queries)[:, None] >= begin[:, None, None, None])
         assert torch.equal(found, seen.expand_as(found)), (start, queries, chunk)

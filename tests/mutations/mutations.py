@@ -222,7 +222,7 @@ MUTATIONS = (
     Mutation(
         "a damaged plan file is trusted",
         "backends/cudnn/disk.py",
-        "if hashlib.sha256(body).digest() != data[len(MAGIC) : start]:",
+        'if not hmac.compare_digest(hmac.digest(key, body, "sha256"), data[len(MAGIC) : start]):',
         "if False:",
         _FILES,
     ),

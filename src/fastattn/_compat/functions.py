@@ -36,11 +36,13 @@ def innermost(function: Any) -> FunctionType:
     return function
 
 
-def copied(function: FunctionType, scope: dict[str, Any] | None = None, **names: str) -> FunctionType:
-    """A copy whose innermost function has other globals, and in which names are replaced: `old="new"`.
+def copied(
+    function: FunctionType, scope: dict[str, Any] | None = None, names: dict[str, str] | None = None
+) -> FunctionType:
+    """A copy whose innermost function has other globals, and in which names are replaced: old to new.
 
     A name is replaced wherever the innermost function uses it: as a variable or an argument of its own, as an
-    attribute, as a keyword of a call. The decorators are copied with it.
+    attribute, as a keyword of a call, as a string. The decorators are copied with it.
 
     Raises:
         TypeError: it is decorated in another way than with a function that holds it in its closure.
@@ -51,7 +53,7 @@ def copied(function: FunctionType, scope: dict[str, Any] | None = None, **names:
         return _made(function, code, function.__globals__ if scope is None else scope, function.__closure__)
     if not isinstance(inner, FunctionType):
         raise TypeError(f"{function.__qualname__} wraps something that is no function: {inner!r}")
-    copy = copied(inner, scope, **names)
+    copy = copied(inner, scope, names)
     cells = function.__closure__ or ()
     closure = tuple(CellType(copy) if _contents(cell) is inner else cell for cell in cells)
     if closure == cells:
@@ -81,10 +83,12 @@ def _renamed(code: CodeType, names: dict[str, str]) -> CodeType:
     def new(old: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(names.get(name, name) for name in old)
 
-    def is_keywords(constant: Any) -> bool:
-        return isinstance(constant, tuple) and all(isinstance(x, str) for x in constant)
+    def constant(x: Any) -> Any:  # keywords of calls are constants: one, or a tuple of them
+        if isinstance(x, tuple) and all(isinstance(part, str) for part in x):
+            return new(x)
+        return names.get(x, x) if isinstance(x, str) else x
 
-    constants: tuple[Any, ...] = tuple(new(x) if is_keywords(x) else x for x in code.co_consts)
+    constants: tuple[Any, ...] = tuple(constant(x) for x in code.co_consts)
     return code.replace(co_names=new(code.co_names), co_varnames=new(code.co_varnames), co_consts=constants)
 
 

@@ -11,7 +11,15 @@ from ..problem import Call, Gradients, Problem
 
 
 class Refusal(RuntimeError):
-    """A backend finds only when it is called that it cannot serve a problem. Another one does."""
+    """A backend finds only when it is called that it cannot serve a problem. Another one does, from then on."""
+
+
+class Setback(Refusal):
+    """The same for the time being: what was in the way may go. Another one does until this one is tried again."""
+
+
+class OutOfMemory(Setback):
+    """Memory was in the way, and not torch's: its allocator could not give back what it holds unused, and try again."""
 
 
 #: Runs a call. Returns the output and, when `problem.return_lse` or `problem.grads`, the log-sum-exp; else None may
@@ -28,6 +36,7 @@ class Backend(Protocol):
     """
 
     name: str
+    reads_lse: bool  #: by its backward: the forward's has to be there, whichever backend ran it
 
     def reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot serve the problem, forward and (if it needs gradients) backward. Empty: it can.

@@ -15,6 +15,7 @@ class ReferenceBackend:
     """See `fastattn.reference`."""
 
     name = "reference"
+    reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         return []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from ..memo import remembered
 from ..problem import Problem, token_major
 
 ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
@@ -27,7 +26,7 @@ def copied(x: Tensor) -> Tensor:
     return token_major(x, *x.shape).copy_(x)
 
 
-@lru_cache(maxsize=1 << 14)
+@remembered(1 << 14, "layouts")
 def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     if shape[3] > 1 and strides[3] != 1:
         return False

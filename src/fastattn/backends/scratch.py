@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import weakref
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, memo
+from .._compat import torch as torch_internals
 
 _KEPT = 1 << 22  #: bytes; larger pieces are allocated each time and given back: beside them an allocation is nothing
-_local = threading.local()
+
+
+class _Pieces(dict[int, tuple[int, Tensor]]):
+    """One thread's: by device index, the stream and its memory."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.pieces = _Pieces()
+        _threads.add(self.pieces)
+
+
+class _Scratch:
+    """All threads' memory, for `memo`. What a thread is about to use it holds itself."""
+
+    name = "scratch"
+
+    def forget(self) -> None:
+        for pieces in list(_threads):
+            pieces.clear()
+
+    def holds(self) -> tuple[int, int]:
+        found = [x.nbytes for pieces in list(_threads) for _, x in list(pieces.values())]
+        return len(found), sum(found)
+
+
+_threads: weakref.WeakSet[_Pieces] = weakref.WeakSet()
+_local = _Local()
+_scratch = _Scratch()
+memo.register(_scratch)
 
 
 def may_keep() -> bool:
@@ -29,8 +61,8 @@ def scratch(device: torch.device, size: int) -> Tensor:
     """
     if size > _KEPT or device.type != "cuda" or not may_keep():
         return torch.empty(size, dtype=torch.uint8, device=device)
-    kept: dict[Any, tuple[int, Tensor]] = _local.__dict__
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    kept = _local.pieces
+    stream = torch_internals.raw_stream(device.index)
     found = kept.get(device.index)
     if found is None or found[0] != stream or found[1].shape[0] < size:
         fresh = torch.empty(max(1 << 16, 1 << (size - 1).bit_length()), dtype=torch.uint8, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import masks
+from .._compat import torch as torch_internals
 from ..problem import Call, Gradients, Problem, as_token_major
 from .base import Runner
 from .layout import readable
@@ -22,6 +22,7 @@ class TorchBackend:
     """`torch.nn.functional.scaled_dot_product_attention`, with masks and lengths as one dense mask."""
 
     name = "torch"
+    reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         p, why = problem, []
@@ -35,6 +36,8 @@ class TorchBackend:
             why.append("torch's kernels have no sinks")
         if p.return_lse:
             why.append("torch's kernels do not return the log-sum-exp")
+        if p.grads and not torch_internals.HAS_AUTOGRAD_WITHIN:
+            why.append("this torch does not let an operator compute gradients with autograd")
         if "m" in p.grads:
             why.append("torch's fused kernels have no gradient for the mask")
         if _needs_mask(p) and p.batch * p.q_len * p.kv_len > MAX_MASK_ELEMENTS:
@@ -50,7 +53,7 @@ class TorchBackend:
         # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
         inputs = [x.detach().requires_grad_(name in problem.grads) for name, x in zip("qkv", call[:3], strict=True)]
         wanted = [x for x in inputs if x.requires_grad]
-        with _autograd(), torch.enable_grad():
+        with torch_internals.autograd_within(), torch.enable_grad():
             again = _attend(problem, call, *inputs)
             grad_out = readable(grad_out) if problem.device == "cuda" else grad_out
             found = iter(torch.autograd.grad(again, wanted, grad_out))
@@ -59,14 +62,6 @@ class TorchBackend:
 
 def _forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
     return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
-
-
-def _autograd() -> AbstractContextManager[None]:
-    """Autograd, inside an operator's implementation, where torch's dispatcher has switched it off."""
-    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
-        excluded = excluded.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _needs_mask(p: Problem) -> bool:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import torch as torch_internals
+from .._compat import triton as triton_internals
 from ..memo import Memo
-from ..switches import is_on
+from ..switches import is_on, setting
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
 _INSTALL = "triton is not installed: pip install fastattn[cuda]"
-_compiled: Memo[Any, Any] = Memo(1 << 12)
+_compiled: Memo[Any, Any] = Memo(1 << 12, "launches")
 _INT32 = 1 << 31
+_TRITONS_ON = ("1", "true", "yes", "on", "y")  #: what Triton takes for on; all else is off to it
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
 
 
@@ -44,7 +47,7 @@ def missing(device_type: str) -> list[str]:
         return ["needs an NVIDIA GPU"]
     if not has_triton():
         return [_INSTALL]
-    if not is_on("TRITON_INTERPRET", False):
+    if setting("TRITON_INTERPRET").lower() not in _TRITONS_ON:
         return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
     return []
 
@@ -103,7 +106,7 @@ class Launcher:
         if device.type != "cuda":  # Triton's interpreter
             self._launch_anew(tensors, floats)
             return
-        if device.index != torch._C._cuda_getDevice():  # Triton launches there
+        if device.index != torch_internals.current_device():  # Triton launches there
             with torch.cuda.device(device):
                 return self(tensors, floats)
         # Addresses: for a tensor, Triton would ask the driver where it lies.
@@ -118,19 +121,15 @@ class Launcher:
             compiled = _compiled.get(name)
             if compiled is None:
                 compiled = self._launch_anew(tensors, floats)
-                if compiled is not None:
+                if compiled is not None and triton_internals.launches_as_known():
                     _compiled[name] = compiled
                 return
             if not bits % _ALIGNMENT:
                 self._aligned = compiled
-        compiled.run(
-            *self._grid,
-            torch._C._cuda_getCurrentRawStream(device.index),
-            compiled.function,
-            compiled.packed_metadata,
-            None,  # nothing is asked of launch hooks
-            None,
-            None,
+        triton_internals.launch(
+            compiled,
+            self._grid,
+            torch_internals.raw_stream(device.index),
             *addresses,
             *self._integers,
             *floats,

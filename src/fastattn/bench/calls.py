@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
+from .._compat import torch as torch_internals
 from ..api import scaled_dot_product_attention
 from .case import Case as Case
 from .inputs import DTYPE as DTYPE
@@ -191,8 +192,7 @@ def _bind_varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
 
 def _flash_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     """The log-sum-exp, which torch's public function does not give, says how much the sink takes off."""
-    causal = (0.0, True) if q.shape[2] > 1 else ()
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, *causal)[:2]
+    out, lse = torch_internals.flash_attention(q, k, v, causal=q.shape[2] > 1)
     return out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
 
 

@@ -45,7 +45,12 @@ class Case:
         """The case that a row of a result file names; what it says beside is left out."""
         names = {field.name for field in fields(Case)}
         given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
-        return Case(**{key: value for key, value in given.items() if key in names})
+        given = {key: value for key, value in given.items() if key in names}
+        for key, value in given.items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if not isinstance(one, int | float | None):
+                    raise ValueError(f"case.{key}: expected numbers, got {one!r}")
+        return Case(**given)
 
     def label(self) -> str:
         parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={self.dim}"]
@@ -61,20 +66,23 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that some query sees."""
-        lengths = self.lengths or (self.kv_len,) * self.batch
+        lengths, times = (self.lengths, 1) if self.lengths else ((self.kv_len,), self.batch)
         seen = sum(lengths) if self.left < 0 else sum(min(n, self.left + self.q_len) for n in lengths)
-        return 2 * seen * self.kv_heads * self.dim * ITEM_BYTES
+        return 2 * seen * times * self.kv_heads * self.dim * ITEM_BYTES
 
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, of one head, over all batch entries."""
+        times = 1
         if self.packed:
             parts = [(n, n) for n in self.packed]
         elif self.padding:
             parts = [(self.q_len - n, self.q_len - n) for n in self.padding]
+        elif self.lengths:
+            parts = [(self.q_len, n) for n in self.lengths]
         else:
-            parts = [(self.q_len, n) for n in self.lengths or (self.kv_len,) * self.batch]
-        return sum(_seen(q_len, kv_len, self.left) for q_len, kv_len in parts)
+            parts, times = [(self.q_len, self.kv_len)], self.batch
+        return times * sum(_seen(q_len, kv_len, self.left) for q_len, kv_len in parts)
 
     def useful_flops(self, kind: str) -> float:
         """Operations that the pairs which see one another cost: 2 matrix products in a forward, 5 in a backward."""

@@ -5,15 +5,24 @@ Each kind of file ("benchmark" in it) has a function here; one that is not known
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count as count_from
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..printable import printable
 from .chapters_sweep import fill as _sweep
-from .charts import Chart, Series, Table, number, title_of
+from .charts import Chart, Series, Table, few_columns, number, title_of
+from .reading import reading, shown
+
+ABOUT = (
+    "Attention is the part of a language model in which every new token looks at the tokens before it. fastattn is one "
+    "attention call for PyTorch on NVIDIA GPUs. This page holds it against other implementations of the same call, on "
+    "one machine, in one process, taking turns. Absolute times differ between machines and days: compare within a "
+    "chart."
+)
 
 
 @dataclass
@@ -31,17 +40,9 @@ class Chapter:
     notes: list[str] = field(default_factory=list)  #: method, and what could not be measured and why
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """A result file. Raises ValueError naming it when it is not there or none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON file: {error}") from error
-    if not isinstance(found, dict) or not {"benchmark", "environment"} <= set(found):
-        raise ValueError(f'{path}: expected a result file of fastattn, with "benchmark" and "environment" in it')
-    return found
+T = TypeVar("T")
+MOST_POINTS = 500  #: of a chart
+MOST_LABEL = 200  #: characters in a chart
 
 
 def chapters_of(found: Mapping[str, dict[str, Any]]) -> list[Chapter]:
@@ -49,14 +50,57 @@ def chapters_of(found: Mapping[str, dict[str, Any]]) -> list[Chapter]:
     chapters = [chapter_of(name, data) for name, data in found.items()]
     count = Counter(chapter.name for chapter in chapters)
     shared = [count[chapter.name] > 1 for chapter in chapters]
-    return [
+    chapters = [
         chapter_of(f"{path.parent.name}-{chapter.name}", data) if twice else chapter
         for (path, data), chapter, twice in zip(((Path(k), v) for k, v in found.items()), chapters, shared)
     ]
+    _tell_apart(chapters)
+    return chapters
+
+
+def _tell_apart(chapters: Iterable[Chapter]) -> None:
+    """No picture is written over another one's file, also where a disk does not tell a from A."""
+    taken: set[str] = set()
+    for chapter in chapters:
+        for i, part in enumerate(chapter.parts):
+            if isinstance(part, Chart):
+                slugs = (part.slug if n == 1 else f"{part.slug[:90]}-{n}" for n in count_from(1))
+                slug = next(slug for slug in slugs if slug.lower() not in taken)
+                taken.add(slug.lower())
+                chapter.parts[i] = part if slug == part.slug else replace(part, slug=slug)
 
 
 def chapter_of(name: str, data: dict[str, Any]) -> Chapter:
-    """The chapter of one result file; name: where it is from."""
+    """The chapter of one result file; name: where it is from. Raises ValueError for one that is not like ours."""
+    with reading(name):
+        return _checked(_chapter_of(printable(name), shown(data)))
+
+
+def _checked(chapter: Chapter) -> Chapter:
+    """That every figure can be drawn, and every text is one. Raises ValueError or TypeError."""
+    texts = [chapter.about, *chapter.findings, *chapter.notes]
+    for part in chapter.parts:
+        if isinstance(part, Table):
+            texts += [part.title, part.sentence, *part.head, *(cell for row in part.rows for cell in row)]
+            continue
+        labels = [part.title, *part.categories, *(series.name for series in part.series)]
+        texts += [part.sentence, *labels]
+        if any(len(label) > MOST_LABEL for label in labels):
+            raise ValueError(f"expected names of at most {MOST_LABEL} characters in a picture")
+        points = [point for series in part.series for point in series.points]
+        values = [value for point in points for value in point] + ([part.roof[1]] if part.roof else [])
+        if not 0 < len(points) <= MOST_POINTS:
+            raise ValueError(f"{part.title}: expected 1 to {MOST_POINTS} figures, got {len(points)}")
+        # (beyond a float's range the arithmetic of axes has no result)
+        if not all(isinstance(value, int | float) and 0 <= value < 1e30 for value in values):
+            raise ValueError(f"{part.title}: expected numbers from 0 to 1e30")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text, got {text!r}")
+    return chapter
+
+
+def _chapter_of(name: str, data: dict[str, Any]) -> Chapter:
     kind = str(data["benchmark"])
     title, about, fill = _KINDS.get(kind, (kind, "Figures of a kind that this report has no pictures for.", _anything))
     stem = Path(name).name.removesuffix(".json")  # (a name may have points in it: llama-3.1-8b)
@@ -65,6 +109,25 @@ def chapter_of(name: str, data: dict[str, Any]) -> Chapter:
     )
     fill(chapter, data)
     return chapter
+
+
+def caption_of(chapter: Chapter) -> str:
+    """Where and when, in one line."""
+    e = chapter.environment
+    place = e.get("gpu") or e.get("cpu") or "unknown machine"
+    versions = [
+        f"{name} {e[key]}" for name, key in (("torch", "torch"), ("cuDNN", "cudnn"), ("Triton", "triton")) if e.get(key)
+    ]
+    return f"{place}, {', '.join(versions)}, {chapter.date[:10]}"
+
+
+def drawn(chapters: Iterable[Chapter], draw: Callable[[Chart, Chapter], T]) -> dict[str, T]:
+    """What a function makes of each chart, by slug. Raises ValueError naming the file that cannot be drawn."""
+    found: dict[str, T] = {}
+    for chapter in chapters:
+        with reading(chapter.name):
+            found |= {part.slug: draw(part, chapter) for part in chapter.parts if isinstance(part, Chart)}
+    return found
 
 
 # --- models
@@ -91,10 +154,10 @@ def _model(chapter: Chapter, data: dict[str, Any]) -> None:
             slug = f"{chapter.name}-{key.replace('_', '-')}"
             title = _WORDS.get(key, key)
             chapter.parts.append(Chart(slug, title, text, "bars", "", "tokens/s", series, [""], log=False))
+    head = few_columns(["implementation", *(_WORDS.get(key, key) for key in keys)])
     rows = [
         [title_of(name), *(number(entry.get("averages", {}).get(key)) for key in keys)] for name, entry in found.items()
     ]
-    head = ["implementation", *(_WORDS.get(key, key) for key in keys)]
     chapter.parts.append(Table("averages", head, rows, "The mean over the trials; memory in 1e9 bytes."))
     fresh = {name: entry["fresh_lengths"] for name, entry in found.items() if entry.get("fresh_lengths")}
     if fresh:

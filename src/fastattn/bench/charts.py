@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ TITLES = {
     "mlx": "MLX",
 }
 LEAST_POINTS = 3  #: of a line
+MOST_ROWS, MOST_COLUMNS = 1000, 100  #: a file with more would take hours or all memory, and is none of ours
+_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def title_of(name: str) -> str:
@@ -50,7 +53,7 @@ class Series:
 class Chart:
     """One picture."""
 
-    slug: str  #: names its file
+    slug: str  #: names its file: letters, digits, points, hyphens and underscores
     title: str
     sentence: str  #: what it shows, and which way is better
     kind: str  #: "lines", "bars", or "pairs" (the first call filled, the second hollow)
@@ -60,6 +63,10 @@ class Chart:
     categories: list[str] = field(default_factory=list)  #: of bars
     roof: tuple[str, float] | None = None  #: a line that nothing can pass: what it is, and where
     log: bool = True  #: of y; x is logarithmic in lines
+
+    def __post_init__(self) -> None:
+        """What a result file calls its sections leads to no other folder, and ends no tag and no link."""
+        object.__setattr__(self, "slug", _NO_NAME.sub("-", self.slug).strip(".-")[:100] or "chart")
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ def case_of(row: Row) -> tuple[Case, str] | None:
 
 def lines_and_rest(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The rows that differ in length alone, if they are enough for a line, and the others."""
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"expected at most {MOST_ROWS} rows in a section, got {len(rows)}")
     families: dict[Any, list[Row]] = {}
     for row in rows:
         found = case_of(row)
@@ -178,6 +187,7 @@ def times_table(title: str, rows: Sequence[Row], sentence: str) -> Table:
     checked = any("relative_error" in e for row in rows for e in row.get("implementations", {}).values())
     ratios = [f"time {key}" if key.startswith("/") else key for key in keys["ratios"]]
     head = ["call", *(f"{title_of(name)}, µs" for name in names), *keys["figures"], *ratios]
+    few_columns(head)
     lines = []
     for row in rows:
         found = times(row)
@@ -189,6 +199,13 @@ def times_table(title: str, rows: Sequence[Row], sentence: str) -> Table:
         cells += [f"{max(errors):.1e}" if errors else "-"] if checked else []
         lines.append([title_of(str(row["label"])), *cells])
     return Table(title, [*head, *(["largest relative error"] if checked else [])], lines, sentence)
+
+
+def few_columns(head: list[str]) -> list[str]:
+    """The head of a table, if it is one that can be read. Raises ValueError."""
+    if len(head) > MOST_COLUMNS:
+        raise ValueError(f"expected at most {MOST_COLUMNS} columns, got {len(head)}")
+    return head
 
 
 def _time(row: Row, name: str, best: float | None) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import DTYPES, add_adapter_path, add_dtype_and_device, add_trust_remote_code, numbers
 from ..generation import FUSED_OPS, add_fused_ops
-from . import results
+from ..printable import printable
+from . import output, results
 
 if TYPE_CHECKING:
     from ..lm.parallel import Ranks
@@ -46,7 +47,7 @@ def add_command(commands: Any) -> None:
         "knows. When generating, fastattn is its own engine and fastattn-hf transformers' loop with it; NAME-static is "
         "transformers' static cache and compiled step (%(default)s)",
     )
-    add("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(add)
     add_dtype_and_device(parser, None, "the model's own; for presets, and to train, bf16 on a GPU, fp32 on the CPU")
     add_adapter_path(parser)
     add_trust_remote_code(parser)
@@ -119,7 +120,7 @@ def _run(arguments: argparse.Namespace, mine: Iterable[str], ranks: Ranks | None
     """mine: the options of this benchmark alone."""
     writes = arguments.json and (ranks is None or ranks.is_first)
     if writes:
-        results.check_writable(arguments.json)
+        output.check([arguments.json], inputs=[arguments.model] if arguments.model else [])
     given: dict[str, Any] = {
         "prompt_tokens": arguments.prompt_tokens,
         "batch_size": arguments.batch_size,
@@ -139,7 +140,7 @@ def _run(arguments: argparse.Namespace, mine: Iterable[str], ranks: Ranks | None
     if writes:
         program = ["fastattn"] if ranks is None else ["torchrun", f"--nproc-per-node={ranks.size}", "-m", "fastattn"]
         results.write_json(arguments.json, report.as_dict(shlex.join([*program, *arguments.argv])))
-        print(f"Wrote {arguments.json}")
+        print(printable(f"Wrote {arguments.json}"))
     return 1 if all(result.error for result in report.results) else 0
 
 

@@ -95,7 +95,7 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
         if ranks is not None and name.endswith(STATIC):
             raise ValueError(f"attn: {name} cannot be measured with --tp, its step is compiled for a whole model")
     from tqdm import tqdm
-    from transformers.utils import logging
+    from transformers import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too

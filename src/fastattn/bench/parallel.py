@@ -10,12 +10,10 @@ runs tiny sizes on gloo, to try the command out.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,10 @@ from torch import Tensor
 
 from ..api import scaled_dot_product_attention
 from ..parallel import ContextParallel, cost
+from . import script
 from .parallel_ranks import Bench, Sizes, add_options, captured, link_rate, under_torchrun
 from .parallel_report import markdown, paper, show, show_decode
+from .reading import load, reading
 
 METHOD = {
     "times": "per iteration: all ranks meet at a barrier, then the time until the slowest rank is done (CUDA events "
@@ -185,7 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
     if arguments.markdown:
-        print(markdown(json.loads(Path(arguments.markdown).read_text(encoding="utf-8"))))
+        found = load(arguments.markdown)
+        with reading(arguments.markdown):
+            text = markdown(found)
+        print(text)
         return 0
     if arguments.paper:
         print(paper())
@@ -221,4 +224,4 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -22,6 +22,7 @@ from .._compat.transformers import with_cache
 from ..arguments import add_trust_remote_code
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
+from . import script
 from .loaded import clock, default_model, identity, peak_memory, release
 from .parallel_ranks import add_options, meet, under_torchrun
 from .table import table
@@ -153,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

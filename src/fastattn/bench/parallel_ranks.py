@@ -20,13 +20,13 @@ from torch import Tensor
 from ..lm.parallel import start_group
 from ..parallel import ContextParallel
 from ..parallel.exchange import Transfer
-from . import results
+from . import output, results
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs under torchrun: see `under_torchrun`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(parser.add_argument)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda (NCCL) if there is a GPU, else cpu (gloo)")
     parser.add_argument("--timeout", type=int, default=120, metavar="S", help="seconds until a lost rank ends the run")
 
@@ -44,8 +44,7 @@ def under_torchrun(
     if "RANK" not in os.environ:
         print(f"{name}: run it under torchrun: torchrun --nproc-per-node N -m fastattn.bench.{name}", file=sys.stderr)
         return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
+    output.check([arguments.json], inputs=[arguments.model] if getattr(arguments, "model", None) else [])
     if (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     else:

@@ -35,7 +35,7 @@ def present() -> dict[str, str | None]:
 
 def forget_compiled() -> None:
     """Before each comparison: what flex compiled for others would count against how often it may compile."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @cache

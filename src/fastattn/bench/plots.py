@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from .charts import Chart, number, title_of
@@ -46,12 +45,13 @@ def svg(chart: Chart) -> str:
     return text[text.index("<svg") :].strip()
 
 
-def write_png(chart: Chart, folder: str | Path, caption: str) -> Path:
-    """Writes the chart as FOLDER/SLUG.png with its title and a caption in it, and returns the path."""
+def png(chart: Chart, caption: str) -> bytes:
+    """The chart as a PNG file with its title and a caption in it. Raises ImportError without matplotlib."""
     figure = _draw(chart, caption)
-    path = Path(folder) / f"{chart.slug}.png"
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
-    return path
+    out = io.BytesIO()
+    with _style(chart.slug):
+        figure.savefig(out, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return out.getvalue()
 
 
 def check_here() -> None:
@@ -66,6 +66,7 @@ def _style(slug: str) -> Any:
     matplotlib = import_module("matplotlib")
     return matplotlib.rc_context(
         {
+            "text.parse_math": False,  # a result file's dollar signs are no formula
             "svg.fonttype": "none",  # text stays text: it can be searched, read aloud and tested
             "svg.hashsalt": slug,  # the same picture gives the same file, and pictures in one page share no ids
             "font.family": ["sans-serif"],

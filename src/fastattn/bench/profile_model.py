@@ -24,7 +24,7 @@ from ..lm import Loaded, load, set_attention
 from ..lm.loop import generate_tokens
 from ..lm.runners import make_runner
 from ..lm.step import DecodeStep
-from . import results
+from . import output, results, script
 from .loaded import clock, identity
 from .table import table
 
@@ -113,11 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastattn.bench.profile_model", description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a preset or a model directory (%(default)s)")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=2048, metavar="N", help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(parser.add_argument)
     add_trust_remote_code(parser)
     arguments = parser.parse_args(argv)
-    if arguments.json:
-        results.check_writable(arguments.json)
+    output.check([arguments.json], inputs=[arguments.model])
     loaded = load(arguments.model, "fastattn", trust_remote_code=arguments.trust_remote_code)
     rows = profile_engine(loaded, arguments.prompt_tokens)
     set_attention(loaded.model, "sdpa")
@@ -142,4 +141,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

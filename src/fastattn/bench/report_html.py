@@ -6,95 +6,87 @@ Everything is in the file: pictures as SVG, no scripts, nothing fetched.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import plots, results
-from .chapters import Chapter, chapters_of, load
+from ..printable import printable
+from . import output, plots, report_markdown
+from .chapters import ABOUT, Chapter, caption_of, chapters_of, drawn
 from .charts import Chart, Table
+from .reading import load, reading
 
 STYLE = Path(__file__).with_name("report.css")
-
-ABOUT = (
-    "Attention is the part of a language model in which every new token looks at the tokens before it. fastattn is one "
-    "attention call for PyTorch on NVIDIA GPUs. This page holds it against other implementations of the same call, on "
-    "one machine, in one process, taking turns. Absolute times differ between machines and days: compare within a "
-    "chart."
-)
 
 
 def add_command(commands: Any) -> None:
     """Adds `report` to the subcommands of an argparse parser."""
     text = "Make a page, pictures or markdown from result files (what --json wrote). Needs no GPU."
     parser = commands.add_parser("report", help="pictures and pages from result files", description=text)
-    parser.add_argument("files", nargs="+", metavar="FILE.json", help="what --json of sweep or benchmark wrote")
+    parser.add_argument(
+        "files", nargs="+", type=output.path_of, metavar="FILE.json", help="what --json of sweep or benchmark wrote"
+    )
     add_outputs(parser)
-    parser.add_argument("--markdown", metavar="FILE", help="the same as markdown, its pictures in a folder beside it")
+    parser.add_argument(
+        "--markdown",
+        type=output.path_of,
+        metavar="FILE",
+        help="the same as markdown, its pictures in a folder beside it",
+    )
     parser.set_defaults(run=run)
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """Adds --html and --plots."""
-    parser.add_argument("--html", metavar="FILE", help="write one page with tables and pictures to FILE")
-    parser.add_argument("--plots", metavar="DIR", help="write the pictures as PNG to DIR")
+    parser.add_argument(
+        "--html", type=output.path_of, metavar="FILE", help="write one page with tables and pictures to FILE"
+    )
+    parser.add_argument("--plots", type=output.path_of, metavar="DIR", help="write the pictures as PNG to DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Raises ValueError for files that are no results, or nothing to write."""
     if not (arguments.html or arguments.plots or arguments.markdown):
         raise ValueError("report: expected --html FILE, --plots DIR or --markdown FILE: what should be written?")
-    check_outputs(arguments)
-    found = {path: load(path) for path in arguments.files}
-    write_outputs(arguments, found)
-    if arguments.markdown:
-        from .report_markdown import write_markdown
-
-        write_markdown(arguments.markdown, chapters_of(found))
-        print(f"Wrote {arguments.markdown}")
+    check_outputs(arguments, inputs=arguments.files)
+    write_outputs(arguments, {path: load(path) for path in arguments.files})
     return 0
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Before a long run: raises ValueError or ImportError when what is asked for could not be written after it."""
-    if arguments.html:
-        results.check_writable(arguments.html)
-    if getattr(arguments, "markdown", None):
-        results.check_writable(arguments.markdown)
-    if arguments.plots and Path(arguments.plots).exists() and not Path(arguments.plots).is_dir():
-        raise ValueError(f"{arguments.plots}: expected a directory for the pictures, this is a file")
-    if arguments.html or arguments.plots or getattr(arguments, "markdown", None):
+def check_outputs(arguments: argparse.Namespace, more: Iterable[str | None] = (), inputs: Iterable[str] = ()) -> None:
+    """Before a long run: raises ValueError or ImportError when what is asked for could not be written after it.
+
+    more: other files that are written; inputs: what is read.
+    """
+    page = getattr(arguments, "markdown", None)
+    folders = [arguments.plots, report_markdown.folder_of(page) if page else None]
+    output.check([arguments.html, page, *more], folders, inputs)
+    if arguments.html or arguments.plots or page:
         plots.check_here()
 
 
 def write_outputs(arguments: argparse.Namespace, found: Mapping[str, dict[str, Any]]) -> None:
-    """Writes what --html and --plots ask for, of result files by name."""
-    if not (arguments.html or arguments.plots):
+    """Writes what --html, --plots and --markdown ask for, of result files by name. Everything is drawn before anything
+    is written. Raises ValueError for a file that is not like ours."""
+    markdown = getattr(arguments, "markdown", None)
+    if not (arguments.html or arguments.plots or markdown):
         return
     chapters = chapters_of(found)
+    text = page(chapters) if arguments.html else ""
+    pictures = drawn(chapters, lambda chart, chapter: plots.png(chart, caption_of(chapter))) if arguments.plots else {}
+    if markdown:
+        report_markdown.write_markdown(markdown, chapters)
     if arguments.plots:
         Path(arguments.plots).mkdir(parents=True, exist_ok=True)
-        count = 0
-        for chapter in chapters:
-            for part in chapter.parts:
-                if isinstance(part, Chart):
-                    plots.write_png(part, arguments.plots, caption_of(chapter))
-                    count += 1
-        print(f"Wrote {count} pictures to {arguments.plots}")
+        for slug, picture in pictures.items():
+            output.write(Path(arguments.plots) / f"{slug}.png", picture, follow=False)
+        print(printable(f"Wrote {len(pictures)} pictures to {arguments.plots}"))
     if arguments.html:
-        Path(arguments.html).write_text(page(chapters), encoding="utf-8")
-        print(f"Wrote {arguments.html}")
-
-
-def caption_of(chapter: Chapter) -> str:
-    """Where and when, in one line."""
-    e = chapter.environment
-    place = e.get("gpu") or e.get("cpu") or "unknown machine"
-    versions = [
-        f"{name} {e[key]}" for name, key in (("torch", "torch"), ("cuDNN", "cudnn"), ("Triton", "triton")) if e.get(key)
-    ]
-    return f"{place}, {', '.join(versions)}, {chapter.date[:10]}"
+        output.write(arguments.html, text)
+        print(printable(f"Wrote {arguments.html}"))
+    if markdown:
+        print(printable(f"Wrote {markdown}"))
 
 
 def page(chapters: Sequence[Chapter]) -> str:
@@ -115,6 +107,11 @@ def page(chapters: Sequence[Chapter]) -> str:
 
 
 def _article(chapter: Chapter) -> str:
+    with reading(chapter.name):
+        return _article_of(chapter)
+
+
+def _article_of(chapter: Chapter) -> str:
     findings = "".join(f"<li>{escape(text)}</li>" for text in chapter.findings)
     glance = f'<h3>At a glance</h3><ul class="findings">{findings}</ul>' if findings else ""
     parts = "\n".join(_figure(part) if isinstance(part, Chart) else _table(part) for part in chapter.parts)
@@ -139,10 +136,10 @@ def _facts(chapter: Chapter) -> str:
 
 
 def _figure(chart: Chart) -> str:
-    drawn = plots.svg(chart).replace("<svg ", f'<svg role="img" aria-label="{escape(chart.title)}" ', 1)
+    picture = plots.svg(chart).replace("<svg ", f'<svg role="img" aria-label="{escape(chart.title)}" ', 1)
     return f"""<figure id="{escape(chart.slug)}"><figcaption><h3>{escape(chart.title)}</h3>
 <p>{escape(chart.sentence)}</p></figcaption>
-{drawn}
+{picture}
 </figure>"""
 
 

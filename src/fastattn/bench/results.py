@@ -8,12 +8,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import output
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: `fastattn doctor` asks for versions where torch is broken
@@ -65,41 +66,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def check_writable(path: str | Path) -> Path:
-    """The path, once a file has been made and removed next to it: before a long run, not after it.
-
-    Raises ValueError naming the path.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, this is a directory")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: cannot be written, there is no directory {path.parent}")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path
-
-
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes data as JSON, atomically: a reader finds the old file or the new one, never half of one."""
-    path = Path(path)
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are its owner's alone; a result is for all to read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Writes data as JSON: see `output.write`."""
+    output.write(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def guarded(probe: Callable[[], Any]) -> Any:

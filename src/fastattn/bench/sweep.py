@@ -14,7 +14,8 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import report_html, results
+from ..printable import printable
+from . import output, report_html, results
 from .table import ratio, table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def add_command(commands: Any) -> None:
     add = parser.add_argument
     add("name", choices=(*NAMES, ALL), nargs="?", default=ALL, metavar="NAME", help="only plans, decode or backward")
     report_html.add_outputs(parser)
-    add("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(add)
     add("--quick", action="store_true", help="a few rows of each kind")
     add("--device", metavar="DEVICE", help="cuda or cuda:N; cpu runs tiny shapes, to try the command out")
     add("--seed", type=int, default=0, metavar="N", help="of the inputs and the lengths that are drawn (%(default)s)")
@@ -51,9 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..lm.load import pick_device
     from .rows import Sweep
 
-    if arguments.json:
-        results.check_writable(arguments.json)
-    report_html.check_outputs(arguments)
+    report_html.check_outputs(arguments, [arguments.json])
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed: expected 0 or more, got {arguments.seed}")
     device = pick_device(arguments.device)
@@ -81,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = report(sweep, module.METHOD, arguments, seconds)
     if arguments.json:
         results.write_json(arguments.json, found)
-        print(f"Wrote {arguments.json}")
+        print(printable(f"Wrote {arguments.json}"))
     report_html.write_outputs(arguments, {arguments.json or f"sweep-{arguments.name}": found})
     return int(sweep.failed)
 

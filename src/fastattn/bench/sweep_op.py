@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
+from .._compat import torch as torch_internals
 from . import roof, timing
 from .calls import Case, make_inputs
 from .peers import PEERS, forget_compiled, present
@@ -139,7 +138,7 @@ def _fresh(sweep: Sweep, name: str) -> Row:
     found = []
     forget_compiled()
     # Beyond its limit torch.compile gives up and runs what it would have compiled: something else would be measured.
-    with implementation.active(), torch._dynamo.config.patch(recompile_limit=1000):
+    with implementation.active(), torch_internals.allow_recompiling(1000):
         for length in (longest, *rng.sample(range(longest // 32, longest), count)):
             case = Case(length, length)
             (x,) = make_inputs(case, sweep.device, sweep.generator, 1)

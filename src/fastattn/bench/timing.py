@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .._compat import torch as torch_internals
+
 ROUNDS = 9
 REPLAY_US = 3000.0  #: GPU time that one replay should take at the least: the gap before its first kernel is some us
 MOST_CALLS = 2048  #: in one graph
@@ -197,7 +199,7 @@ class _Graph:
 
     def sample(self) -> float:
         torch.cuda.synchronize()
-        torch.cuda._sleep(BUSY[0])  # else the time would begin when the launch does, on the host
+        torch_internals.spin(BUSY[0])  # else the time would begin when the launch does, on the host
         self._start.record()
         self._graph.replay()
         self._end.record()
@@ -222,7 +224,7 @@ class _Queue:
         with self._context():
             while True:
                 torch.cuda.synchronize()
-                torch.cuda._sleep(self._cycles)
+                torch_internals.spin(self._cycles)
                 self._start.record()
                 for call in islice(self._calls, self._count):
                     call()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import enable_checkpointing
 from ..lm import Loaded, load, set_attention
 from ..lm.fused_ops import FusedOps, find_fused_ops
 from ..lm.load import check_attention, pick_device
@@ -82,7 +83,7 @@ def run(settings: Settings) -> Report:
     for name in settings.attn:
         check_attention(name)
     from tqdm import tqdm
-    from transformers.utils import logging
+    from transformers import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
@@ -151,9 +152,7 @@ def _prepare(loaded: Loaded, checkpointing: bool) -> None:
     if checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"gradient_checkpointing: {type(model).__name__} does not support it")
-        # Newer versions of transformers warn of the older name, older versions have only that.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
 
 
 def _optimizer(model: torch.nn.Module, name: str, device: torch.device) -> torch.optim.Optimizer:

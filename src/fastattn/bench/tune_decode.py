@@ -22,7 +22,7 @@ from ..backends.decode import launch as rules
 from ..backends.decode.bound import bind
 from ..backends.decode.launch import Launch
 from ..problem import Call, Problem
-from . import tuning
+from . import script, tuning
 from .calls import Case, Inputs, make_inputs, set_count
 from .table import table
 from .timing import Contender, Timing, race, text_of
@@ -185,4 +185,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

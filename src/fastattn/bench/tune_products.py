@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..lm.fused import layers, rules
 from ..lm.fused.layers import Product
 from ..lm.fused.rules import Launch
-from . import tuning
+from . import script, tuning
 from .table import table
 from .timing import Contender, Timing, race, text_of
 
@@ -131,4 +131,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -6,7 +6,6 @@ Both backends take the same calls of few queries: by queries, rows of the tile, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ..api import scaled_dot_product_attention
-from . import tuning
+from . import script, tuning
 from .case import Case
 from .inputs import Inputs, make_inputs, set_count
 from .table import table
@@ -75,4 +74,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

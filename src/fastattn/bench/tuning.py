@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import results
+from . import output, results
 
 Rows = list[dict[str, Any]]
 
@@ -25,13 +25,12 @@ def run(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog=f"python -m fastattn.bench.{name}", description=description)
-    parser.add_argument("--json", metavar="FILE", help="write all figures and the environment to FILE")
+    output.add_json(parser.add_argument)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(f"{name}: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
         return 2
-    if arguments.json:
-        results.check_writable(arguments.json)
+    output.check([arguments.json])
     device = torch.device("cuda", torch.cuda.current_device())
     begin = time.perf_counter()
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):

@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
 
 A model then asks `mask.interval_mask` once per forward and layer type which keys its queries see, and calls
-`attention.attention_forward` in every layer. Masks travel between the two as intervals, O(S) numbers; a dense mask is
-made only for what intervals cannot say (see `mask.py`). `StaticCache` is a cache of fixed capacity for decoding.
+`attention.attention_forward` in every layer. What travels between the two has the shape and values of eager attention's
+additive mask, but holds O(S) numbers until somebody computes with it (see `lazy_mask.py`). `StaticCache` is a cache of
+fixed capacity for decoding.
 
 Needs transformers 5.4 or later: `pip install 'fastattn[hf]'`.
 """
@@ -23,6 +24,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4)
         f"fastattn.hf needs transformers 5.4 or later, found {transformers.__version__}: pip install 'fastattn[hf]'"
     )
 
+from .._compat.attention_classes import fall_back_to_eager
 from .attention import attention_forward
 from .cache import StaticCache
 from .mask import interval_mask
@@ -32,5 +34,6 @@ NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers tr
 # Both, always: a model whose attention is registered but not its mask is given no mask at all, and is causal no more.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, interval_mask)
+fall_back_to_eager(NAME)
 
 __all__ = ["NAME", "StaticCache", "attention_forward", "interval_mask"]

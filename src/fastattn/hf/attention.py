@@ -1,4 +1,8 @@
-"""The attention function: what a transformers layer says about a call, in the op's terms."""
+"""The attention function: what a transformers layer says about a call, in the op's terms.
+
+The mask says which keys the queries see. Only a layer that is given none, because no mask function was asked, is
+described by its own `is_causal`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import masks
+from .._compat.hf import ALL_ATTENTION_FUNCTIONS
 from .._compat.transformers import PAGED_ARGUMENTS
 from ..api import Mask, prepare, scaled_dot_product_attention
 from ..masks import Intervals
 from ..notice import warn_once
 from ..varlen import varlen_attention
-from .hints import Band, Filled, Pieces, hint_of
+from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, capturing, compact_of, dense_intervals
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
 REFUSED = {
@@ -27,7 +31,7 @@ REFUSED = {
 OPEN_LEFT: dict[tuple[int, int] | None, Mask] = {(-1, 0): "causal", (-1, -1): None}
 
 
-class Sight(NamedTuple):
+class MaskArguments(NamedTuple):
     """Which keys the queries see: the op's `mask`, `window` and `kv_lengths`, over the first `keys` keys."""
 
     mask: Mask
@@ -54,8 +58,10 @@ def attention_forward(
     """Attention as transformers' `AttentionInterface` asks for it.
 
     Args:
-        module: the layer; only `is_causal` is read (True where it has none, as in transformers).
-        query, key, value: `[B, Hq, Sq, D]`, `[B, Hkv, Skv, D]`, `[B, Hkv, Skv, Dv]`; keys and values not repeated.
+        module: the layer; only `is_causal` is read, and only where there is no mask (False where it has none: eager
+            attention without a mask sees every key).
+        query, key, value: `[B, Hq, Sq, D]`, `[B, Hkv, Skv, D]`, `[B, Hkv, Skv, Dv]`; keys and values not repeated. A
+            batch of 1 broadcasts.
         attention_mask: None, what `interval_mask` made, or a bool (True = attend) or additive tensor broadcastable to
             `[B, Hq, Sq, >= Skv]`. A tensor is the whole truth; only None leaves causality and window to
             `is_causal` and `sliding_window`. Causal is aligned to the lower right.
@@ -89,34 +95,39 @@ def attention_forward(
             f'attn_implementation="fastattn": {type(module).__name__} asks for attention dropout together with '
             f'{"softcap" if softcap else "sinks"}: set attention_dropout=0 in its config, or use "eager"'
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    query, key, value = _one_batch(query, key, value)
+    # Eager attention takes no mask for "all keys", whatever the layer says of itself. Only layers that say they are
+    # causal, and are handed no mask because nobody asked for one, are causal.
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     settings: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     packing = None if cu_q is None or cu_k is None else (cu_q, cu_k)
     indices = kwargs.get("indices")
-    if packing and attention_mask is None and position_bias is None and indices is None and not dropout:
-        window = (sliding_window - 1, -1) if sliding_window and causal else None
-        return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
-
     alone = not (packing or dropout) and indices is None and position_bias is None
-    sight = _sight(query.shape[2], key.shape[2], attention_mask, causal, sliding_window, alone)
+    found = _mask_arguments(query.shape[2], key.shape[2], attention_mask, causal, sliding_window, alone)
     if packing:
-        sight = sight._replace(mask=_meet(sight.mask, _segments(query, key, *packing), sight.keys))
+        left, right = found.window or (-1, -1)
+        banded = found.mask is None and found.keys == key.shape[2] and right <= 0
+        if banded and position_bias is None and indices is None and not dropout:
+            causal = right == 0 or (causal and attention_mask is None)
+            window = (left, -1) if left >= 0 else None
+            return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
+        found = found._replace(mask=_meet(found.mask, _segments(query, key, *packing), found.keys))
     if indices is not None:
         warn_once(
             f'attn_implementation="fastattn": the sparse attention of {type(module).__name__} runs as full attention '
             "under a dense mask: the same result, not the same speed."
         )
-        sight = sight._replace(mask=_meet(sight.mask, _chosen(indices, sight.keys), sight.keys))
-    if sight.keys < key.shape[2]:
-        key, value = key[:, :, : sight.keys], value[:, :, : sight.keys]
+        found = found._replace(mask=_meet(found.mask, _chosen(indices, found.keys), found.keys))
+    if found.keys < key.shape[2]:
+        key, value = key[:, :, : found.keys], value[:, :, : found.keys]
     if position_bias is not None:
-        sight = sight._replace(mask=_biased(sight.mask, position_bias[..., : sight.keys]))
+        found = found._replace(mask=_biased(found.mask, position_bias[..., : found.keys]))
     if dropout:
-        return _with_dropout(module, query, key, value, sight, dropout, scaling), None
-    mask, window = sight.mask, sight.window
-    if sight.lengths is not None:
-        settings["kv_lengths"] = sight.lengths
+        return _with_dropout(module, query, key, value, found, dropout, scaling), None
+    mask, window = found.mask, found.window
+    if found.lengths is not None:
+        settings["kv_lengths"] = found.lengths
     if mask is None and window in OPEN_LEFT:  # the same, said with less to check
         mask, window = OPEN_LEFT[window], None
     out = scaled_dot_product_attention(query, key, value, mask=mask, window=window, **settings)
@@ -124,40 +135,50 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
-def _sight(
+def _mask_arguments(
     q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_window: int | None, alone: bool
-) -> Sight:
+) -> MaskArguments:
     """alone: nothing else masks, so that the mask may stay what only the op knows."""
     if mask is None:
         if not causal:
             # The windows of encoders are in their masks; a bare `sliding_window` is counted differently by each.
-            return Sight(None, None, kv_len)
+            return MaskArguments(None, None, kv_len)
         left = sliding_window - 1 if sliding_window and kv_len > sliding_window else -1
         right = 0 if q_len > 1 else -1  # a single query stands on the last key
-        return Sight(None, (left, right), kv_len)
-    hint = None if torch.compiler.is_compiling() else hint_of(mask)
-    lengths = hint.lengths if isinstance(hint, Filled) and alone else None  # on the device: good in a graph as well
-    if mask.dtype.is_floating_point or mask.dtype == torch.bool:
-        return Sight(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len, lengths)
-    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[-1] != 2:
-        raise ValueError(
-            'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend), additive '
-            f"floating, or the int32 [B, 1, Sq, 2] of fastattn.hf.interval_mask, got {mask.dtype} {list(mask.shape)}. "
-            'A model that computes with its mask can be loaded with "sdpa" or "eager".'
-        )
-    if lengths is not None:
-        return Sight(None, None, kv_len, lengths)
-    if hint is not None and not _capturing(mask):
-        # Numbers of the host hold for this very mask; a graph is replayed with others.
+        return MaskArguments(None, (left, right), kv_len)
+    compact = compact_of(mask)
+    if compact is None:
+        if not mask.dtype.is_floating_point and mask.dtype != torch.bool:
+            raise ValueError(
+                'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend) or additive '
+                f"floating, got {mask.dtype} {list(mask.shape)}"
+            )
+        if isinstance(mask, LazyMask):
+            mask = mask.dense()
+        return MaskArguments(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len)
+    visible, hint, captured = compact
+    if isinstance(hint, LiveKeys) and alone:  # on the device: good in a graph as well
+        seen = visible if isinstance(visible, Tensor) else None
+        return MaskArguments(None if seen is None else seen[..., :kv_len], None, kv_len, hint.lengths)
+    if captured or not capturing(mask):
+        # Numbers of the host hold for this very mask; a graph may be replayed with others, unless it makes its own.
         if isinstance(hint, Band) and hint.keys <= kv_len:
-            return Sight(None, (hint.left, hint.right), hint.keys)
-        if isinstance(hint, Pieces) and alone:
-            return Sight(hint.segments, (hint.left, -1), kv_len)
-    return Sight(Intervals(mask[:, 0, :, 0], mask[:, 0, :, 1]), None, kv_len)
+            return MaskArguments(None, (hint.left, hint.right), hint.keys)
+        if isinstance(hint, CausalSegments) and alone:
+            return MaskArguments(hint.segments, (hint.left, -1), kv_len)
+    if isinstance(visible, Tensor):
+        visible = visible[..., :kv_len]
+    return MaskArguments(visible, None, kv_len)
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of 1 broadcasts, as in eager attention."""
+    batch = query.shape[0]
+    if batch == key.shape[0] == value.shape[0]:
+        return query, key, value
+    batch = max(batch, key.shape[0], value.shape[0])
+    query, key, value = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x for x in (query, key, value))
+    return query, key, value
 
 
 def _biased(mask: Mask, bias: Tensor) -> Tensor:
@@ -165,17 +186,11 @@ def _biased(mask: Mask, bias: Tensor) -> Tensor:
     if mask is None:
         return bias
     if isinstance(mask, Intervals):
-        mask = _dense(mask, bias.shape[-1])
+        mask = dense_intervals(mask, bias.shape[-1])
     assert isinstance(mask, Tensor)
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, -torch.inf)
     return bias + mask
-
-
-def _dense(intervals: Intervals, keys: int) -> Tensor:
-    """bool `[B, 1, Sq, keys]`."""
-    key = torch.arange(keys, device=intervals.lo.device, dtype=torch.int32)
-    return ((key >= intervals.lo[..., None]) & (key < intervals.hi[..., None]))[:, None]
 
 
 def _segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Intervals:
@@ -202,9 +217,9 @@ def _meet(mask: Mask, other: Intervals | Tensor, keys: int) -> Mask:
     if isinstance(mask, Intervals):
         if isinstance(other, Intervals):
             return Intervals(torch.maximum(mask.lo, other.lo), torch.minimum(mask.hi, other.hi))
-        mask = _dense(mask, keys)
+        mask = dense_intervals(mask, keys)
     assert isinstance(mask, Tensor)
-    seen = _dense(other, keys) if isinstance(other, Intervals) else other
+    seen = dense_intervals(other, keys) if isinstance(other, Intervals) else other
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
@@ -222,7 +237,7 @@ def _with_dropout(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sight: Sight,
+    found: MaskArguments,
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
@@ -232,11 +247,11 @@ def _with_dropout(
         "padding, packing and windows. Set attention_dropout=0 in the model's config to train on fastattn."
     )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    left, right = sight.window or (-1, -1)
+    left, right = found.window or (-1, -1)
     square = right < 0 or query.shape[2] == key.shape[2]
-    if sight.mask is None and left < 0 and right <= 0 and square:
+    if found.mask is None and left < 0 and right <= 0 and square:
         return sdpa(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=right == 0)[0]
-    call = prepare(query, key, value, mask=sight.mask, window=sight.window)
+    call = prepare(query, key, value, mask=found.mask, window=found.window)
     seen = masks.visibility(call)
     assert seen is not None
     blind = ~seen.any(-1, keepdim=True)  # torch leaves open what such rows give

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, cache_utils
-from transformers.cache_utils import Cache
+from transformers import PretrainedConfig
 
+from .._compat.hf import Cache, layer_without_memory
+from .._compat.hf import StaticCache as TheirStaticCache
+from .._compat.transformers import attention_name
 from ..validate import FLOATING, check_tensor
 from .cache_layers import Host, Kind, Layer, Memory, Rows
 
@@ -52,7 +54,7 @@ class StaticCache(Cache):
         if dtype is not None and dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
         kinds = _kinds(config, capacity)
-        implementation = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+        implementation = attention_name(config.get_text_config(decoder=True))
         if any(kind.window for kind in kinds if kind) and implementation not in (None, "fastattn"):
             raise ValueError(
                 f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
@@ -66,7 +68,7 @@ class StaticCache(Cache):
         self._rows, self._memories = rows, memories
         rows.layers = [Layer(memory, rows) for memory in memories if memory]
         ours = iter(rows.layers)
-        super().__init__(layers=[next(ours) if memory else cache_utils.DummyLayer() for memory in memories])
+        super().__init__(layers=[next(ours) if memory else layer_without_memory() for memory in memories])
 
     @property
     def lengths(self) -> Tensor:
@@ -167,7 +169,7 @@ def _kinds(config: PretrainedConfig, capacity: int) -> list[Kind | None]:
         if kind not in LAYER_TYPES:
             raise ValueError(f"config: layer {index} of {config.model_type} keeps another state than keys: {kind}")
     try:
-        layers = cache_utils.StaticCache(config=config, max_cache_len=capacity).layers
+        layers = TheirStaticCache(config=config, max_cache_len=capacity).layers
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"config: {config.model_type} has layers that no static cache can serve: {error!r}") from error
     kinds: list[Kind | None] = []

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from .._compat.hf import CacheLayerMixin
 from ..backends.triton_launch import native
+from .lazy_mask import capturing
 from .slots import Slots
 
 
@@ -36,7 +37,7 @@ class Memory:
         self.values: Tensor | None = None
 
     def make(self, k: Tensor, v: Tensor) -> None:
-        if _capturing(k):
+        if capturing(k):
             raise ValueError("StaticCache: expected a step before one is captured: its memory would be the graph's")
         shapes = ((self.batch, x.shape[1], self.kind.size, x.shape[3]) for x in (k, v))
         with torch.inference_mode(False):
@@ -83,7 +84,7 @@ class Rows:
     def known(self) -> int | None:
         """Tokens of every one of these rows, None where only the device knows, or where they differ."""
         found = set(self.host.lengths[self.first : self.first + self.batch])
-        return None if len(found) > 1 or _capturing(self.lengths) else found.pop()
+        return None if len(found) > 1 or capturing(self.lengths) else found.pop()
 
     def know(self, lengths: list[int | None]) -> None:
         for row, length in enumerate(lengths, self.first):
@@ -94,7 +95,7 @@ class Rows:
         start = self.known
         if start is not None and start + new > self.capacity:
             raise ValueError(f"the cache is full: {start} tokens of {self.capacity}, {new} more do not fit")
-        if _capturing(self.lengths):
+        if capturing(self.lengths):
             self.host.captured.update(range(self.first, self.first + self.batch))
         self.start, self.new = start, new
         with torch.no_grad():
@@ -215,10 +216,6 @@ class Layer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         raise ValueError("StaticCache: cannot be offloaded")
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, ring: bool) -> None:

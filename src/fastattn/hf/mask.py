@@ -1,16 +1,14 @@
-"""The mask function: which keys each query sees, as intervals wherever they can say it.
+"""The mask function: which keys each query sees, in O(S) numbers wherever they can say it.
 
-transformers calls it once per forward and layer type. It answers with
-
-- None where the attention function's own causal rule says it all (training, prefill, decode without padding);
-- an int32 tensor `[B, 1, Sq | 1, 2]`: row i sees the keys `[lo, hi)`. transformers hands 4-D tensors on untouched;
-- a dense bool tensor `[B, 1, Sq, Skv]`, made by transformers itself, where neither will do: padding with holes,
-  blocks of bidirectional tokens, functions that only `vmap` can evaluate, models that compute with their mask;
-- eager's additive mask, to a model that brings its own attention and never calls ours.
+transformers calls it once per forward and layer type. It always answers with a mask that has the shape, dtype and
+values of the one that eager attention would get, and that carries the visible keys in a compact form
+(`lazy_mask.py`): an interval of keys for each query, or a dense bool tensor for what intervals cannot say (padding with
+holes, functions that only `vmap` can evaluate). It never answers None: None means "causal" to some layers and "all
+keys" to others.
 
 Where the numbers of an interval mask are known on the host too, the mask carries them along as a `Band`: the same mask
 as a window over the first few keys, for which the fastest kernels are made. Where it is padding or packing it carries
-the same as `Pieces`: whole sequences, which kernels take as offsets and lengths. What only the device knows of a
+`CausalSegments`: whole sequences, which kernels take as offsets and lengths. What only the device knows of a
 `cache.StaticCache` is in `slots.py`.
 """
 
@@ -22,44 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
-from transformers.utils.import_utils import is_tracing
 
-from ..masks import Segments
+from .._compat.hf import causal_mask_function, is_tracing, sdpa_mask
+from ..masks import Intervals, Segments
 from ..notice import warn_once
-from .hints import Band, Pieces, chunks, pack
-from .hints import hint_of as hint_of
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
+from .lazy_mask import Band, CausalSegments, pack
 from .patterns import Pattern, recognise
-from .slots import Slots, mask_over_slots
-
-#: Models that compute with their mask (indexers of sparse attention, masks joined to other masks) and so need it dense.
-COMPUTE_WITH_MASK = frozenset(
-    {
-        "axk2",
-        "deepseek_v32",
-        "deepseek_v4",
-        "doge",
-        "dots3_note_text",
-        "glm5_next_text",
-        "glm_moe_dsa",
-        "hy_v4",
-        "informer",
-        "lasr_encoder",
-        "minimax_m3_vl_text",
-        "mistral_large4_text",
-        "nemotron_asr_streaming_encoder",
-        "qwen4_exp_text",
-        "siglip2_vision_model",
-        "t5gemma2_decoder",
-    }
-)
-
-#: Models some of whose layers compute attention themselves, with the mask that eager attention adds.
-PARTLY_EAGER = frozenset({"bigbird_pegasus", "blip_text_model"})
-
-#: Models with causal layers that call themselves bidirectional: None would be misread by them.
-MISTAKEN_FOR_BIDIRECTIONAL = frozenset({"git", "informer", "nllb-moe", "pegasus_x"})
+from .segments import chunk_segments
+from .slots import Slots, visible_slots
 
 
 class Place(NamedTuple):
@@ -86,13 +55,12 @@ def interval_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     config: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """The mask of one layer type for one forward, as transformers' `AttentionMaskInterface` asks for it.
 
     Args:
@@ -101,43 +69,42 @@ def interval_mask(
             tensor; its value now is what counts, later changes do not reach the mask.
         mask_function: bool of (batch, head, query position, key position).
         attention_mask: None, or bool `[B, positions]`, False for padding; missing positions count as padding.
-        allow_is_causal_skip, allow_is_bidirectional_skip: False where None must not be answered, be the mask causal
-            or open.
         use_vmap: the function takes only scalars.
-        device: of the result.
-        config: the model's; only `model_type` and `is_causal` are read.
+        device, dtype: of the result.
+        config: the model's; only where its class is defined is looked at, for a warning.
+        kwargs: whether None may be answered (`allow_is_causal_skip` and the like): it never is.
 
     Returns:
-        None, int32 `[B, 1, Sq | 1, 2]` or bool `[B, 1, Sq, Skv]`; see the module's docstring.
+        The additive mask `[B, 1, Sq, Skv]` of eager attention: 0 for visible keys, the dtype's lowest number for
+        others. It takes no memory until something computes with it; see `lazy_mask.py`.
 
     The host reads from the device at most once or twice a forward, never while a graph is captured or traced.
     """
-
-    request: dict[str, Any] = {
-        "batch_size": batch_size,
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "q_offset": q_offset,
-        "kv_offset": kv_offset,
-        "mask_function": mask_function,
-        "attention_mask": attention_mask,
-        "use_vmap": use_vmap,
-        "device": device,
-    }
-    if brings_its_own_attention(config):
-        skip = bool(allow_is_bidirectional_skip)
-        return eager_mask(**request, allow_is_bidirectional_skip=skip, dtype=kwargs.get("dtype", torch.float32))
-
-    def dense() -> Tensor:
-        return sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-
-    model = getattr(config, "model_type", None)
+    warn_of_own_attention(config)
+    shape = batch_size, q_length, kv_length, dtype
     if isinstance(kv_offset, Slots):
         if use_vmap:
             raise ValueError("StaticCache: a mask function that only vmap can evaluate has no place for lengths by row")
-        whole = model in COMPUTE_WITH_MASK
-        return mask_over_slots(kv_offset, q_length, kv_length, mask_function, attention_mask, whole)
-    if use_vmap or model in COMPUTE_WITH_MASK:
+        visible, live = visible_slots(kv_offset, q_length, kv_length, mask_function, attention_mask)
+        return pack(visible, live, *shape)
+
+    def dense() -> Tensor:
+        seen = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return pack(seen, None, *shape)
+
+    if use_vmap:
         return dense()
     readable = not is_tracing(attention_mask if attention_mask is not None else q_offset)
     pattern = recognise(mask_function)
@@ -156,56 +123,44 @@ def interval_mask(
     real = None if attention_mask is None else real_keys(attention_mask, kv_length, kv_offset)
     if pattern is None:
         found = scan(mask_function, batch_size, positions, kv_length, kv_offset, real)
-        return dense() if found is None else pack(*found, batch_size, None)
+        return dense() if found is None else pack(_intervals(*found, batch_size), None, *shape)
 
-    if _must_be_dense(pattern, place, allow_is_causal_skip, allow_is_bidirectional_skip):
-        return dense()
     padding = None
     if real is not None:
         padding = find_padding(real) if readable else None
         if padding is None:
             return dense()
-    band = _band(pattern, place, padding)
-    if band is not None and band.keys == kv_length and band.left < 0:
-        if band.right == 0 and allow_is_causal_skip and model not in MISTAKEN_FOR_BIDIRECTIONAL:
-            return None
-        # A decoder made bidirectional by its config may still have layers that call themselves causal.
-        if band.right < 0 and getattr(config, "is_causal", None) is not False:
-            return None
+    hint: Band | CausalSegments | None = _band(pattern, place, padding)
+    if hint is None and readable:
+        hint = _causal_segments(pattern, place, padding, batch_size)
     if pattern.is_open:
         positions = positions[:, :1]  # all queries see the same
     lo, hi = intervals_of(pattern, positions, kv_offset, kv_length, padding)
-    hint = band if band is not None or not readable else _pieces(pattern, place, padding, batch_size)
-    return pack(lo, hi, batch_size, hint)
+    return pack(_intervals(lo, hi, batch_size), hint, *shape)
+
+
+def _intervals(lo: Tensor, hi: Tensor, batch_size: int) -> Intervals:
+    """int32 `[B, Sq | 1]` each, contiguous."""
+    lo, hi = (x.to(torch.int32).expand(batch_size, -1).contiguous() for x in torch.broadcast_tensors(lo, hi))
+    return Intervals(lo, hi)
+
+
+def warn_of_own_attention(config: Any) -> None:
+    """Says once that layers of a model do not call the attention function that its config names."""
+    if config is not None and not torch.compiler.is_compiling() and brings_its_own_attention(config):
+        warn_once(
+            f'attn_implementation="fastattn": the layers of "{config.model_type}" compute attention themselves in this '
+            "version of transformers, and go on doing so without fastattn."
+        )
 
 
 def brings_its_own_attention(config: Any) -> bool:
-    """True for a model of transformers with layers that do not call the attention function that its config names."""
+    """True for a model of transformers none of whose layers looks up the attention function that its config names."""
     name = type(config).__module__
-    if torch.compiler.is_compiling() or not name.startswith("transformers.models."):
+    if not name.startswith("transformers.models."):
         return False
     modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
-    calls = modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
-    if calls and config.model_type not in PARTLY_EAGER:
-        return False
-    warn_once(
-        f'attn_implementation="fastattn": {"some of " if calls else ""}the layers of "{config.model_type}" compute '
-        "attention themselves in this version of transformers, and go on doing so without fastattn."
-    )
-    return True
-
-
-def _must_be_dense(
-    pattern: Pattern, place: Place, allow_is_causal_skip: bool, allow_is_bidirectional_skip: bool | None
-) -> bool:
-    """True when the caller forbids the answer None where it would be right: it means to compute with the mask.
-
-    (Static caches forbid it as well, but there None would not be right: keys that are not written yet follow.)
-    """
-    if pattern.is_open:
-        return allow_is_bidirectional_skip is False
-    only_causal = pattern.is_band and pattern.left < 0 and pattern.right == 0
-    return only_causal and not allow_is_causal_skip and place.end == place.kv_length
+    return modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | None:
@@ -226,15 +181,15 @@ def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | Non
     return Band(keys, left, right)
 
 
-def _pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int) -> Pieces | None:
-    """The mask as Pieces, where it is nothing but causal padding or packing and more than a query's worth."""
+def _causal_segments(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int) -> CausalSegments | None:
+    """The mask as CausalSegments, where it is nothing but causal padding or packing and more than a query's worth."""
     keys, end = place.kv_length, place.end
     if end is None or place.q_length == 1 or pattern.is_open or pattern.right != 0:
         return None
     left = -1 if pattern.left >= keys - 1 else pattern.left
     chunked = 0 < pattern.chunk < keys + place.kv_offset
     if chunked and pattern.segments is None:
-        return _chunk_pieces(pattern, place, padding, batch_size, left)
+        return _chunks(pattern, place, padding, batch_size, left)
     if pattern.segments is not None:
         if padding is not None:
             return None
@@ -248,19 +203,21 @@ def _pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size:
         row, start = (x.to(torch.int32) for x in starts.nonzero(as_tuple=True))  # waits for the device: how many?
         stop = torch.full_like(start, keys)
         stop[:-1] = torch.where(row[1:] == row[:-1], start[1:], keys)
-        return Pieces(Segments(torch.stack([row, start, stop]), causal=True), left)
+        return CausalSegments(Segments(torch.stack([row, start, stop]), causal=True), left)
     if padding is None or end > keys:
         return None
     first, stop = (x[:, 0].to(torch.int32).expand(batch_size) for x in (padding.first, padding.stop.clamp(max=end)))
     row = torch.arange(batch_size, dtype=torch.int32, device=first.device)
     before = end - place.q_length  # keys before the first query's own
     if not before and place.q_length == keys:
-        return Pieces(Segments(torch.stack([row, first, stop]), causal=True), left)
+        return CausalSegments(Segments(torch.stack([row, first, stop]), causal=True), left)
     q_first, q_stop = ((x - before).clamp(0, place.q_length) for x in (first, stop))
-    return Pieces(Segments(torch.stack([row, q_first, q_stop, first, stop]), causal=True), left)
+    return CausalSegments(Segments(torch.stack([row, q_first, q_stop, first, stop]), causal=True), left)
 
 
-def _chunk_pieces(pattern: Pattern, place: Place, padding: Padding | None, batch_size: int, left: int) -> Pieces | None:
+def _chunks(
+    pattern: Pattern, place: Place, padding: Padding | None, batch_size: int, left: int
+) -> CausalSegments | None:
     """The same for chunks, each a segment."""
     if pattern.chunk_start is None or place.end is None:
         return None
@@ -269,7 +226,7 @@ def _chunk_pieces(pattern: Pattern, place: Place, padding: Padding | None, batch
     first, end = start.new_full((), place.kv_offset), start + place.q_length
     if padding is not None:
         first, end = padding.first + place.kv_offset, torch.minimum(end, padding.stop + place.kv_offset)
-    found = chunks(pattern.chunk, begin, first, end, start, place.q_length, place.kv_offset, place.kv_length)
+    found = chunk_segments(pattern.chunk, begin, first, end, start, place.q_length, place.kv_offset, place.kv_length)
     if place.end == place.q_length == place.kv_length and not place.kv_offset:  # each query has its key
         found = found._replace(table=found.table[:3])
-    return Pieces(found, left)
+    return CausalSegments(found, left)

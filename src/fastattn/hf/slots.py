@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
-from .hints import Filled, Pieces, attach, chunks, pack, segments_between
+from .._compat.hf import is_tracing
+from ..masks import Intervals
 from .intervals import Padding, find_padding
+from .lazy_mask import CausalSegments, LiveKeys
 from .patterns import Pattern, recognise
+from .segments import chunk_segments, segments_between
 
 
 class Slots(int):
@@ -49,46 +51,42 @@ class Slots(int):
         return last - (last - slot).remainder(self.window)
 
 
-def mask_over_slots(
-    slots: Slots,
-    queries: int,
-    keys: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None,
-    whole: bool,
-) -> Tensor:
-    """The mask of one layer type, as `interval_mask` returns it. whole: it has to be dense.
+def visible_slots(
+    slots: Slots, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
+) -> tuple[Intervals | Tensor, CausalSegments | LiveKeys | None]:
+    """The keys that the queries of one layer type see: intervals or dense bool, and a hint; see `lazy_mask.Compact`.
 
-    mask_function, attention_mask: as there. One query never waits for the device; several wait if there is padding.
+    mask_function, attention_mask: as of `interval_mask`. One query never waits for the device; several wait if there
+    is padding.
     """
-    pattern = None if whole else recognise(mask_function)
+    pattern = recognise(mask_function)
     if pattern is not None and pattern.segments is None:
         if queries == 1 and attention_mask is None:
-            hint = _filled(slots, keys, pattern)
+            hint = _live_keys(slots, keys, pattern)
             if hint is not None:
                 hi = hint.lengths[:, None]
-                return pack(torch.zeros_like(hi), hi, hi.shape[0], hint)
+                return Intervals(torch.zeros_like(hi), hi), hint
         elif queries > 1 and (attention_mask is None or not is_tracing(attention_mask)):
             padding = None if attention_mask is None else find_padding(attention_mask.bool())
             if attention_mask is None or padding is not None:
                 return _intervals(slots, queries, keys, pattern, padding)
-    with torch.inference_mode(False):  # see `attach`
-        mask = _dense(slots, queries, keys, mask_function, attention_mask)
-    if queries == 1 and not slots.window:
-        attach(mask, Filled((slots.starts + 1).clamp_(max=keys)))
-    return mask
+    seen = _dense(slots, queries, keys, mask_function, attention_mask)
+    whole = queries == 1 and not slots.window
+    return seen, LiveKeys((slots.starts + 1).clamp_(max=keys)) if whole else None
 
 
-def _filled(slots: Slots, keys: int, pattern: Pattern) -> Filled | None:
+def _live_keys(slots: Slots, keys: int, pattern: Pattern) -> LiveKeys | None:
     """What one query sees without padding, None unless that is the first so many keys."""
     chunk = 0 if pattern.chunk > keys else pattern.chunk
     if (0 <= pattern.left < keys - 1) or chunk not in (0, slots.window):
         return None
     starts = slots.starts.remainder(chunk) if chunk else slots.starts
-    return Filled((starts + 1).clamp_(max=keys))
+    return LiveKeys((starts + 1).clamp_(max=keys))
 
 
-def _intervals(slots: Slots, queries: int, keys: int, pattern: Pattern, padding: Padding | None) -> Tensor:
+def _intervals(
+    slots: Slots, queries: int, keys: int, pattern: Pattern, padding: Padding | None
+) -> tuple[Intervals, CausalSegments | None]:
     """What several queries see. padding: of the row's tokens."""
     base, start = slots.base(), slots.starts.long()[:, None]
     first, end = torch.zeros_like(start), start + queries
@@ -103,9 +101,10 @@ def _intervals(slots: Slots, queries: int, keys: int, pattern: Pattern, padding:
     if pattern.right == 0:
         place = (first, end, start, queries, base, keys)
         begin = first.new_zeros(()) if pattern.chunk_start is None else pattern.chunk_start[:, None]
-        segments = chunks(pattern.chunk, begin, *place) if pattern.chunk else segments_between(*place)
-        hint = Pieces(segments, -1 if pattern.left >= keys - 1 else pattern.left)
-    return pack((lo - base).clamp(0, keys), (hi - base).clamp(0, keys), start.shape[0], hint)
+        segments = chunk_segments(pattern.chunk, begin, *place) if pattern.chunk else segments_between(*place)
+        hint = CausalSegments(segments, -1 if pattern.left >= keys - 1 else pattern.left)
+    bounds = ((x - base).clamp(0, keys).to(torch.int32) for x in torch.broadcast_tensors(lo, hi))
+    return Intervals(*(x.contiguous() for x in bounds)), hint
 
 
 def _dense(

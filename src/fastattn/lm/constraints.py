@@ -92,7 +92,7 @@ class Constraints:
 
     def processors(self, place: _Place, own_penalty: bool) -> list[Any]:
         """The LogitsProcessors of a request. own_penalty: it has a repetition penalty in place of the model's."""
-        from transformers.generation import logits_process as known
+        import transformers as known
 
         found = []
         for name, value in self._made.items():

@@ -82,7 +82,7 @@ def check_config(path: Path) -> dict[str, Any]:
 def brings_code(path: Path) -> bool:
     """Whether the directory's config or tokenizer asks for classes whose source comes with it."""
     names = (CONFIG, "tokenizer_config.json")
-    return any("auto_map" in read_json(path / name) for name in names if (path / name).is_file())
+    return any(bool(read_json(path / name).get("auto_map")) for name in names if (path / name).is_file())
 
 
 def check_sizes(path: Path, config: Any) -> None:

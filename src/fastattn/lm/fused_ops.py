@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from types import FunctionType, MethodType, TracebackType
 from typing import Any
@@ -31,7 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from .._compat.functions import copied, innermost, same, uses
-from .._compat.transformers import cache_argument
+from .._compat.liger import installed, patcher
+from .._compat.liger import operations as _kernels
+from .._compat.transformers import activation as known_activation
+from .._compat.transformers import cache_argument, modeling
 from ..backends.triton_launch import native
 from ..notice import warn_once
 
@@ -151,7 +152,7 @@ def choose_fused_ops(model: nn.Module, wish: bool | None) -> FusedOps:
     if wish:
         check_fused_ops(device)
         return find_fused_ops(model)
-    if wish is False or device.type != "cuda" or find_spec("liger_kernel") is None:
+    if wish is False or device.type != "cuda" or not installed():
         return FusedOps()
     try:
         return find_fused_ops(model)
@@ -165,19 +166,6 @@ def check_fused_ops(device: torch.device) -> None:
     _kernels()
     if not native(device.type):
         raise ValueError(f"fused_ops: expected a model on a GPU, got one on {device}")
-
-
-@cache
-def _kernels() -> Any:
-    if find_spec("liger_kernel") is None:
-        raise ImportError("fused_ops: liger-kernel is not installed: pip install 'fastattn[liger]'")
-    try:
-        found = import_module("liger_kernel.ops")
-        for name in ("RMSNorm", "SiLUMul", "GELUMul", "Rope"):
-            getattr(found, f"Liger{name}Function")
-    except Exception as error:  # its import looks at devices, and at the versions of much
-        raise ImportError(f"fused_ops: liger-kernel cannot be used here: {error}") from error
-    return found
 
 
 def _replacements(
@@ -216,10 +204,9 @@ def _norm(function: Any, norm: _Norm) -> Callable[..., Tensor]:
 
 def _gate(kernels: Any, activation: Any) -> Any:
     """liger-kernel's product with an activation of transformers', or None."""
-    known = import_module("transformers.activations").ACT2FN
-    if type(activation) is type(known["silu"]):
+    if type(activation) is type(known_activation("silu")):
         return kernels.LigerSiLUMulFunction
-    if type(activation) is type(known["gelu_pytorch_tanh"]):
+    if type(activation) is type(known_activation("gelu_pytorch_tanh")):
         return kernels.LigerGELUMulFunction
     return None
 
@@ -239,7 +226,7 @@ def _attention(function: Any, kind: type) -> tuple[FunctionType, str] | None:
     forward: Any = kind.forward  # type: ignore[attr-defined]
     scope = innermost(forward).__globals__
     for rope in ROPES:
-        reference = _modeling(rope.like)
+        reference = modeling(rope.like)
         if reference is not None and all(
             same(scope.get(name), getattr(reference, name, None)) for name in (ROPE, rope.helper)
         ):
@@ -265,11 +252,9 @@ def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[.
 
 def _loss(model: nn.Module) -> MethodType:
     """A causal model's forward with liger-kernel's loss. Its own code makes it, told to leave all else alone."""
-    patch = import_module("liger_kernel.transformers.monkey_patch")
-    kind: Any = getattr(model, "config", None)
-    apply = patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(kind, "model_type", None))
+    apply = patcher(getattr(getattr(model, "config", None), "model_type", None))
     options = signature(apply).parameters if apply is not None else {}
-    if "fused_linear_cross_entropy" in options and "forward" not in model.__dict__:
+    if apply is not None and "fused_linear_cross_entropy" in options and "forward" not in model.__dict__:
         nothing = {name: False for name, option in options.items() if isinstance(option.default, bool)}
         with suppress(TypeError):  # it knows the family, but not with such a head
             apply(model=model, **(nothing | {"fused_linear_cross_entropy": True}))
@@ -282,7 +267,7 @@ def _loss(model: nn.Module) -> MethodType:
 def _with_its_cache(forward: Any, model: nn.Module) -> Any:
     """liger-kernel's forward with the name that the model has for its cache: liger-kernel 0.8.5 knows the old one."""
     new, old = cache_argument(model), "past_key_values"
-    return copied(forward, **{old: new}) if new not in (None, old) and uses(forward, old) else forward
+    return copied(forward, names={old: new}) if new and new != old and uses(forward, old) else forward
 
 
 def _fit(*tensors: Tensor) -> bool:
@@ -298,15 +283,7 @@ def _fit(*tensors: Tensor) -> bool:
 @cache
 def _is_like(kind: type, like: str, methods: tuple[str, ...]) -> bool:
     family, name = like.split(".")
-    reference = getattr(_modeling(family), name, None)
+    reference = getattr(modeling(family), name, None)
     return reference is not None and all(
         same(getattr(kind, method, None), getattr(reference, method, None)) for method in methods
     )
-
-
-@cache
-def _modeling(family: str) -> Any:
-    try:
-        return import_module(f"transformers.models.{family}.modeling_{family}")
-    except ImportError:  # not in this version of transformers
-        return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._compat.transformers import attention_name, causal_class, distributed
 from ..failures import Refused, blame
 from .adapters import apply_adapter, find_adapter
 from .directory import check_directory
@@ -110,7 +111,7 @@ def set_attention(model: Any, attn: str) -> None:
         model.set_attn_implementation(attn)
     except (ValueError, ImportError) as error:
         raise ValueError(f"attn: {attn} cannot be used here: {_line(error)}") from error
-    if model.config._attn_implementation != attn:  # transformers only warns when a model cannot switch
+    if attention_name(model.config) != attn:  # transformers only warns when a model cannot switch
         raise ValueError(f"attn: {type(model).__name__} does not support {attn}")
 
 
@@ -202,12 +203,7 @@ def _spread(config: Any, ranks: Ranks | None, trust_remote_code: bool = False) -
     if ranks is None or ranks.size == 1:
         return {}
     transformers = _transformers()
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        how = DistributedConfig(tp_size=ranks.size)
-    except (ImportError, TypeError) as error:
-        raise ImportError(f"tp: expected transformers 5.17 or later, got {transformers.__version__}") from error
+    how = distributed(ranks.size)
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -229,8 +225,7 @@ def _spread(config: Any, ranks: Ranks | None, trust_remote_code: bool = False) -
 def _create_spread(config: Any, dtype: torch.dtype, attn: str, spread: dict[str, Any]) -> Any:
     """A preset of which each rank makes its part alone: transformers fills in what a checkpoint does not have, here
     everything."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists all that is missing
@@ -238,7 +233,7 @@ def _create_spread(config: Any, dtype: torch.dtype, attn: str, spread: dict[str,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)  # the seed alone is lost on CPUs
             options = {"dtype": dtype, "attn_implementation": attn, **spread}
-            kind = AutoModelForCausalLM._model_mapping[type(config)]  # the Auto class itself wants a name or a path
+            kind = causal_class(config)  # the Auto class itself wants a name or a path
             return kind.from_pretrained(None, config=config, state_dict={}, **options)
     finally:
         logging.set_verbosity(verbosity)

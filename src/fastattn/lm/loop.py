@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat.transformers import with_cache
+from .._compat.transformers import last_logits_only, with_cache
 from .runner import PREFILL_STEP
 
 
@@ -65,5 +65,5 @@ def generate_tokens(model: Any, ids: Tensor, *, cache: Any = None, step: int = P
 
 def _next(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The most likely token after ids `[B, n]`: int64 `[B]`. Makes logits of the last position only."""
-    keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    keep = last_logits_only(model)
     return model(input_ids=ids, **with_cache(model, cache), use_cache=True, **keep).logits[:, -1].argmax(-1)

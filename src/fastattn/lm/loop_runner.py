@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat.transformers import cache_argument
+from .._compat.transformers import cache_argument, last_logits_only
 from . import rope
 from .runner import prefill_steps
 from .visible import kept_whole
@@ -56,7 +56,7 @@ class LoopRunner:
         self.device: torch.device = model.device
         self._config = model.config.get_text_config(decoder=True)
         self._cache_config = kept_whole(self._config)
-        self._one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._one = last_logits_only(model)
         self._turn = rope.fixed_up_to(self._config)
         self._anew = rope.is_turned_anew(self._config)
         # All tokens of a prompt are turned by the same angles.

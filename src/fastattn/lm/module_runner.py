@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat.transformers import cache_argument, with_cache
+from .._compat.transformers import (
+    attention_name,
+    cache_argument,
+    keeps_a_state,
+    last_logits_only,
+    reads_experts_on_host,
+    with_cache,
+)
 from ..notice import warn_once
 from . import rope
 from .fused_ops import FusedOps, choose_fused_ops
@@ -55,12 +62,12 @@ class ModuleRunner:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         #: False where a step picks experts on the host; `set_experts_implementation("grouped_mm")` picks on the device.
         #: Rotary modules that remember the longest text look for it on the host as well.
-        self.capturable = not _reads_its_experts(model) and not rope.remembers(
+        self.capturable = not reads_experts_on_host(model) and not rope.remembers(
             model.config.get_text_config(decoder=True)
         )
         self._step = prefill_step
         self._views: dict[tuple[int, int], StaticCache] = {}
-        self._last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._last_only = last_logits_only(model)
         self._ops = choose_fused_ops(model, fused_ops)
         try:
             self._try_out()
@@ -152,14 +159,14 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
         return "it has an encoder"
     if not model.can_generate() or model.get_output_embeddings() is None:
         return "it makes no logits of a next token"
-    if model._is_stateful:
+    if keeps_a_state(model):
         return "it keeps a recurrent state"
     if cache_argument(model) is None:
         return "its forward takes no cache of keys and values (past_key_values)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids"
-    if config._attn_implementation != "fastattn":
-        return f'its attn_implementation is "{config._attn_implementation}": load it with "fastattn"'
+    if attention_name(config) != "fastattn":
+        return f'its attn_implementation is "{attention_name(config)}": load it with "fastattn"'
     if brings_its_own_attention(config):
         return "its layers compute attention themselves"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
@@ -191,9 +198,3 @@ def cache_config(model: Any, capacity: int) -> Any:
     if all(needs_no_more(seen.get(index), window) for index, window in windows.items()):
         return model.config
     return kept_whole(model.config)
-
-
-def _reads_its_experts(model: Any) -> bool:
-    can_choose = getattr(model, "_can_set_experts_implementation", None)
-    config = model.config.get_text_config(decoder=True)
-    return bool(can_choose and can_choose()) and getattr(config, "_experts_implementation", None) == "eager"

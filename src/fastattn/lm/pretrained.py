@@ -40,7 +40,8 @@ def read_tokenizer(path: Path, config: Any, trust_remote_code: bool = False) -> 
     """The directory's tokenizer, once it has turned a text into tokens and back."""
     from transformers import AutoTokenizer
 
-    expected = f"{path}: expected a tokenizer (tokenizer.json or the like)"
+    file = path / "tokenizer.json"
+    expected = f"{file if file.is_file() else path}: expected a tokenizer (tokenizer.json or the like)"
     with _code_refused(path, trust_remote_code), blame(expected), _quiet():
         found = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=trust_remote_code
@@ -83,9 +84,8 @@ def read_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with _code_refused(path, trust_remote_code):
+    with _code_refused(path, trust_remote_code), _quiet():
         drawn = outline(path, config, stored, trust_remote_code)
-    check_dtypes(drawn, config, stored)
     with blame(f"{path}: cannot be loaded as a causal language model"), _quiet() as log:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -108,6 +108,8 @@ def read_model(
                 f"{path}: this transformers applies the adapter beside the model by itself: move it elsewhere"
             )
         model = (model if device is None else model.to(device)).eval()
+        if not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None:
+            check_dtypes(drawn, stored)
         check_loaded(path, model, info, stored, part=type(model.config) is not type(config))
         check_finite(path, model, stored)
         check_runs(path, model, rows_of(drawn))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .._compat.transformers import attention_name
 from ..notice import warn_once
 from . import rope
 from .checks import check_int
@@ -81,7 +82,7 @@ def _runners(loaded: Loaded) -> list[tuple[str, str, dict[str, Any]]]:
     """Modules of this package, their runners and what those are told beside the model, the fastest first."""
     # The parts of a spread model may be tensors of another kind; there liger-kernel has not been tried.
     modules = ("module_runner", "ModuleRunner", {"fused_ops": loaded.fused_ops if loaded.ranks is None else False})
-    ours = loaded.model.config._attn_implementation == "fastattn"
+    ours = attention_name(loaded.model.config) == "fastattn"
     return [("fused", "FusedRunner", {}), modules] if ours else [modules]
 
 

@@ -156,10 +156,9 @@ def _warping(sampling: Sampling) -> tuple[Any, ...]:
 
 def _processors(sampling: Sampling) -> Any:
     """A LogitsProcessorList: what transformers' generate makes of the same arguments."""
-    from transformers import LogitsProcessorList
-    from transformers.generation import logits_process as known
+    import transformers as known
 
-    found = LogitsProcessorList()
+    found = known.LogitsProcessorList()
     if sampling.repetition_penalty is not None and sampling.repetition_penalty != 1:
         found.append(known.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     found.extend(sampling.processors)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import attention_name, set_attention_name
+
 Sight = Callable[[int, int], bool]  #: whether the query at one position sees the key at another
 _NAME = "fastattn-recorded"
 _FAR = 1 << 20  #: tokens
@@ -45,18 +47,18 @@ def sights(model: Any) -> dict[int, Sight]:
             found[index] = function if known else None
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
 
-    before = config._attn_implementation
+    before = attention_name(config)
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, mask)
     try:
-        config._attn_implementation = _NAME
+        set_attention_name(config, _NAME)
         embeddings = model.get_input_embeddings().weight
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=embeddings.device), use_cache=False)
     except Exception:  # a model that computes with its mask, or chooses its attention elsewhere
         return {}
     finally:
-        config._attn_implementation = before
+        set_attention_name(config, before)
     return {index: _sight(function) for index, function in found.items() if function is not None}
 
 

@@ -33,7 +33,7 @@ def outline(path: Path, config: Any, stored: dict[str, Stored], trust_remote_cod
     from transformers import AutoModelForCausalLM
 
     with (
-        blame(f"{path}: cannot be loaded as a causal language model"),
+        blame(f"{path / CONFIG}: cannot be loaded as a causal language model"),
         torch.device("meta"),
         _bounded(path / CONFIG, stored),
     ):
@@ -43,13 +43,11 @@ def outline(path: Path, config: Any, stored: dict[str, Stored], trust_remote_cod
     return found
 
 
-def check_dtypes(model: nn.Module, config: Any, stored: dict[str, Stored]) -> None:
+def check_dtypes(model: nn.Module, stored: dict[str, Stored]) -> None:
     """Raises ValueError for a weight in whole numbers where the model has floating ones: they would be taken as such.
 
-    model: see `outline`. What is quantized is left to those who know how.
+    model: see `outline`. Not for what is quantized, which transformers has others to make sense of.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        return
     dtypes = {name: x.dtype for name, x in [*model.named_parameters(), *model.named_buffers()]}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, one in sorted(stored.items()):
@@ -109,10 +107,10 @@ def check_runs(path: Path, model: Any, rows: int) -> None:
     rows: of its embedding.
     """
     ids = torch.tensor([[0, rows - 1]], device=model.device)
-    with torch.no_grad(), blame(f"{path}: the model cannot be run as its config describes it"):
-        logits = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad(), blame(f"{path}: the model cannot be run as config.json describes it"):
+        logits = model(input_ids=ids).logits
         if logits.isnan().any():
-            raise Refused(f"{path}: the model gives NaN as its config describes it")
+            raise Refused(f"{path}: the model gives NaN as config.json describes it")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.transformers import last_logits_only
 from .loop_runner import vocabulary
 
 
@@ -22,7 +23,7 @@ class WholeRunner:
         self.vocab_size = vocabulary(model)
         self.device: torch.device = model.device
         self._model = model
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._options: dict[str, Any] = last_logits_only(model)
         if "use_cache" in signature(model.forward).parameters:
             self._options["use_cache"] = False
         self._ids: list[Tensor] = [self._none()] * rows

@@ -21,14 +21,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..api import prepare, scaled_dot_product_attention
-from ..backends.base import Refusal
 from ..problem import as_token_major, token_major, work_dtype
 from .layout import Span
 from .merge import merge_
 from .plan import Block
-
-#: Backends whose backward takes the probabilities from the log-sum-exp that it is given.
-READ_LSE = ("cudnn",)
 
 
 @dataclass(frozen=True)
@@ -172,13 +168,14 @@ def _shares_by_lse(
 ) -> tuple[Tensor, ...] | None:
     """The same from a backward that reads the rows' log-sum-exp; None where there is none for this call."""
     call = prepare(q, k, v, options.scale, block.mask, None, block.window, options.softcap)._replace(grads="qkv")
-    problem, backend, _ = dispatch.route(call, options.names)
-    if backend.name not in READ_LSE:
+    problem, backend = dispatch.route(call, options.names)[:2]
+    if not backend.reads_lse:
         return None
     try:
         found = backend.backward(problem, call, whole.out, whole.lse, whole.grad_out, None)
-    except Refusal as error:
-        dispatch.refuse(backend.name, problem, error)
+    except Exception as error:
+        if not dispatch.gives_up(backend.name, problem, error):
+            raise
         return None
     dispatch.count(f"{backend.name}.backward")
     assert found.q is not None and found.k is not None and found.v is not None

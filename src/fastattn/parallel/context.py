@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from .hf import ShardedCache
 
 IGNORED = -100  #: the label of a token whose prediction does not count
+MOST_BYTES = 256 << 20  #: of intervals on the device, in the plans that are kept
+
+
+def _most_bytes(plan: Plan) -> int:
+    """That a plan comes to hold on the device: an interval for each of the rank's tokens, forward, backward and in each
+    step of an exchange."""
+    ranks = plan.layout.ranks
+    return 8 * (plan.layout.length // ranks + 1) * (ranks + 2)
 
 
 class ContextParallel:
@@ -76,8 +84,8 @@ class ContextParallel:
         self.rank, self.size = dist.get_rank(self.group), self.group.size()
         self.strategy, self.order, self.hardware = strategy, order, hardware
         self.ranks_per_host = _ranks_per_host(group) if ranks_per_host is None else ranks_per_host
-        self._plans: Memo[Any, Plan] = Memo(64)
-        self._choices: Memo[Any, str] = Memo(1 << 10)
+        self._plans: Memo[Any, Plan] = Memo(64, "context parallel plans", _most_bytes, MOST_BYTES)
+        self._choices: Memo[Any, str] = Memo(1 << 10, "context parallel plans")
         self._connected: set[torch.device] = set()
 
     def layout(self, length: int) -> Layout:

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..hf.attention import REFUSED
-from ..hf.mask import COMPUTE_WITH_MASK, MISTAKEN_FOR_BIDIRECTIONAL, PARTLY_EAGER
+from ..hf.lazy_mask import Compact, LazyMask
+from ..hf.mask import brings_its_own_attention
 from ..hf.patterns import recognise
+from ..masks import Intervals
 from .context import ContextParallel
 from .sequence import Lengths
 
@@ -119,18 +122,14 @@ def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -
 
 def _check(model: torch.nn.Module, configs: list[Any]) -> None:
     """Raises ValueError for models that mix tokens in ways that no attention function sees."""
-    settable = getattr(model, "_can_set_attn_implementation", None)
-    types = {config.model_type for config in configs}
     kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
-    if settable is None or not settable() or types & (COMPUTE_WITH_MASK | PARTLY_EAGER | MISTAKEN_FOR_BIDIRECTIONAL):
-        raise ValueError(
-            f"model: {type(model).__name__} computes attention, or masks, by itself: it cannot be spread over ranks"
-        )
     if kinds - LAYERS:
         raise ValueError(
             f"model: {type(model).__name__} has layers of the kinds {', '.join(sorted(kinds - LAYERS))}, which would "
             f"see each rank's tokens alone: expected {' and '.join(sorted(LAYERS))} only"
         )
+    if not can_switch_attention(model) or any(brings_its_own_attention(config) for config in configs):
+        raise ValueError(f"model: {type(model).__name__} computes attention by itself: it cannot be spread over ranks")
 
 
 @contextmanager
@@ -143,9 +142,9 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
     configs = {id(config): config for config in found}  # parents first
     _check(model, list(configs.values()))
     known = last.before if last is not None else {}
-    state.before = known or {key: (config, config._attn_implementation) for key, config in configs.items()}
+    state.before = known or {key: (config, attention_name(config)) for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation = NAME
+        set_attention_name(config, NAME)
     for module in modules:
         setattr(module, _STATE, state)
     try:
@@ -159,7 +158,7 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
             state.closed = True
         else:
             for config, name in state.before.values():
-                config._attn_implementation = name
+                set_attention_name(config, name)
             for module in modules:
                 delattr(module, _STATE)
 
@@ -194,11 +193,13 @@ def attention_over_ranks(
     for name in (*REFUSED, "position_bias", "indices"):
         if kwargs.get(name) is not None:
             raise ValueError(f"context parallel attention cannot do `{name}` of {type(module).__name__}")
-    if attention_mask is not None:
+    if attention_mask is not None and not isinstance(attention_mask, RankMask):
         raise ValueError(f"context parallel attention takes no mask; {type(module).__name__} brings its own")
     if dropout:
         raise ValueError("context parallel attention has no dropout: set attention_dropout=0 in the model's config")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if attention_mask is not None:
+        causal, sliding_window = attention_mask.causal, attention_mask.window
     options: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     if state.cache is not None:
         if sliding_window:
@@ -214,23 +215,49 @@ def attention_over_ranks(
     return out.transpose(1, 2), None
 
 
-def no_mask(*args: Any, attention_mask: Tensor | None = None, mask_function: Any = None, **kwargs: Any) -> None:
-    """The mask function: None, because causality, windows and packing are known without one.
+class RankMask(LazyMask):
+    """Causal or full, with or without a window, over the tokens of all ranks: no rank has the keys to make it dense."""
+
+    causal: bool
+    window: int | None
+
+    def dense(self) -> Tensor:
+        raise ValueError(
+            "model: it computes with its attention mask, or attends by itself: it cannot be spread over ranks"
+        )
+
+
+def rank_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> RankMask:
+    """The mask function: causality and windows as the model asks for them. What is packed, cu_seqlens say.
 
     Raises:
         ValueError: padding, or a mask that is neither causal nor bidirectional, with or without a window.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("context parallel attention has no padding: pack the sequences and pass cu_seqlens")
-    if mask_function is not None:
-        pattern = recognise(mask_function)
-        # Segments are those that transformers reads out of a shard's positions; cu_seqlens says which there are.
-        # A window to both sides stands in the mask alone: the layers do not say it.
-        if pattern is None or pattern.chunk or (pattern.right != 0 and (pattern.left >= 0 or pattern.right > 0)):
-            raise ValueError(
-                "context parallel attention knows full masks, and causal ones with or without a window: not this one"
-            )
+    pattern = None if mask_function is None else recognise(mask_function)
+    # Segments are those that transformers reads out of a shard's positions; cu_seqlens says which there are.
+    # The ranks' attention has causal windows alone.
+    two_sided = pattern is not None and pattern.right != 0 and (pattern.left >= 0 or pattern.right > 0)
+    if pattern is None or pattern.chunk or two_sided:
+        raise ValueError(
+            "context parallel attention knows full masks, and causal ones with or without a window: not this one"
+        )
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
+    mask = RankMask(Compact(Intervals(nothing, nothing)), (batch_size, 1, q_length, kv_length), dtype)
+    mask.causal, mask.window = pattern.right == 0, pattern.left + 1 if pattern.left >= 0 else None
+    return mask
 
 
 AttentionInterface.register(NAME, attention_over_ranks)
-AttentionMaskInterface.register(NAME, no_mask)
+AttentionMaskInterface.register(NAME, rank_mask)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import is_causal_family
 from ..lm.load import pick_device
 from ..lm.presets import PRESETS, preset_config
 from ..lm.pretrained import read_config as read_directory_config
@@ -147,11 +148,7 @@ def _encoder_decoder(
 
 def _source(config: Any) -> tuple[str, str]:
     """The source of a model's layers; or why there is nothing to make ready."""
-    from ..hf.mask import COMPUTE_WITH_MASK
-
     name = config.model_type
-    if name in COMPUTE_WITH_MASK:
-        return "", f"{name}: computes with dense masks, each of which needs a plan for its own shape"
     home = type(config).__module__
     if not home.startswith("transformers.models."):
         return "", f"{name}: its code is not transformers' own"
@@ -180,9 +177,7 @@ def _is_causal(config: Any, source: str) -> bool | None:
     decoder = getattr(config, "is_decoder", None)
     if isinstance(decoder, bool):
         return decoder
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return True if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    return True if is_causal_family(config.model_type) else None
 
 
 def _layers(

@@ -14,6 +14,7 @@ class CudnnBackend:
     """cuDNN's fused attention, forward and backward, for float16 and bfloat16."""
 
     name = "cudnn"
+    reads_lse = True
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.device != "cuda":
@@ -28,7 +29,9 @@ class CudnnBackend:
 
     def bind(self, problem: Problem, call: Call) -> Runner:
         from .forward import bind
+        from .plans import policy
 
+        policy()  # raises where FASTATTN_PLANS says nothing: some calls would never ask
         return bind(problem, call)
 
     def backward(

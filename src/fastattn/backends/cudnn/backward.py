@@ -72,7 +72,7 @@ class _Recipe:
     places: Places
 
 
-_recipes: Memo[Any, _Recipe] = Memo(1 << 13)
+_recipes: Memo[Any, _Recipe] = Memo(1 << 13, "cuDNN calls")
 
 
 def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
@@ -82,7 +82,7 @@ def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> 
     q_max, kv_max = (capacity(n, MIN_CAPACITY if total(p) else _MIN_CAPACITY) for n in (p.q_len, p.kv_len))
     general = _general_key(p, tensors, deterministic, q_max, kv_max)
     larger = partial(_larger_keys, p, _shapes(tensors), deterministic, q_max, kv_max)
-    return _Recipe(Choice(only, general, larger), Places(p, ragged_rows(p, p.kv_heads), p.kv_heads))
+    return _Recipe(Choice(only, general, larger, trained=True), Places(p, ragged_rows(p, p.kv_heads), p.kv_heads))
 
 
 def _general_key(p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int) -> PlanKey:

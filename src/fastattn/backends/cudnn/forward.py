@@ -166,7 +166,7 @@ class _WithoutBias:
         left, right = band(p)
         general = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
         only = exact_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_exact(p) else None
-        self._choice = Choice(only, general)
+        self._choice = Choice(only, general, trained=bool(p.grads))
 
     def __call__(self, c: Call) -> tuple[Tensor, Tensor | None]:
         p, q, k, v = self._problem, c.q, c.k, c.v
@@ -199,7 +199,7 @@ class _WithoutBias:
         return _finished(c, out, lse)
 
 
-_bound: Memo[Any, _WithoutBias] = Memo(1 << 13)
+_bound: Memo[Any, _WithoutBias] = Memo(1 << 13, "cuDNN calls")
 
 
 def _without_bias(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> _WithoutBias:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import masks
+from ...memo import remembered
 from ...problem import Call, Problem
 from ..triton_launch import native
 from .graphs import Operand
@@ -26,7 +26,7 @@ def packed(role: str, dims: tuple[int, int, int, int], dtype: torch.dtype) -> Op
     return Operand(role, dims, (b * c * d, c * d, d, 1), dtype)
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096, "scales")
 def scale_operand(value: float) -> Tensor:
     """The scale as cuDNN reads it when a plan is launched: one float32 on the host."""
     return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cpu")

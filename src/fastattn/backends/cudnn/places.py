@@ -8,41 +8,55 @@ query heads stays together, the stride between them) is all that a plan has to k
 from __future__ import annotations
 
 import sys
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from ..._compat import torch as torch_internals
 from ...memo import Memo
 from ...problem import Call, Problem
 from ..scratch import may_keep
 from ..triton_launch import Launcher
 from .graphs import KEY_SIDE, RAGGED
 
-MOST_STREAMS = 64  #: of which offsets are kept
+MOST_KEPT = 1 << 14  #: calls and streams of which offsets are kept
+MOST_BYTES = 32 << 20  #: that they take on all GPUs together
+
+
+def _bytes(places: dict[str, Tensor]) -> int:
+    # They are views of two allocations.
+    return sum(
+        x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in places.values()}.values()
+    )
+
+
+_kept: Memo[tuple[int, int], dict[str, Tensor]] = Memo(MOST_KEPT, "offsets", _bytes, MOST_BYTES)
+_numbers = count()
 
 
 class Places:
     """Offsets and lengths for calls of one problem and one set of strides; where nothing in them is data, made once."""
 
-    __slots__ = ("_fold", "_kept", "_rows", "_static")
+    __slots__ = ("_fold", "_number", "_rows", "_static")
 
     def __init__(self, p: Problem, rows: int, fold: int) -> None:
         self._rows = rows
         self._fold = fold
         self._static = not (p.q_lengths or p.kv_lengths or p.mask != "none")
-        #: by stream: what one computed, another may not read unordered
-        self._kept: Memo[int, dict[str, Tensor]] = Memo(MOST_STREAMS)
+        self._number = next(_numbers)
 
     def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
         """See `places`."""
         if not (self._static and may_keep()):
             return places(tensors, self._rows, self._fold, c)
-        stream = torch._C._cuda_getCurrentRawStream(c.q.device.index)
-        found = self._kept.get(stream)
+        # By stream: what one computed, another may not read unordered.
+        name = self._number, torch_internals.raw_stream(c.q.device.index)
+        found = _kept.get(name)
         if found is None:
             # Triton takes 0.3 s to import: a process's first call does without.
             make = places if "triton" in sys.modules else places_from_host
-            found = self._kept[stream] = make(tensors, self._rows, self._fold, c)
+            found = _kept[name] = make(tensors, self._rows, self._fold, c)
         return found
 
 

@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from ... import debug
+from ..._compat import torch as torch_internals
+from ..._compat.cudnn import raw_execution
 from ..base import Refusal
+from ..failures import says_memory, setback_of
 from ..scratch import scratch
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey
 
 
 class PlanError(Refusal):
-    """cuDNN would not build a plan that the support table promises."""
+    """cuDNN says that it does not support a plan that the support table promises."""
 
 
 class Plan:
     """A compiled graph. Immutable once built: any thread may execute it, each with its own handle."""
 
-    __slots__ = ("_device", "_index", "_launch", "_pack", "_roles", "graph", "key", "workspace")
+    __slots__ = ("_device", "_launch", "_pack", "_roles", "graph", "key", "workspace")
 
     def __init__(self, key: PlanKey, graph: Any) -> None:
         self.key = key
@@ -32,17 +35,12 @@ class Plan:
         self.workspace: int = max(1, graph.get_workspace_size())  #: bytes
         self._device = torch.device("cuda", key.device)
         self._launch: Any = None
-        try:
-            # What the frontend's execute() ends in. Called directly it takes 13 us instead of 25 (1.28, measured).
-            by_id = {number: role for role, number in ROLES.items()}
-            self._roles = [by_id[uid] for uid in graph._variant_pack_uids()]
-            # A graph from disk has but the one plan.
-            self._index = graph._materialize_backend_plan(graph._plan_index).cpp_index if graph._plans else -1
+        by_id = {number: role for role, number in ROLES.items()}
+        raw = raw_execution(graph)
+        if raw is not None and len(raw.uids) <= runtime.MOST_OPERANDS and by_id.keys() >= set(raw.uids):
+            self._roles = [by_id[uid] for uid in raw.uids]
             self._pack = struct.Struct(f"{len(self._roles)}q")
-            if isinstance(self._index, int) and len(self._roles) <= runtime.MOST_OPERANDS:
-                self._launch = graph._lowered_graph._execute_with_raw_ptrs
-        except (AttributeError, TypeError, KeyError, IndexError):
-            pass  # another frontend: its public execute() will do
+            self._launch = raw
 
     @staticmethod
     def build(key: PlanKey) -> Plan:
@@ -53,12 +51,14 @@ class Plan:
                 graph.create_execution_plans([cudnn.heur_mode.A])
                 graph.check_support()
                 graph.build_plans()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError, Refusal):
                 raise
             except Exception as error:  # cuDNN's refusals are of several types
                 if torch.cuda.is_current_stream_capturing():
                     raise
-                raise PlanError(f"cuDNN builds no plan: {error}") from error
+                unsupported = isinstance(error, cudnn.cudnnGraphNotSupportedError)
+                setback = setback_of(error, key.device, unsupported)
+                raise setback or PlanError(f"cuDNN builds no plan: {error}") from error
         return Plan(key, graph)
 
     @staticmethod
@@ -73,6 +73,8 @@ class Plan:
                 graph.deserialize(list(payload))
                 return Plan(key, graph)
         except Exception as error:  # whatever cuDNN thinks of it, the plan can be built
+            if says_memory(error):  # nothing is wrong with the file
+                return None
             logging.getLogger("fastattn").debug("plan from disk discarded: %s", error)
             disk.discard(key)
             return None
@@ -99,13 +101,13 @@ class Plan:
         self._run([operands[role].data_ptr() for role in self._roles])
 
     def _run(self, addresses: list[int]) -> None:
-        if torch._C._cuda_getDevice() != self.key.device:  # cuDNN launches on the current one
+        if torch_internals.current_device() != self.key.device:  # cuDNN launches on the current one
             with torch.cuda.device(self.key.device):
                 return self._run(addresses)
         workspace = scratch(self._device, self.workspace)
         context = runtime.context(self.key.device)
         self._pack.pack_into(context.pointers, 0, *addresses)
-        self._launch(context.address, len(addresses), workspace.data_ptr(), context.handle.backend_handle, self._index)
+        self._launch(context.address, workspace.data_ptr(), context.handle)
 
     def _check(self, operands: dict[str, Tensor]) -> None:
         """That what is run is what the plan was built for: cuDNN itself would not notice."""

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..._compat import torch as torch_internals
+from ..base import OutOfMemory, Setback
+from ..failures import memory_is_short, says_memory
+
 MINIMUM_FRONTEND = (1, 28)
 MINIMUM_CUDNN = 91300
 
@@ -24,9 +28,12 @@ class Frontend(NamedTuple):
 
 @cache
 def frontend() -> Frontend:
-    """Loads the frontend on first use. Never raises: whatever is wrong becomes the refusal."""
+    """Loads the frontend on first use. Whatever is wrong becomes the refusal, but for memory that ran out: raised, and
+    so not remembered."""
     try:
         import cudnn
+    except MemoryError:
+        raise
     except Exception as error:
         return Frontend(
             None, 0, f"the cuDNN frontend cannot be imported ({_line(error)}): pip install 'fastattn[cuda]'"
@@ -38,6 +45,8 @@ def frontend() -> Frontend:
         )
     try:
         version = int(cudnn.backend_version())
+    except MemoryError:
+        raise
     except Exception as error:
         return Frontend(None, 0, f"the cuDNN library cannot be loaded ({_line(error)}): pip install nvidia-cudnn-cu13")
     if version < MINIMUM_CUDNN:
@@ -65,7 +74,7 @@ class Context:
             self.handle = _handles[index].pop()
         except IndexError:
             with torch.cuda.device(index):
-                self.handle = frontend().cudnn.create_handle()
+                self.handle = _new_handle(index)
         self.stream = -1
         self.pointers = (ctypes.c_int64 * MOST_OPERANDS)()
         self.address = ctypes.addressof(self.pointers)
@@ -74,6 +83,14 @@ class Context:
         handle = getattr(self, "handle", None)
         if handle is not None and _handles is not None:  # at the interpreter's end modules are emptied
             _handles[self.index].append(handle)
+
+
+def _new_handle(index: int) -> Any:
+    try:
+        return frontend().cudnn.create_handle()
+    except Exception as error:  # a GPU that is full, or busy: nothing that a call could be to blame for
+        text = f"cuDNN does not start: {_line(error)}"
+        raise (OutOfMemory if says_memory(error) or memory_is_short(index) else Setback)(text) from error
 
 
 MOST_OPERANDS = 64
@@ -87,7 +104,7 @@ def context(index: int) -> Context:
     found = contexts.get(index)
     if found is None:
         found = contexts[index] = Context(index)
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = torch_internals.raw_stream(index)
     if found.stream != stream:
         frontend().cudnn.set_stream(found.handle, stream)
         found.stream = stream

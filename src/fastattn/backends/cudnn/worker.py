@@ -37,22 +37,23 @@ class Worker:
         self._busy = False
         self._stopped = False
 
-    def submit(self, task: Callable[[], None], delay: float = 0.0) -> None:
-        """Has the task done, not before `delay` seconds have passed."""
+    def submit(self, task: Callable[[], None], delay: float = 0.0) -> bool:
+        """Has the task done, not before `delay` seconds have passed. False where there is nobody to do it."""
         with self._state:
             if self._stopped:
-                return
+                return False
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="fastattn-plans", daemon=True)
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # the system has no more threads: calls go on with the plans there are
                     logging.getLogger("fastattn").debug("a background task is left out: %s", error)
-                    return
+                    return False
             self._state.notify_all()
             self._count += 1
             # Last: an interrupt may come after it, and what is queued has to be heard of.
             heapq.heappush(self._tasks, (time.monotonic() + delay, self._count, task))
+            return True
 
     def wait(self, timeout: float) -> bool:
         """Waits until nothing is queued or in hand. False if that takes longer than `timeout` seconds."""

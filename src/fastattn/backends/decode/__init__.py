@@ -19,6 +19,7 @@ class DecodeBackend:
     """See `kernel.py` and `bound.py`. triton is imported with the first call that it serves."""
 
     name = "decode"
+    reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         p, why = problem, []

@@ -7,10 +7,11 @@ CUDA graph that holds it, must be good for every length up to the capacity.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
+from ...memo import remembered
 from ...problem import Problem
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
@@ -67,7 +68,7 @@ def rows(problem: Problem) -> int:
     return problem.q_len * problem.group
 
 
-@lru_cache(maxsize=1 << 12)
+@remembered(1 << 12, "launches")
 def choose(problem: Problem, sm_count: int) -> Launch:
     """The launch for a problem on a GPU with that many streaming multiprocessors."""
     p = problem

@@ -153,7 +153,7 @@ class Rotary:
         values[row, :, place] = new_values[fits].to(values.dtype)
 
 
-_launchers: Memo[Any, Launcher] = Memo(1 << 10)
+_launchers: Memo[Any, Launcher] = Memo(1 << 10, "launches")
 
 
 def _launcher(

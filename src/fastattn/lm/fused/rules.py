@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
+
+from ...memo import remembered
 
 MANY_TOKENS = 64  #: from so many on they fill a GPU however they are dealt to programs
 
@@ -19,7 +20,7 @@ class Launch:
     warps: int
 
 
-@lru_cache(maxsize=1 << 10)
+@remembered(1 << 10, "launches")
 def choose(n: int, k: int, gated: bool, dtype: torch.dtype) -> Launch:
     """The launch for K numbers times `[N, K]`, or `[2 N, K]` if gated.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._compat.transformers import ranks_of
 from ..visible import Sight, is_window, sees_everything, sights
 from .layers import Product, Rotary
 from .structure import check_structure, one_place
@@ -52,8 +53,7 @@ def check(model: Any) -> None:
     if rope not in ROPE_TYPES:
         raise ValueError(f"model: expected rotary positions of one of {', '.join(ROPE_TYPES)}, got {rope}")
     # Where transformers spread the weights over ranks, its hooks around each layer join what they compute.
-    spread = (getattr(model, "_tp_size", None) or 1) > 1
-    if spread or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if ranks_of(model) > 1 or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError("model: expected whole weights on this rank, got parts of them (tensor parallel)")
     one_place(model)
     check_structure(model, kind, FAMILIES[kind].removesuffix("ForCausalLM"))

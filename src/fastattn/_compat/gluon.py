@@ -1,0 +1,52 @@
+"""Gluon by one set of names. It is experimental and renames things from release to release of Triton (3.6 to 3.9).
+
+Imports triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+from .versions import Gone, gone, need
+
+
+def _first(*places: tuple[Any, str]) -> Any:
+    for module, name in places:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise Gone(gone("triton", f"Gluon's {' or '.join(name for _, name in places)}"))
+
+
+def _aggregate() -> Any:
+    if hasattr(gluon, "aggregate"):
+        return gluon.aggregate
+    return need("triton", "triton.language.core._aggregate")
+
+
+base_value: Any = need("triton", "triton.language.core.base_value")  #: of what a kernel computes with
+aggregate = _aggregate()
+load_tile = _first((tma, "async_load"), (tma, "async_copy_global_to_shared"))
+store_tile = _first((tma, "async_store"), (tma, "async_copy_shared_to_global"))
+barrier = _first((gl, "barrier"), (gl, "thread_barrier"))  #: of the warps of one partition
+
+
+@gluon.constexpr_function
+def as_value(x: Any) -> Any:
+    """A field of an aggregate: what the compiler knows (None, numbers) becomes a constant."""
+    return x if isinstance(x, base_value) else gl.constexpr(x)
+
+
+def compiled(
+    kernel: Any, signature: dict[str, str], constants: Any, attributes: Any, capability: tuple[int, int], warps: int
+) -> Any:
+    """Compiles a Gluon kernel for NVIDIA GPUs of a capability, which need not be here. Triton's own result."""
+    import triton
+
+    source_of = need("triton", "triton.experimental.gluon._runtime.GluonASTSource")
+    target = need("triton", "triton.backends.compiler.GPUTarget")("cuda", 10 * capability[0] + capability[1], 32)
+    source = source_of(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps})

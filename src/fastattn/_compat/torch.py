@@ -1,0 +1,128 @@
+"""torch: what only its private names tell. Where one of them is gone, a slower way is taken that is as right.
+
+Used as a module (`torch_internals.raw_stream(0)`), so that a test can put something else in a name's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .versions import Gone, gone, need
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _private(name: str) -> Any:
+    return getattr(torch._C, name, None)
+
+
+def _raw_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+#: The address of torch's current stream of a device. The public way takes 8 us.
+raw_stream: Callable[[int], int] = _private("_cuda_getCurrentRawStream") or _raw_stream
+#: The index of the current device. The public way looks first whether CUDA is initialised.
+current_device: Callable[[], int] = _private("_cuda_getDevice") or torch.cuda.current_device
+
+_transforms: Callable[[], bool] | None = _private("_are_functorch_transforms_active")
+_modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
+_keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
+
+
+def transforms_active() -> bool:
+    """Whether torch.func's transforms are at work around this call. False where torch does not tell: the operators
+    refuse them too, later and less clearly."""
+    return _transforms is not None and _transforms()
+
+
+def may_be_watched() -> bool:
+    """Whether a mode or a transform may see what operators do. True where torch does not tell."""
+    return _modes is None or _transforms is None or bool(_modes()) or _transforms()
+
+
+def same_dispatch(one: Tensor, other: Tensor) -> bool:
+    """Whether torch's dispatcher treats two tensors alike. False where torch does not tell."""
+    return _keys is not None and _keys(one).raw_repr() == _keys(other).raw_repr()
+
+
+def driver_version() -> int:
+    """Of the CUDA driver, 0 where torch does not tell."""
+    version = _private("_cuda_getDriverVersion")
+    return int(version()) if version else 0
+
+
+#: What `autograd_within` needs. Without it torch's kernels serve no gradients, and others do.
+HAS_AUTOGRAD_WITHIN = all(
+    _private(name) is not None
+    for name in (
+        "DispatchKey",
+        "_dispatch_tls_local_exclude_set",
+        "_dispatch_tls_local_include_set",
+        "_ForceDispatchKeyGuard",
+    )
+)
+
+
+def autograd_within() -> AbstractContextManager[None]:
+    """Autograd, inside an operator's implementation, where torch's dispatcher has switched it off."""
+    if not HAS_AUTOGRAD_WITHIN:
+        raise Gone(gone("torch", "torch._C._ForceDispatchKeyGuard"))
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def constant_when_traced(function: F) -> F:
+    """Marks a function whose result torch.compile takes for a constant.
+
+    As torch.compiler.assume_constant_result does, which imports all of torch._dynamo (0.9 s) to do it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def allow_recompiling(times: int) -> AbstractContextManager[Any]:
+    """Within the block torch.compile compiles a function anew as often as that, before it gives it up."""
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    found: AbstractContextManager[Any] = config.patch(name, times)
+    return found
+
+
+def spin(cycles: int) -> None:
+    """Keeps the GPU busy for so many of its cycles, on the current stream."""
+    if not hasattr(torch.cuda, "_sleep"):
+        raise Gone(gone("torch", "torch.cuda._sleep"))
+    torch.cuda._sleep(cycles)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's own kernel, and its log-sum-exp, which the public function keeps to itself. Causal: upper left."""
+    options = (0.0, True) if causal else ()
+    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, *options)[:2]
+    return found
+
+
+#: What a subclass of Tensor sets `__torch_function__` to that wants to see operations in `__torch_dispatch__` alone.
+NO_TORCH_FUNCTION: Any = need("torch", "torch._C._disabled_torch_function_impl")
+#: Applies a function to all instances of a class within tuples, lists and dicts.
+tree_map_only: Callable[..., Any] = need("torch", "torch.utils._pytree.tree_map_only")
+
+
+def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """An instance of a subclass of Tensor that has a shape, a dtype and a device, but no memory."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def arguments_of(operator: Any) -> Sequence[Any]:
+    """An operator's arguments as its schema has them: `name`, and `alias_info` of those that it writes to or views."""
+    found: Sequence[Any] = operator._schema.arguments
+    return found

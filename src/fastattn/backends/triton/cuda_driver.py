@@ -1,0 +1,124 @@
+"""The few calls of the CUDA driver that a ready binary needs: load it, describe tensors to the copy engine, launch it.
+
+Triton's own launcher makes a description of each tensor at every launch and has another signature in each release; the
+driver's functions stay what they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from typing import Any
+
+from ...memo import Memo
+
+_BFLOAT16, _FLOAT16 = 9, 6  #: CUtensorMapDataType
+_SWIZZLE_128, _PROMOTE_TO_128 = 3, 2  #: CUtensorMapSwizzle, CUtensorMapL2promotion
+_MAX_SHARED = 8  #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COLUMNS = 64  #: of 2 bytes: as many as a swizzled row has
+_DESCRIPTION = 128  #: bytes of a CUtensorMap, which lies at a multiple of 64
+
+_loading = threading.Lock()
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what}: {(text.value or b'?').decode()} (CUDA driver error {status})")
+
+
+def make_current(device: int) -> None:
+    """Gives this thread the context that torch uses on a device, if it has none: one may have run nothing yet."""
+    driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for a context")
+    if context.value is None:
+        _check(driver.cuDeviceGet(ctypes.byref(handle), device), "finding a device")
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "finding a context")
+        _check(driver.cuCtxSetCurrent(context), "setting a context")
+
+
+class Function:
+    """A kernel of a binary, on every device that asks for it."""
+
+    __slots__ = ("_cubin", "_handles", "_name", "_shared", "_threads")
+
+    def __init__(self, cubin: bytes, name: str, shared: int, threads: int) -> None:
+        self._cubin, self._name, self._shared, self._threads = cubin, name.encode(), shared, threads
+        self._handles: dict[int, ctypes.c_void_p] = {}
+
+    def load(self, device: int) -> ctypes.c_void_p:
+        """The handle on a device, which must be the current one with a context."""
+        with _loading:
+            handle = self._handles.get(device)
+            if handle is None:
+                module, handle, driver = ctypes.c_void_p(), ctypes.c_void_p(), _driver()
+                _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), "loading a kernel")
+                _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, self._name), "finding a kernel")
+                _check(driver.cuFuncSetAttribute(handle, _MAX_SHARED, self._shared), "its shared memory")
+                self._handles[device] = handle
+        return handle
+
+    def launch(self, programs: int, device: int, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
+        """arguments: the address of each."""
+        handle = self._handles.get(device) or self.load(device)
+        status = _driver().cuLaunchKernel(
+            handle, programs, 1, 1, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream), arguments, None
+        )
+        if status:
+            _check(status, "launching a kernel")
+
+
+class Description:
+    """What the copy engine knows of a tensor (CUtensorMap). Immutable: addresses of it may be passed anywhere."""
+
+    __slots__ = ("_memory", "address")
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(_DESCRIPTION + 64)
+        self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
+
+
+_described: Memo[Any, Description] = Memo(1 << 12)
+
+
+def describe(address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int) -> Description:
+    """A tensor `[B, H, S, D]` of 2-byte elements read or written in boxes of `rows` tokens of one head.
+
+    address: a multiple of 16. strides: in elements, multiples of 8 (anything along dims of size 1), the last 1.
+    half: float16, otherwise bfloat16. What a box has outside of the tensor reads as 0 and is not written.
+    """
+    key = address, shape, strides, half, rows
+    found = _described.get(key)
+    if found is None:
+        found = _described[key] = _encode(*key)
+    return found
+
+
+def _encode(address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int) -> Description:
+    made = Description()
+    batch, heads, length, dim = shape
+    # Where there is only one of a thing its stride means nothing, but must be a legal one.
+    steps = [2 * s if n > 1 else 16 for s, n in ((strides[2], length), (strides[1], heads), (strides[0], batch))]
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(made.address),
+        _FLOAT16 if half else _BFLOAT16,
+        4,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 4)(dim, length, heads, batch),
+        (ctypes.c_uint64 * 3)(*steps),
+        (ctypes.c_uint32 * 4)(_COLUMNS, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        0,  # not interleaved
+        _SWIZZLE_128,
+        _PROMOTE_TO_128,
+        0,  # filled with zeros
+    )
+    _check(status, f"describing a tensor of shape {list(shape)} and strides {list(strides)}")
+    return made

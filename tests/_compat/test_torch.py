@@ -1,0 +1,75 @@
+"""torch's private names, and what is done without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import dispatch, ops
+from fastattn._compat import torch as torch_internals
+from fastattn._compat.versions import Gone
+from fastattn.backends.torch_sdpa import TorchBackend
+
+
+def gradients() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    out = fastattn.scaled_dot_product_attention(q, k, v, mask="causal")
+    assert isinstance(out, Tensor)
+    return (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    "name, instead",
+    [("_modes", None), ("_transforms", None), ("_keys", None), ("HAS_AUTOGRAD_WITHIN", False)],
+)
+@pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")  # the reference serves gradients then
+def test_without_a_name_it_is_as_right(name: str, instead: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gradients()
+    for memory in (dispatch._routes, dispatch.fast_path):
+        memory.clear()
+    monkeypatch.setattr(torch_internals, name, instead)
+    torch.testing.assert_close(gradients(), expected)
+    for memory in (dispatch._routes, dispatch.fast_path):
+        memory.clear()
+
+
+def test_who_might_be_watched_goes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    assert ops.plain(x)
+    monkeypatch.setattr(torch_internals, "_modes", None)
+    assert not ops.plain(x)
+
+
+def test_torch_serves_no_gradients_without_its_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 1, 2, 8, requires_grad=True)
+    assert fastattn.explain(q, q, q).chosen == "torch"
+    monkeypatch.setattr(torch_internals, "HAS_AUTOGRAD_WITHIN", False)
+    problem = fastattn.explain(q, q, q).problem
+    assert "this torch does not let an operator compute gradients with autograd" in TorchBackend().reasons(problem)
+    with pytest.raises(
+        Gone, match=r"^torch 2\.\S+ has no torch\._C\._ForceDispatchKeyGuard.*: pip install (-U )?'torch"
+    ):
+        torch_internals.autograd_within()
+
+
+def test_every_private_name_is_there() -> None:
+    """In the version that the tests run on: a fallback that nobody notices would be slow for ever."""
+    assert torch_internals.HAS_AUTOGRAD_WITHIN
+    for found in (torch_internals._modes, torch_internals._transforms, torch_internals._keys):
+        assert found is not None
+    with torch_internals.allow_recompiling(77):
+        assert torch._dynamo.config.recompile_limit == 77
+
+
+@pytest.mark.gpu
+def test_streams_and_devices() -> None:
+    assert torch_internals.raw_stream is torch._C._cuda_getCurrentRawStream
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        index = torch.cuda.current_device()
+        assert torch_internals.raw_stream(index) == torch_internals._raw_stream(index)
+        assert torch_internals.current_device() == index
+    assert torch_internals.driver_version() > 12000
+    torch_internals.spin(1000)

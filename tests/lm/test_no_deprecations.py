@@ -1,0 +1,58 @@
+"""What fastattn calls in other libraries is not deprecated: a user's terminal shows no warning of that kind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEPRECATED = re.compile(r"FutureWarning|DeprecationWarning|deprecated", re.IGNORECASE)
+TINY = ["--model", "tiny", "-p", "40", "-n", "1", "--device", "cpu"]
+
+
+def said(*arguments: str) -> list[str]:
+    """The lines about deprecation that the command writes, with every warning shown."""
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-m", "fastattn", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "warning", "FASTATTN_CUDNN": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in (done.stdout + done.stderr).splitlines() if DEPRECATED.search(line)]
+
+
+@pytest.mark.parametrize("attn", ["fastattn", "eager"])
+def test_generate(saved_model: Path, attn: str) -> None:
+    """Through the fused layers, through transformers' modules row by row."""
+    options = ["--model", str(saved_model), "--prompt", "a b a", "-g", "4", "--device", "cpu", "--attn", attn]
+    assert said("generate", *options) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["-g", "4", "--attn", "fastattn,sdpa"], ["--train", "--gradient-checkpointing"]])
+def test_benchmark(more: list[str]) -> None:
+    assert said("benchmark", *TINY, *more) == []
+
+
+def test_it_would_be_seen(saved_model: Path, tmp_path: Path) -> None:
+    """As if a call of ours used an old name."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import warnings\n"
+        "import transformers\n"
+        "def old(self, *rest, **more):\n"
+        "    warnings.warn('`x` is deprecated and will be removed in version 9', FutureWarning, stacklevel=2)\n"
+        "    return known(self, *rest, **more)\n"
+        "known, transformers.Cache.get_seq_length = transformers.Cache.get_seq_length, old\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        options = ["--model", str(saved_model), "--prompt", "a b a", "-g", "4", "--device", "cpu", "--attn", "eager"]
+        assert any("`x` is deprecated" in line for line in said("generate", *options))
