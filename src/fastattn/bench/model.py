@@ -207,6 +207,8 @@ def _measure(
         result.fused_ops = way.fused_ops
         if way.fused_ops:
             say("Fused by liger-kernel: " + ", ".join(way.fused_ops))
+        yield
+        result.calls.clear()  # those by which the runners were tried
         _trial(loaded, way, settings, 0, 0)
         advance()
         yield

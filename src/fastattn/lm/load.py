@@ -156,7 +156,7 @@ def _load_directory(
     with blame(f"{path}: cannot be loaded"):
         config = read_config(path, trust_remote_code)
         if config.is_encoder_decoder:
-            raise Refused(f"{path}: expected a causal language model, {config.model_type} has an encoder")
+            raise Refused(f"{path}: cannot be loaded as a causal language model: {config.model_type} has an encoder")
         stored = read_headers(path)
         tokenizer = read_tokenizer(path, config, trust_remote_code)
     spread = _spread(config, ranks, trust_remote_code)
