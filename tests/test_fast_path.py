@@ -199,7 +199,7 @@ def test_data_is_not_in_the_name(absent: tuple[str, ...]) -> None:
     without = dict.fromkeys(absent)
     name = name_of(**(full() | without))
     assert name is not None
-    for scale in (None, 0.25, 1e-300, 3.0):
+    for scale in (None, 0.25, 1e-20, 3.0):
         other = name_of(**(full() | without | {"scale": scale}))
         assert other == name and hash(other) == hash(name)
 

@@ -149,6 +149,7 @@ def prepare(
     if not torch.compiler.is_compiling() and torch_internals.transforms_active():
         raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
     q, k, v = _one_dtype(q, k, v)
+    given = scale is not None
     scale = 1.0 / math.sqrt(q.shape[3] or 1) if scale is None else check_scale(scale, q.dtype)
     left, right = (-1, -1) if window is None else check_window(window)
     if isinstance(mask, str):
@@ -174,8 +175,8 @@ def prepare(
         check_lengths("kv_lengths", kv_lengths, q)
     if scale <= 0.0:  # kernels track the row's maximum before they scale, which needs a positive scale
         q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
-    least = LIMITS[work_dtype(q.dtype)][0]
-    if scale < least:  # in float32 it would be 0 sooner or later, and 0 * -inf is NaN: q takes what is missing
+    if given and scale < (least := LIMITS[work_dtype(q.dtype)][0]):
+        # In float32 it would be 0 sooner or later, and 0 * -inf is NaN: q takes what is missing.
         q, scale = q * (scale / least), least
     cap = 0.0 if softcap is None else check_softcap(softcap, q.dtype)
     grads = _wanted(q, k, v, mask, sinks) if torch.is_grad_enabled() else ""

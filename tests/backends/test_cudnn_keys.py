@@ -95,7 +95,7 @@ class Recorder:
         self.keys.append(key)
         return self
 
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = ()) -> Recorder:
+    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = (), trained: bool = False) -> Recorder:
         return self.get(exact if self.exact and exact is not None else general)
 
     @property

@@ -61,7 +61,7 @@ class Asker:
         self.asked += 1
         return self.asked
 
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = ()) -> Asker:
+    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = (), trained: bool = False) -> Asker:
         if exact is not None:
             self.get(exact)
         return self.get(general)

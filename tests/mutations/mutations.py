@@ -314,9 +314,30 @@ MUTATIONS = (
     Mutation(
         "a background failure is tried again for ever",
         "backends/cudnn/plans.py",
-        "if count + 1 == (SERVED_AFTER",
-        "if count + 1 >= (SERVED_AFTER",
+        "build = now >= wish.retry if wish.submitted else wish.occasions >= enough",
+        "build = wish.occasions >= enough",
         ("tests/faults/test_worker_faults.py", "-k", "reported_once"),
+    ),
+    Mutation(
+        "whoever asks for the log-sum-exp is taken to train",
+        "backends/cudnn/forward.py",
+        "trained=bool(p.grads)",
+        "trained=stats",
+        ("tests/backends/test_cudnn_choice.py", "-k", "say_whether_they_train"),
+    ),
+    Mutation(
+        "memory that ran out is a refusal for good",
+        "backends/failures.py",
+        "            return OutOfMemory(_line(error))",
+        "            return Refusal(_line(error))",
+        ("tests/faults/test_setbacks.py", "-k", "first_one_later"),
+    ),
+    Mutation(
+        "a copied function shares its code",
+        "lm/fused_ops.py",
+        'function.__code__.replace(co_name=f"{function.__name__}_with_other_globals")',
+        "function.__code__",
+        ("tests/lm/test_fused_ops.py", "-k", "other_globals"),
     ),
     Mutation(
         "the table promises what cuDNN refuses",

@@ -34,8 +34,8 @@ def test_a_survivor_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     harmless = Mutation(
         "a comment",
         "memo.py",
-        '"""A bounded memory',
-        '"""A  bounded memory',
+        '"""Bounded memories',
+        '"""Bounded  memories',
         ("tests/backends/test_cudnn_keys.py", "-k", "equal"),
     )
     monkeypatch.setattr(run, "MUTATIONS", (harmless, harmless._replace(name="nothing", old="not in there")))

@@ -91,6 +91,7 @@ class ReadsLse:
     """A backend whose backward is a flash kernel's: probabilities from the log-sum-exp that it is given."""
 
     name = "cudnn"
+    reads_lse = True
 
     def backward(
         self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
