@@ -110,6 +110,8 @@ def test_one_that_means_something_else_is_not_recognised(name: str, monkeypatch:
     understood = hf.understood(changed)
     assert hf.UNDERSTOOD - understood
     monkeypatch.setattr(hf, "UNDERSTOOD", understood)
+    if name == "causal_mask_function":
+        monkeypatch.setattr(hf, "UNDERSTOOD_CAUSAL", object())
     whole = masking_utils.sliding_window_causal_mask_function(3)
     assert recognise(whole) is None
 

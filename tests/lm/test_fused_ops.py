@@ -28,6 +28,7 @@ import triton.language as tl
 
 import fastattn
 from fastattn import cli
+from fastattn._compat import liger
 from fastattn.bench import model as model_benchmark
 from fastattn.bench import train
 from fastattn.lm import Engine, fused_ops, load, make_runner, module_runner
@@ -347,7 +348,7 @@ def test_not_on_a_cpu(monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]) ->
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_ops, "find_spec", lambda name: None)
+    monkeypatch.setattr(liger, "find_spec", lambda name: None)
     fused_ops._kernels.cache_clear()
     model = model_of("gemma2")
     asked: list[Callable[[], Any]] = [
@@ -365,7 +366,7 @@ def test_installed_but_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> Any:
         raise RuntimeError("no such device")
 
-    monkeypatch.setattr(fused_ops, "import_module", broken)
+    monkeypatch.setattr(liger, "import_module", broken)
     fused_ops._kernels.cache_clear()
     with pytest.raises(ImportError, match="liger-kernel cannot be used here: no such device"):
         fused_ops.check_fused_ops(torch.device(DEVICE))

@@ -88,3 +88,7 @@ def understood(module: Any) -> frozenset[str]:
 
 
 UNDERSTOOD = understood(_need("masking_utils"))
+#: The two that are no closures, which torch.compile may ask for as well; an object that no function is where they are
+#: not understood.
+UNDERSTOOD_CAUSAL = causal_mask_function if "causal_mask_function" in UNDERSTOOD else object()
+UNDERSTOOD_OPEN = bidirectional_mask_function if "bidirectional_mask_function" in UNDERSTOOD else object()

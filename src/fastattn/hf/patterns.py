@@ -99,15 +99,17 @@ def recognise(mask_function: Callable[..., Any]) -> Pattern | None:
 
 
 def _read(mask_function: Callable[..., Any]) -> Pattern | None:
-    if mask_function is masking_utils.causal_mask_function:
-        return Pattern(right=0) if "causal_mask_function" in masking_utils.UNDERSTOOD else None
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return Pattern() if "bidirectional_mask_function" in masking_utils.UNDERSTOOD else None
+    if mask_function is masking_utils.UNDERSTOOD_CAUSAL:
+        return Pattern(right=0)
+    if mask_function is masking_utils.UNDERSTOOD_OPEN:
+        return Pattern()
     if torch.compiler.is_compiling():
         return None  # torch.compile does not let a traced closure be looked into
     if getattr(mask_function, "__qualname__", None) not in masking_utils.UNDERSTOOD:
         return None
     if getattr(mask_function, "__module__", "") != masking_utils.MASKING:
+        return None
+    if mask_function.__qualname__ not in masking_utils.UNDERSTOOD:
         return None
     expected, read = _CLOSURES.get(mask_function.__qualname__, ((), None))
     if read is None or mask_function.__code__.co_freevars != expected:

@@ -46,6 +46,9 @@ def read_tokenizer(path: Path, config: Any, trust_remote_code: bool = False) -> 
         found = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        names = getattr(found, "vocab_files_names", None) or {}  # some tokenizers need no file
+        if names and not any((path / name).is_file() for name in names.values()):
+            raise TypeError("it has none of its files")  # transformers 5.4 makes one without a vocabulary of it
         ids = found("a b")["input_ids"]
         if not isinstance(found.decode(ids), str) or isinstance(found.model_max_length, bool | str):
             raise TypeError("its settings are not of the right types")
