@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_lm import SIZES, generated, made, prompt, said
+from tiny_causal import SIZES, generated, made, prompt, said
 
 from fastattn import cli
 from fastattn.lm import adapters as adapters_module

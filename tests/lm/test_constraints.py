@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from tiny_lm import SIZES, generated, loaded, made, prompt, said
+from tiny_causal import SIZES, generated, loaded, made, prompt, said
 
 from fastattn.lm import Loaded, Sampling, make_engine, stream_generate
 from fastattn.lm.constraints import Constraints

@@ -348,7 +348,7 @@ class _OnGPU:
     """eager, for prompts of the CPU."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config, self.forward = model, model.config, model.forward
 
     def __call__(self, ids: Tensor, **inputs: Any) -> Any:
         return self.model(ids.cuda(), **inputs)

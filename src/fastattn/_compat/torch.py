@@ -5,8 +5,10 @@ Used as a module (`torch_internals.raw_stream(0)`), so that a test can put somet
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -51,10 +53,15 @@ def same_dispatch(one: Tensor, other: Tensor) -> bool:
     return _keys is not None and _keys(one).raw_repr() == _keys(other).raw_repr()
 
 
+@cache
 def driver_version() -> int:
-    """Of the CUDA driver, 0 where torch does not tell."""
-    version = _private("_cuda_getDriverVersion")
-    return int(version()) if version else 0
+    """Of the CUDA driver (13000 for 13.0), 0 without one. torch does not tell."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 #: What `autograd_within` needs. Without it torch's kernels serve no gradients, and others do.

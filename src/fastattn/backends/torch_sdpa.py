@@ -15,7 +15,7 @@ from .base import Runner
 from .layout import readable
 
 #: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
-_INFINITE = 1e30
+_INFINITE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: torch.finfo(torch.float16).max}
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28
 
@@ -73,13 +73,15 @@ def _needs_mask(p: Problem) -> bool:
     return p.right >= 0 and not (p.causal and (p.q_len == p.kv_len or p.q_len == 1))
 
 
-def _without_infinities(k: Tensor) -> Tensor:
+def _without_infinities(k: Tensor, trained: bool) -> Tensor:
     """Keys whose infinities, which are legal (a score of -inf takes a key out), are numbers so large that they do the
     same. torch's memory-efficient kernel multiplies float32 as three products of TF32: it splits x in what TF32 holds
-    and the rest, and the rest of -inf is -inf + inf, NaN. Other dtypes are multiplied as they are."""
-    if k.dtype != torch.float32:
+    and the rest, and the rest of -inf is -inf + inf, NaN. Other dtypes are multiplied as they are, but the backward of
+    torch's kernels gives the values of such keys a gradient of NaN (measured, 2.11)."""
+    if k.dtype != torch.float32 and not trained:
         return k
-    return k.nan_to_num(nan=torch.nan, posinf=_INFINITE, neginf=-_INFINITE)
+    large = _INFINITE[k.dtype]
+    return k.nan_to_num(nan=torch.nan, posinf=large, neginf=-large)
 
 
 def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if p.device == "cuda":
         # Measured (2.11): rows that do not start at 16 bytes, and masks without a key dim of their own, end some of
         # torch's kernels in an illegal access; and a row of finfo.min is a row of nothing to them.
-        q, k, v = readable(q), readable(_without_infinities(k)), readable(v)
+        q, k, v = readable(q), readable(_without_infinities(k, bool(p.grads))), readable(v)
         if mask is not None:
             mask = masks.in_base_2(mask) if p.mask == "additive" else mask
             mask = mask.expand(*mask.shape[:3], p.kv_len).contiguous()
