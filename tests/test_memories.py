@@ -32,7 +32,10 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.dispatch.backend", "fastattn.backends.triton_launch.missing_on_a_gpu",
     "fastattn.backends.triton_launch.has_triton", "fastattn.backends.cudnn.runtime.frontend",
     "fastattn.bench.peers._flex",
-    "fastattn.lm.fused_ops._kernels", "fastattn.lm.fused_ops._modeling", "fastattn.lm.fused_ops._is_like",
+    "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
+    "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
+    # by the config, dropped with it
+    "fastattn.hf.mask._asking",
     # by what calls, in words: counters and warnings
     "fastattn.dispatch._calls", "fastattn.notice._given",
     # what os.environ wraps

@@ -62,7 +62,11 @@ def guarded(run: Callable[[], int]) -> int:
     """
     if 1 in _open_streams():
         return complain("stdout is closed: expected a place for what is printed, such as /dev/null", 1)
-    stdout, debugging = sys.stdout, is_on("FASTATTN_DEBUG", False)
+    try:
+        debugging = is_on("FASTATTN_DEBUG", False)
+    except ValueError as error:
+        return complain(str(error), 2)
+    stdout = sys.stdout
     output: Any = _Output(stdout)
     try:
         with _signals_raise():

@@ -29,6 +29,7 @@ import triton.language as tl
 import fastattn
 from fastattn import cli
 from fastattn._compat import liger
+from fastattn._compat.functions import innermost, same
 from fastattn.bench import model as model_benchmark
 from fastattn.bench import train
 from fastattn.lm import Engine, fused_ops, load, make_runner, module_runner
@@ -435,7 +436,7 @@ def test_a_copy_with_other_globals_is_compiled_as_a_function_of_its_own(order: s
         compiled = torch.compile(function, backend="eager")
         assert compiled(x).tolist() == [expected] * 3
         assert function(x).tolist() == [expected] * 3
-    assert fused_ops._same(_shifted, copied), "still recognised"
+    assert same(_shifted, copied), "still recognised"
     assert copied.__name__ == "_shifted" and copied.__kwdefaults__ == {"by": 2.0}
 
 
@@ -482,6 +483,29 @@ def test_same_tokens(family: str, calls: dict[str, int]) -> None:
         assert ModuleRunner(loaded_of(model, wish), 1, 8).fused_ops == runner.fused_ops
         assert same_state(state(model), before)
     assert found[0] == found[1] and all(len(tokens) == 8 for tokens in found[0])
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 3])
+@pytest.mark.parametrize("lies", ["head-major", "token-major"])
+def test_rotary_embedding_of_several_rows(lies: str, tokens_per_row: int, calls: dict[str, int]) -> None:
+    """A token of each row, as in decode: what a head norm returns lies so that its rows are as near as its heads."""
+    model = model_of("gemma3", "fastattn")
+    kind = type(model.model.layers[0].self_attn)
+    made, _ = fused_ops._attention(fused_ops._kernels().LigerRopeFunction, kind)
+    fused, own = (innermost(f).__globals__["apply_rotary_pos_emb"] for f in (made, kind.forward))
+    q, k = torch.randn(3, 4, tokens_per_row, 8), torch.randn(3, 2, tokens_per_row, 8)
+    if lies == "token-major":
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    if torch.cuda.is_available():
+        q, k = q.cuda(), k.cuda()
+    position = torch.tensor([[5], [0], [70]], device=q.device) + torch.arange(tokens_per_row, device=q.device)
+    angle = torch.cat([position[..., None] / torch.tensor([1.0, 3.0, 9.0, 27.0], device=q.device)] * 2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    calls.clear()
+    expected, found = own(q, k, cos, sin), fused(q.clone(), k.clone(), cos, sin)
+    assert calls
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.gpu

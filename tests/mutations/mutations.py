@@ -334,9 +334,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a copied function shares its code",
-        "lm/fused_ops.py",
-        'function.__code__.replace(co_name=f"{function.__name__}_with_other_globals")',
-        "function.__code__",
+        "_compat/functions.py",
+        'code.replace(co_name=f"{function.__name__}_with_other_globals")',
+        "code",
         ("tests/lm/test_fused_ops.py", "-k", "other_globals"),
     ),
     Mutation(

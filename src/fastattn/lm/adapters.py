@@ -19,13 +19,15 @@ WEIGHTS = "adapter_model.safetensors"
 ELSEWHERE = {"subfolder": "no-adapter-here"}
 
 
-def find_adapter(model: Path, adapter_path: str | Path | None) -> Path | None:
+def find_adapter(model: Path | None, adapter_path: str | Path | None) -> Path | None:
     """The directory of the adapter that belongs to a model: the one named, or the model's own if it holds one.
+
+    model: its directory; None for a preset.
 
     Reads the adapter's config and the header of its weights. Raises ValueError where they are not what peft writes, or
     where there are two; ImportError where peft is needed and not installed.
     """
-    beside = model if model.is_dir() and (model / CONFIG).exists() else None
+    beside = model if model is not None and (model / CONFIG).exists() else None
     if adapter_path is None:
         found = beside
     else:
@@ -40,7 +42,7 @@ def find_adapter(model: Path, adapter_path: str | Path | None) -> Path | None:
             )
     if found is None:
         return None
-    if not (model / "config.json").exists() and beside is not None and model.is_dir():
+    if beside is not None and not (beside / "config.json").exists():
         raise Refused(f"{model}: holds an adapter and no model; expected the model, and this directory as adapter_path")
     _check(found)
     if find_spec("peft") is None:

@@ -249,6 +249,10 @@ def _rope(function: Any, original: Callable[..., Any], half: bool) -> Callable[.
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         if unsqueeze_dim != 1 or not _fit(q, k, cos, sin):
             return original(q, k, cos, sin, unsqueeze_dim)
+        if q.shape[2] == 1:
+            # liger-kernel takes the step from one token to the next for that from row to row as well. A dim of one
+            # token may have any stride: here the one that holds for both.
+            q, k = (x.flatten(1).unflatten(1, (1, *x.shape[1::2])).transpose(1, 2) for x in (q, k))
         if half:
             return function.apply(q, k, cos, sin, None, 1, q.shape[-1])
         return function.apply(q, k, cos, sin)

@@ -81,10 +81,11 @@ def load(
             raise ValueError("fused_ops: cannot be used with a model that is spread over ranks")
         check_fused_ops(place)
     path = Path(model)
-    adapter = find_adapter(path, adapter_path)
+    is_directory = os.path.isdir(model)  # False as well where it cannot be told
+    adapter = find_adapter(path if is_directory else None, adapter_path)
     if adapter is not None and ranks is not None:
         raise ValueError("adapter_path: cannot be used with a model that is spread over ranks")
-    if os.path.isdir(model):  # False as well where it cannot be told
+    if is_directory:
         loaded = _load_directory(path, attn, dtype, place, ranks, trust_remote_code)
     elif str(model) in PRESETS:
         loaded = _create(str(model), attn, dtype, place, seed, ranks)
@@ -95,7 +96,7 @@ def load(
         )
     if adapter is not None:
         loaded = replace(loaded, model=apply_adapter(loaded.model, adapter))
-    if path.is_dir() and ranks is None:
+    if is_directory and ranks is None:
         Probe(loaded.model)  # before anybody waits for its first token
     return replace(loaded, fused_ops=fused_ops)
 
