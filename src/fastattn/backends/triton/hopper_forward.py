@@ -47,7 +47,7 @@ from .hopper_tiles import (
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
-_LEAST = gl.constexpr(-1e30)  # the maximum of a row without keys: finite, so that no -inf - -inf arises
+_LEAST = gl.constexpr(-1e30)  # the base of a row without keys: finite, so that no -inf - -inf arises
 ROWS = gl.constexpr(64)  # query rows of one consumer
 
 
@@ -149,6 +149,13 @@ def _stay_below(n):
 
 
 @gluon.jit
+def _unknown(n):
+    """n, which the compiler takes for a new number. Masks by numbers that it knows, or that no tile changes, are
+    computed before all tiles, and spilled: two dozen registers a thread."""
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _tanh(x):
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
@@ -209,7 +216,10 @@ def _mask(s, position, first, group: gl.constexpr, shape, cfg):
     if cfg.MASK == FULL:
         s = gl.where((cols >= 0 - first)[None, :], s, float("-inf"))
     else:
-        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (position + group * ROWS - first)
+        offset = position + group * ROWS - first
+        if cfg.MASK == ALIGNED and cfg.BLOCK_N == cfg.BLOCK_M:
+            offset = _unknown(offset)
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + offset
         if cfg.MASK == BAND:
             seen = cols[None, :] <= (rows + shape.right)[:, None]
             seen = seen & (cols[None, :] >= gl.maximum(rows - shape.left, 0 - first)[:, None])
@@ -221,13 +231,16 @@ def _mask(s, position, first, group: gl.constexpr, shape, cfg):
 
 @gluon.jit
 def _first_block(s, position, first, inner, scale, group: gl.constexpr, shape, cfg):
-    """Softmax of a tile's first block: the rows' maxima and sums, and P. The one block that always may be cut."""
+    """Softmax of a tile's first block: the rows' bases (see `_attend`) and sums, and P.
+
+    The one block that always may be cut.
+    """
     if cfg.SOFTCAP:
         s = _tanh(s * inner)
     s = _mask(s, position, first, group, shape, cfg)
-    m_i = gl.maximum(gl.max(s, 1), _LEAST)
-    p = gl.exp2(s * scale - (m_i * scale)[:, None])
-    return m_i, _partial_sums(p, cfg), p
+    base = gl.maximum(gl.max(s, 1) * scale, _LEAST)
+    p = gl.exp2(s * scale - base[:, None])
+    return base, _partial_sums(p, cfg), p
 
 
 @gluon.jit
@@ -238,9 +251,13 @@ def _partial_sums(p, cfg):
 
 @gluon.jit
 def _attend(
-    q, pipe, acc, m_i, l_i, p, slot, phase, n, position, first, inner, scale, zero, group: gl.constexpr, shape, cfg
+    q, pipe, acc, base, l_i, p, slot, phase, n, position, first, inner, scale, zero, group: gl.constexpr, shape, cfg
 ):
-    """All of a tile's blocks but the first, to whose P it adds up; the last block's P is left to the caller."""
+    """All of a tile's blocks but the first, to whose P it adds up; the last block's P is left to the caller.
+
+    base: a row's largest score so far, scaled, which its exponents are counted from. Kept scaled: where the largest
+    score stays the difference of two bases is then exactly 0, also that of a row that has not seen a key.
+    """
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     # Blocks from `cut` on may hold keys before the first that all rows see; blocks before `edge` keys past the last.
@@ -272,11 +289,10 @@ def _attend(
         if cfg.MASK == BAND or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M):
             if (j >= cut) | (j < edge):
                 s = _mask(s, position, block_start(first, j, cfg), group, shape, cfg)
-        m_new = gl.maximum(m_i, gl.max(s, 1))
-        base = m_new * scale
-        p = gl.exp2(s * scale - base[:, None])
-        decay = gl.exp2(m_i * scale - base)
-        m_i = m_new
+        new_base = gl.maximum(base, gl.max(s, 1) * scale)
+        p = gl.exp2(s * scale - new_base[:, None])
+        decay = gl.exp2(base - new_base)
+        base = new_base
         l_i = l_i * gl.convert_layout(decay, gl.SliceLayout(1, l_i.type.layout))[:, None] + _partial_sums(p, cfg)
         _stay_below(n)
         acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
@@ -284,22 +300,21 @@ def _attend(
         acc = acc * gl.convert_layout(decay, row_layout)[:, None]
         slot = k_slot
         phase = k_phase
-    return acc, m_i, l_i, p, slot, phase
+    return acc, base, l_i, p, slot, phase
 
 
 @gluon.jit
-def _close(m_i, l_i, b, h, row, queries, scale, results, shape, cfg):
+def _close(base, l_i, b, h, row, queries, results, shape, cfg):
     """What a tile's output is to be multiplied by, as a row vector; stores the log-sum-exp.
 
     row, queries: the first row, and how many rows batch entry b has: rows from there on see nothing.
     """
-    layout: gl.constexpr = m_i.type.layout
+    layout: gl.constexpr = base.type.layout
     total = gl.convert_layout(gl.sum(l_i, 1), layout)
     rows = row + gl.arange(0, ROWS, layout=layout)
     if cfg.Q_LENGTHS:  # whatever the queries past the length hold
         total = gl.where(rows < queries, total, 0.0)
-        m_i = gl.where(rows < queries, m_i, _LEAST)
-    base = m_i * scale
+        base = gl.where(rows < queries, base, _LEAST)
     shrink = 1.0
     if cfg.SINKS:  # one more score, whose value is 0
         sink = gl.load(results.sinks + h).to(gl.float32) * _LOG2_E
@@ -389,19 +404,19 @@ def _consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     _pass_turn(group, cfg)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(pipe.empty.index(0))
-    m_i, l_i, p = _first_block(s, position, first, inner, scale, group, shape, cfg)
+    base, l_i, p = _first_block(s, position, first, inner, scale, group, shape, cfg)
     for i in range(1, mine):
         acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
         q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
-        acc, m_i, l_i, p, slot, phase = _attend(
-            q, pipe, acc, m_i, l_i, p, slot, phase, n, position, first, inner, scale, zero, group, shape, cfg
+        acc, base, l_i, p, slot, phase = _attend(
+            q, pipe, acc, base, l_i, p, slot, phase, n, position, first, inner, scale, zero, group, shape, cfg
         )
         mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))
         done_b = b
         done_h = h
         done_row = m * cfg.BLOCK_M + group * ROWS
         queries = queries_of(b, shape, cfg)
-        factor = _close(m_i, l_i, b, h, done_row, queries, scale, results, shape, cfg)
+        factor = _close(base, l_i, b, h, done_row, queries, results, shape, cfg)
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 4)
         position, first, n = span(m, b, shape, cfg)
         # This tile's last product with values, beside the next tile's first block.
@@ -419,7 +434,7 @@ def _consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
         acc = warpgroup_mma(p_operand, v, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        m_i, l_i, p = _first_block(s, position, first, inner, scale, group, shape, cfg)
+        base, l_i, p = _first_block(s, position, first, inner, scale, group, shape, cfg)
         _stay_below(n)
         acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
         mbarrier.arrive(pipe.empty.index(k_slot))
@@ -428,12 +443,12 @@ def _consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         _store(acc, factor, done_b, done_h, done_row, queries, results, group, shape, cfg)
     acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
     q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
-    acc, m_i, l_i, p, slot, phase = _attend(
-        q, pipe, acc, m_i, l_i, p, slot, phase, n, position, first, inner, scale, zero, group, shape, cfg
+    acc, base, l_i, p, slot, phase = _attend(
+        q, pipe, acc, base, l_i, p, slot, phase, n, position, first, inner, scale, zero, group, shape, cfg
     )
     row = m * cfg.BLOCK_M + group * ROWS
     queries = queries_of(b, shape, cfg)
-    factor = _close(m_i, l_i, b, h, row, queries, scale, results, shape, cfg)
+    factor = _close(base, l_i, b, h, row, queries, results, shape, cfg)
     p_operand = gl.convert_layout(p.to(pipe.v.dtype), p_layout)
     mbarrier.wait(pipe.v_full.index(slot), phase)
     v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memo import Memo
 from ...problem import Call, Problem
 from ..layout import Output, copied
 from ..triton_launch import has_triton
-from .cuda_driver import Function, describe, make_current
+from .cuda_driver import Description, Function, describe, make_current
 from .hopper_binary import ALIGNED, BAND, BLOCKS, CAPABILITY, FULL, ROWS, TILE, Flags, compile_binary
 
 _LOG2_E = math.log2(math.e)
@@ -90,6 +91,22 @@ def readable(x: Tensor) -> bool:
     return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
 
 
+#: Of readable tensors only: one that was seen before costs one look.
+_descriptions: Memo[Any, Description] = Memo(1 << 12)
+
+
+def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
+    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
+    key = x.data_ptr(), x.shape, x.stride(), half, rows
+    found = _descriptions.get(key)
+    if found is None:
+        if not readable(x):
+            x = copied(x)
+            key = x.data_ptr(), x.shape, x.stride(), half, rows
+        found = _descriptions[key] = describe(*key)
+    return x, found
+
+
 @cache
 def function(name: Flags) -> Function:
     """The binary of that name, ready to be launched. Compiles it the first time: seconds, off the disk milliseconds."""
@@ -129,7 +146,6 @@ class Forward:
         q, k, v, scale = call.q, call.k, call.v, call.scale
         if not scale > 0:  # the kernel takes the maximum of scores before it scales them
             q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-        q, k, v = (x if readable(x) else copied(x) for x in (q, k, v))
         if self._device != torch._C._cuda_getDevice():
             with torch.cuda.device(self._device):
                 return self._launch(call, q, k, v, scale)
@@ -143,10 +159,10 @@ class Forward:
             lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device)
         inner, scale = (scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale * _LOG2_E)
         half, keys = flags.dtype == "fp16", self._blocks.keys
-        described = [
-            describe(x.data_ptr(), x.shape, x.stride(), half, rows)
-            for x, rows in ((q, ROWS), (k, keys), (v, keys), (out, ROWS))
-        ]
+        q, q_described = _described(q, half, ROWS)
+        k, k_described = _described(k, half, keys)
+        v, v_described = _described(v, half, keys)
+        described = q_described, k_described, v_described, _described(out, half, ROWS)[1]
         pointers = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
         self._arguments.launch(
             self._function, self._programs, self._device, described, (out, lse, *pointers), inner, scale
@@ -174,7 +190,7 @@ class _Arguments:
         function: Function,
         programs: int,
         device: int,
-        described: list[Any],
+        described: tuple[Description, ...],
         tensors: tuple[Tensor | None, ...],
         inner: float,
         scale: float,
