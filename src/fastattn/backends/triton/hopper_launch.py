@@ -17,7 +17,19 @@ from ...problem import Call, Problem
 from ..layout import Output, copied
 from ..triton_launch import has_triton
 from .cuda_driver import Description, Function, describe, make_current
-from .hopper_binary import ALIGNED, BAND, BLOCKS, CAPABILITY, FULL, ROWS, TILE, Flags, compile_binary
+from .hopper_binary import (
+    ALIGNED,
+    BAND,
+    BLOCKS,
+    CAPABILITY,
+    FULL,
+    ROWS,
+    SHORT,
+    SHORT_BLOCKS,
+    TILE,
+    Flags,
+    compile_binary,
+)
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
@@ -80,6 +92,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
+        short=p.kv_len <= SHORT and found in SHORT_BLOCKS,
     )
 
 
@@ -127,7 +140,7 @@ class Forward:
     def __init__(self, problem: Problem, call: Call) -> None:
         p = self._problem = problem
         self._flags = flags(p, None if call.sinks is None else call.sinks.dtype)
-        self._blocks = BLOCKS[self._flags.dims]
+        self._blocks = self._flags.blocks
         self._function = function(self._flags)
         self._output = Output(p, call.q)
         self._device = call.q.device.index
