@@ -251,10 +251,8 @@ def _pack(p, dtype: gl.constexpr, cfg):
         return p
     else:
         low, high = gl.split(p.reshape([ROWS, p.shape[1] // 2, 2]))
-        if dtype == gl.bfloat16:
-            asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        else:
-            asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+        asm: gl.constexpr = "cvt.rn." + kind + ".f32 $0, $2, $1;"
         return gl.inline_asm_elementwise(asm, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 
