@@ -10,13 +10,13 @@ begin later are left out, and said.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "chunk 512/4096": ((1, 32, 8, 512, 4096, 128, 128), {"causal": True}),
     "chunk 2048/8192": ((1, 32, 8, 2048, 8192, 128, 128), {"causal": True}),
     "B16 512": ((16, 32, 8, 512, 512, 128, 128), {"causal": True}),
+    "full 700": ((1, 24, 24, 700, 700, 128, 128), {}),
+    "full 1024": ((1, 24, 24, 1024, 1024, 128, 128), {}),
     "Flux 4608": ((1, 24, 24, 4608, 4608, 128, 128), {}),
     "video 16384": ((1, 12, 12, 16384, 16384, 128, 128), {}),
     "SDXL self 4096": ((2, 10, 10, 4096, 4096, 64, 64), {}),
@@ -174,9 +176,8 @@ def main() -> None:
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     arguments = parser.parse_args()
-    import triton
-
     from fastattn.backends.triton.hopper_launch import Forward, flags
+    from fastattn.bench.results import header, write_json
 
     begun = time.monotonic()
     torch.manual_seed(0)
@@ -189,17 +190,8 @@ def main() -> None:
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(_compile, wanted))
     print(f"{len(wanted)} binaries after {time.monotonic() - begun:.0f} s", flush=True)
-    device = torch.cuda.get_device_properties(0)
-    result: dict[str, Any] = {
-        "gpu": device.name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "unit": "us",
-        "rows": {},
-    }
+    command = " ".join(["python", *sys.argv])
+    result: dict[str, Any] = header("hopper forward", command, torch.device("cuda")) | {"unit": "us", "rows": {}}
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     print(f"{'':24}" + "".join(f"{x:>22}" for x in ("ours cold/hot/host", "cudnn", "flash")) + "  to the best")
     for name in ROWS:
@@ -209,7 +201,7 @@ def main() -> None:
             continue
         call, problem, what, mask = prepared(name)
         forward = Forward(problem, call)
-        runs = {"ours": lambda f=forward, c=call: f(c), **peers(call.q, call.k, call.v, what, mask)}
+        runs = {"ours": partial(forward, call), **peers(call.q, call.k, call.v, what, mask)}
         row = measure(runs, flush, 5 if arguments.quick else 15)
         result["rows"][name] = row
         cells = []
@@ -221,7 +213,7 @@ def main() -> None:
         print(f"{name:24}" + "".join(f"{x:>22}" for x in cells) + f"  {row['ours']['cold'] / best:.2f}", flush=True)
         del call, forward, runs
         if arguments.json:  # what there is, should the next row fail
-            Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+            write_json(arguments.json, result)
     print(f"{time.monotonic() - begun:.0f} s")
 
 

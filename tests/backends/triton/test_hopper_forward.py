@@ -74,16 +74,21 @@ def test_dims_are_padded_to_the_smallest_blocks(head_dim: int, value_dim: int, p
 
 
 def test_no_binary_depends_on_a_length() -> None:
-    """Only whether there are as many keys as queries counts, and that only under a causal mask."""
+    """Only whether keys are few counts, and under a causal mask whether there are as many as queries."""
     for band in ({}, {"right": 0}, {"left": 100, "right": 0}, {"left": 7}, {"kv_lengths": True}):
-        names = {
-            launch.flags(problem(q_len=q_len, kv_len=q_len + more, batch=batch, q_heads=heads, **band))
-            for q_len in (1, 129, 4096)
-            for more in (1, 500)
-            for batch in (1, 40)
-            for heads in (2, 16)
-        }
-        assert len(names) == 1
+        found = {}
+        for short, lengths in (True, ((1, 2), (129, 768), (700, 1), (9000, 768))), (False, ((1, 769), (4096, 5000))):
+            names = {
+                launch.flags(problem(q_len=q_len, kv_len=kv_len, batch=batch, q_heads=heads, **band))
+                for q_len, kv_len in lengths
+                for batch in (1, 40)
+                for heads in (2, 16)
+            }
+            assert len(names) == 1
+            found[short] = names.pop()
+        assert found == {short: dataclasses.replace(found[True], short=short) for short in found}
+    wide = problem(head_dim=256, value_dim=256, kv_len=700)
+    assert launch.flags(wide) == launch.flags(dataclasses.replace(wide, kv_len=7000))
     assert launch.flags(problem()).mask == FULL
     assert launch.flags(problem(right=0)).mask == BAND
     assert launch.flags(problem(right=0, q_len=500)).mask == ALIGNED

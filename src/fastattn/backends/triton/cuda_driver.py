@@ -11,8 +11,6 @@ import threading
 from functools import cache
 from typing import Any
 
-from ...memo import Memo
-
 _BFLOAT16, _FLOAT16 = 9, 6  #: CUtensorMapDataType
 _SWIZZLE_128, _PROMOTE_TO_128 = 3, 2  #: CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_SHARED = 8  #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -85,23 +83,12 @@ class Description:
         self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
 
 
-_described: Memo[Any, Description] = Memo(1 << 12)
-
-
 def describe(address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int) -> Description:
     """A tensor `[B, H, S, D]` of 2-byte elements read or written in boxes of `rows` tokens of one head.
 
     address: a multiple of 16. strides: in elements, multiples of 8 (anything along dims of size 1), the last 1.
     half: float16, otherwise bfloat16. What a box has outside of the tensor reads as 0 and is not written.
     """
-    key = address, shape, strides, half, rows
-    found = _described.get(key)
-    if found is None:
-        found = _described[key] = _encode(*key)
-    return found
-
-
-def _encode(address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int) -> Description:
     made = Description()
     batch, heads, length, dim = shape
     # Where there is only one of a thing its stride means nothing, but must be a legal one.

@@ -13,11 +13,24 @@ import torch
 from torch import Tensor
 
 from ..._compat import torch as torch_internals
+from ...memo import Memo
 from ...problem import Call, Problem
 from ..layout import Output, copied
 from ..triton_launch import has_triton
-from .cuda_driver import Function, describe, make_current
-from .hopper_binary import ALIGNED, BAND, BLOCKS, CAPABILITY, FULL, ROWS, TILE, Flags, compile_binary
+from .cuda_driver import Description, Function, describe, make_current
+from .hopper_binary import (
+    ALIGNED,
+    BAND,
+    BLOCKS,
+    CAPABILITY,
+    FULL,
+    ROWS,
+    SHORT,
+    SHORT_BLOCKS,
+    TILE,
+    Flags,
+    compile_binary,
+)
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
@@ -80,6 +93,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
+        short=p.kv_len <= SHORT and found in SHORT_BLOCKS,
     )
 
 
@@ -89,6 +103,22 @@ def readable(x: Tensor) -> bool:
     if x.data_ptr() % _ALIGNMENT or (x.shape[3] > 1 and x.stride(3) != 1):
         return False
     return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
+
+
+#: Of readable tensors only: one that was seen before costs one look.
+_descriptions: Memo[Any, Description] = Memo(1 << 12)
+
+
+def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
+    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
+    key = x.data_ptr(), x.shape, x.stride(), half, rows
+    found = _descriptions.get(key)
+    if found is None:
+        if not readable(x):
+            x = copied(x)
+            key = x.data_ptr(), x.shape, x.stride(), half, rows
+        found = _descriptions[key] = describe(*key)
+    return x, found
 
 
 @cache
@@ -111,7 +141,7 @@ class Forward:
     def __init__(self, problem: Problem, call: Call) -> None:
         p = self._problem = problem
         self._flags = flags(p, None if call.sinks is None else call.sinks.dtype)
-        self._blocks = BLOCKS[self._flags.dims]
+        self._blocks = self._flags.blocks
         self._function = function(self._flags)
         self._output = Output(p, call.q)
         self._device = call.q.device.index
@@ -130,7 +160,6 @@ class Forward:
         q, k, v, scale = call.q, call.k, call.v, call.scale
         if not scale > 0:  # the kernel takes the maximum of scores before it scales them
             q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-        q, k, v = (x if readable(x) else copied(x) for x in (q, k, v))
         if self._device != torch_internals.current_device():
             with torch.cuda.device(self._device):
                 return self._launch(call, q, k, v, scale)
@@ -144,10 +173,10 @@ class Forward:
             lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device)
         inner, scale = (scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale * _LOG2_E)
         half, keys = flags.dtype == "fp16", self._blocks.keys
-        described = [
-            describe(x.data_ptr(), x.shape, x.stride(), half, rows)
-            for x, rows in ((q, ROWS), (k, keys), (v, keys), (out, ROWS))
-        ]
+        q, q_described = _described(q, half, ROWS)
+        k, k_described = _described(k, half, keys)
+        v, v_described = _described(v, half, keys)
+        described = q_described, k_described, v_described, _described(out, half, ROWS)[1]
         pointers = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
         self._arguments.launch(
             self._function, self._programs, self._device, described, (out, lse, *pointers), inner, scale
@@ -175,7 +204,7 @@ class _Arguments:
         function: Function,
         programs: int,
         device: int,
-        described: list[Any],
+        described: tuple[Description, ...],
         tensors: tuple[Tensor | None, ...],
         inner: float,
         scale: float,
