@@ -52,8 +52,10 @@ def _assigned(scope: ast.AST) -> dict[str, ast.expr]:
 def _message_call(node: ast.AST) -> ast.Call | None:
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         return node.exc
-    if isinstance(node, ast.Call) and _name(node.func) in ("warn_once", "warn", "complain", "blame"):
-        return node
+    if isinstance(node, ast.Call):
+        name = _name(node.func)
+        if name in ("warn_once", "warn", "complain", "blame") or name.endswith("Error"):  # made here, raised elsewhere
+            return node
     return None
 
 

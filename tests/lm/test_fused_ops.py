@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,6 +371,23 @@ def test_installed_but_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     fused_ops._kernels.cache_clear()
     with pytest.raises(ImportError, match="liger-kernel cannot be used here: no such device"):
         fused_ops.check_fused_ops(torch.device(DEVICE))
+
+
+def test_a_forward_that_cannot_be_copied_keeps_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are required, a model runs without, with a warning."""
+
+    def refuse(*args: Any) -> Any:
+        raise TypeError("Gemma2Attention.forward cannot be copied: it wraps something else")
+
+    monkeypatch.setattr(fused_ops, "copied", refuse)
+    monkeypatch.setattr(fused_ops, "installed", lambda: True)
+    model = model_of("gemma2")
+    with pytest.raises(TypeError, match="cannot be copied"):
+        choose_fused_ops(model, True)
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    on_gpu: Any = SimpleNamespace(parameters=lambda: iter([weight]), modules=model.modules)
+    with pytest.warns(fastattn.FastattnWarning, match=r"without liger-kernel's fused operations.*cannot be copied"):
+        assert choose_fused_ops(on_gpu, None).replaced == ()
 
 
 def test_the_loss_when_asked_for() -> None:

@@ -136,8 +136,8 @@ def test_chat_template(capsys, speaker):
     "options, message",
     [
         (("-g", "0"), "--max-tokens: expected at least 1, got 0"),
-        (("--temperature", "-1"), "--temperature: expected 0 or more, got -1.0"),
-        (("--temperature", "nan"), "--temperature: expected 0 or more, got nan"),
+        (("--temperature", "-1"), "--temperature: expected a number of 0 or more, got -1.0"),
+        (("--temperature", "nan"), "--temperature: expected a number of 0 or more, got nan"),
         (("--temperature", "1", "--top-p", "0"), "--top-p: expected a number in (0, 1], got 0.0"),
         (("--temperature", "1", "--top-k", "-1"), "--top-k: expected at least 0, got -1"),
         (("--top-k", "4"), "--top-k: only with a temperature above 0"),

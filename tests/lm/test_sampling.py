@@ -151,9 +151,9 @@ def test_rows_together_are_what_they_are_alone():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": -0.1}, "temperature: expected 0 or more, got -0.1"),
-        ({"temperature": math.nan}, "temperature: expected 0 or more, got nan"),
-        ({"temperature": math.inf}, "temperature: expected 0 or more, got inf"),
+        ({"temperature": -0.1}, "temperature: expected a number of 0 or more, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected a number of 0 or more, got nan"),
+        ({"temperature": math.inf}, "temperature: expected a number of 0 or more, got inf"),
         ({"temperature": 1, "top_p": 0}, r"top_p: expected a number in \(0, 1\], got 0"),
         ({"temperature": 1, "top_p": 1.1}, r"top_p: expected a number in \(0, 1\], got 1.1"),
         ({"temperature": 1, "top_k": -1}, "top_k: expected at least 0, got -1"),

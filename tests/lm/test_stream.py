@@ -194,7 +194,7 @@ def test_the_models_length_ends_a_text(loaded, monkeypatch):
     [
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
         ({"stop": [""]}, "stop: expected strings that are not empty"),
-        ({"temperature": -1}, "temperature: expected 0 or more, got -1"),
+        ({"temperature": -1}, "temperature: expected a number of 0 or more, got -1"),
         ({"prompt": ""}, "prompt: expected some text, this one has no tokens"),
         ({"prompt": []}, "prompt: expected some text, this one has no tokens"),
         ({"prompt": [10**6]}, r"prompts\[0\]: expected token ids from 0 to \d+, got 1000000"),

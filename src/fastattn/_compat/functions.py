@@ -56,12 +56,12 @@ def copied(
             code = code.replace(co_name=f"{function.__name__}_with_other_globals")
         return _made(function, code, function.__globals__ if scope is None else scope, function.__closure__)
     if not isinstance(inner, FunctionType):
-        raise TypeError(f"{function.__qualname__} wraps something that is no function: {inner!r}")
+        raise TypeError(f"{function.__qualname__} cannot be copied: it wraps something that is no function: {inner!r}")
     copy = copied(inner, scope, names)
     cells = function.__closure__ or ()
     closure = tuple(CellType(copy) if _contents(cell) is inner else cell for cell in cells)
     if closure == cells:
-        raise TypeError(f"{function.__qualname__} does not call what it wraps through its closure")
+        raise TypeError(f"{function.__qualname__} cannot be copied: it does not call what it wraps through its closure")
     made = _made(function, function.__code__, function.__globals__, closure)
     made.__dict__["__wrapped__"] = copy
     return made

@@ -28,7 +28,8 @@ def operations() -> Any:
         raise ImportError(f"fused_ops: liger-kernel cannot be used here: {error}") from error
     for name in OPERATIONS:
         if not hasattr(found, name):
-            raise ImportError(f"fused_ops: {gone('liger-kernel', f'liger_kernel.ops.{name}')}")
+            why = gone("liger-kernel", f"liger_kernel.ops.{name}")
+            raise ImportError(f"fused_ops: liger-kernel cannot be used here: {why}")
     return found
 
 

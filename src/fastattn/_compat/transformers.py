@@ -37,10 +37,10 @@ def _cache_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a model's forward, or to `generate`. TypeError where it takes none."""
+    """The keyword argument that hands a cache to a model's forward, or to `generate`. ValueError: it takes none."""
     name = cache_argument(model)
     if name is None:
-        raise TypeError(f"{type(model).__name__}: its forward takes no cache of keys and values")
+        raise ValueError(f"model: the forward of {type(model).__name__} takes no cache of keys and values")
     return {name: cache}
 
 

@@ -83,9 +83,9 @@ def apply_adapter(model: Any, path: Path) -> Any:
             wrapped = PeftModel.from_pretrained(model, str(path), config=config)
             said: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(path), device=str(model.device)))
         own = [name for name in said.missing_keys if config.peft_type.value.lower() in name.lower() or "lora_" in name]
-        for what, names in (("lacks", own), ("has, which the model does not know,", said.unexpected_keys)):
+        for what, names in (("lacks weights", own), ("has weights that the model does not know", said.unexpected_keys)):
             if names:
-                raise Refused(f"{path / WEIGHTS}: the adapter {what} {names[0]} ({len(names)} of its weights)")
+                raise Refused(f"{path / WEIGHTS}: the adapter {what}, {len(names)} in all: {names[0]}")
         try:
             merged = wrapped.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError) as error:

@@ -23,10 +23,10 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
     return value
 
 
-def check_number(name: str, value: Any, fits: Any, expected: str) -> float:
-    """The argument as a float. fits: says whether a float is in the range that `expected` describes; NaN never is."""
+def check_number(name: str, value: Any, fits: Any, within: str) -> float:
+    """The argument as a float. fits: says whether a float is in the range that `within` describes; NaN never is."""
     if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected a number {within}, got {value!r}")
     return float(value)
 
 

@@ -156,7 +156,7 @@ def choose_fused_ops(model: nn.Module, wish: bool | None) -> FusedOps:
         return FusedOps()
     try:
         return find_fused_ops(model)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a forward is decorated in a way that `copied` does not know
         warn_once(f"the model runs without liger-kernel's fused operations, which is slower: {error}", "liger")
         return FusedOps()
 

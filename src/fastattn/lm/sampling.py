@@ -44,15 +44,15 @@ class Sampling:
             if not callable(processor):
                 raise ValueError(f"processors: expected functions of ids and logits, got {processor!r}")
         found: dict[str, Any] = {"processors": processors}
-        check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "0 or more")
+        check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "of 0 or more")
         if self.top_p is not None:
-            found["top_p"] = _unless(1, check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]"))
+            found["top_p"] = _unless(1, check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]"))
         if self.top_k is not None:
             found["top_k"] = _unless(0, check_int("top_k", self.top_k, 0))
         if self.min_p is not None:
-            found["min_p"] = _unless(0, check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]"))
+            found["min_p"] = _unless(0, check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]"))
         if self.repetition_penalty is not None:
-            check_number("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
+            check_number("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "above 0")
         if self.seed is not None:
             found["seed"] = check_int("seed", self.seed, 0, 2**63 - 1)
         for name, value in found.items():

@@ -140,7 +140,10 @@ def stream_batch(
     prompts = _prompts(prompts)
     if isinstance(max_tokens, Sequence) and not isinstance(max_tokens, str):
         if len(max_tokens) != len(prompts):
-            raise ValueError(f"max_tokens: expected one for all prompts or {len(prompts)}, got {len(max_tokens)}")
+            count = len(prompts)
+            raise ValueError(
+                f"max_tokens: expected one for all prompts or {count}, one for each, got {len(max_tokens)}"
+            )
         max_tokens = [check_int("max_tokens", count) for count in max_tokens]
     else:
         max_tokens = check_int("max_tokens", max_tokens)
