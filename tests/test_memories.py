@@ -34,6 +34,8 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.bench.peers._flex",
     "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
     "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
+    # by the class of a model
+    "fastattn._compat.transformers._cache_argument",
     # by the config, dropped with it
     "fastattn.hf.mask._asking",
     # by what calls, in words: counters and warnings

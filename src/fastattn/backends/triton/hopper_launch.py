@@ -106,7 +106,7 @@ def readable(x: Tensor) -> bool:
 
 
 #: Of readable tensors only: one that was seen before costs one look.
-_descriptions: Memo[Any, Description] = Memo(1 << 12)
+_descriptions: Memo[Any, Description] = Memo(1 << 12, "tensor descriptions")
 
 
 def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
