@@ -34,8 +34,10 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.bench.peers._flex",
     "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
     "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
-    # by the class of a model
-    "fastattn._compat.transformers._cache_argument",
+    # by the class of a model or a module
+    "fastattn._compat.transformers._cache_argument", "fastattn.lm.fused_ops._is_like",
+    # by the features that a kernel is compiled for
+    "fastattn.backends.triton.hopper_launch.function", "fastattn.backends.triton.hopper_launch._processors",
     # by the config, dropped with it
     "fastattn.hf.mask._asking",
     # by what calls, in words: counters and warnings
