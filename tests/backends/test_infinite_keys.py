@@ -83,14 +83,16 @@ def test_by_the_decode_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 def test_what_a_gpus_float32_kernel_is_given_is_finite() -> None:
     """It has no way of its own to multiply an infinity. NaN stays NaN; what is finite stays what it is."""
     k = torch.tensor([[[[1.0, -torch.inf, torch.inf, torch.nan, 3e38, -2e-40]]]])
-    found = torch_sdpa._without_infinities(k)[0, 0, 0].tolist()
+    found = torch_sdpa._without_infinities(k, trained=False)[0, 0, 0].tolist()
     assert found[:3] == pytest.approx([1.0, -1e30, 1e30]) and found[3] != found[3]
     assert found[4:] == k[0, 0, 0, 4:].tolist()
     for x in found[:3]:  # as three products of TF32
         big = torch.tensor(x).view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32)
         assert bool((big + (torch.tensor(x) - big)).isfinite())
     half = torch.full((1, 1, 1, 4), -torch.inf, dtype=torch.float16)
-    assert torch_sdpa._without_infinities(half) is half
+    assert torch_sdpa._without_infinities(half, trained=False) is half
+    for dtype in (torch.float16, torch.bfloat16):  # the backward of torch's kernels has none for them either
+        assert torch_sdpa._without_infinities(half.to(dtype), trained=True).isfinite().all()
 
 
 @pytest.mark.gpu
