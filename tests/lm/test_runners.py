@@ -112,7 +112,9 @@ def test_a_batch_says_what_forward_passes_say(name: str) -> None:
     make, attn, runner = MODELS[name]
     prompts = [prompt(14, 1), prompt(3, 2), prompt(40, 3)]
     engine = make_engine(loaded(made(make(), attn)), 2, 64)
-    assert type(engine.runner).__name__ == runner
+    # transformers 5.4 keeps the state of some models in ways that only the slowest runner is right about.
+    allowed = {runner, "WholeRunner"} if hf.__version__.startswith("5.4.") else {runner}
+    assert type(engine.runner).__name__ in allowed
     eager = made(make(), "eager")
     assert said(engine, prompts, 18) == [whole(eager, ids, 18) for ids in prompts]
 

@@ -44,6 +44,7 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         child = os.fork()
     if child == 0:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers says on stderr that it was forked
         _render(tokenizer, messages, most, write)
     os.close(write)
     try:

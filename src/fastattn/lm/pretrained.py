@@ -92,7 +92,7 @@ def read_model(
     with blame(f"{path}: cannot be loaded as a causal language model"), _quiet() as log:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path,
+                str(path),  # transformers 5.4 hands it to functions that take no Path
                 config=config,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
