@@ -15,8 +15,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..failures import in_one_line
@@ -39,12 +39,11 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     failed = f"chat: {place}the chat template"
     most = OUTPUT + 8 * sum(len(message["content"]) for message in messages)
     read, write = os.pipe()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_tokenizers():
         # Python warns of locks that other threads may hold: rendering takes none of theirs, and time is bounded.
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers says on stderr that it was forked
         _render(tokenizer, messages, most, write)
     os.close(write)
     try:
@@ -90,6 +89,20 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], most: int, write
             data = data[os.write(write, data[:_CHUNK]) :]
     finally:
         os._exit(0)
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """Within the block a fork is no reason for tokenizers to write to stderr, as old versions do unless this is set."""
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _limit() -> None:
