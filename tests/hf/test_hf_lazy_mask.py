@@ -77,6 +77,10 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "copy_": lambda m: m.copy_(torch.ones(B, 1, S, S)),
     "out": lambda m: torch.add(torch.ones(B, 1, S, S, dtype=m.dtype), 1.0, out=m),
     "view": lambda m: m.view(B, S, S)[1].zero_(),
+    "slice of everything": lambda m: m[:, :, :, :S].zero_(),
+    "setitem of an alias": lambda m: m[:, :, :, : S + 3].__setitem__((slice(None), slice(None), 1), 7.0),
+    "detached": lambda m: m.detach().add_(1.0),
+    "alias of a mask that was read": lambda m: (m + 1, m[:].zero_()),
     "foreach": lambda m: torch._foreach_add_([m], 2.0),
 }
 
@@ -118,7 +122,7 @@ def test_operations_in_place_return_the_mask() -> None:
 def test_what_only_names_it_anew_stays_lazy(anew: Callable[[Tensor], Tensor]) -> None:
     mask = anew(lazy())
     assert isinstance(mask, LazyMask)
-    assert mask._dense is None
+    assert mask._state.dense is None
     assert compact_of(mask).visible.lo.device == mask.device
 
 

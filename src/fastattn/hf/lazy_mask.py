@@ -88,6 +88,15 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, zero, torch.finfo(dtype).min)
 
 
+class _State:
+    """What a mask and its aliases share."""
+
+    def __init__(self, compact: Compact) -> None:
+        self.compact = compact
+        self.dense: Tensor | None = None
+        self.written = False  #: or may be: who holds a view of the dense mask can write into it unseen
+
+
 class LazyMask(Tensor):
     """An additive mask `[B, 1, Sq, Skv]` that takes no memory until something computes with it.
 
@@ -95,9 +104,7 @@ class LazyMask(Tensor):
     alias, a slice of everything, a copy on another device) stays lazy.
     """
 
-    _compact: Compact
-    _dense: Tensor | None
-    _shared: bool  #: who holds a view of the dense mask may write into it, which no counter of versions tells
+    _state: _State
 
     @staticmethod
     def __new__(cls, compact: Compact, shape: tuple[int, ...], dtype: torch.dtype) -> LazyMask:
@@ -107,47 +114,54 @@ class LazyMask(Tensor):
             return wrapper_subclass(cls, shape, dtype, device)
 
     def __init__(self, compact: Compact, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._compact, self._dense, self._shared = compact, None, False
+        self._state = _State(compact)
 
     __torch_function__ = NO_TORCH_FUNCTION
 
     @property
     def compact(self) -> Compact | None:
         """The visible keys; None once something has written into the mask, or may do so."""
-        return None if self._shared else self._compact
+        return None if self._state.written else self._state.compact
 
     def dense(self) -> Tensor:
         """The mask in memory. The same tensor each time: what is written into it is kept."""
-        if self._dense is None:
+        state = self._state
+        if state.dense is None:
             with torch.inference_mode(False):
-                mask = additive(self._compact.dense(self.shape[-1]), self.dtype)
-                self._dense = mask.expand(self.shape).contiguous()
-        return self._dense
+                mask = additive(state.compact.dense(self.shape[-1]), self.dtype)
+                state.dense = mask.expand(self.shape).contiguous()
+        return state.dense
 
     def _share(self) -> Tensor:
-        self._shared = True
+        self._state.written = True
         return self.dense()
 
-    def _again(self, compact: Compact) -> LazyMask:
-        return LazyMask(compact, tuple(self.shape), self.dtype)
+    def _another(self, compact: Compact) -> LazyMask:
+        return type(self)(compact, tuple(self.shape), self.dtype)
+
+    def _alias(self) -> LazyMask:
+        alias = self._another(self._state.compact)
+        alias._state = self._state
+        return alias
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         mask = args[0] if args and isinstance(args[0], LazyMask) else None
-        if mask is not None and mask._dense is None:
+        if mask is not None:
             if func in _SAME or (func is _SLICE and _is_whole(mask, *args[1:], **kwargs)):
-                return mask._again(mask._compact)
-            device = kwargs.get("device")
-            if func is _TO_COPY and device is not None and kwargs.get("dtype", mask.dtype) in (None, mask.dtype):
-                return mask._again(mask._compact.to(torch.device(device)))
+                return mask._alias()
+            device, compact = kwargs.get("device"), mask.compact
+            same_dtype = kwargs.get("dtype", mask.dtype) in (None, mask.dtype)
+            if func is _TO_COPY and device is not None and same_dtype and compact is not None:
+                return mask._another(compact.to(torch.device(device)))
         for argument, given in _arguments(func, args, kwargs):
             if argument.alias_info is not None:  # written to, or a view of it is returned
                 tree_map_only(LazyMask, LazyMask._share, given)
         given, options = tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
         out = func(*given, **options)
         lazy = [x for x in (*args, *kwargs.values()) if isinstance(x, LazyMask)]
-        return next((x for x in lazy if out is x._dense), out)  # an operation in place returns its argument
+        return next((x for x in lazy if out is x._state.dense), out)  # an operation in place returns its argument
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self._share().numpy(*args, **kwargs)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..hf.attention import REFUSED
-from ..hf.lazy_mask import Compact, LazyMask
+from ..hf.lazy_mask import Band, Compact, LazyMask
 from ..hf.mask import brings_its_own_attention
 from ..hf.patterns import recognise
 from ..masks import Intervals
@@ -199,7 +199,9 @@ def attention_over_ranks(
         raise ValueError("context parallel attention has no dropout: set attention_dropout=0 in the model's config")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     if attention_mask is not None:
-        causal, sliding_window = attention_mask.causal, attention_mask.window
+        band = attention_mask.compact.hint if attention_mask.compact else None
+        assert isinstance(band, Band)
+        causal, sliding_window = band.right == 0, band.left + 1 if band.left >= 0 else None
     options: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     if state.cache is not None:
         if sliding_window:
@@ -217,9 +219,6 @@ def attention_over_ranks(
 
 class RankMask(LazyMask):
     """Causal or full, with or without a window, over the tokens of all ranks: no rank has the keys to make it dense."""
-
-    causal: bool
-    window: int | None
 
     def dense(self) -> Tensor:
         raise ValueError(
@@ -254,9 +253,8 @@ def rank_mask(
             "context parallel attention knows full masks, and causal ones with or without a window: not this one"
         )
     nothing = torch.empty(0, dtype=torch.int32, device=device)
-    mask = RankMask(Compact(Intervals(nothing, nothing)), (batch_size, 1, q_length, kv_length), dtype)
-    mask.causal, mask.window = pattern.right == 0, pattern.left + 1 if pattern.left >= 0 else None
-    return mask
+    band = Band(kv_length, pattern.left, pattern.right)
+    return RankMask(Compact(Intervals(nothing, nothing), band), (batch_size, 1, q_length, kv_length), dtype)
 
 
 AttentionInterface.register(NAME, attention_over_ranks)
