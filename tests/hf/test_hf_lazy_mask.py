@@ -52,8 +52,8 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "pickle": lambda m: pickle.loads(pickle.dumps(m)),
     "baddbmm": lambda m: torch.baddbmm(m[:, 0], torch.ones(B, S, 2).to(m.dtype), torch.ones(B, 2, S).to(m.dtype)),
 }
-#: Those that make a view of the dense mask on their way.
-VIEWS = {"slice of queries", "slice of keys", "index", "expand", "repeat_interleave", "baddbmm"}
+#: Those that make a view of the dense mask on their way, or (pickle) what a shallow copy makes as well.
+VIEWS = {"pickle", "slice of queries", "slice of keys", "index", "expand", "repeat_interleave", "baddbmm"}
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["causal", "padded"])
@@ -81,6 +81,8 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "setitem of an alias": lambda m: m[:, :, :, : S + 3].__setitem__((slice(None), slice(None), 1), 7.0),
     "detached": lambda m: m.detach().add_(1.0),
     "alias of a mask that was read": lambda m: (m + 1, m[:].zero_()),
+    "shallow copy": lambda m: copy.copy(m)[..., 0].fill_(-5.0),
+    "unsafe_chunk": lambda m: m.unsafe_chunk(2)[0].fill_(0),
     "foreach": lambda m: torch._foreach_add_([m], 2.0),
 }
 
@@ -98,6 +100,17 @@ def test_what_is_written_into_it_counts(name: str, inference: bool) -> None:
         layer = torch.nn.Module()
         found, _ = attention_forward(layer, q, q, q, mask)
         assert torch.equal(found, attention_forward(layer, q, q, q, expected)[0])
+
+
+def test_gradients_of_what_is_written_into_it() -> None:
+    q, found = torch.randn(B, 3, S, 8), []
+    for make in (lazy, eager):
+        mask, bias = make(False).float(), torch.linspace(-1, 1, S).requires_grad_()
+        mask = interval_mask(B, S, S) if make is lazy else mask
+        mask += bias
+        attention_forward(torch.nn.Module(), q, q, q, mask)[0].square().sum().backward()
+        found.append(bias.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_operations_in_place_return_the_mask() -> None:

@@ -162,8 +162,8 @@ def _mask_arguments(
                 'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend) or additive '
                 f"floating, got {mask.dtype} {list(mask.shape)}"
             )
-        if isinstance(mask, LazyMask):
-            mask = mask.dense()
+        if isinstance(mask, LazyMask):  # autograd knows what was written into the mask, not the memory behind it
+            mask = mask.clone() if mask.requires_grad else mask.dense()
         return MaskArguments(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len)
     visible, hint, captured = compact
     if isinstance(hint, LiveKeys) and alone:  # on the device: good in a graph as well

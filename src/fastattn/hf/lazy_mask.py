@@ -160,8 +160,14 @@ class LazyMask(Tensor):
                 tree_map_only(LazyMask, LazyMask._share, given)
         given, options = tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
         out = func(*given, **options)
-        lazy = [x for x in (*args, *kwargs.values()) if isinstance(x, LazyMask)]
-        return next((x for x in lazy if out is x._state.dense), out)  # an operation in place returns its argument
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, LazyMask):
+                if out is x._state.dense:
+                    return x  # an operation in place returns its argument
+                for part in out if isinstance(out, (tuple, list)) else (out,):
+                    if isinstance(part, Tensor) and _same_memory(part, x.dense()):
+                        x._share()  # views of which the schema says nothing
+        return out
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self._share().numpy(*args, **kwargs)
@@ -173,10 +179,17 @@ class LazyMask(Tensor):
         return self.dense().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
+        return self._share().__reduce_ex__(protocol)  # a shallow copy is a view
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._share().__dlpack__(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
