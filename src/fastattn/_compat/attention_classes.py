@@ -16,6 +16,7 @@ from torch import nn
 
 from ..notice import warn_once
 from .functions import innermost
+from .transformers import attention_name
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
@@ -35,7 +36,7 @@ def watch_models(name: str) -> None:
             _warn_of_own_attention(model, name)  # of layers that are there already
 
     def after(model: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(model.config, "_attn_implementation", None) == name:
+        if attention_name(model.config) == name:
             _warn_of_own_attention(model, name)
 
     _call_first(PreTrainedModel, "_check_and_adjust_attn_implementation", before)
