@@ -143,7 +143,7 @@ def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> d
 
 def prepared(name: str) -> Any:
     """What our kernel needs for a row: its call and its problem, and torch's mask for the same lengths."""
-    from fastattn.problem import Call, Problem
+    from fastattn.call import Call, Problem
 
     (batch, heads, kv_heads, q_len, kv_len, dim, value_dim), what = ROWS[name]
 
@@ -166,7 +166,7 @@ def prepared(name: str) -> Any:
 
 
 def _compile(flags: Any) -> None:
-    from fastattn.backends.triton.hopper_binary import compile_binary
+    from fastattn.backends.triton.hopper.binary import compile_binary
 
     compile_binary(flags)
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     arguments = parser.parse_args()
-    from fastattn.backends.triton.hopper_launch import Forward, flags
+    from fastattn.backends.triton.hopper.launch import Forward, flags
     from fastattn.bench.results import header, write_json
 
     begun = time.monotonic()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals, debug, dispatch
+from fastattn import Intervals, debug
+from fastattn.dispatch import routing as dispatch
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 

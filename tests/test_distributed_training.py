@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
-from fastattn import Segments, dispatch
+from fastattn import Segments
+from fastattn.dispatch import routing as dispatch
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -65,7 +66,7 @@ def make(run: Run) -> nn.Module:
         raise ValueError(f"no model {run.model!r}")
     from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, logging
 
-    import fastattn.hf  # noqa: F401  (registers "fastattn")
+    import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
 
     logging.set_verbosity_error()
     sizes: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import api, reference
-from fastattn.problem import Problem
+from fastattn.call import Problem
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Explanation, explain, scaled_dot_product_attention
-    from .backends.cudnn.plans import clear_plans
-    from .dispatch import BackendError, stats, use_backend
-    from .kvcache import KVCache
+    from .backends.cudnn.plan_cache import clear_plans
+    from .cache import KVCache
+    from .common.notice import FastattnWarning
+    from .dispatch.routing import BackendError, stats, use_backend
     from .masks import Intervals, Segments
-    from .notice import FastattnWarning
     from .varlen import varlen_attention
     from .warming.run import warmup
 
@@ -36,11 +36,11 @@ __all__ = [
 # Looked up on first use: `fastattn --help` need not import torch, and `fastattn doctor` can say that torch is broken.
 _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
-    **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch"),
-    "FastattnWarning": "notice",
-    "KVCache": "kvcache",
+    **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch.routing"),
+    "FastattnWarning": "common.notice",
+    "KVCache": "cache",
     **dict.fromkeys(("Intervals", "Segments"), "masks"),
-    "clear_plans": "backends.cudnn.plans",
+    "clear_plans": "backends.cudnn.plan_cache",
     "varlen_attention": "varlen",
     "warmup": "warming.run",
 }

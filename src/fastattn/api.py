@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, fast_path, ops
 from ._compat import torch as torch_internals
+from .call import Call, Problem, work_dtype
+from .dispatch import fast_path
+from .dispatch import operators as ops
+from .dispatch import routing as dispatch
 from .masks import Intervals, Segments
-from .problem import Call, Problem, work_dtype
-from .validate import (
+from .validation import (
     LIMITS,
     check_flag,
     check_inputs,

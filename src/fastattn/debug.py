@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .problem import Call, as_token_major
-from .switches import is_on
+from .call import Call, as_token_major
+from .config import is_on
 
 ENABLED = is_on("FASTATTN_DEBUG", False)
 

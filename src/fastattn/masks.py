@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_flag, check_ints
-from .problem import Call, Problem
+from .call import Call, Problem
+from .common.checks import check_count, check_flag, check_ints
 
 LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .problem import Call, Gradients, Problem, as_token_major, token_major, work_dtype
+from .call import Call, Gradients, Problem, as_token_major, token_major, work_dtype
 
 _TINY = 1e-30  #: below any sum of weights, of which the largest is 1; a row that sees nothing has the sum 0
 #: Scores held at a time: 8 MB stays in a CPU's cache, 128 MB fills a GPU.

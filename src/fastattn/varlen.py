@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .api import scaled_dot_product_attention
 from .masks import Segments
-from .validate import check_tensor
+from .validation import check_tensor
 
 
 def varlen_attention(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch, ops
 from fastattn._compat import torch as torch_internals
 from fastattn._compat.versions import Gone
-from fastattn.backends.torch_sdpa import TorchBackend
+from fastattn.backends.torch import TorchBackend
+from fastattn.dispatch import operators as ops
+from fastattn.dispatch import routing as dispatch
 
 
 def gradients() -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from transformers import masking_utils
 from fastattn._compat import hf
 from fastattn._compat import transformers as questions
 from fastattn._compat.versions import Gone, need
-from fastattn.hf.patterns import recognise
+from fastattn.integrations.transformers.patterns import recognise
 
 
 class Old:

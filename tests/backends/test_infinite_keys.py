@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import torch_sdpa
+from fastattn.backends import torch as torch_sdpa
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_DIMS = [4, 8, 12, 16, 20, 24, 32, 36, 40, 64, 72, 80, 96, 100, 128]

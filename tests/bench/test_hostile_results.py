@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import cli
 from fastattn.bench import case, parallel, plots, report_markdown
 from fastattn.bench.chapters import chapter_of, chapters_of, drawn
 from fastattn.bench.charts import Chart
 from fastattn.bench.reading import load
-from fastattn.printable import printable
+from fastattn.cli import main as cli
+from fastattn.common.printable import printable
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import cli
 from fastattn.bench import output
+from fastattn.cli import main as cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 as_root = pytest.mark.skipif(

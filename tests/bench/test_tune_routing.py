@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastattn.backends.decode import launch
+from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.bench import tune_routing
 from fastattn.bench.case import Case
 

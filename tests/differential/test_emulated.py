@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case, make, refusals, run
 from drawn import Drawn, problems
+from drawn_checks import EXAMPLES, hold, wrong
 from emulated import EmulatedCache, emulate
-from test_problems import EXAMPLES, hold, wrong
 
 SHARE = 10  #: of so many problems one is computed here
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))

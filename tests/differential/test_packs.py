@@ -12,8 +12,8 @@ import naive
 import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, TOLERANCE, lse_error, relative_error
+from drawn_checks import EXAMPLES, hold
 from hypothesis import strategies as st
-from test_problems import EXAMPLES, hold
 from torch import Tensor
 
 import fastattn

@@ -8,22 +8,16 @@ FASTATTN_TEST_SEED draws others. FASTATTN_EXAMPLES=N (`make fuzz`) draws N new o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, Case, errors, refusals, truth
-from drawn import Drawn, another, inputs_of, problems, results
-from hypothesis import HealthCheck, Phase, given
-from hypothesis import strategies as st
+from cases import BF16, FP16, FP32, FP64, Case, refusals
+from drawn import Drawn, inputs_of, problems, results
+from drawn_checks import EXAMPLES, SHARDS, SLOW, hold, wrong
+from hypothesis import Phase, given
 
-FUZZING = "FASTATTN_EXAMPLES" in os.environ
-EXAMPLES = int(os.environ.get("FASTATTN_EXAMPLES", "2000"))
-PHASES = [Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * (os.environ.get("FASTATTN_SHRINK") != "0")
-SHARDS = 4  #: tests among which the problems are divided, for as many processes as pytest-xdist has
 DECODE_SHARE = 20  #: of so many problems one is the decode kernel's: Triton's interpreter takes its time
 
 #: Problems that were wrong once, or that are one step away from one that was.
@@ -43,48 +37,6 @@ KEPT_FOR_DECODE: tuple[Drawn, ...] = (
     Drawn(Case(q_len=4, kv_len=70, mask="additive:1h1k", kv_lengths=(70, 3)), layouts=("one head", "sliced", "cache")),
     Drawn(Case(q_len=1, kv_len=130, dtype=FP32, sinks=FP32, kv_lengths=(0, 129), return_lse=True)),
 )
-
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-
-
-def hold(
-    strategy: st.SearchStrategy[Any], check: Callable[[Any], None], examples: int, seed: int, kept: Sequence[Any] = ()
-) -> None:
-    """Draws problems and checks each, the kept ones first."""
-
-    @hypothesis.settings(
-        max_examples=max(1, examples),
-        phases=PHASES,
-        deadline=None,
-        suppress_health_check=SLOW,
-        # Read and written while fuzzing only: the suite does not depend on what was run before it.
-        **({} if FUZZING else {"database": None}),
-    )
-    @given(drawn=strategy)
-    def holds(drawn: Any) -> None:
-        check(drawn)
-
-    for drawn in kept:
-        holds = hypothesis.example(drawn=drawn)(holds)
-    (holds if FUZZING else hypothesis.seed(seed)(holds))()
-
-
-def wrong(drawn: Drawn, backends: Sequence[str], device: str) -> list[str]:
-    """What any of the backends gets wrong, in a first call and in one like it."""
-    # Rounding errors of a handful of numbers do not average out; float32 has room for that within its tolerance.
-    allowance = 1 if drawn.case.dtype in (FP32, FP64) else 4
-    found = []
-    for turn, one in (("first", drawn), ("second", another(drawn))):
-        inputs = inputs_of(one, device)
-        want = truth(inputs)
-        for backend in backends:
-            if refusals(inputs, backend):
-                assert backend != "reference"
-                continue
-            shares = errors(one.case, inputs, results(one, inputs, backend), want)
-            if not max(shares.values()) <= allowance:
-                found.append(f"{backend}, {turn} call: shares of the accepted error: {shares}")
-    return found
 
 
 def check_on_cpu(drawn: Drawn) -> None:

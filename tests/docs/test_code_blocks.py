@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import cli
+from fastattn.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ from bad_calls import ALSO, ALSO_FINE, ENTRIES, HUGE, Entry
 from cases import Case, check
 
 import fastattn
-from fastattn import dispatch
+from fastattn.dispatch import routing as dispatch
 
 CALLS = 1000
 BY_NAME = {entry.name: entry for entry in ENTRIES}

@@ -16,10 +16,13 @@ from pretended_gpu import PretendedGpu, pretend
 from torch import Tensor
 
 import fastattn
-from fastattn import KVCache, dispatch, notice
+from fastattn import KVCache
 from fastattn.backends.base import Refusal
-from fastattn.backends.cudnn import backward, forward, plans
+from fastattn.backends.cudnn import backward, forward
+from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import PlanKey
+from fastattn.common import notice
+from fastattn.dispatch import routing as dispatch
 
 MOST = 150  #: places tried of one call
 ERRORS = {"interrupt": (may_interrupt, KeyboardInterrupt), "memory": (may_run_out, out_of_memory)}

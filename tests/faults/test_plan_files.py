@@ -20,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastattn.backends.cudnn import disk, plans
+from fastattn.backends.cudnn import disk
 from fastattn.backends.cudnn import folder as folders
+from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")

@@ -16,12 +16,16 @@ from cases import run as run_case
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch, notice
-from fastattn.backends import exact, failures, torch_sdpa
+from fastattn.backends import errors as failures
+from fastattn.backends import reference as exact
+from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import OutOfMemory, Refusal, Setback
 from fastattn.backends.cudnn import plan as plan_module
-from fastattn.backends.cudnn import plans, runtime
-from fastattn.memo import Memo
+from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import runtime
+from fastattn.common import notice
+from fastattn.dispatch import routing as dispatch
+from fastattn.shape_cache import Memo
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
 CPU = torch.device("cpu")
@@ -273,7 +277,7 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     backend = dispatch.backend
     monkeypatch.setattr(dispatch, "backend", lambda name: fake if name == "cudnn" else backend(name))
     if way == "operator":
-        monkeypatch.setattr("fastattn.ops.plain", lambda *tensors: False)
+        monkeypatch.setattr("fastattn.dispatch.operators.plain", lambda *tensors: False)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     with fastattn.use_backend("cudnn", "torch"):
         out = fastattn.scaled_dot_product_attention(q, k, v, mask="causal")

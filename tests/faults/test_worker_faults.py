@@ -22,10 +22,12 @@ from cases import Case, check, make
 from cases import run as run_case
 
 import fastattn
-from fastattn import dispatch, notice
-from fastattn.backends.cudnn import plans, worker
+from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import worker
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.worker import Worker
+from fastattn.common import notice
+from fastattn.dispatch import routing as dispatch
 
 OFTEN = plans.SERVED_AFTER  #: a shape that is asked for so often has its plan built
 CASE = Case(dtype=torch.float32, mask="causal", q_len=9, kv_len=9)

@@ -19,7 +19,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # as pytest does
 
 import torch
 from cases import Case, errors, make, refusals, run, truth

@@ -12,7 +12,8 @@ from cases import BF16, FP32, Case, assert_right, make, refusals, relative_error
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals, notice
+from fastattn import Intervals
+from fastattn.common import notice
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]

@@ -21,8 +21,8 @@ from cases import BF16, FP32, TOLERANCE, Case, Inputs, make, refusals, run, trut
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends.cudnn import plans
+from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.dispatch import routing as dispatch
 
 THREADS = 8
 GPU_CALLS, CPU_CALLS = 5000, 800  #: of each of a test's two runs

@@ -16,9 +16,10 @@ import torch
 from families import Question, questions
 from torch import Tensor
 
-from fastattn.backends.cudnn import backward, forward, graphs, plans, sinks, support
+from fastattn.backends.cudnn import backward, forward, graphs, sinks, support
+from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import PlanKey
-from fastattn.problem import Problem
+from fastattn.call import Problem
 
 VERSION = 91900  #: of the cuDNN for which our table is asked when cuDNN is not
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import Intervals, Segments, api
-from fastattn.problem import Call
+from fastattn.call import Call
 
 LENGTHS = ((1, 1), (1, 300), (7, 129), (64, 7), (128, 128), (300, 300))
 FEW_LENGTHS = ((1, 300), (64, 7), (300, 300))

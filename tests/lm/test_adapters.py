@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from tiny_causal import SIZES, generated, made, prompt, said
 
-from fastattn import cli
+from fastattn.cli import main as cli
 from fastattn.lm import adapters as adapters_module
 from fastattn.lm import load, make_engine
 

@@ -8,10 +8,10 @@ import pytest
 import transformers as hf
 from tiny_causal import SIZES, generated, loaded, made, prompt, said
 
+from fastattn.common.notice import FastattnWarning, _given
 from fastattn.lm import Loaded, Sampling, make_engine, stream_generate
 from fastattn.lm.constraints import Constraints
 from fastattn.lm.runners import end_tokens
-from fastattn.notice import FastattnWarning, _given
 
 
 def model_of(**settings: Any) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from fake_runner import FakeRunner
 
-from fastattn import FastattnWarning, notice
+from fastattn import FastattnWarning
+from fastattn.common import notice
 from fastattn.lm import engine as engine_module
 from fastattn.lm import load
 from fastattn.lm import runners as runners_module

@@ -9,29 +9,26 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import build, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
-from tiny_models import build, tokens
 
 pytest.importorskip("liger_kernel")
 import triton
 import triton.language as tl
 
 import fastattn
-from fastattn import cli
 from fastattn._compat import liger
 from fastattn._compat.functions import innermost, same
 from fastattn.bench import model as model_benchmark
 from fastattn.bench import train
+from fastattn.cli import main as cli
 from fastattn.lm import Engine, fused_ops, load, make_runner, module_runner
 from fastattn.lm.fused_ops import FusedOps, choose_fused_ops, find_fused_ops, use_fused_ops
 from fastattn.lm.load import Loaded

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import build, tokens
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,9 +18,6 @@ from transformers import (
     PreTrainedModel,
     Qwen3NextConfig,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
-from tiny_models import build, tokens
 
 from fastattn._compat.transformers import with_cache
 from fastattn.lm import Loaded, load

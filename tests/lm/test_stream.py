@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 import torch
-from test_text import bytes_tokenizer
+from tiny_tokenizers import bytes_tokenizer
 
 from fastattn.lm import load, stream
 from fastattn.lm.engine import make_engine

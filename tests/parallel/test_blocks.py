@@ -10,13 +10,14 @@ import torch
 from cases import relative_error
 from torch import Tensor
 
-from fastattn import dispatch, reference, scaled_dot_product_attention
+from fastattn import reference, scaled_dot_product_attention
+from fastattn.call import Call, Gradients, Problem
+from fastattn.dispatch import routing as dispatch
 from fastattn.parallel import blocks
 from fastattn.parallel.blocks import Options, Rows, Whole
 from fastattn.parallel.layout import Layout
 from fastattn.parallel.merge import merge_, merge_all
 from fastattn.parallel.plan import Pattern, Plan
-from fastattn.problem import Call, Gradients, Problem
 
 PATTERNS = {
     "causal": {"right": 0},

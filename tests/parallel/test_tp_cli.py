@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks as Processes
 
-from fastattn import cli
+from fastattn.cli import main as cli
 
 #: transformers spreads models over GPUs wherever torch is built for them.
 on_cpu = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..notice import warn_once
+from ..common.notice import warn_once
 from .functions import innermost
 from .transformers import attention_name
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..problem import Call, Gradients, Problem
+from ..call import Call, Gradients, Problem
 
 
 class Refusal(RuntimeError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..memo import remembered
-from ..problem import Problem, token_major
+from ..call import Problem, token_major
+from ..shape_cache import remembered
 
 ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
 

@@ -8,8 +8,9 @@ import weakref
 import torch
 from torch import Tensor
 
-from .. import dispatch, memo
+from .. import shape_cache as memo
 from .._compat import torch as torch_internals
+from ..dispatch import routing as dispatch
 
 _KEPT = 1 << 22  #: bytes; larger pieces are allocated each time and given back: beside them an allocation is nothing
 

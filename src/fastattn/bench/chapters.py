@@ -12,7 +12,7 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..printable import printable
+from ..common.printable import printable
 from .chapters_sweep import fill as _sweep
 from .charts import Chart, Series, Table, few_columns, number, title_of
 from .reading import reading, shown

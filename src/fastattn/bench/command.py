@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import DTYPES, add_adapter_path, add_dtype_and_device, add_trust_remote_code, numbers
-from ..generation import FUSED_OPS, add_fused_ops
-from ..printable import printable
+from ..cli.arguments import DTYPES, add_adapter_path, add_dtype_and_device, add_trust_remote_code, numbers
+from ..cli.generate import FUSED_OPS, add_fused_ops
+from ..common.printable import printable
 from . import output, results
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._compat.transformers import with_cache
-from ..arguments import add_trust_remote_code
+from ..cli.arguments import add_trust_remote_code
 from ..lm import Loaded, load
 from ..parallel import ContextParallel
 from . import script

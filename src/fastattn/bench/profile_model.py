@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import add_trust_remote_code
+from ..cli.arguments import add_trust_remote_code
 from ..lm import Loaded, load, set_attention
 from ..lm.loop import generate_tokens
 from ..lm.runners import make_runner

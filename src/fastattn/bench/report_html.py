@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..printable import printable
+from ..common.printable import printable
 from . import output, plots, report_markdown
 from .chapters import ABOUT, Chapter, caption_of, chapters_of, drawn
 from .charts import Chart, Table

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import stats
-from ..backends.cudnn import plans
+from ..backends.cudnn import plan_cache as plans
 from . import calls, timing
 from .calls import IMPLEMENTATIONS, Case, Implementation, Inputs, Part, Refusal
 from .peers import PEERS

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..printable import printable
-from ..switches import is_on
+from ..common.printable import printable
+from ..config import is_on
 
 
 def run(main: Callable[[], int]) -> None:

@@ -14,7 +14,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..printable import printable
+from ..common.printable import printable
 from . import output, report_html, results
 from .table import ratio, table
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from .. import api
-from ..backends.decode import launch as rules
-from ..backends.decode.bound import bind
-from ..backends.decode.launch import Launch
-from ..problem import Call, Problem
+from ..backends.triton.decode import launch_config as rules
+from ..backends.triton.decode.launch_config import Launch
+from ..backends.triton.decode.runner import bind
+from ..call import Call, Problem
 from . import script, tuning
 from .calls import Case, Inputs, make_inputs, set_count
 from .table import table

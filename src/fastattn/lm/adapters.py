@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..failures import Refused, blame
+from ..common.failures import Refused, blame
 from .directory import read_json
 
 CONFIG = "adapter_config.json"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from ..failures import in_one_line
+from ..common.failures import in_one_line
 
 SECONDS = 20  #: real templates take milliseconds; what is left is for a machine that is busy
 MEMORY = 1 << 30  #: bytes beyond what the process has

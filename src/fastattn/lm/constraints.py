@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..notice import warn_once
+from ..common.notice import warn_once
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..failures import Refused, blame, in_one_line
+from ..common.failures import Refused, blame, in_one_line
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"

@@ -33,8 +33,8 @@ from .._compat.liger import installed, patcher
 from .._compat.liger import operations as _kernels
 from .._compat.transformers import activation as known_activation
 from .._compat.transformers import cache_argument, modeling
-from ..backends.triton_launch import native
-from ..notice import warn_once
+from ..backends.triton.launcher import native
+from ..common.notice import warn_once
 
 ROPE = "apply_rotary_pos_emb"  #: what it is called in every modeling module of transformers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._compat.transformers import attention_name, causal_class, distributed
-from ..failures import Refused, blame
+from ..common.failures import Refused, blame
 from .adapters import apply_adapter, find_adapter
 from .directory import read_headers
 from .fused_ops import check_fused_ops
@@ -121,7 +121,7 @@ def check_attention(attn: str) -> None:
     """Raises ValueError unless transformers knows the attention implementation. Registers "fastattn" if it is that."""
     transformers = _transformers()
     if attn == "fastattn":
-        from .. import hf  # noqa: F401  (importing it registers the name)
+        from ..integrations import transformers as hf  # noqa: F401  (importing it registers the name)
     known = {"eager", "fastattn", *transformers.AttentionInterface().valid_keys()}
     if attn not in known:
         common = [name for name in sorted(known) if not name.startswith("paged")]

@@ -16,7 +16,7 @@ from .._compat.transformers import (
     reads_experts_on_host,
     with_cache,
 )
-from ..notice import warn_once
+from ..common.notice import warn_once
 from . import rope
 from .fused_ops import FusedOps, choose_fused_ops
 from .load import Loaded, _line
@@ -46,7 +46,7 @@ class ModuleRunner:
     def __init__(
         self, model: Any, rows: int, capacity: int, fused_ops: bool | None = None, prefill_step: int | None = None
     ) -> None:
-        from ..hf import StaticCache
+        from ..integrations.transformers import StaticCache
 
         if isinstance(model, Loaded):
             fused_ops = model.fused_ops if fused_ops is None else fused_ops
@@ -121,7 +121,7 @@ class ModuleRunner:
     @torch.inference_mode()
     def _try_out(self) -> None:
         """Raises ValueError unless the model's own code can do with lengths that only the device knows."""
-        from ..hf import StaticCache
+        from ..integrations.transformers import StaticCache
 
         cache = StaticCache(self._config, batch=min(self.rows, 2), capacity=24, device=self.device)
         cache.forget()
@@ -152,7 +152,7 @@ class ModuleRunner:
 
 def refusal(model: Any, rows: int, capacity: int) -> str | None:
     """Why a model cannot be run by a `ModuleRunner`, or None. (Of a state that is no keys, `StaticCache` tells.)"""
-    from ..hf.mask import brings_its_own_attention
+    from ..integrations.transformers.mask import brings_its_own_attention
 
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
@@ -186,7 +186,7 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
 def cache_config(model: Any, capacity: int) -> Any:
     """The config for the cache of a model: its own where layers that keep a window alone see no more than that, else
     one whose layers keep everything."""
-    from ..hf import StaticCache
+    from ..integrations.transformers import StaticCache
 
     cache = StaticCache(model.config, batch=1, capacity=capacity, device="meta")
     windows = {

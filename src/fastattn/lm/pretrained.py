@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .._compat.transformers import has_adapter
-from ..failures import Refused, blame
+from ..common.failures import Refused, blame
 from .adapters import ELSEWHERE
 from .directory import CONFIG, Stored, brings_code, check_config, check_sizes
 from .weights import check_dtypes, check_finite, check_loaded, check_runs, outline

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .._compat.transformers import attention_name
-from ..notice import warn_once
+from ..common.notice import warn_once
 from . import rope
 from .checks import check_int
 from .load import Loaded, _line

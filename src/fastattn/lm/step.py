@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..notice import warn_once
+from ..common.notice import warn_once
 from .load import _line
 from .parallel import Ranks
 from .runner import Runner

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..failures import blame
+from ..common.failures import blame
 from .chat import render_chat
 from .checks import check_flag, check_ids, check_int, check_sequence
 from .engine import Engine, make_engine

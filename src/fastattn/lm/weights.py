@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
-from ..failures import Refused, blame
+from ..common.failures import Refused, blame
 from .directory import CONFIG, Stored
 
 #: How many times what the files hold a config may ask for: packed weights hold up to 8 numbers in a byte, tied ones

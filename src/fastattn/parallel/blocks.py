@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from ..api import prepare, scaled_dot_product_attention
-from ..problem import as_token_major, token_major, work_dtype
+from ..call import as_token_major, token_major, work_dtype
+from ..dispatch import routing as dispatch
 from .layout import Span
 from .merge import merge_
 from .plan import Block

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import debug, dispatch
+from .. import debug
 from ..api import scaled_dot_product_attention
+from ..dispatch import routing as dispatch
 from ..masks import Segments
-from ..memo import Memo
+from ..shape_cache import Memo
 from . import cost, exchange, strategies
 from .blocks import Options
 from .checks import check_agreement, outline
@@ -25,7 +26,7 @@ from .plan import Pattern, Plan
 from .sequence import Lengths, pattern_of, work_of
 
 if TYPE_CHECKING:
-    from .hf import ShardedCache
+    from .transformers import ShardedCache
 
 IGNORED = -100  #: the label of a token whose prediction does not count
 MOST_BYTES = 256 << 20  #: of intervals on the device, in the plans that are kept
@@ -228,19 +229,19 @@ class ContextParallel:
         self, model: torch.nn.Module, length: int, cu_seqlens: Lengths | None = None
     ) -> AbstractContextManager[None]:
         """Within the block the attention of a model of transformers is this object's: see `hf.over_ranks`."""
-        from .hf import over_ranks
+        from .transformers import over_ranks
 
         return over_ranks(self, model, length, cu_seqlens)
 
     def decoding(self, model: torch.nn.Module, cache: ShardedCache) -> AbstractContextManager[None]:
         """Within the block a model of transformers decodes against a sharded cache: see `hf.decoding`."""
-        from .hf import decoding
+        from .transformers import decoding
 
         return decoding(self, model, cache)
 
     def cache(self, length: int) -> ShardedCache:
         """A cache for a model of transformers in which each rank keeps its own shard: see `hf.ShardedCache`."""
-        from .hf import ShardedCache
+        from .transformers import ShardedCache
 
         return ShardedCache(self, length)
 

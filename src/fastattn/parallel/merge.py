@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.triton_launch import native
-from ..problem import token_major
+from ..backends.triton.launcher import native
+from ..call import token_major
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

@@ -8,8 +8,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from ..api import prepare
+from ..call import Call
 from ..masks import Segments
-from ..problem import Call
 from . import cost
 from .layout import Layout
 from .plan import Pattern

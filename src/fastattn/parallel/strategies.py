@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..problem import as_token_major, token_major, work_dtype
+from ..call import as_token_major, token_major, work_dtype
 from . import blocks, exchange
 from .blocks import Options, Rows, Whole
 from .exchange import Group

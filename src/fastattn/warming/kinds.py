@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..validate import FLOATING, check_flag, check_softcap, check_window, is_count
+from ..validation import FLOATING, check_flag, check_softcap, check_window, is_count
 
 PHASES = ("prefill", "chunked", "decode", "training", "packed")
 #: How q, k and v lie in memory: "token" is `[B,S,H,D]`, as a projection writes it, "head" `[B,H,S,D]`, "slice" a part

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from ..api import Explanation, explain, scaled_dot_product_attention
-from ..backends.cudnn import plans
+from ..backends.cudnn import plan_cache as plans
+from ..dispatch import routing as dispatch
 from ..masks import Intervals, Segments
-from ..validate import check_flag
+from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
 from .progress import track
 from .report import Family, Warmth

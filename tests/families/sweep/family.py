@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedModel
 
-import fastattn.hf
+import fastattn.integrations.transformers
 
 from . import compare, models, registry
 from .checks import Check, checks, outputs

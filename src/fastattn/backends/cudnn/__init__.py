@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...problem import Call, Gradients, Problem
+from ...call import Call, Gradients, Problem
 from ..base import Runner
-from ..triton_launch import has_triton
+from ..triton.launcher import has_triton
 from . import runtime, support
 
 
@@ -29,7 +29,7 @@ class CudnnBackend:
 
     def bind(self, problem: Problem, call: Call) -> Runner:
         from .forward import bind
-        from .plans import policy
+        from .plan_cache import policy
 
         policy()  # raises where FASTATTN_PLANS says nothing: some calls would never ask
         return bind(problem, call)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import masks, reference
-from ...memo import Memo
-from ...problem import Call, Gradients, Problem, as_token_major, token_major
+from ...call import Call, Gradients, Problem, as_token_major, token_major
+from ...shape_cache import Memo
 from ..layout import copied, readable
 from .forward import (
     MIN_CAPACITY,
@@ -33,8 +33,8 @@ from .forward import (
 )
 from .graphs import KEY_SIDE, PlanKey
 from .operands import masked, needs_bias, scale_operand
-from .places import Places
-from .plans import Choice, Plan, cache
+from .plan_cache import Choice, Plan, cache
+from .ragged_offsets import Places
 from .support import deterministic_refusal, segments_fit
 
 _MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace grows with what is declared (its time does not)

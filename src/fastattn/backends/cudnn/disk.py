@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from ..._compat import torch as torch_internals
-from ...notice import warn_once
-from ...switches import OFF
+from ...common.notice import warn_once
+from ...config import OFF
 from . import folder as folders
 from . import runtime
 from .graphs import PlanKey

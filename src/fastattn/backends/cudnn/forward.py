@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ... import masks
-from ...memo import Memo
-from ...problem import Call, Problem, token_major
+from ...call import Call, Problem, token_major
+from ...shape_cache import Memo
 from ..base import Runner
 from ..layout import ALIGNMENT, Output, fits, readable
 from .graphs import Operand, PlanKey
 from .operands import exact, keeps_band, masked, needs_bias, packed, scale_operand
-from .places import Places
-from .plans import Choice, cache
+from .plan_cache import Choice, cache
+from .ragged_offsets import Places
 from .support import GENERIC, is_packed, segments_fit, sums_lengths
 
 SCALE = Operand("scale", (1, 1, 1, 1), (1, 1, 1, 1), torch.float32)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import masks
-from ...memo import remembered
-from ...problem import Call, Problem
-from ..triton_launch import native
+from ...call import Call, Problem
+from ...shape_cache import remembered
+from ..triton.launcher import native
 from .graphs import Operand
 
 
@@ -66,7 +66,7 @@ def masked(p: Problem, c: Call, whole: bool) -> Masked:
     dtype = mask.dtype if mask is not None and p.mask == "additive" else p.dtype
     whole_mask = mask is not None and mask.shape[2:] == (p.q_len, p.kv_len)
     if mask is not None and whole_mask and dtype != torch.float64 and native(c.q.device.type):
-        from .mask_kernel import look
+        from .bias_kernel import look
 
         added, blind, seen = look(c, mask, dtype, merge)
         unseen: Tensor | None = masks.unseen_by_all(seen, p.kv_heads)

@@ -14,7 +14,7 @@ from ... import debug
 from ..._compat import torch as torch_internals
 from ..._compat.cudnn import raw_execution
 from ..base import Refusal
-from ..failures import says_memory, setback_of
+from ..errors import says_memory, setback_of
 from ..scratch import scratch
 from . import disk, graphs, runtime
 from .graphs import ROLES, PlanKey

@@ -12,7 +12,7 @@ import torch
 
 from ..._compat import torch as torch_internals
 from ..base import OutOfMemory, Setback
-from ..failures import memory_is_short, says_memory
+from ..errors import memory_is_short, says_memory
 
 MINIMUM_FRONTEND = (1, 28)
 MINIMUM_CUDNN = 91300

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import Launcher
+from ..triton.launcher import Launcher
 
 
 def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...problem import Problem
+from ...call import Problem
 from .operands import needs_bias
 from .runtime import version_text
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from ...forks import after_fork
+from ...common.forks import after_fork
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...backends.triton_launch import Launcher, native, overlaps
-from ...memo import Memo
+from ...backends.triton.launcher import Launcher, native, overlaps
+from ...shape_cache import Memo
 from .rules import MANY_TOKENS, Launch, choose
 
 
@@ -64,7 +64,7 @@ class Product:
 
 def bind(p: Product, launch: Launch) -> None:
     """Has a product of one row launched like that."""
-    from .product_kernels import row_kernel
+    from .gemm_kernels import row_kernel
 
     constants = (p.size, p.weight.shape[1], p.gated, p.add, launch.block_n, launch.block_k)
     grid = (-(-p.size // launch.block_n),)
@@ -77,7 +77,7 @@ def gate(x: Tensor) -> Tensor:
     tokens, size = x.shape[0], x.shape[1] // 2
     if not native(x.device.type):
         return functional.silu(x[:, :size]) * x[:, size:]
-    from .product_kernels import gate_kernel
+    from .gemm_kernels import gate_kernel
 
     out, block = x.new_empty((tokens, size)), 1024
     _launcher(gate_kernel, x, (tokens, -(-size // block)), (x.stride(0),), (size, block))((x, out))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...memo import remembered
+from ...shape_cache import remembered
 
 MANY_TOKENS = 64  #: from so many on they fill a GPU however they are dealt to programs
 

@@ -1,0 +1,131 @@
+"""Where the tensors of an any-length plan lie: offsets and lengths, computed on the device by one small kernel.
+
+The plan sees `rows` ragged entries, one per batch entry and folded head, each with its own offset into every tensor
+and its own number of queries and keys. With the heads folded into the batch, the token stride (and, when a group of
+query heads stays together, the stride between them) is all that a plan has to know about a layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ..._compat import torch as torch_internals
+from ...call import Call, Problem
+from ...shape_cache import Memo
+from ..scratch import may_keep
+from ..triton.launcher import Launcher
+from .graphs import KEY_SIDE, RAGGED
+
+MOST_KEPT = 1 << 14  #: calls and streams of which offsets are kept
+MOST_BYTES = 32 << 20  #: that they take on all GPUs together
+
+
+def _bytes(places: dict[str, Tensor]) -> int:
+    storages = [x.untyped_storage() for x in places.values()]  # views, of two allocations
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+_kept: Memo[tuple[int, int], dict[str, Tensor]] = Memo(MOST_KEPT, "offsets", _bytes, MOST_BYTES)
+_numbers = count()
+
+
+class Places:
+    """Offsets and lengths for calls of one problem and one set of strides; where nothing in them is data, made once."""
+
+    __slots__ = ("_fold", "_number", "_rows", "_static")
+
+    def __init__(self, p: Problem, rows: int, fold: int) -> None:
+        self._rows = rows
+        self._fold = fold
+        self._static = not (p.q_lengths or p.kv_lengths or p.mask != "none")
+        self._number = next(_numbers)
+
+    def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
+        """See `places`."""
+        if not (self._static and may_keep()):
+            return places(tensors, self._rows, self._fold, c)
+        # By stream: what one computed, another may not read unordered.
+        name = self._number, torch_internals.raw_stream(c.q.device.index)
+        found = _kept.get(name)
+        if found is None:
+            # Triton takes 0.3 s to import: a process's first call does without.
+            make = places if "triton" in sys.modules else places_from_host
+            found = _kept[name] = make(tensors, self._rows, self._fold, c)
+        return found
+
+
+def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+    """Offsets (elements, int64 `[rows + 1,1,1,1]`) and lengths (int32 `[rows,1,1,1]`) of an any-length call.
+
+    tensors: by role (those of `RAGGED` that take part), each `[B,H,S,D]`, the statistics `[B,H,S]`; q and k must be
+        there.
+    rows: ragged entries of the plan, at least fold times the batch entries or segments; the surplus gets length 0.
+    fold: heads folded into the batch: Hkv (a group of query heads stays together) or Hq.
+    c: its lengths; its Intervals `[B|1,1]`, the visible keys of each batch entry; or its segments.
+    """
+    q, k = tensors["q"], tensors["k"]
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = q_heads // fold
+    strides = []
+    for role in RAGGED:
+        x = tensors.get(role)
+        if x is None:
+            strides += [0, 0, 0]
+        else:
+            strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]
+    offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
+    lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
+    # The kernel reads them one after another; validation lets any strides through.
+    q_lengths, kv_lengths, lo, hi, segments = (
+        None if x is None else x.contiguous() for x in (c.q_lengths, c.kv_lengths, c.lo, c.hi, c.segments)
+    )
+    interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
+    count = batch if segments is None else segments.shape[1]
+    from .ragged_offsets_kernel import places_kernel
+
+    block = 128
+    launch = Launcher(
+        places_kernel,
+        (-(-(rows + 1) // block),),
+        q.device,
+        (rows, fold, fold // kv_heads, count, batch, q_len, kv_len, interval_stride, *strides),
+        (
+            q_lengths is not None,
+            kv_lengths is not None,
+            lo is not None,
+            0 if segments is None else segments.shape[0],
+            block,
+        ),
+        num_warps=4,
+    )
+    launch((offsets, lengths, q_lengths, kv_lengths, lo, hi, segments))
+    return _named(tensors, offsets, lengths)
+
+
+def places_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+    """The same for a call without lengths, Intervals or segments, computed by the host."""
+    q, k = tensors["q"], tensors["k"]
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    row = torch.arange(rows + 1)
+    entry, head = (row // fold).clamp(max=batch - 1), row % fold
+    offsets = torch.zeros((len(RAGGED), rows + 1), dtype=torch.int64)
+    for i, role in enumerate(RAGGED):
+        x = tensors.get(role)
+        if x is not None:
+            part = head // (fold // kv_heads) if role in KEY_SIDE else head * (q_heads // fold)
+            offsets[i] = entry * x.stride(0) + part * x.stride(1)
+    lengths = torch.tensor([[q_len if kv_len else 0], [kv_len]], dtype=torch.int32) * (row[:-1] < batch * fold)
+    # From memory that is not pinned: the copy has left it when the call returns, and waits for nothing on the device.
+    return _named(tensors, *(x.to(q.device, non_blocking=True) for x in (offsets, lengths.int())))
+
+
+def _named(tensors: dict[str, Tensor], offsets: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    found = {f"ragged_{role}": offsets[i].view(-1, 1, 1, 1) for i, role in enumerate(RAGGED) if role in tensors}
+    found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
+    return found

@@ -1,0 +1,128 @@
+"""torch's own kernels, where they compute exactly what was asked: the CPU, fp32, and what other backends refuse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import masks
+from .._compat import torch as torch_internals
+from ..call import Call, Gradients, Problem, as_token_major
+from .base import Runner
+from .layout import copied, readable
+
+#: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
+_INFINITE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: torch.finfo(torch.float16).max}
+#: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
+MAX_MASK_ELEMENTS = 1 << 28
+
+
+class TorchBackend:
+    """`torch.nn.functional.scaled_dot_product_attention`, with masks and lengths as one dense mask."""
+
+    name = "torch"
+    reads_lse = False
+
+    def reasons(self, problem: Problem) -> list[str]:
+        p, why = problem, []
+        if p.dtype == torch.float64:
+            why.append("float64 is the reference's")
+        if p.empty:
+            why.append("no queries or no keys")
+        if p.softcap:
+            why.append("torch's kernels have no softcap")
+        if p.sinks:
+            why.append("torch's kernels have no sinks")
+        if p.return_lse:
+            why.append("torch's kernels do not return the log-sum-exp")
+        if p.grads and not torch_internals.HAS_AUTOGRAD_WITHIN:
+            why.append("this torch does not let an operator compute gradients with autograd")
+        if "m" in p.grads:
+            why.append("torch's fused kernels have no gradient for the mask")
+        if _needs_mask(p) and p.batch * p.q_len * p.kv_len > MAX_MASK_ELEMENTS:
+            why.append(f"would need a dense mask of {p.batch} x {p.q_len} x {p.kv_len}")
+        return why
+
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        return partial(_forward, problem)
+
+    def backward(
+        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
+        inputs = [x.detach().requires_grad_(name in problem.grads) for name, x in zip("qkv", call[:3], strict=True)]
+        wanted = [x for x in inputs if x.requires_grad]
+        with torch_internals.autograd_within(), torch.enable_grad():
+            again = _attend(problem, call, *inputs)
+            grad_out = readable(grad_out) if problem.device == "cuda" else grad_out
+            found = iter(torch.autograd.grad(again, wanted, grad_out))
+        return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
+
+
+def _forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
+    return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
+
+
+def _needs_mask(p: Problem) -> bool:
+    """False when torch's own arguments (nothing, or is_causal) say it all. torch's causal is upper-left aligned."""
+    if p.mask != "none" or p.q_lengths or p.kv_lengths or p.left >= 0:
+        return True
+    return p.right >= 0 and not (p.causal and (p.q_len == p.kv_len or p.q_len == 1))
+
+
+def _without_infinities(k: Tensor, trained: bool) -> Tensor:
+    """Keys whose infinities, which are legal (a score of -inf takes a key out), are numbers so large that they do the
+    same. torch's memory-efficient kernel multiplies float32 as three products of TF32: it splits x in what TF32 holds
+    and the rest, and the rest of -inf is -inf + inf, NaN. Other dtypes are multiplied as they are, but the backward of
+    torch's kernels gives the values of such keys a gradient of NaN (measured, 2.11)."""
+    if k.dtype != torch.float32 and not trained:
+        return k
+    large = _INFINITE[k.dtype]
+    return k.nan_to_num(nan=torch.nan, posinf=large, neginf=-large)
+
+
+def _overlapping(x: Tensor) -> bool:
+    """Whether a token begins within the last one: the matrix product of torch's CPU kernel may read, and then compute
+    with, memory that is nobody's (measured, 2.13 on an AMD processor)."""
+    return x.shape[2] > 1 and 0 < x.stride(2) < x.shape[3] and x.stride(3) == 1
+
+
+def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = blind = None
+    if _needs_mask(p):
+        mask = masks.visibility(c)
+        assert mask is not None
+        unseen = masks.unseen_keys(c)
+        k, v = masks.clear(k, unseen), masks.clear(v, unseen)
+        if p.may_have_empty_rows:
+            # Rows that see nothing are let see everything, so that no kernel divides by 0, and are cleared after.
+            blind = ~mask.any(-1, keepdim=True)
+            mask, q = mask | blind, masks.clear(q, blind)
+        if p.mask == "additive" and c.mask is not None:
+            # torch wants the mask in q's dtype; rounding a float32 mask to bfloat16 would not be exact.
+            work = torch.promote_types(p.dtype, c.mask.dtype)
+            q, k, v, bias = q.to(work), k.to(work), v.to(work), c.mask.to(work)
+            bias = bias if blind is None else torch.where(blind, 0.0, bias)
+            mask = torch.where(mask, bias, -torch.inf)
+    if p.device == "cuda":
+        # Measured (2.11): rows that do not start at 16 bytes, and masks without a key dim of their own, end some of
+        # torch's kernels in an illegal access; and a row of finfo.min is a row of nothing to them.
+        q, k, v = readable(q), readable(_without_infinities(k, bool(p.grads))), readable(v)
+        if mask is not None:
+            mask = masks.in_base_2(mask) if p.mask == "additive" else mask
+            mask = mask.expand(*mask.shape[:3], p.kv_len).contiguous()
+    else:
+        q, k, v = (copied(x) if _overlapping(x) else x for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and p.causal and p.q_len > 1,
+        scale=c.scale,
+        enable_gqa=p.group > 1,
+    )
+    return masks.clear(out, blind)

@@ -1,0 +1,56 @@
+"""Decode: a split-KV Triton kernel for few queries against many keys, and for many where there is a softcap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .... import masks
+from ....call import Call, Gradients, Problem
+from ...base import Runner
+from ..launcher import missing
+from . import launch_config as launch
+
+MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
+HEAD_DIMS = range(8, 257, 8)  #: of q, k and of v
+
+
+class DecodeBackend:
+    """See `kernel.py` and `bound.py`. triton is imported with the first call that it serves."""
+
+    name = "decode"
+    reads_lse = False
+
+    def reasons(self, problem: Problem) -> list[str]:
+        p, why = problem, []
+        if p.device == "cuda":
+            if p.capability < MIN_CAPABILITY:
+                why.append(f"needs compute capability 8.0 or newer, this GPU has {p.capability[0]}.{p.capability[1]}")
+        why += missing(p.device)
+        if p.grads:
+            why.append("has no gradients")
+        if p.dtype == torch.float64:
+            why.append("float64 is the reference's")
+        if p.empty:
+            why.append("no queries or no keys")
+        count = launch.rows(p)
+        # A softcap the faster kernels for many queries have not.
+        if count > launch.MAX_ROWS * (launch.MOST_BLOCKS if p.softcap else 1):
+            why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
+        for name, dim in (("head", p.head_dim), ("value", p.value_dim)):
+            if dim not in HEAD_DIMS:
+                why.append(f"{name} dim {dim} is not a multiple of 8 up to {HEAD_DIMS[-1]}")
+        return why
+
+    def bind(self, problem: Problem, call: Call) -> Runner:
+        from .runner import bind
+
+        if call.segments is not None:
+            run = self.bind(*masks.as_intervals(problem, call))
+            return lambda call: run(masks.as_intervals(problem, call)[1])
+        return bind(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
+
+    def backward(
+        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")

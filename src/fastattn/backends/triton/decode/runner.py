@@ -1,0 +1,143 @@
+"""The decode kernel bound to one kind of call: how it is launched, and what has to be copied for it to be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....call import Call, Problem
+from ...base import Runner
+from ...layout import Output
+from ...scratch import scratch
+from ..launcher import Launcher, overlaps
+from .combine import combine_kernel
+from .kernel import attend_kernel
+from .launch_config import MAX_SPLITS, Launch, rows
+
+
+def bind(problem: Problem, call: Call, launch: Launch) -> Runner:
+    """See `Backend.bind`."""
+    plain, p = _plain(problem, call)
+    if plain is call:
+        return _Bound(p, call, launch)
+
+    def run(call: Call) -> tuple[Tensor, Tensor | None]:
+        plain, p = _plain(problem, call)
+        out, lse = _Bound(p, plain, launch)(plain)
+        return out.to(problem.dtype), lse
+
+    return run
+
+
+def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
+    """The call, what the kernel cannot read in place copied; the same object if there is no such thing."""
+    if p.device == "cpu" and p.dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
+        q, k, v = (x.float() for x in call[:3])
+        return _plain(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
+    changed: dict[str, Any] = {}
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        if x.stride(3) != 1:
+            changed[name] = x.contiguous()
+    for name in ("sinks", "q_lengths", "kv_lengths"):
+        x = getattr(call, name)
+        if x is not None and not x.is_contiguous():
+            changed[name] = x.contiguous()
+    if call.lo is not None and call.hi is not None and call.lo.stride() != call.hi.stride():
+        changed |= {"lo": call.lo.contiguous(), "hi": call.hi.contiguous()}
+    return call._replace(**changed) if changed else call, p
+
+
+class _Bound:
+    """The kernels bound to one problem and one set of strides."""
+
+    __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap")
+
+    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
+        self._problem = p
+        device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
+        self._output = Output(p, call.q)
+        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
+        self._softcap = p.softcap or None
+        integers, constants = _arguments(p, launch, call)
+        grid = (tiles, launch.splits, -(-count // launch.block_m))
+        self._attend = {
+            precision: Launcher(
+                attend_kernel,
+                grid,
+                device,
+                integers,
+                (*constants, precision),
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+            )
+            for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
+        }
+        self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
+        self._combine = Launcher(
+            combine_kernel,
+            (tiles, count),
+            device,
+            (p.q_len, launch.splits),
+            # the last: splits read at a time, so that they fill 32 registers a thread
+            (
+                p.kv_heads,
+                p.group,
+                p.value_dim,
+                launch.block_dv,
+                MAX_SPLITS,
+                4096 // launch.block_dv,
+                overlaps(p.capability),
+            ),
+            num_warps=4,
+        )
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        p, q = self._problem, call.q
+        out = self._output(q)
+        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
+        parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
+        self._attend[_precision(p.dtype)](
+            (q, call.k, call.v, out, lse, parts, *call[3:9]),
+            (call.scale, self._softcap),
+        )
+        if parts is not None:
+            self._combine((parts, out, lse, call.sinks))
+        return out, lse
+
+
+def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The kernel's integers and constants."""
+    flat = [stride for x in call[:3] for stride in x.stride()[:3]]
+    # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
+    unit = 1 if any(stride % 8 for stride in flat) else 8
+    far = p.q_len + p.kv_len  # as good as open, and no position overflows by it
+    left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
+    integers = (
+        *(stride // unit for stride in flat),
+        *_broadcast_strides(p.mask_shape, None if call.mask is None else call.mask.stride(), 4),
+        *_broadcast_strides(p.mask_shape, None if call.lo is None else call.lo.stride(), 2),
+        p.q_len,
+        p.kv_len,
+        left,
+        right,
+    )
+    blocks = (launch.block_m, launch.block_n, launch.block_d, launch.block_dv)
+    gaps = p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
+    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps)
+
+
+def _broadcast_strides(shape: tuple[int, ...], strides: tuple[int, ...] | None, dims: int) -> tuple[int, ...]:
+    """The strides, 0 along the dims that are broadcast."""
+    if strides is None:
+        return (0,) * dims
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are exact unless the user let torch's own use TF32. Other dtypes have only one way."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"

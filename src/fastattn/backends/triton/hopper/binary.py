@@ -1,0 +1,126 @@
+"""What binaries of the Hopper forward there are, and how one is compiled. No GPU is needed for that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+CAPABILITY = (9, 0)
+FULL, ALIGNED, BAND = 0, 1, 2  #: see `hopper_tiles.py`, which cannot be imported without triton
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How heads of one size are cut. What of it fits: 227 KiB of shared memory, 240 registers a thread."""
+
+    keys: int  #: of a block
+    stages: int  #: blocks of keys and values in shared memory
+    q_slots: int  #: tiles of queries in shared memory; with one, the next tile's queries come late
+    staged: bool  #: the output goes through shared memory, where there is room, and the copy engine
+    turns: bool  #: the two consumers take turns at the tensor cores
+
+
+#: By head dim and value dim, both padded. (256, 256): 128 registers of output and 32 of scores a thread.
+BLOCKS = {
+    (64, 64): Blocks(128, 4, 2, True, turns=False),
+    (128, 128): Blocks(128, 2, 2, True, turns=True),
+    (256, 128): Blocks(64, 2, 1, True, turns=True),
+    (256, 256): Blocks(64, 2, 1, False, turns=True),
+}
+#: For few keys. Twice as many smaller blocks bring keys and values earlier where they come from memory, not from the L2
+#: cache: up to a fifth of the time of 700 keys. With many keys they cost a tenth.
+SHORT_BLOCKS = {
+    (64, 64): Blocks(64, 8, 2, True, turns=False),
+    (128, 128): Blocks(64, 4, 2, True, turns=True),
+}
+SHORT = 768  #: keys
+ROWS = 64  #: queries of one consumer
+TILE = 2 * ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Names one binary. Strides, windows and scales are no part of it, and of lengths only whether keys are few."""
+
+    dtype: str  #: "bf16" or "fp16"
+    dims: tuple[int, int]  #: a key of `BLOCKS`
+    mask: int
+    q_lengths: bool = False
+    kv_lengths: bool = False
+    sinks: str = ""  #: their dtype in Triton's words, or "": none
+    softcap: bool = False
+    lse: bool = False
+    short: bool = False  #: few keys, and `SHORT_BLOCKS` has the dims
+
+    @property
+    def blocks(self) -> Blocks:
+        return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """A compiled kernel: machine code for SM 9.0, and all that launching it needs."""
+
+    cubin: bytes
+    name: str
+    shared: int  #: bytes of shared memory
+    threads: int
+
+
+def compile_binary(flags: Flags) -> Binary:
+    """Takes seconds, or milliseconds where Triton finds it on the disk."""
+    compiled = compile_kernel(flags)
+    meta = compiled.metadata
+    return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
+
+
+def compile_kernel(flags: Flags, **changes: Any) -> Any:
+    """Triton's own result. changes: fields of `Blocks`, for measurements."""
+    from triton.experimental.gluon import language as gl
+
+    from ...._compat.gluon import compiled
+    from .forward import INTEGERS, forward_kernel
+
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16}[flags.dtype]
+    blocks = replace(flags.blocks, **changes)
+    dim, value_dim = flags.dims
+
+    def descriptor(rows: int, columns: int) -> str:
+        box = [1, 1, rows, columns]
+        return f"tensordesc<{flags.dtype}{box!r},{gl.NVMMASharedLayout.get_default_for(box, element)!r}>"
+
+    signature = dict.fromkeys(forward_kernel.arg_names, "constexpr")
+    signature |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(("inner", "scale"), "fp32")
+    signature |= {"q_desc": descriptor(ROWS, dim), "out_ptr": "*" + flags.dtype}
+    signature |= {"k_desc": descriptor(blocks.keys, dim), "v_desc": descriptor(blocks.keys, value_dim)}
+    if blocks.staged:
+        signature["out_desc"] = descriptor(ROWS, value_dim)
+    if flags.lse:
+        signature["lse_ptr"] = "*fp32"
+    if flags.sinks:
+        signature["sinks_ptr"] = "*" + flags.sinks
+    if flags.q_lengths:
+        signature["q_lengths_ptr"] = "*i32"
+    if flags.kv_lengths:
+        signature["kv_lengths_ptr"] = "*i32"
+    values = {
+        "BLOCK_M": TILE,
+        "BLOCK_N": blocks.keys,
+        "D": dim,
+        "DV": value_dim,
+        "STAGES": blocks.stages,
+        "Q_SLOTS": blocks.q_slots,
+        "STAGED": blocks.staged,
+        "MASK": flags.mask,
+        "Q_LENGTHS": flags.q_lengths,
+        "KV_LENGTHS": flags.kv_lengths,
+        "SINKS": bool(flags.sinks),
+        "SOFTCAP": flags.softcap,
+        "LSE": flags.lse,
+        "TURNS": blocks.turns,
+    }
+    names = forward_kernel.arg_names
+    constants = {(i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
+    # The output is torch's own allocation: its rows are stored in wide pieces.
+    attributes = {(names.index("out_ptr"),): [["tt.divisibility", 16]]}
+    return compiled(forward_kernel, signature, constants, attributes, CAPABILITY, warps=4)

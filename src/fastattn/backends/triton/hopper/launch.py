@@ -1,0 +1,223 @@
+"""Which calls the Hopper forward serves, which binary a call takes, and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._compat import torch as torch_internals
+from ....call import Call, Problem
+from ....shape_cache import Memo
+from ...layout import Output, copied
+from ..cuda_driver import Description, Function, describe, make_current
+from ..launcher import has_triton
+from .binary import ALIGNED, BAND, BLOCKS, CAPABILITY, FULL, ROWS, SHORT, SHORT_BLOCKS, TILE, Flags, compile_binary
+
+_LOG2_E = math.log2(math.e)
+_OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
+_MOST_KEYS = 1 << 28  #: nor do lengths
+_L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
+_ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
+_FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_INTEGERS = struct.Struct("10i2f")
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why the kernel cannot serve the problem. Empty: it can."""
+    p, why = problem, []
+    if p.device != "cuda" or p.capability != CAPABILITY:
+        why.append(f"is made for compute capability 9.0, this device is {_device(p)}")
+    if not has_triton():
+        why.append("triton is not installed: pip install fastattn[cuda]")
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
+    if p.mask != "none":
+        why.append(f"has no {p.mask} mask")
+    if p.empty:
+        why.append("no queries or no keys")
+    elif dims(p) is None:
+        why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to 256")
+    if max(p.q_len, p.kv_len) > _MOST_KEYS:
+        why.append(f"takes up to {_MOST_KEYS} tokens")
+    return why
+
+
+def _device(p: Problem) -> str:
+    return f"{p.capability[0]}.{p.capability[1]}" if p.device == "cuda" else f"a {p.device}"
+
+
+def dims(p: Problem) -> tuple[int, int] | None:
+    """The key of `BLOCKS` whose dims hold the problem's, or None."""
+    if p.head_dim % 8 or p.value_dim % 8:
+        return None
+    fitting = [(d, dv) for d, dv in BLOCKS if p.head_dim <= d and p.value_dim <= dv]
+    return min(fitting, default=None)
+
+
+def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
+    """Names the binary that serves the problem."""
+    lengths = p.q_lengths or p.kv_lengths
+    if not p.banded:
+        mask = FULL
+    elif p.causal and p.left < 0 and p.q_len == p.kv_len and not lengths:
+        mask = ALIGNED
+    else:
+        mask = BAND
+    found = dims(p)
+    assert found is not None
+    return Flags(
+        dtype="fp16" if p.dtype == torch.float16 else "bf16",
+        dims=found,
+        mask=mask,
+        q_lengths=p.q_lengths,
+        kv_lengths=p.kv_lengths,
+        sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
+        softcap=p.softcap != 0,
+        lse=p.return_lse or bool(p.grads),
+        short=p.kv_len <= SHORT and found in SHORT_BLOCKS,
+    )
+
+
+def readable(x: Tensor) -> bool:
+    """True when the copy engine can read or write `x` `[B, H, S, D]` (2 bytes an element) where it lies."""
+    step = _ALIGNMENT // x.element_size()
+    if x.data_ptr() % _ALIGNMENT or (x.shape[3] > 1 and x.stride(3) != 1):
+        return False
+    return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
+
+
+#: Of readable tensors only: one that was seen before costs one look.
+_descriptions: Memo[Any, Description] = Memo(1 << 12, "tensor descriptions")
+
+
+def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
+    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
+    key = x.data_ptr(), x.shape, x.stride(), half, rows
+    found = _descriptions.get(key)
+    if found is None:
+        if not readable(x):
+            x = copied(x)
+            key = x.data_ptr(), x.shape, x.stride(), half, rows
+        found = _descriptions[key] = describe(*key)
+    return x, found
+
+
+@cache
+def function(name: Flags) -> Function:
+    """The binary of that name, ready to be launched. Compiles it the first time: seconds, off the disk milliseconds."""
+    binary = compile_binary(name)
+    return Function(binary.cubin, binary.name, binary.shared, binary.threads)
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Forward:
+    """The kernel bound to one problem: see `backends.base.Backend.bind`. Strides may differ from call to call."""
+
+    __slots__ = ("_arguments", "_blocks", "_device", "_flags", "_function", "_output", "_problem", "_programs")
+
+    def __init__(self, problem: Problem, call: Call) -> None:
+        p = self._problem = problem
+        self._flags = flags(p, None if call.sinks is None else call.sinks.dtype)
+        self._blocks = self._flags.blocks
+        self._function = function(self._flags)
+        self._output = Output(p, call.q)
+        self._device = call.q.device.index
+        rows = -(-p.q_len // TILE)
+        heads = p.batch * p.q_heads
+        self._programs = min(rows * heads, _processors(self._device))
+        section = heads
+        if self._flags.mask == FULL:
+            bytes_of_a_head = p.kv_len * (p.head_dim + p.value_dim) * 2
+            section = min(heads, max(1, _L2 // bytes_of_a_head) * p.group)
+        left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
+        integers = p.batch, p.q_heads, p.group, p.q_len, p.kv_len, left, right, rows, section, p.value_dim // 8
+        self._arguments = _Arguments(self._flags, self._blocks.staged, integers)
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        q, k, v, scale = call.q, call.k, call.v, call.scale
+        if not scale > 0:  # the kernel takes the maximum of scores before it scales them
+            q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+        if self._device != torch_internals.current_device():
+            with torch.cuda.device(self._device):
+                return self._launch(call, q, k, v, scale)
+        return self._launch(call, q, k, v, scale)
+
+    def _launch(self, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        p, flags = self._problem, self._flags
+        out = self._output(call.q)
+        lse = None
+        if flags.lse:
+            lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device)
+        inner, scale = (scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale * _LOG2_E)
+        half, keys = flags.dtype == "fp16", self._blocks.keys
+        q, q_described = _described(q, half, ROWS)
+        k, k_described = _described(k, half, keys)
+        v, v_described = _described(v, half, keys)
+        described = q_described, k_described, v_described, _described(out, half, ROWS)[1]
+        pointers = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
+        self._arguments.launch(
+            self._function, self._programs, self._device, described, (out, lse, *pointers), inner, scale
+        )
+        return out, lse
+
+
+class _Arguments:
+    """The kernel's arguments as the driver wants them: an array of addresses, one array a thread.
+
+    A description is followed by its tensor's shape and strides, which no kernel of ours reads; the last two arguments
+    are scratch memory of Triton's, of which the kernel has none.
+    """
+
+    __slots__ = ("_integers", "_local", "_present", "_staged")
+
+    def __init__(self, flags: Flags, staged: bool, integers: tuple[int, ...]) -> None:
+        self._staged = staged
+        self._integers = integers
+        self._present = (True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths)
+        self._local = threading.local()
+
+    def launch(
+        self,
+        function: Function,
+        programs: int,
+        device: int,
+        described: tuple[Description, ...],
+        tensors: tuple[Tensor | None, ...],
+        inner: float,
+        scale: float,
+    ) -> None:
+        kept = self._local.__dict__
+        if not kept:
+            make_current(device)
+            kept.update(zip(("places", "numbers", "pointers"), self._make(), strict=True))
+        places, numbers, pointers = kept["places"], kept["numbers"], kept["pointers"]
+        for i in range(4 if self._staged else 3):
+            places[9 * i] = described[i].address
+        _INTEGERS.pack_into(numbers, 0, *self._integers, inner, scale)
+        for i, x in enumerate(tensors):
+            if x is not None:
+                pointers[i] = x.data_ptr()
+        function.launch(programs, device, torch_internals.raw_stream(device), places)
+
+    def _make(self) -> tuple[Any, Any, Any]:
+        numbers = ctypes.create_string_buffer(_INTEGERS.size)
+        pointers = (ctypes.c_uint64 * 8)()
+        unused = ctypes.addressof(pointers) + 8 * 7  # zeros, for what is not read
+        where = []
+        for _ in range(4 if self._staged else 3):
+            where += [0] + 8 * [unused]
+        where += [ctypes.addressof(pointers) + 8 * i for i, present in enumerate(self._present) if present]
+        where += [ctypes.addressof(numbers) + 4 * i for i in range(12)]
+        where += 2 * [unused]
+        return (ctypes.c_void_p * len(where))(*where), numbers, pointers

@@ -1,0 +1,259 @@
+"""Which tile a program of the Hopper forward works on, and which keys that tile sees.
+
+A tile is BLOCK_M query rows of one head. Programs are persistent: each takes tiles in an order that all its warp groups
+find by themselves, from the same numbers. Under a band the longest tiles come first.
+
+Blocks of keys are counted from the last key that the tile sees, not from key 0. So no block reaches past that key: what
+lies between a row's length and the capacity is never loaded, and cannot be NaN in a product with a probability of 0.
+The other end of the row may cut a block, whose first keys then have negative indices: the copy engine fills
+them with 0.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations as objects.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ...._compat.gluon import aggregate, as_value
+
+#: What hides keys. FULL: nothing but lengths. ALIGNED: causal, as many keys as queries. BAND: left and right, as data.
+FULL = gl.constexpr(0)
+ALIGNED = gl.constexpr(1)
+BAND = gl.constexpr(2)
+
+
+@aggregate
+class Config:
+    """What a binary is made for."""
+
+    BLOCK_M: gl.constexpr  # query rows of a tile, half of them for each of two warp groups
+    BLOCK_N: gl.constexpr  # keys of a block
+    D: gl.constexpr  # head dim, padded
+    DV: gl.constexpr  # value dim, padded
+    STAGES: gl.constexpr  # blocks of keys and values in shared memory
+    Q_SLOTS: gl.constexpr  # tiles of queries in shared memory
+    STAGED: gl.constexpr  # the output goes through shared memory and the copy engine
+    MASK: gl.constexpr
+    Q_LENGTHS: gl.constexpr
+    KV_LENGTHS: gl.constexpr
+    SINKS: gl.constexpr
+    SOFTCAP: gl.constexpr
+    LSE: gl.constexpr
+    TURNS: gl.constexpr  # the two warp groups take turns at the tensor cores
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        BLOCK_M,
+        BLOCK_N,
+        D,
+        DV,
+        STAGES,
+        Q_SLOTS,
+        STAGED,
+        MASK,
+        Q_LENGTHS,
+        KV_LENGTHS,
+        SINKS,
+        SOFTCAP,
+        LSE,
+        TURNS,
+    ):
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
+        self.D = gl.constexpr(D)
+        self.DV = gl.constexpr(DV)
+        self.STAGES = gl.constexpr(STAGES)
+        self.Q_SLOTS = gl.constexpr(Q_SLOTS)
+        self.STAGED = gl.constexpr(STAGED)
+        self.MASK = gl.constexpr(MASK)
+        self.Q_LENGTHS = gl.constexpr(Q_LENGTHS)
+        self.KV_LENGTHS = gl.constexpr(KV_LENGTHS)
+        self.SINKS = gl.constexpr(SINKS)
+        self.SOFTCAP = gl.constexpr(SOFTCAP)
+        self.LSE = gl.constexpr(LSE)
+        self.TURNS = gl.constexpr(TURNS)
+
+
+@aggregate
+class Shape:
+    """The call's integers, all of them data."""
+
+    q_lengths: gl.tensor | gl.constexpr  # int32 [B] or None
+    kv_lengths: gl.tensor | gl.constexpr
+    batch: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor  # query heads per K/V head
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    rows: gl.tensor  # tiles of one head
+    section: gl.tensor  # heads whose keys and values fit the L2 cache together
+
+    @gluon.constexpr_function
+    def __init__(self, q_lengths, kv_lengths, batch, heads, group, q_len, kv_len, left, right, rows, section):
+        self.q_lengths = as_value(q_lengths)
+        self.kv_lengths = as_value(kv_lengths)
+        self.batch = batch
+        self.heads = heads
+        self.group = group
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.left = left
+        self.right = right
+        self.rows = rows
+        self.section = section
+
+
+@gluon.jit
+def _popcount(bits):
+    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def queries_of(b, shape, cfg):
+    """Queries of batch entry b."""
+    n = shape.q_len
+    if cfg.Q_LENGTHS:
+        n = gl.minimum(gl.maximum(gl.load(shape.q_lengths + b), 0), n)
+    return n
+
+
+@gluon.jit
+def keys_of(b, shape, cfg):
+    """Keys of batch entry b."""
+    n = shape.kv_len
+    if cfg.KV_LENGTHS:
+        n = gl.minimum(gl.maximum(gl.load(shape.kv_lengths + b), 0), n)
+    return n
+
+
+@gluon.jit
+def span(m, b, shape, cfg):
+    """The keys of row block m of batch entry b.
+
+    Returns the position of its first query, the first key of the first block, and how many blocks there are: at least
+    one, so that a tile without keys is no special case. Blocks go upwards without a band, downwards with one.
+    """
+    kv_len = keys_of(b, shape, cfg)
+    position = m * cfg.BLOCK_M + kv_len - queries_of(b, shape, cfg)
+    if cfg.MASK == FULL:
+        n = gl.maximum((kv_len + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
+        first = kv_len - n * cfg.BLOCK_N
+    else:
+        end = position + cfg.BLOCK_M
+        begin = 0
+        if cfg.MASK == BAND:
+            end = gl.minimum(end + shape.right, kv_len)
+            begin = gl.maximum(position - shape.left, 0)
+        n = gl.maximum((end - begin + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
+        first = end - cfg.BLOCK_N
+    return position, first, n
+
+
+@gluon.jit
+def block_start(first, j, cfg):
+    """The first key of block j."""
+    if cfg.MASK == FULL:
+        return first + j * cfg.BLOCK_N
+    else:
+        return first - j * cfg.BLOCK_N
+
+
+@gluon.jit
+def _longer(shape, start, least, WARPS: gl.constexpr):
+    """Of the 32 batch entries from `start`, those with more than `least` queries, as bits."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    i = gl.arange(0, 32, layout=lanes)
+    n = gl.load(shape.q_lengths + start + i, mask=start + i < shape.batch, other=0)
+    return gl.sum(gl.where(n > least, (i * 0 + 1) << i, 0), 0)
+
+
+@gluon.jit
+def _count(shape, level, cfg, WARPS: gl.constexpr):
+    """Batch entries that have queries in row block `level`."""
+    found = 0
+    for start in range(0, shape.batch, 32):
+        found += _popcount(_longer(shape, start, level * cfg.BLOCK_M, WARPS))
+    return found
+
+
+@gluon.jit
+def _pick(shape, level, which, cfg, WARPS: gl.constexpr):
+    """The `which`-th of them."""
+    b = 0
+    for start in range(0, shape.batch, 32):
+        bits = _longer(shape, start, level * cfg.BLOCK_M, WARPS)
+        here = _popcount(bits)
+        if (which >= 0) & (which < here):
+            for _ in range(which):
+                bits = bits & (bits - 1)
+            b = start + _popcount((bits & (0 - bits)) - 1)
+        which -= here
+    return b
+
+
+@gluon.jit
+def total_tiles(shape, cfg, WARPS: gl.constexpr):
+    """Tiles of the call; with lengths of queries those that have queries."""
+    if cfg.Q_LENGTHS:
+        lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        i = gl.arange(0, 32, layout=lanes)
+        found = 0
+        for start in range(0, shape.batch, 32):
+            n = gl.load(shape.q_lengths + start + i, mask=start + i < shape.batch, other=0)
+            n = gl.minimum(gl.maximum(n, 0), shape.q_len)
+            found += gl.sum((n + cfg.BLOCK_M - 1) // cfg.BLOCK_M, 0)
+        return found * shape.heads
+    else:
+        return shape.rows * shape.batch * shape.heads
+
+
+@gluon.jit
+def share(total, pid, programs):
+    """How many of the tiles are this program's. Rounds run forwards and backwards in turns, so that no program gets the
+    longest of each. One at least: a program more than there are tiles repeats the last one, to the same bits."""
+    rounds = total // programs
+    rest = total - rounds * programs
+    place = gl.where((rounds & 1) == 1, programs - 1 - pid, pid)
+    return gl.maximum(rounds + gl.where(place < rest, 1, 0), 1)
+
+
+@gluon.jit
+def start_walk(shape, cfg, WARPS: gl.constexpr):
+    """See `tile`: the row block that a program stands at, tiles of those before it, batch entries in it."""
+    level = shape.rows - 1
+    count = shape.batch
+    if cfg.Q_LENGTHS:
+        count = _count(shape, level, cfg, WARPS)
+    return level, level * 0, count
+
+
+@gluon.jit
+def tile(i, total, pid, programs, level, before, count, shape, cfg, WARPS: gl.constexpr):
+    """Row block, batch entry and head of this program's i-th tile; the walk (level, before, count) moved on to it."""
+    t = i * programs + gl.where((i & 1) == 1, programs - 1 - pid, pid)
+    if cfg.Q_LENGTHS:
+        # Row blocks from the last to the first; in each, the entries that reach it, and their heads.
+        t = gl.maximum(gl.minimum(t, total - 1), 0)
+        while (t >= before + count * shape.heads) & (level > 0):
+            before += count * shape.heads
+            level -= 1
+            count = _count(shape, level, cfg, WARPS)
+        which = (t - before) // shape.heads
+        h = t - before - which * shape.heads
+        b = gl.minimum(_pick(shape, level, which, cfg, WARPS), shape.batch - 1)
+        m = level
+    else:
+        # Sections of heads; in each, row blocks, and heads side by side.
+        per_section = shape.section * shape.rows
+        section = t // per_section
+        r = t - section * per_section
+        here = gl.minimum(shape.section, shape.batch * shape.heads - section * shape.section)
+        m = r // here
+        bh = section * shape.section + r - m * here
+        b = bh // shape.heads
+        h = bh - b * shape.heads
+        if cfg.MASK != FULL:
+            m = shape.rows - 1 - m
+    return m, b, h, level, before, count

@@ -1,0 +1,1 @@
+"""What every layer may use: checks, warnings, failures, forks. Knows nothing of attention."""

@@ -1,0 +1,1 @@
+"""From a validated call to the backend that serves it."""

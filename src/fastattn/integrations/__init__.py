@@ -1,0 +1,1 @@
+"""Other libraries run their attention through fastattn."""

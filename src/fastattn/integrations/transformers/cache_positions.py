@@ -1,0 +1,132 @@
+"""Masks over the keys of `cache.StaticCache`: where tokens lie in its memory, read from lengths on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._compat.hf import is_tracing
+from ...masks import Intervals
+from .intervals import Padding, find_padding
+from .lazy_mask import CausalSegments, LiveKeys
+from .patterns import Pattern, recognise
+from .segments import chunk_segments, segments_between
+
+
+class Slots(int):
+    """The `kv_offset` of a cache whose lengths only the device knows: an int to transformers, which hands it on.
+
+    starts: int32 `[B]`, tokens of each row before the step. window: 0 where the keys are a row's tokens from the first
+    on. Else a single query has a ring before it, in which token t lies at t % window, and several queries have the
+    window - 1 tokens before the step, and then the step's.
+    """
+
+    starts: Tensor
+    window: int
+
+    def __new__(cls, starts: Tensor, window: int) -> Slots:
+        found = super().__new__(cls)
+        found.starts, found.window = starts, window
+        return found
+
+    def positions(self, queries: int) -> Tensor:
+        """Of the queries, int64 `[B, Sq]`."""
+        return self.starts.long()[:, None] + torch.arange(queries, device=self.starts.device)
+
+    def base(self) -> Tensor:
+        """The token that the first key is, where several queries see keys in order, int64 `[B, 1]`. Those below 0 are
+        no tokens."""
+        starts = self.starts.long()[:, None]
+        return starts - (self.window - 1) if self.window else torch.zeros_like(starts)
+
+    def tokens(self, queries: int, keys: int) -> Tensor:
+        """The token that each key is, int64 `[B | 1, Skv]`; below 0, or past the last query's: none."""
+        slot = torch.arange(keys, device=self.starts.device)[None]
+        if queries > 1 or not self.window:
+            return slot + self.base()
+        last = self.starts.long()[:, None]
+        return last - (last - slot).remainder(self.window)
+
+
+def visible_slots(
+    slots: Slots, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
+) -> tuple[Intervals | Tensor, CausalSegments | LiveKeys | None]:
+    """The keys that the queries of one layer type see: intervals or dense bool, and a hint; see `lazy_mask.Compact`.
+
+    mask_function, attention_mask: as of `interval_mask`. One query never waits for the device; several wait if there
+    is padding.
+    """
+    pattern = recognise(mask_function)
+    if pattern is not None and pattern.segments is None:
+        if queries == 1 and attention_mask is None:
+            hint = _live_keys(slots, keys, pattern)
+            if hint is not None:
+                hi = hint.lengths[:, None]
+                return Intervals(torch.zeros_like(hi), hi), hint
+        elif queries > 1 and (attention_mask is None or not is_tracing(attention_mask)):
+            padding = None if attention_mask is None else find_padding(attention_mask.bool())
+            if attention_mask is None or padding is not None:
+                return _intervals(slots, queries, keys, pattern, padding)
+    seen = _dense(slots, queries, keys, mask_function, attention_mask)
+    whole = queries == 1 and not slots.window
+    return seen, LiveKeys((slots.starts + 1).clamp_(max=keys)) if whole else None
+
+
+def _live_keys(slots: Slots, keys: int, pattern: Pattern) -> LiveKeys | None:
+    """What one query sees without padding, None unless that is the first so many keys."""
+    chunk = 0 if pattern.chunk > keys else pattern.chunk
+    if (0 <= pattern.left < keys - 1) or chunk not in (0, slots.window):
+        return None
+    starts = slots.starts.remainder(chunk) if chunk else slots.starts
+    return LiveKeys((starts + 1).clamp_(max=keys))
+
+
+def _intervals(
+    slots: Slots, queries: int, keys: int, pattern: Pattern, padding: Padding | None
+) -> tuple[Intervals, CausalSegments | None]:
+    """What several queries see. padding: of the row's tokens."""
+    base, start = slots.base(), slots.starts.long()[:, None]
+    first, end = torch.zeros_like(start), start + queries
+    if padding is not None:
+        first, end = torch.maximum(first, padding.first), torch.minimum(end, padding.stop)
+    if slots.window:
+        first = torch.maximum(first, base)
+    lo, hi = pattern.bounds(slots.positions(queries))
+    lo = first if lo is None else torch.maximum(lo, first)
+    hi = end if hi is None else torch.minimum(hi, end)
+    hint = None
+    if pattern.right == 0:
+        place = (first, end, start, queries, base, keys)
+        begin = first.new_zeros(()) if pattern.chunk_start is None else pattern.chunk_start[:, None]
+        segments = chunk_segments(pattern.chunk, begin, *place) if pattern.chunk else segments_between(*place)
+        hint = CausalSegments(segments, -1 if pattern.left >= keys - 1 else pattern.left)
+    bounds = ((x - base).clamp(0, keys).to(torch.int32) for x in torch.broadcast_tensors(lo, hi))
+    return Intervals(*(x.contiguous() for x in bounds)), hint
+
+
+def _dense(
+    slots: Slots,
+    queries: int,
+    keys: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """bool `[B, 1, Sq, Skv]`: what a mask function of indices lets the queries see of the keys that are tokens.
+
+    attention_mask: bool `[B, tokens]`; missing tokens count as padding.
+    """
+    starts = slots.starts.long()
+    batch = starts.shape[0]
+    token = slots.tokens(queries, keys)
+    there = (token >= 0) & (token < starts[:, None] + queries)
+    token = token.clamp(min=0)
+    if attention_mask is not None:
+        width = attention_mask.shape[1]
+        index = token.clamp(max=width - 1).expand(batch, -1)
+        there = there & (token < width) & attention_mask.to(starts.device).bool().gather(1, index)
+    row = torch.arange(batch, device=starts.device)[:, None, None, None]
+    seen = mask_function(row, torch.zeros_like(row), slots.positions(queries)[:, None, :, None], token[:, None, None])
+    return (seen & there[:, None, None]).expand(batch, 1, queries, keys)

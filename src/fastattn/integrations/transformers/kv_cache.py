@@ -1,0 +1,188 @@
+"""A transformers cache of fixed capacity whose lengths live on the device: `StaticCache`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..._compat.hf import Cache, layer_without_memory
+from ..._compat.hf import StaticCache as TheirStaticCache
+from ..._compat.transformers import attention_name
+from ...common.checks import check_device, check_tensor
+from ...validation import FLOATING
+from .cache_layers import Host, Kind, Layer, Memory, Rows
+
+#: Layers that keep keys and values, or nothing.
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"})
+
+
+class StaticCache(Cache):
+    """Keys and values of a model for a batch of sequences, of fixed capacity, their lengths on the device.
+
+        cache = fastattn.hf.StaticCache(model.config, batch=4, capacity=4096, device=model.device)
+        model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
+
+    One step of `model(ids, position_ids=..., cache=cache)` can be captured in a CUDA graph and replayed at
+    every length, after one like it has run uncaptured. Rows may have different lengths: row b's next token goes to slot
+    `lengths[b]`; pass `position_ids=cache.positions(tokens)` then. A row that is full drops what is too much where
+    only the device knows. The attention over it must be `attn_implementation="fastattn"`; a model all of whose layers
+    see everything may use another one, as long as the rows' lengths are equal.
+
+    Args:
+        config: the model's, or that of its text part: how many layers there are, which of them have a window.
+        batch, capacity: B rows of at most that many tokens.
+        dtype: of keys and values. Default: that of the first ones.
+        device: where they and the lengths live; by default the current GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: an argument is not as described, or the model has layers with a state of another kind (recurrent,
+            compressed, indexed); the message says which.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+        if dtype is not None and dtype not in FLOATING:
+            raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+        kinds = _kinds(config, capacity)
+        implementation = attention_name(config.get_text_config(decoder=True))
+        if any(kind.window for kind in kinds if kind) and implementation not in (None, "fastattn"):
+            raise ValueError(
+                f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
+            )
+        with torch.inference_mode(False):  # else they could be written in inference mode only
+            lengths = torch.zeros(batch, dtype=torch.int32, device=check_device(device))
+        memories = [kind and Memory(kind, batch, dtype) for kind in kinds]
+        self._compose(Rows(lengths, Host(batch), capacity, 0), memories)
+
+    def _compose(self, rows: Rows, memories: list[Memory | None]) -> None:
+        self._rows, self._memories = rows, memories
+        rows.layers = [Layer(memory, rows) for memory in memories if memory]
+        ours = iter(rows.layers)
+        super().__init__(layers=[next(ours) if memory else layer_without_memory() for memory in memories])
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 `[B]`: tokens of each row, on the device. Who writes them calls `forget` first."""
+        return self._rows.lengths
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self._rows.capacity
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows."""
+        return self._rows.batch
+
+    def positions(self, tokens: int) -> Tensor:
+        """`position_ids` for the next tokens of every row: int64 `[B, tokens]`, those past the capacity its last."""
+        new = torch.arange(tokens, device=self.lengths.device)
+        return (self.lengths[:, None] + new).clamp_(max=self.capacity - 1)
+
+    def view(self, first: int, count: int) -> StaticCache:
+        """The rows `first .. first + count - 1` as a cache of their own, in the same memory: a step of the one is a
+        step of those rows in the other."""
+        batch = self._rows.batch
+        if not (0 <= first < first + count <= batch):
+            raise ValueError(f"first, count: expected rows of 0..{batch - 1}, got {first} and {count}")
+        view = StaticCache.__new__(StaticCache)
+        view._compose(self._rows.part(first, count), self._memories)
+        return view
+
+    def reset(self, row: int | None = None) -> None:
+        """Empties all rows, or one of them."""
+        (self._rows if row is None else self.view(row, 1)._rows).empty()
+
+    def forget(self) -> None:
+        """Leaves the lengths to the device from now on, as a captured step does: whatever writes them then, a graph or
+        the caller, is right."""
+        self._rows.host.captured.update(range(self._rows.first, self._rows.first + self._rows.batch))
+        self._rows.know([None] * self._rows.batch)
+
+    def move(self, source: int, target: int) -> None:
+        """Makes row `target` what row `source` is, and empties `source`."""
+        if source == target:
+            return
+        here, there = self.view(source, 1), self.view(target, 1)
+        with torch.no_grad():
+            for new, old in zip(there._rows.layers, here._rows.layers, strict=True):
+                for to, what in zip(new.parts(), old.parts(), strict=True):
+                    to.copy_(what)
+        there.lengths.copy_(here.lengths)
+        there._rows.know([here._rows.known])
+        here.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes row i what row `beam_idx[i]` was: int64 `[B]`."""
+        check_tensor("beam_idx", beam_idx)
+        if beam_idx.shape != self.lengths.shape:
+            raise ValueError(f"beam_idx: expected [{self._rows.batch}], as many rows, got {list(beam_idx.shape)}")
+        index = beam_idx.to(self.lengths.device)
+        with torch.no_grad():
+            for x in (*(part for layer in self._rows.layers for part in layer.parts()), self.lengths):
+                x.copy_(x.index_select(0, index))
+        self._rows.know([self._rows.known] * self._rows.batch)  # of rows that differ: no longer which is which
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes `-tokens_to_remove` tokens back, or, given a positive number, all but so many.
+
+        Raises ValueError in a model with a window shorter than the capacity: what a ring had there is lost.
+        """
+        if not self.is_croppable:
+            raise ValueError("StaticCache: layers with a window cannot go back")
+        known, n = self._rows.known, tokens_to_remove
+        if n > 0:
+            self.lengths.clamp_(max=n)
+            known = None if known is None else min(known, n)
+        else:
+            self.lengths.add_(n).clamp_(min=0)
+            known = None if known is None else max(0, known + n)
+        self._rows.know([known] * self._rows.batch)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the whole cache back as it was."""
+        return all(not layer.window for layer in self._rows.layers)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("StaticCache: the number of rows is fixed; make one of that many")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("StaticCache: the number of rows is fixed; make one of that many")
+
+
+def _kinds(config: PretrainedConfig, capacity: int) -> list[Kind | None]:
+    """What each layer of a model keeps, as transformers' own static cache has it: None for nothing."""
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    for index, kind in enumerate(types):
+        if kind not in LAYER_TYPES:
+            raise ValueError(f"config: layer {index} of {config.model_type} keeps another state than keys: {kind}")
+    try:
+        layers = TheirStaticCache(config=config, max_cache_len=capacity).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"config: {config.model_type} has layers that no static cache can serve: {error!r}") from error
+    kinds: list[Kind | None] = []
+    for index, layer in enumerate(layers):
+        name = type(layer).__name__
+        if name == "DummyLayer":
+            kinds.append(None)
+            continue
+        if name not in ("StaticLayer", "StaticSlidingWindowLayer"):
+            raise ValueError(f"config: layer {index} of {config.model_type} keeps another state than keys: {name}")
+        kept = min(layer.max_cache_len, capacity)
+        kinds.append(Kind(kept, kept if kept < capacity else 0, name != "StaticLayer"))
+    if len({kind.window for kind in kinds if kind and kind.is_sliding}) > 1:
+        raise ValueError(f"config: {config.model_type} has windows of different lengths")
+    return kinds

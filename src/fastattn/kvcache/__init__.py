@@ -1,5 +1,0 @@
-"""Keys and values of the tokens so far, for generation: `KVCache`."""
-
-from .cache import KVCache
-
-__all__ = ["KVCache"]

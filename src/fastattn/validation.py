@@ -1,0 +1,168 @@
+"""The checks behind the op: every error names the argument, says what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import work_dtype
+from .common.checks import check_device as check_device
+from .common.checks import check_flag as check_flag
+from .common.checks import check_tensor as check_tensor
+from .common.checks import is_count as is_count
+from .masks import Intervals, Segments
+
+LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q `[B,Hq,Sq,D]`, k `[B,Hkv,Skv,D]`, v `[B,Hkv,Skv,Dv]`, floating, one device, Hq a multiple of Hkv."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dims [batch, heads, length, dim], got {_shape(x)}")
+        if x.dtype not in FLOATING:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as of q, got {x.device}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: expected batch {q.shape[0]} as of q, got {x.shape[0]} (shape {_shape(x)})")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected head dim {q.shape[3]} as of q, got {k.shape[3]} (shape {_shape(k)})")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v: expected {k.shape[1]} heads as of k, got {v.shape[1]} (shape {_shape(v)})")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v: expected length {k.shape[2]} as of k, got {v.shape[2]} (shape {_shape(v)})")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {q.shape[1]} (grouped-query attention), got {k.shape[1]}"
+        )
+
+
+#: Of factors on the scores, by the dtype in which those are computed: with smaller or larger ones scores that are
+#: numbers would become 0, infinite and NaN. (A score is a sum of products, and float32 ends at 3e38.)
+LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
+
+
+def check_scale(scale: float, dtype: torch.dtype) -> float:
+    """dtype: of q, promoted."""
+    value, most = _number("scale", scale), LIMITS[work_dtype(dtype)][1]
+    if not -most <= value <= most:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
+        raise ValueError(
+            f"scale: expected a finite number of at most {most:g}, as scores are {_work(dtype)}, got {value}"
+        )
+    return value
+
+
+def check_softcap(softcap: float, dtype: torch.dtype) -> float:
+    value, (least, most) = _number("softcap", softcap), LIMITS[work_dtype(dtype)]
+    if not least <= value <= most:
+        raise ValueError(
+            f"softcap: expected None or a finite number > 0, from {least:g} to {most:g} as scores are {_work(dtype)}, "
+            f"got {value}"
+        )
+    return value
+
+
+def _work(dtype: torch.dtype) -> str:
+    return str(work_dtype(dtype)).removeprefix("torch.")
+
+
+def check_window(window: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), each -1 (open) or more."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: expected a pair (left, right), got {window!r}")
+    for side, value in zip(("left", "right"), window, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+            raise ValueError(f"window: expected {side} to be an int >= 0, or -1 for open, got {value!r}")
+    return min(window[0], LONGEST), min(window[1], LONGEST)
+
+
+def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns (4-D mask tensor, None, None) or (None, lo, hi). mask: a tensor or Intervals."""
+    if isinstance(mask, Intervals):
+        check_interval("mask.lo", mask.lo, q)
+        check_interval("mask.hi", mask.hi, q)
+        if mask.lo.shape != mask.hi.shape:
+            raise ValueError(f"mask.hi: expected the shape of mask.lo, {_shape(mask.lo)}, got {_shape(mask.hi)}")
+        return None, mask.lo, mask.hi
+    check_tensor("mask", mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING:
+        raise ValueError(f"mask: expected a bool (True = attend) or a floating tensor, got {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected device {q.device} as of q, got {mask.device}")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if mask.dim() > 4:
+        raise ValueError(f"mask: expected at most 4 dims, got {_shape(mask)}")
+    mask = mask[(None,) * (4 - mask.dim())]
+    # Not `size not in (1, whole)`: torch.compile answers that wrongly for symbolic sizes.
+    if any(size != 1 and size != whole for size, whole in zip(mask.shape, full, strict=True)):
+        raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")
+    return mask, None, None
+
+
+def check_segments(segments: Segments, q: Tensor, k: Tensor) -> Tensor:
+    """Returns the table."""
+    table = segments.table
+    check_tensor("mask.table", table)
+    if table.dtype != torch.int32:
+        raise ValueError(f"mask.table: expected int32, got {table.dtype}")
+    if table.device != q.device:
+        raise ValueError(f"mask.table: expected device {q.device} as of q, got {table.device}")
+    if table.dim() != 2 or table.shape[0] not in (3, 5):
+        raise ValueError(f"mask.table: expected [3, segments] or [5, segments], got {_shape(table)}")
+    if table.shape[0] == 3 and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "mask.table: expected [5, segments], queries and keys apart, where their numbers differ, got "
+            f"{_shape(table)} for {q.shape[2]} queries and {k.shape[2]} keys"
+        )
+    check_flag("mask.causal", segments.causal)
+    return table
+
+
+def check_interval(name: str, x: Tensor, q: Tensor) -> None:
+    check_tensor(name, x)
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}: expected int32, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} as of q, got {x.device}")
+    if x.dim() != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] not in (1, q.shape[2]):
+        raise ValueError(f"{name}: expected [{q.shape[0]} or 1, {q.shape[2]} or 1], got {_shape(x)}")
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    check_tensor("sinks", sinks)
+    if sinks.dtype not in FLOATING:
+        raise ValueError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks: expected [{q.shape[1]}], one per query head, got {_shape(sinks)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} as of q, got {sinks.device}")
+
+
+def check_lengths(name: str, lengths: Tensor, q: Tensor) -> None:
+    check_tensor(name, lengths)
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"{name}: expected int32, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
+        raise ValueError(f"{name}: expected [{q.shape[0]}], one per batch entry, got {_shape(lengths)}")
+    if lengths.device != q.device:
+        raise ValueError(
+            f"{name}: expected device {q.device} as of q (lengths are never read on the host), got {lengths.device}"
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a Python number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number within the range of a float, got one beyond it") from None
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

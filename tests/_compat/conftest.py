@@ -1,6 +1,0 @@
-"""The tiny models of tests/hf."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))

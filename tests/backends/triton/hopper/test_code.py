@@ -1,0 +1,59 @@
+"""The machine code that Triton makes of the Hopper forward: no GPU is needed to see what would be slow, or wrong.
+
+Triton and the assembler in its wheel change from release to release; what they did wrong at some time is looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hopper_code import NAMES
+
+from fastattn.backends.triton.hopper.binary import FULL
+
+_SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
+#: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `_pack`.
+_SPILLED, _SPILLED_UNMASKED = 16, 80
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compiled anew, in a process that is not told to interpret Triton."""
+    pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_code.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_machine_code(name: str, codes: dict[str, Any]) -> None:
+    code, flags = codes[name], NAMES[name]
+    dim, value_dim = flags.dims
+    keys, wide = flags.blocks.keys, value_dim == 256
+    # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
+    assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
+    assert code["shared"] <= _SHARED
+    if not wide:
+        assert code["stores"] <= (_SPILLED_UNMASKED if flags.mask == FULL else _SPILLED)
+    # Two consumers; each has the loop over blocks twice, with a tile after it and without.
+    assert len(code["loops"]) == 4
+    for loop in code["loops"]:
+        assert loop["products"] == dim // 16 + keys // 16
+        assert loop["waits"] == 2, "the assembler has put the products one after the other"
+        assert loop["stores"] + loop["loads"] <= (3 if wide else 0)
+        assert (loop["turns"], loop["passed"]) == ((1, 1) if flags.blocks.turns else (0, 0))
+        assert loop["beside"] >= 0.9 * loop["exponentials"] > 0, "the softmax does not run beside a product"

@@ -1,0 +1,153 @@
+"""The Hopper forward: what it takes, and, on a GPU, its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_cases import COUNT, KINDS, draw
+
+from fastattn.backends.triton.hopper import launch
+from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL
+from fastattn.call import Call, Problem
+
+_on_hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+def problem(**changes: object) -> Problem:
+    q, k = torch.empty(2, 8, 300, 128, dtype=torch.bfloat16), torch.empty(2, 2, 500, 128, dtype=torch.bfloat16)
+    plain = dataclasses.replace(Problem.of(Call(q, k, k)), device="cuda", index=0, capability=(9, 0))
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_takes_what_it_is_made_for() -> None:
+    pytest.importorskip("triton")
+    assert launch.reasons(problem()) == []
+    everything = problem(
+        dtype=torch.float16, left=5, right=3, softcap=30.0, sinks=True, q_lengths=True, kv_lengths=True, return_lse=True
+    )
+    assert launch.reasons(everything) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"capability": (10, 0)}, "compute capability 9.0, this device is 10.0"),
+        ({"device": "cpu", "capability": (0, 0)}, "this device is a cpu"),
+        ({"dtype": torch.float32}, "not float32"),
+        ({"mask": "bool", "mask_shape": (1, 1, 300, 500)}, "has no bool mask"),
+        ({"mask": "segments"}, "has no segments mask"),
+        ({"head_dim": 264}, "head dim 264"),
+        ({"value_dim": 20}, "value dim 20"),
+        ({"kv_len": 0}, "no queries or no keys"),
+        ({"kv_len": (1 << 28) + 1}, "tokens"),
+    ],
+)
+def test_says_why_not(changes: dict[str, object], words: str) -> None:
+    why = launch.reasons(problem(**changes))
+    assert len(why) == 1 and words in why[0]
+
+
+@pytest.mark.parametrize(
+    "head_dim, value_dim, padded",
+    [
+        (64, 64, (64, 64)),
+        (32, 8, (64, 64)),
+        (72, 72, (128, 128)),
+        (128, 64, (128, 128)),
+        (192, 128, (256, 128)),
+        (256, 256, (256, 256)),
+        (64, 256, (256, 256)),
+    ],
+)
+def test_dims_are_padded_to_the_smallest_blocks(head_dim: int, value_dim: int, padded: tuple[int, int]) -> None:
+    assert launch.dims(problem(head_dim=head_dim, value_dim=value_dim)) == padded
+    assert padded in BLOCKS
+
+
+def test_no_binary_depends_on_a_length() -> None:
+    """Only whether keys are few counts, and under a causal mask whether there are as many as queries."""
+    for band in ({}, {"right": 0}, {"left": 100, "right": 0}, {"left": 7}, {"kv_lengths": True}):
+        found = {}
+        for short, lengths in (True, ((1, 2), (129, 768), (700, 1), (9000, 768))), (False, ((1, 769), (4096, 5000))):
+            names = {
+                launch.flags(problem(q_len=q_len, kv_len=kv_len, batch=batch, q_heads=heads, **band))
+                for q_len, kv_len in lengths
+                for batch in (1, 40)
+                for heads in (2, 16)
+            }
+            assert len(names) == 1
+            found[short] = names.pop()
+        assert found == {short: dataclasses.replace(found[True], short=short) for short in found}
+    wide = problem(head_dim=256, value_dim=256, kv_len=700)
+    assert launch.flags(wide) == launch.flags(dataclasses.replace(wide, kv_len=7000))
+    assert launch.flags(problem()).mask == FULL
+    assert launch.flags(problem(right=0)).mask == BAND
+    assert launch.flags(problem(right=0, q_len=500)).mask == ALIGNED
+    for other in ({"left": 3}, {"kv_lengths": True}, {"q_lengths": True}):
+        assert launch.flags(problem(right=0, q_len=500, **other)).mask == BAND
+
+
+def test_layouts_that_the_copy_engine_reads() -> None:
+    x = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
+    assert launch.readable(x)
+    assert launch.readable(x.transpose(1, 2))
+    assert launch.readable(x[:, :, 3:7])
+    assert launch.readable(torch.empty(2, 10, 3, 4, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2))
+    one = torch.empty(1, 1, 10, 64, dtype=torch.bfloat16)
+    assert launch.readable(one.as_strided((1, 1, 10, 64), (3, 5, 64, 1)))  # strides of what there is one of
+    assert not launch.readable(x[..., 1:57])  # starts at 2 bytes
+    assert not launch.readable(x.mT)
+    assert not launch.readable(torch.empty(2, 4, 10, 68, dtype=torch.bfloat16)[..., :64])  # rows 136 bytes apart
+    assert not launch.readable(x[:, :1].expand(2, 4, 10, 64))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cases_are_what_their_kind_says(name: str) -> None:
+    """What the GPU test draws reaches the binary that it is to test."""
+    kind = KINDS[name]
+    for i in range(COUNT):
+        case = draw(kind, random.Random(f"{name} {i}"), i)
+        batch, kv_heads, group, q_len, kv_len = case["sizes"]
+        assert min(batch, kv_heads, group, q_len, kv_len) >= 1
+        assert (case["q_lengths"] is not None, case["kv_lengths"] is not None) == (kind.q_lengths, kind.kv_lengths)
+        found = launch.flags(
+            problem(
+                batch=batch,
+                q_heads=kv_heads * group,
+                kv_heads=kv_heads,
+                q_len=q_len,
+                kv_len=kv_len,
+                left=case["left"],
+                right=case["right"],
+                q_lengths=kind.q_lengths,
+                kv_lengths=kind.kv_lengths,
+            )
+        )
+        if kind.band == "full":
+            assert found.mask == FULL
+        if kind.band == "causal" and not kind.kv_lengths:
+            assert found.mask == ALIGNED
+        if kind.band in ("window", "left", "right") and (q_len != kv_len or case["left"] >= 0 or case["right"]):
+            assert found.mask == BAND
+
+
+@pytest.mark.gpu
+@_on_hopper
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_the_truth(name: str, seed: int) -> None:
+    """In a process of its own, that can be stopped: a kernel that waits for ever cannot be stopped from inside."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_cases.py"), name, "6"]
+    environment = os.environ | {"FASTATTN_TEST_SEED": str(seed % 1000)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done ") == 6

@@ -1,0 +1,336 @@
+"""Random calls of the Hopper forward against the truth, on a GPU; a program, run by test_hopper_forward.py and by hand.
+
+    python hopper_cases.py                    every kind, in processes of their own: a CUDA error spoils only one
+    python hopper_cases.py KIND [COUNT] [I]   one kind, in this process, from its case I on
+
+A case prints one line when it is done. The parent stops a child that prints nothing for LIMIT seconds (a kernel that
+waits for ever cannot be stopped from inside) and goes on with the case after. Exit status: 0 if every case was right.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the truth would not be deterministic
+
+LIMIT = 60.0  #: seconds a case may take, the compiler's not counted
+COUNT = 10  #: cases of a kind
+AT_A_TIME = 6  #: kinds, on one GPU: each disturbs the others, as it should
+REPEATS = 3
+WORST = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  #: norm of the error over the norm of the truth
+OTHER_WORK = 2048  #: a product of that size runs beside every call, on another stream
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one binary serves; shapes, lengths, windows and layouts are drawn."""
+
+    dims: tuple[tuple[int, int], ...]  #: head dim, value dim
+    band: str  #: "full", "causal", "chunk" (more keys than queries, or fewer), "window", "left", "right"
+    dtype: torch.dtype = torch.bfloat16
+    q_lengths: bool = False
+    kv_lengths: bool = False
+    sinks: torch.dtype | None = None
+    softcap: bool = False
+    lse: bool = False
+
+
+_128, _64 = ((128, 128),), ((64, 64),)
+KINDS = {
+    "causal": Kind(_128, "causal"),
+    "full": Kind(_128, "full"),
+    "chunk": Kind(_128, "chunk"),
+    "causal-lse": Kind(_128, "causal", lse=True),
+    "full-lse": Kind(_128, "full", lse=True),
+    "window-lse": Kind(_128, "window", lse=True),
+    "left": Kind(_128, "left", torch.float16),
+    "right": Kind(_128, "right", torch.float16),
+    "sinks": Kind(_128, "window", sinks=torch.bfloat16, lse=True),
+    "sinks-float": Kind(_128, "causal", sinks=torch.float32),
+    "softcap": Kind(_128, "chunk", softcap=True),
+    "softcap-lse": Kind(_128, "causal", softcap=True, lse=True),
+    "keys": Kind(_128, "full", kv_lengths=True, lse=True),
+    "keys-chunk": Kind(_128, "chunk", kv_lengths=True),
+    "both": Kind(_128, "chunk", q_lengths=True, kv_lengths=True, lse=True),
+    "both-full": Kind(_128, "full", q_lengths=True, kv_lengths=True),
+    "queries": Kind(_128, "chunk", q_lengths=True),
+    "everything": Kind(
+        _128, "window", torch.float16, q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True, lse=True
+    ),
+    "padded": Kind(((72, 72), (80, 80), (96, 96), (104, 88), (128, 64), (40, 120)), "chunk", lse=True),
+    "padded-full": Kind(((72, 72), (80, 80), (96, 96), (104, 88)), "full"),
+    "64": Kind(_64, "causal"),
+    "64-full": Kind(((64, 64), (32, 32), (48, 8), (8, 56)), "full"),
+    "64-window": Kind(_64, "window", sinks=torch.bfloat16, lse=True),
+    "64-keys": Kind(_64, "full", kv_lengths=True),
+    "64-everything": Kind(_64, "window", q_lengths=True, kv_lengths=True, sinks=torch.bfloat16, softcap=True, lse=True),
+    "192": Kind(((192, 128), (136, 128), (192, 64)), "causal", lse=True),
+    "192-chunk": Kind(((192, 128), (192, 120)), "chunk", kv_lengths=True),
+    "256": Kind(((256, 256), (192, 192), (64, 256)), "causal"),
+    "256-full": Kind(((256, 256), (160, 256)), "full", lse=True),
+    "256-window": Kind(((256, 256),), "window", q_lengths=True, kv_lengths=True, lse=True),
+}
+
+
+def draw(kind: Kind, rng: random.Random, i: int) -> dict[str, Any]:
+    """Shapes and numbers of one call."""
+    while True:
+        batch, kv_heads, group = rng.randint(1, 4), rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 4, 7, 8))
+        if rng.random() < 0.1:
+            batch = rng.randint(30, 70)  # more entries than the lanes of a warp
+        longest = rng.choice((64, 300, 1100, 2600))
+        q_len, kv_len = rng.randint(1, longest), rng.randint(1, longest)
+        if i % 5 == 0:
+            q_len = kv_len = rng.choice((127, 128, 129, 255, 256, 257, 384, 640, 1024))
+        if kind.band == "causal":
+            kv_len = q_len
+        elif kind.band == "chunk" and rng.random() < 0.7:
+            q_len, kv_len = sorted((q_len, kv_len))
+        if batch * kv_heads * group * q_len * kv_len < 6e7:
+            break
+    left = right = -1
+    if kind.band in ("causal", "chunk"):
+        right = 0
+    if kind.band in ("window", "left"):
+        left = rng.choice((0, 1, 63, 64, 127, 128, 200, 1000, rng.randint(0, longest)))
+    if kind.band in ("window", "right"):
+        right = rng.choice((0, 0, 0, 1, 64, 100, rng.randint(0, longest)))
+
+    def lengths(most: int) -> list[int]:
+        special = (0, 1, most, most + 5, most // 2, most, most)
+        return [rng.choice(special) if rng.random() < 0.3 else rng.randint(0, most) for _ in range(batch)]
+
+    return {
+        "dims": rng.choice(kind.dims),
+        "sizes": (batch, kv_heads, group, q_len, kv_len),
+        "left": left,
+        "right": right,
+        "scale": rng.choice((None, None, 0.05, 0.3, -0.1)) if kind.lse else None,
+        "softcap": rng.choice((5.0, 30.0, 50.0)) if kind.softcap else 0.0,
+        "q_lengths": lengths(q_len) if kind.q_lengths else None,
+        "kv_lengths": lengths(kv_len) if kind.kv_lengths else None,
+        "layout": rng.choice(("token", "head", "packed", "cache", "odd")),
+    }
+
+
+def tensor(layout: str, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """A random `[B, H, S, D]`, NaN in whatever else lies in its memory."""
+
+    def memory(*shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+    if layout == "token":
+        x = memory(batch, length, heads, dim).transpose(1, 2)
+    elif layout == "head":
+        x = memory(batch, heads, length, dim)
+    elif layout == "packed":  # one of q, k, v of a fused projection
+        x = memory(batch, length, 3, heads, dim)[:, :, 1].transpose(1, 2)
+    elif layout == "cache":  # the first tokens of a longer cache
+        x = memory(batch, heads, length + 77, dim)[:, :, :length]
+    else:  # what the copy engine cannot read
+        x = memory(batch, length, heads, dim + 1)[..., 1:].transpose(1, 2)
+    return x.copy_(torch.randn(batch, heads, length, dim, device="cuda"))
+
+
+def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
+    """Whether the kernel computes the case right, and a line about it."""
+    import naive
+
+    from fastattn.backends.triton.hopper.launch import Forward, reasons
+    from fastattn.call import Call, Problem
+
+    torch.manual_seed(seed)
+    batch, kv_heads, group, q_len, kv_len = case["sizes"]
+    dim, value_dim = case["dims"]
+    heads = kv_heads * group
+    q = tensor(case["layout"], batch, heads, q_len, dim, kind.dtype)
+    k = tensor(case["layout"], batch, kv_heads, kv_len, dim, kind.dtype)
+    v = tensor(case["layout"], batch, kv_heads, kv_len, value_dim, kind.dtype)
+    sinks = None if kind.sinks is None else 2 * torch.randn(heads, device="cuda", dtype=kind.sinks)
+    found = {
+        name: None if case[name] is None else torch.tensor(case[name], dtype=torch.int32, device="cuda")
+        for name in ("q_lengths", "kv_lengths")
+    }
+    softcap, scale = case["softcap"], case["scale"] or dim**-0.5
+    if softcap:
+        q *= 8  # scores that the cap bends
+    truth = naive.attention(
+        q.double(),
+        k.double(),
+        v.double(),
+        scale=scale,
+        window=(case["left"], case["right"]),
+        sinks=sinks,
+        softcap=softcap or None,
+        **found,
+    )
+    for b in range(batch):
+        if case["q_lengths"]:
+            q[b, :, min(case["q_lengths"][b], q_len) :] = torch.nan
+        if case["kv_lengths"]:
+            for x in (k, v):
+                x[b, :, min(case["kv_lengths"][b], kv_len) :] = torch.nan
+    call = Call(
+        q, k, v, None, None, None, sinks, **found, scale=scale, left=case["left"], right=case["right"],
+        softcap=softcap, return_lse=kind.lse,
+    )  # fmt: skip
+    problem = Problem.of(call)
+    assert not reasons(problem), reasons(problem)
+    forward = Forward(problem, call)
+    beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device="cuda"), torch.cuda.Stream()
+    results = []
+    for _ in range(REPEATS):
+        with torch.cuda.stream(stream):
+            beside @ beside
+        results.append(forward(call))
+        torch.cuda.synchronize()
+    out, lse = results[0]
+    error = ((out.double() - truth.out).norm() / truth.out.norm().clamp(min=1e-9)).item()
+    fine = error < WORST[kind.dtype] and out.shape == truth.out.shape
+    # A row at a time too, so that a wrong one does not drown in many right ones.
+    row = ((out.double() - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp(min=0.05)).max().item()
+    fine &= row < 0.05
+    same = all(torch.equal(out.view(torch.int16), o.view(torch.int16)) for o, _ in results)
+    text = f"error {error:.1e}, worst row {row:.1e}"
+    if kind.lse:
+        seen = truth.lse > -torch.inf
+        apart = (lse.double() - truth.lse)[seen].abs().max().item() if seen.any() else 0.0
+        fine &= apart < 2e-3 and torch.equal(lse > -torch.inf, seen)
+        same &= all(torch.equal(lse.view(torch.int32), x.view(torch.int32)) for _, x in results)
+        text += f", lse {apart:.1e}"
+    return bool(fine and same), text + ("" if same else ", DIFFERENT BITS")
+
+
+def run_kind(name: str, count: int, start: int) -> int:
+    """One kind in this process. Returns how many cases were wrong."""
+    torch.use_deterministic_algorithms(True)  # fills with NaN what is allocated
+    torch.backends.cuda.matmul.allow_tf32 = True  # of the other work
+    kind, bad = KINDS[name], 0
+    for i in range(count):
+        seed = int(os.environ.get("FASTATTN_TEST_SEED") or 0) * 1000 + i
+        case = draw(kind, random.Random(f"{name} {seed}"), i)
+        if i < start:
+            continue
+        print(f"start {i} {case}", flush=True)
+        fine, text = check(kind, case, seed)
+        bad += not fine
+        print(f"{'done' if fine else 'WRONG'} {i} {text}", flush=True)
+    return bad
+
+
+def _compile(flags: Any) -> float:
+    from fastattn.backends.triton.hopper.binary import compile_binary
+
+    start = time.monotonic()
+    compile_binary(flags)
+    return time.monotonic() - start
+
+
+def needed(kinds: dict[str, Kind]) -> set[Any]:
+    """The binaries that the kinds' cases take, as far as their flags do not depend on what is drawn."""
+    from fastattn.backends.triton.hopper.launch import flags
+    from fastattn.call import Problem
+
+    found = set()
+    for name, kind in kinds.items():
+        for i in range(COUNT):
+            case = draw(kind, random.Random(f"{name} {i}"), i)
+            for dim, value_dim in kind.dims:
+                batch, kv_heads, group, q_len, kv_len = case["sizes"]
+                problem = Problem(
+                    "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, dim, value_dim,
+                    "none", (), None, case["left"], case["right"], case["softcap"], kind.sinks is not None,
+                    kind.q_lengths, kind.kv_lengths, kind.lse, "",
+                )  # fmt: skip
+                found.add(flags(problem, kind.sinks))
+    return found
+
+
+def compile_all(wanted: set[Any]) -> None:
+    """Compiles binaries side by side, into Triton's cache on the disk."""
+    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
+        start = time.monotonic()
+        seconds = list(pool.map(_compile, wanted))
+        took = time.monotonic() - start
+        print(f"compiled {len(wanted)} binaries in {took:.0f} s, the slowest in {max(seconds):.0f} s", flush=True)
+
+
+def supervise(name: str, count: int) -> tuple[int, list[str]]:
+    """One kind in processes of its own. Returns the number of right cases, and a line for each other one."""
+    start, right, wrong, running = 0, 0, [], ""
+    while start < count:
+        command = [sys.executable, __file__, name, str(count), str(start)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines: queue.Queue[str | None] = queue.Queue()
+
+        def read(child: Any = child, lines: Any = lines) -> None:
+            for line in child.stdout:
+                lines.put(line.rstrip())
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        last: list[str] = []
+        at = start
+        while True:
+            try:
+                line = lines.get(timeout=LIMIT)
+            except queue.Empty:
+                child.kill()
+                wrong.append(f"{name} HANGS: {running}")
+                break
+            if line is None:
+                if child.wait() and not (last and last[-1].startswith(("done", "WRONG"))):
+                    wrong.append(f"{name} DIES: {running}: {' | '.join(last[-4:])}")
+                break
+            last.append(line)
+            if line.startswith("start "):
+                running, at = line, int(line.split()[1]) + 1
+            elif line.startswith("done "):
+                right += 1
+            elif line.startswith("WRONG "):
+                wrong.append(f"{name} {line}: {running}")
+        done = child.poll() == 0 or (last and last[-1].startswith(("done", "WRONG")) and at == count)
+        start = count if done else max(at, start + 1)
+    return right, wrong
+
+
+def main() -> int:
+    torch.cuda.init()
+    compile_all(needed(KINDS))
+    bad: list[str] = []
+
+    def run(name: str) -> None:
+        if sum("HANGS" in line for line in bad) > 4:
+            print(f"{name}: left out, too many hang")
+            return
+        begun = time.monotonic()
+        right, wrong = supervise(name, COUNT)
+        bad.extend(wrong)
+        took = time.monotonic() - begun
+        print(f"{name}: {right} of {COUNT} right, {took:.0f} s", *wrong, sep="\n  ", flush=True)
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        list(pool.map(run, KINDS))
+    print(f"{len(bad)} wrong")
+    return min(len(bad), 1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(main())
+    count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
+    sys.exit(min(run_kind(sys.argv[1], count, start), 1))

@@ -1,0 +1,138 @@
+"""Compiles binaries of the Hopper forward for SM 9.0 and reads their machine code: a program, and what it finds.
+
+    python hopper_code.py [NAME ...]
+
+No GPU is needed, only Triton, whose wheel brings NVIDIA's assembler and disassembler. Prints one JSON object: by name
+the `Code` of a binary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, FULL, Flags
+
+_128, _64, _256 = (128, 128), (64, 64), (256, 256)
+NAMES = {
+    "full": Flags("bf16", _128, FULL),
+    "full-lse-keys": Flags("fp16", _128, FULL, kv_lengths=True, lse=True),
+    "causal": Flags("bf16", _128, ALIGNED),
+    "causal-sinks-lse": Flags("bf16", _128, ALIGNED, sinks="bf16", lse=True),
+    "band-everything": Flags("fp16", _128, BAND, q_lengths=True, kv_lengths=True, sinks="fp32", softcap=True, lse=True),
+    "short": Flags("bf16", _128, ALIGNED, short=True),
+    "64": Flags("bf16", _64, FULL),
+    "64-band-everything": Flags(
+        "bf16", _64, BAND, q_lengths=True, kv_lengths=True, sinks="bf16", softcap=True, lse=True
+    ),
+    "192": Flags("bf16", (256, 128), ALIGNED, lse=True),
+    "256-band": Flags("bf16", _256, BAND, q_lengths=True, kv_lengths=True, lse=True),
+}
+
+
+@dataclass
+class Loop:
+    """What an innermost loop with products holds, in instructions."""
+
+    products: int  #: HGMMA
+    waits: int  #: for products
+    stores: int  #: of spilled registers
+    loads: int
+    turns: int  #: barriers between the two consumers: waited for
+    passed: int  #: and passed on
+    exponentials: int
+    beside: int  #: exponentials between the wait for the scores and that for the output: they run beside a product
+
+
+@dataclass
+class Code:
+    """What a binary holds."""
+
+    registers: int  #: a thread when the kernel starts
+    raised: int  #: to what the consumers raise them, from what is in the machine code
+    lowered: int  #: the producer
+    shared: int
+    stores: int  #: of spilled registers, all of them
+    loops: list[Loop]
+
+
+def _count(pattern: str, lines: list[str]) -> int:
+    return sum(re.search(pattern, line) is not None for line in lines)
+
+
+def _loop(lines: list[str]) -> Loop:
+    waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
+    between = lines[waits[0] : waits[-1]] if waits else []
+    return Loop(
+        products=_count(r"\bHGMMA", lines),
+        waits=len(waits),
+        stores=_count(r"\bSTL\b", lines),
+        loads=_count(r"\bLDL\b", lines),
+        turns=_count(r"BAR\.SYNC\S* (0x9|0xa), 0x100", lines),
+        passed=_count(r"BAR\.ARV\S* (0x9|0xa), 0x100", lines),
+        exponentials=_count(r"MUFU\.EX2", lines),
+        beside=_count(r"MUFU\.EX2", between),
+    )
+
+
+def _innermost(lines: list[str]) -> list[list[str]]:
+    """The innermost loops that hold products: from a label to the jump back to it."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    spans = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if jump and labels.get(jump[1], i) < i:
+            spans.append((labels[jump[1]], i))
+    spans = [(a, b) for a, b in spans if _count(r"\bHGMMA", lines[a : b + 1])]
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    # A wait that has to be repeated is placed behind everything else, and jumps back from there: no loop over blocks.
+    found = [lines[a : b + 1] for a, b in inner]
+    return [body for body in found if not _count(r"\b(UTMASTG|STG)\b", body)]
+
+
+def read(name: str) -> Code:
+    import triton
+
+    from fastattn.backends.triton.hopper.binary import compile_kernel
+
+    compiled = compile_kernel(NAMES[name])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+
+        def run(tool: str, *arguments: str) -> str:
+            command = [str(tools / tool), *arguments, str(cubin)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, lines = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c").splitlines()
+    registers = re.search(r"REG:(\d+)", usage)
+    changes = [re.search(r"USETMAXREG\.(\w+).*\b0x([0-9a-f]+)", line) for line in lines if "USETMAXREG" in line]
+    return Code(
+        registers=int(registers[1]) if registers else 0,
+        raised=max((int(m[2], 16) for m in changes if m and m[1] == "TRY_ALLOC" and int(m[2], 16) < 256), default=0),
+        lowered=min((int(m[2], 16) for m in changes if m and m[1] == "DEALLOC"), default=0),
+        shared=compiled.metadata.shared,
+        stores=_count(r"\bSTL\b", lines),
+        loops=[_loop(found) for found in _innermost(lines)],
+    )
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(NAMES)
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
+        print(json.dumps({name: asdict(code) for name, code in zip(names, pool.map(read, names), strict=True)}))
+
+
+if __name__ == "__main__":
+    main()
