@@ -49,7 +49,7 @@ test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and count
 	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) $(TESTS)
 
 # What depends on the versions of other libraries.
-BY_VERSION := tests/_compat tests/hf tests/lm
+BY_VERSION := tests/_compat tests/integrations/transformers tests/lm
 
 test-oldest: ## run the tests of hf and lm with the oldest versions that are promised, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt DEV_EXTRAS=test \
@@ -84,7 +84,7 @@ support: gpuless ## write docs/support.md anew: what cuDNN says of each kind of 
 	$(PY) tests/gpuless/support_page.py
 
 # Without torch's caching allocator, so that what lies past a tensor is nobody's. A slow tool: some of the tests only.
-SANITIZED := tests/backends/test_decode.py tests/backends/test_cudnn_kernels.py tests/lm/test_fused.py
+SANITIZED := tests/backends/triton/decode/test_decode.py tests/backends/cudnn/test_kernels.py tests/lm/test_fused.py
 SANITIZED_K := cuda and (test_features or test_offsets or test_sinks or full_row)
 TOOLS ?= memcheck racecheck
 sanitize: $(DEV_STAMP) ## the Triton kernels under NVIDIA's compute-sanitizer (needs a GPU)

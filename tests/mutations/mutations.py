@@ -16,13 +16,13 @@ class Mutation(NamedTuple):
 
 
 _REFERENCE = ("tests/test_reference.py", "-k", "every_feature and dtype0 or every_feature and float64")
-_TORCH = ("tests/test_torch_backend.py",)
+_TORCH = ("tests/backends/test_torch.py",)
 _EMULATED = ("tests/differential/test_emulated.py",)
-_DECODE = ("tests/backends/test_decode.py", "-k", "splits or layouts")
-_KEYS = ("tests/backends/test_cudnn_keys.py",)
+_DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layouts")
+_KEYS = ("tests/backends/cudnn/test_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
-_STRANGERS = ("tests/backends/test_disk_strangers.py",)
+_STRANGERS = ("tests/backends/cudnn/test_disk_strangers.py",)
 
 MUTATIONS = (
     # what is remembered
@@ -50,28 +50,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a route's name forgets the strides",
-        "dispatch.py",
+        "dispatch/routing.py",
         "name = (q.shape, k.shape, v.shape, strides, q.dtype,",
         "name = (q.shape, k.shape, v.shape, q.dtype,",
-        ("tests/test_fast_path.py", "-k", "other_strides"),
+        ("tests/dispatch/test_fast_path.py", "-k", "other_strides"),
     ),
     Mutation(
         "a remembered call forgets the layout of v",
-        "fast_path.py",
+        "dispatch/fast_path.py",
         "v.shape, v.stride(), v.dtype, v.device,",
         "v.shape, v.dtype, v.device,",
-        ("tests/test_fast_path.py", "-k", "in_the_name or change_places"),
+        ("tests/dispatch/test_fast_path.py", "-k", "in_the_name or change_places"),
     ),
     Mutation(
         "a remembered call takes the scale of the first one",
-        "fast_path.py",
+        "dispatch/fast_path.py",
         "scale = known.default_scale if scale is None else scale",
         "scale = known.default_scale",
         _FAST,
     ),
     Mutation(
         "lengths of an earlier call are kept as if they were no data",
-        "backends/cudnn/places.py",
+        "backends/cudnn/ragged_offsets.py",
         "self._static = not (p.q_lengths or p.kv_lengths or",
         "self._static = not (p.q_lengths or",
         _EMULATED,
@@ -93,10 +93,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a window is one key short on the left in the decode kernel",
-        "backends/decode/kernel.py",
+        "backends/triton/decode/kernel.py",
         "lo = tl.maximum(position - left, 0)",
         "lo = tl.maximum(position - left + 1, 0)",
-        ("tests/backends/test_decode.py", "-k", "features and window"),
+        ("tests/backends/triton/decode/test_decode.py", "-k", "features and window"),
     ),
     Mutation(
         "a window is one key short on the left in a graph",
@@ -107,7 +107,7 @@ MUTATIONS = (
     ),
     Mutation(
         "torch's causal mask is taken for the lower-right one",
-        "backends/torch_sdpa.py",
+        "backends/torch.py",
         "p.causal and (p.q_len == p.kv_len or p.q_len == 1)",
         "p.causal",
         _TORCH,
@@ -143,14 +143,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the strides of heads and tokens change places",
-        "backends/cudnn/places.py",
+        "backends/cudnn/ragged_offsets.py",
         "strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]",
         "strides += [x.stride(0), x.stride(2) * (1 if role in KEY_SIDE else group), x.stride(1)]",
         _EMULATED,
     ),
     Mutation(
         "queries whose numbers do not lie together are not copied for the decode kernel",
-        "backends/decode/bound.py",
+        "backends/triton/decode/runner.py",
         "if x.stride(3) != 1:",
         "if x.stride(3) > 2:",
         _DECODE,
@@ -164,14 +164,14 @@ MUTATIONS = (
     ),
     Mutation(
         "rows that see nothing keep what torch's kernel made of them",
-        "backends/torch_sdpa.py",
+        "backends/torch.py",
         "    return masks.clear(out, blind)",
         "    return out",
         _TORCH,
     ),
     Mutation(
         "keys that nobody sees are not cleared",
-        "backends/torch_sdpa.py",
+        "backends/torch.py",
         "        unseen = masks.unseen_keys(c)\n",
         "        unseen = None\n",
         _TORCH,
@@ -179,21 +179,21 @@ MUTATIONS = (
     # arithmetic
     Mutation(
         "the sink is forgotten where splits are combined",
-        "backends/decode/combine.py",
+        "backends/triton/decode/combine.py",
         "        total += tl.exp(sink - base)\n",
         "        total += 0.0\n",
         _DECODE,
     ),
     Mutation(
         "splits are combined as if they had the same greatest score",
-        "backends/decode/combine.py",
+        "backends/triton/decode/combine.py",
         "total = tl.sum(tl.exp(m_s - base) * l_s, 0)",
         "total = tl.sum(l_s, 0)",
         _DECODE,
     ),
     Mutation(
         "the wrong head of a group in the decode kernel",
-        "backends/decode/kernel.py",
+        "backends/triton/decode/kernel.py",
         "head = kv_head * GROUP + r % GROUP",
         "head = kv_head + (r % GROUP) * KV_HEADS",
         _DECODE,
@@ -278,7 +278,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a terminal obeys a result file",
-        "printable.py",
+        "common/printable.py",
         "    if character.isprintable():\n        return character\n",
         "    return character\n",
         ("tests/bench/test_hostile_results.py", "-k", "do_nothing or printable"),
@@ -299,21 +299,21 @@ MUTATIONS = (
     ),
     Mutation(
         "v may be shorter than k",
-        "validate.py",
+        "validation.py",
         "if v.shape[2] != k.shape[2]:",
         "if v.shape[2] > k.shape[2]:",
         ("tests/faults/test_bad_calls.py", "-k", "each_bad_value"),
     ),
     Mutation(
         "use_backend outlives an exception",
-        "dispatch.py",
+        "dispatch/routing.py",
         "    try:\n        yield\n    finally:\n        _chosen.reset(token)",
         "    yield\n    _chosen.reset(token)",
-        ("tests/test_use_backend.py",),
+        ("tests/dispatch/test_use_backend.py",),
     ),
     Mutation(
         "a background failure is tried again for ever",
-        "backends/cudnn/plans.py",
+        "backends/cudnn/plan_cache.py",
         "build = now >= wish.retry if wish.submitted else wish.occasions >= enough",
         "build = wish.occasions >= enough",
         ("tests/faults/test_worker_faults.py", "-k", "reported_once"),
@@ -323,11 +323,11 @@ MUTATIONS = (
         "backends/cudnn/forward.py",
         "trained=bool(p.grads)",
         "trained=stats",
-        ("tests/backends/test_cudnn_choice.py", "-k", "say_whether_they_train"),
+        ("tests/backends/cudnn/test_choice.py", "-k", "say_whether_they_train"),
     ),
     Mutation(
         "memory that ran out is a refusal for good",
-        "backends/failures.py",
+        "backends/errors.py",
         "            return OutOfMemory(_line(error))",
         "            return Refusal(_line(error))",
         ("tests/faults/test_setbacks.py", "-k", "first_one_later"),

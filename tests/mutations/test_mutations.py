@@ -33,13 +33,13 @@ def test_a_survivor_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     harmless = Mutation(
         "a comment",
-        "memo.py",
+        "shape_cache.py",
         '"""Bounded memories',
         '"""Bounded  memories',
-        ("tests/backends/test_cudnn_keys.py", "-k", "equal"),
+        ("tests/backends/cudnn/test_keys.py", "-k", "equal"),
     )
     monkeypatch.setattr(run, "MUTATIONS", (harmless, harmless._replace(name="nothing", old="not in there")))
     assert main(["-j", "1"]) == 1
     said = capsys.readouterr().out
-    assert f"{SURVIVED:<10} memo.py: a comment" in said and "DOES NOT APPLY memo.py: nothing" in said
+    assert f"{SURVIVED:<10} shape_cache.py: a comment" in said and "DOES NOT APPLY shape_cache.py: nothing" in said
     assert "0 of 2 noticed" in said
