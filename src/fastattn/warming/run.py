@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..api import Explanation, explain, scaled_dot_product_attention
-from ..backends.cudnn import plan_cache as plans
-from ..dispatch import routing as dispatch
+from ..backends.cudnn import plans
+from ..counters import stats
+from ..dispatch import registry, routes
 from ..masks import Intervals, Segments
 from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
@@ -122,7 +123,7 @@ def _has_plans(device: torch.device) -> bool:
 
 def _ready(kind: Kind, device: torch.device) -> Family:
     """Makes the calls of one kind."""
-    before, start = dispatch.stats()["plans"], time.perf_counter()
+    before, start = stats()["plans"], time.perf_counter()
     served: dict[str, None] = {}
     notes: dict[str, None] = {}
     avoidable = False
@@ -144,8 +145,8 @@ def _ready(kind: Kind, device: torch.device) -> Family:
             avoidable |= _avoidable(found)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        plans.cache.wait()  # some are built in the background; a process that ends now would leave them out
-    after = dispatch.stats()["plans"]
+        plans.shared.wait()  # some are built in the background; a process that ends now would leave them out
+    after = stats()["plans"]
     return Family(
         str(kind),
         tuple(served),
@@ -180,7 +181,7 @@ def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
         q, k, v = inputs
         try:
             out = scaled_dot_product_attention(q, k, v, **arguments)
-        except dispatch.BackendError:
+        except registry.BackendError:
             return explain(q, k, v, **arguments)
         if training:
             assert isinstance(out, Tensor)
@@ -223,8 +224,8 @@ def _refusals(found: Explanation) -> str:
 def _avoidable(found: Explanation) -> bool:
     """True when a fast backend serves such calls, but not here: it is switched off, or something is not installed."""
     problem = found.problem
-    absent = [name for name in dispatch.NAMES[:-1] if name not in found.reasons]
-    if not all(dispatch.reasons(problem, absent).values()):
+    absent = [name for name in registry.NAMES[:-1] if name not in found.reasons]
+    if not all(routes.reasons(problem, absent).values()):
         return True
     if problem.device != "cuda":
         return False

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...backends.triton.launcher import Launcher, native, overlaps
-from ...shape_cache import Memo
+from ...shape_cache import shape_cache
 from .rules import MANY_TOKENS, Launch, choose
 
 
@@ -153,7 +153,7 @@ class Rotary:
         values[row, :, place] = new_values[fits].to(values.dtype)
 
 
-_launchers: Memo[Any, Launcher] = Memo(1 << 10, "launches")
+_launchers = shape_cache.section("launches", 1 << 10)
 
 
 def _launcher(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...shape_cache import remembered
+from ...shape_cache import cached
 
 MANY_TOKENS = 64  #: from so many on they fill a GPU however they are dealt to programs
 
@@ -20,7 +20,7 @@ class Launch:
     warps: int
 
 
-@remembered(1 << 10, "launches")
+@cached(1 << 10, "launches")
 def choose(n: int, k: int, gated: bool, dtype: torch.dtype) -> Launch:
     """The launch for K numbers times `[N, K]`, or `[2 N, K]` if gated.
 
