@@ -20,8 +20,7 @@ from cases import run as run_case
 import fastattn
 from fastattn import shape_cache as memo
 from fastattn.backends import scratch
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path
 
 #: What modules keep that no shape of a call has a part in, so that it neither grows with them nor need be forgotten.
 KEPT_BY_OTHER_THINGS = {
@@ -31,7 +30,7 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
     "fastattn.bench.peers._flashinfer_memory",
     # by the machine, or by what is installed on it
-    "fastattn.dispatch.routing.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
+    "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
     "fastattn.bench.peers._flex",
     "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
@@ -43,7 +42,7 @@ KEPT_BY_OTHER_THINGS = {
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
-    "fastattn.dispatch.routing._calls", "fastattn.common.notice._given",
+    "fastattn.dispatch.serve._calls", "fastattn.common.notice._given",
     # what os.environ wraps
     "fastattn.config._plain",
     # lists of live objects
@@ -101,7 +100,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 def test_nothing_per_shape_is_left_that_clear_plans_does_not_know(calls: None) -> None:
     """A new memory is found here: it is one of `memo`'s, or its name says above what it depends on."""
     before = memories()
-    assert before["fastattn.dispatch.routing._routes"] and before["fastattn.dispatch.routing.fast_path"]
+    assert before["fastattn.dispatch.routes._routes"] and before["fastattn.dispatch.fast_path._cached"]
     fastattn.clear_plans()
     after = memories()
     left = {name: count for name, count in after.items() if count and name not in KEPT_BY_OTHER_THINGS}
@@ -126,7 +125,7 @@ def test_calls_after_it_are_right(calls: None, seed: int) -> None:
     for _ in range(3):
         fastattn.clear_plans()
         assert torch.equal(run_case(inputs, "torch", poison=False)["out"], want)
-        assert len(dispatch.fast_path) == 1
+        assert len(fast_path._cached) == 1
 
 
 def test_it_may_be_called_while_others_call(seed: int) -> None:

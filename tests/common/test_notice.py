@@ -15,8 +15,8 @@ from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 from fastattn.common import notice
 from fastattn.config import is_on
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path, refusals, routes
+from fastattn.shape_cache import Section
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,9 @@ def test_a_warning_is_given_once_per_kind() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_refused", {})
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
+    monkeypatch.setattr(refusals, "_refusals", {})
+    monkeypatch.setattr(routes, "_routes", {})
+    monkeypatch.setattr(fast_path, "_cached", {})
 
     def forward(*args: object) -> None:
         raise Refusal("not today")
@@ -52,7 +52,7 @@ def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytes
 
 
 def test_a_memo_forgets_when_it_is_full() -> None:
-    memo: Memo[int, int] = Memo(3)
+    memo: Memo[int, int] = Section("test", 3)
     for i in range(3):
         memo[i] = i
     assert len(memo) == 3

@@ -22,7 +22,7 @@ from fastattn.backends.cudnn import backward, forward
 from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import fast_path, refusals, registry, routes, serve
 
 MOST = 150  #: places tried of one call
 ERRORS = {"interrupt": (may_interrupt, KeyboardInterrupt), "memory": (may_run_out, out_of_memory)}
@@ -43,16 +43,16 @@ CALLS: dict[str, tuple[str | None, Case]] = {
 def locks_are_free() -> None:
     worker = plans.cache._worker._state
     with ThreadPoolExecutor(1) as other:  # a lock that may be taken twice has to be tried from another thread
-        for lock in (dispatch._lock, notice._lock, plans.cache._lock, worker):
+        for lock in (serve._lock, notice._lock, plans.cache._lock, worker):
             assert other.submit(lock.acquire, timeout=5).result()
             other.submit(lock.release).result()
-    assert dispatch._chosen.get() is None and not dispatch.opaque.get()
+    assert registry._chosen.get() is None and not dispatch.opaque.get()
     assert torch.is_grad_enabled()
 
 
 def forget() -> None:
-    dispatch._routes.clear()
-    dispatch.fast_path.clear()
+    routes._routes.clear()
+    fast_path._cached.clear()
 
 
 @pytest.mark.parametrize("remembered", [False, True], ids=["new", "remembered"])
@@ -193,11 +193,11 @@ def test_a_refusal_when_called_is_remembered_and_nothing_is_computed_twice(seed:
     inputs = make(_BASE, seed=seed)
     want = run_case(inputs, "reference")["out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_refused", {})
+        patch.setattr(refusals, "_refusals", {})
         patch.setattr(notice, "_given", set())
         forget()
         calls = []
-        torch_backend = dispatch.backend("torch")
+        torch_backend = registry.backend("torch")
         bind = torch_backend.bind
 
         def refusing(problem: Any, call: Any) -> Callable[[Any], Any]:

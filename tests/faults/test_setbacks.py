@@ -24,8 +24,8 @@ from fastattn.backends.cudnn import plan as plan_module
 from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn import runtime
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path, refusals, registry, routes
+from fastattn.shape_cache import Section
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
 CPU = torch.device("cpu")
@@ -44,9 +44,9 @@ MEMORY = [
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_refused", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "_routes", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "fast_path", Memo(1 << 10))
+    monkeypatch.setattr(refusals, "_refusals", Section("test", 1 << 10))
+    monkeypatch.setattr(routes, "_routes", Section("test", 1 << 10))
+    monkeypatch.setattr(fast_path, "_cached", Section("test", 1 << 10))
     monkeypatch.setattr(notice, "_given", set())
 
 
@@ -171,7 +171,7 @@ def test_another_backend_serves_and_the_first_one_later(
         assert moody.asked == asked
     assert len(warned) == 1
     moody.error = None
-    clock.now += 2 * dispatch.FIRST_WAIT
+    clock.now += 2 * refusals.FIRST_WAIT
     for _ in range(2):
         results, names = served(inputs)
         assert_right(case, inputs, results, want)
@@ -212,7 +212,7 @@ def test_memory_first_and_a_refusal_after_it(moody: Moody, seed: int, monkeypatc
 
 def test_each_failure_at_once_doubles_the_wait(moody: Moody, clock: Clock, seed: int) -> None:
     inputs = make(CASE, seed=seed)
-    moody.error, wait = RuntimeError(MEMORY[0]), dispatch.FIRST_WAIT
+    moody.error, wait = RuntimeError(MEMORY[0]), refusals.FIRST_WAIT
     for _ in range(12):
         asked = moody.asked
         run_case(inputs, poison=False)
@@ -221,14 +221,14 @@ def test_each_failure_at_once_doubles_the_wait(moody: Moody, clock: Clock, seed:
         run_case(inputs, poison=False)
         assert moody.asked == asked + 1
         clock.now += 0.2 * wait
-        wait = min(2 * wait, dispatch.LONGEST_WAIT)
-    assert wait == dispatch.LONGEST_WAIT
+        wait = min(2 * wait, refusals.LONGEST_WAIT)
+    assert wait == refusals.LONGEST_WAIT
     moody.error = None
     run_case(inputs, poison=False)
-    clock.now += 10 * dispatch.LONGEST_WAIT
+    clock.now += 10 * refusals.LONGEST_WAIT
     moody.error = RuntimeError(MEMORY[0])
     run_case(inputs, poison=False)
-    clock.now += 1.1 * dispatch.FIRST_WAIT
+    clock.now += 1.1 * refusals.FIRST_WAIT
     asked = moody.asked
     run_case(inputs, poison=False)
     assert moody.asked == asked + 1, "what went well in between begins anew"
@@ -248,7 +248,7 @@ def test_torchs_unused_memory_is_given_back_first(moody: Moody, seed: int, monke
         moody.error = RuntimeError(MEMORY[2])
         assert served(inputs)[1] == ["torch"]
         assert len(given) == turn
-    assert not dispatch._refused
+    assert not refusals._refusals
 
 
 @pytest.mark.parametrize("way", ["eager", "operator"])
@@ -274,8 +274,8 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     fake = SimpleNamespace(
         name="cudnn", reads_lse=True, reasons=lambda p: [], bind=lambda *arguments: forward, backward=reads
     )
-    backend = dispatch.backend
-    monkeypatch.setattr(dispatch, "backend", lambda name: fake if name == "cudnn" else backend(name))
+    backend = registry.backend
+    monkeypatch.setattr(registry, "backend", lambda name: fake if name == "cudnn" else backend(name))
     if way == "operator":
         monkeypatch.setattr("fastattn.dispatch.operators.plain", lambda *tensors: False)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
@@ -444,7 +444,7 @@ def test_a_full_gpu(backend: str | None, seed: int) -> None:
             assert_right(case, inputs, run_case(inputs, backend, poison=False), want)
     del taken
     torch.cuda.empty_cache()
-    dispatch._refused.clear()  # as time would
+    refusals._refusals.clear()  # as time would
     before = fastattn.stats()["calls"].get("cudnn", 0)
     assert_right(case, inputs, run_case(inputs, backend, poison=False), want)
     assert fastattn.stats()["calls"]["cudnn"] == before + 1

@@ -27,7 +27,7 @@ from fastattn.backends.cudnn import worker
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.worker import Worker
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import serve
 
 OFTEN = plans.SERVED_AFTER  #: a shape that is asked for so often has its plan built
 CASE = Case(dtype=torch.float32, mask="causal", q_len=9, kv_len=9)
@@ -180,7 +180,7 @@ def test_a_fork_after_use(seed: int, built: list[PlanKey]) -> None:
 
 
 LOCKS = {
-    "calls are counted": lambda: dispatch._lock,
+    "calls are counted": lambda: serve._lock,
     "a warning is given": lambda: notice._lock,
     "a plan is looked up": lambda: plans.cache._lock,
 }

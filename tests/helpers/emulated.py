@@ -25,8 +25,8 @@ from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn import ragged_offsets as places
 from fastattn.backends.cudnn.graphs import KEY_SIDE, ROLES, PlanKey
 from fastattn.call import Call, Problem
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path, routes
+from fastattn.shape_cache import Section
 
 VERSION = 91900
 ALIGNMENT = 16  #: bytes
@@ -231,13 +231,13 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
 
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))
-    set_(dispatch, "_routes", Memo(1 << 10))
-    set_(dispatch, "fast_path", Memo(1 << 10))
+    set_(routes, "_routes", Section("test", 1 << 10))
+    set_(fast_path, "_cached", Section("test", 1 << 10))
     set_(CudnnBackend, "reasons", lambda self, p: support.reasons(p, VERSION))
     for module in (forward, backward, plans):
         set_(module, "cache", cache)
-    set_(forward, "_bound", Memo(1 << 10))
-    set_(backward, "_recipes", Memo(1 << 10))
+    set_(forward, "_bound", Section("test", 1 << 10))
+    set_(backward, "_recipes", Section("test", 1 << 10))
     set_(torch_internals, "raw_stream", lambda index: 0)
     for module in (places, scratch):
         set_(module, "may_keep", lambda: True)

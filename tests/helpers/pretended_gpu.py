@@ -17,8 +17,8 @@ from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.triton import decode
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Call, Problem, token_major
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path, routes
+from fastattn.shape_cache import Section
 from fastattn.warming import run
 
 
@@ -83,8 +83,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
 
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))
-    set_(dispatch, "_routes", Memo(1 << 10))
-    set_(dispatch, "fast_path", Memo(1 << 10))
+    set_(routes, "_routes", Section("test", 1 << 10))
+    set_(fast_path, "_cached", Section("test", 1 << 10))
     set_(cudnn.CudnnBackend, "reasons", lambda self, p: support.reasons(p, 91900))
     set_(decode, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..backends.triton.decode import launch_config as rules
+from ..backends.triton.decode.forward import DecodeKernel
 from ..backends.triton.decode.launch_config import Launch
 from ..call import Call, Problem
 from ..validation import Arguments, validated

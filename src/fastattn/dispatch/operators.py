@@ -19,8 +19,7 @@ from .. import reference
 from .._compat import torch as torch_internals
 from ..backends.scratch import inside_operator
 from ..call import CALL, Call, Gradients, token_major, work_dtype
-from . import serve
-from .registry import backend
+from . import registry, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
@@ -72,7 +71,7 @@ def _forward(call: Call, names: tuple[str, ...], compute_lse: bool = False) -> t
         if compute_lse:
             lse = reference.forward(route.problem, call)[1]
         else:
-            names = tuple(name for name in names if not backend(name).reads_lse)
+            names = tuple(name for name in names if not registry.backend(name).reads_lse)
     if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
         lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
     return out, lse, names

@@ -12,8 +12,9 @@ from ..backends.base import Backend, Kernel
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
 from ..shape_cache import Reason, shape_cache
+from . import registry
 from .refusals import late_refusal
-from .registry import BackendError, allowed, backend
+from .registry import BackendError
 
 _routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED])
 
@@ -51,7 +52,7 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
 
 def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
-    return {name: _reasons(name, problem) for name in (allowed() if names is None else names)}
+    return {name: _reasons(name, problem) for name in (registry.allowed() if names is None else names)}
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
@@ -72,7 +73,7 @@ def nobody(refusals: dict[str, list[str]]) -> BackendError:
 def _reasons(name: str, problem: Problem) -> list[str]:
     """What a backend refuses by itself, and what it refused when it was called."""
     late = late_refusal(name, problem)
-    return [*backend(name).reasons(problem), *([late.why] if late else [])]
+    return [*registry.backend(name).reasons(problem), *([late.why] if late else [])]
 
 
 def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
@@ -80,19 +81,19 @@ def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
     refusals: dict[str, list[str]] = {}
     until, waiting = 0.0, None
     for name in names:
-        why = backend(name).reasons(problem)
+        why = registry.backend(name).reasons(problem)
         late = None if why else late_refusal(name, problem)
         if not why and late is None:
             if name == "reference" and problem.device == "cuda" and not problem.empty:
                 _warn_slow(refusals)
-            return backend(name), until
+            return registry.backend(name), until
         if late is not None:
             why = [late.why]
             until = min(until or math.inf, late.until)
             waiting = waiting or (name if late.until < math.inf else None)
         refusals[name] = why
     if waiting is not None:  # nobody else is left: it may go well now
-        return backend(waiting), time.monotonic()
+        return registry.backend(waiting), time.monotonic()
     raise nobody(refusals)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from prepared import prepared
 from recorder import cudnn
 
 import fastattn
-from fastattn import api
 from fastattn.backends.cudnn import backward, forward, graphs, operands
 from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import OUTPUTS, RAGGED, ROLES, Operand, PlanKey
@@ -131,7 +131,7 @@ def keys_of(
     q, k, v = make(8, q_len), make(2, kv_len), make(2, kv_len)
     for x in (q, k, v) if grads else ():
         x.requires_grad_()
-    call = api.prepare(q, k, v, **options)
+    call = prepared(q, k, v, **options)
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     recorder.keys.clear()
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_the_gradient_of_an_expanded_mask_has_the_shape_of_what_was_given() -> N
     """Autograd sums it itself, over the expansion."""
     mask = torch.zeros(1, 8, 30, 40, requires_grad=True).expand(2, -1, -1, -1)
     q, k, v = (torch.zeros(2, heads, n, 64, dtype=torch.bfloat16) for heads, n in ((8, 30), (2, 40), (2, 40)))
-    call = api.prepare(q, k, v, mask=mask)
+    call = prepared(q, k, v, mask=mask)
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     assert "m" in problem.grads
     assert operands.masked(problem, call, whole=True).bias.shape == (2, 8, 30, 40)
@@ -220,7 +220,7 @@ def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_th
     found = []
     for length in (100, 333):
         q, k, v = (torch.randn(1, heads, length, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
-        call = api.prepare(q, k, v, mask="causal")
+        call = prepared(q, k, v, mask="causal")
         problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
         recorder.keys.clear()
         forward.bind(problem, call)(call)

@@ -128,7 +128,7 @@ def _bind(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Bound
     dynamic = _dynamic_key(p, tensors, deterministic, q_max, kv_max)
     larger = partial(_larger_keys, p, _shapes(tensors), deterministic, q_max, kv_max)
     offsets = RaggedOffsets(p, ragged_rows(p, p.kv_heads), p.kv_heads)
-    return _Bound(PlanChoice(static, dynamic, larger, trained=True), offsets)
+    return _Bound(PlanChoice(plans.shared, static, dynamic, larger, trained=True), offsets)
 
 
 def _dynamic_key(p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int) -> PlanKey:

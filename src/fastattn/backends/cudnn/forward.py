@@ -100,7 +100,7 @@ class UnbiasedForward:
         left, right = band(p)
         dynamic = PlanKey("forward", p.index, tuple(operands), left, right, lower_right(p))
         static = static_key(p, {"q": q, "k": k, "v": v, "o": out}, stats) if may_be_static(p) else None
-        self._choice = PlanChoice(static, dynamic, trained=bool(p.grads))
+        self._choice = PlanChoice(plans.shared, static, dynamic, trained=bool(p.grads))
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = call.q, call.k, call.v

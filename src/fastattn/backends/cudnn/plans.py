@@ -159,16 +159,18 @@ shape_cache.register(shared)
 class PlanChoice:
     """The plan for one kind of call, looked up again only when plans have come or gone, or the policy has changed."""
 
-    __slots__ = ("_check_at", "_dynamic", "_found", "_larger", "_seen", "_static", "_trained")
+    __slots__ = ("_check_at", "_dynamic", "_found", "_larger", "_plans", "_seen", "_static", "_trained")
 
     def __init__(
         self,
+        plans: Plans,
         static: PlanKey | None,
         dynamic: PlanKey,
         larger: Callable[[], Iterable[PlanKey]] = tuple,
         trained: bool = False,
     ) -> None:
-        """See `Plans.best`."""
+        """plans: where to look. The others: see `Plans.best`."""
+        self._plans = plans
         self._static = static
         self._dynamic = dynamic
         self._larger = larger
@@ -179,13 +181,13 @@ class PlanChoice:
 
     def plan(self) -> tuple[Plan, bool]:
         """What `Plans.best` finds, and whether it is the static plan."""
-        seen = shared.cache.generation, policy()
+        seen = self._plans.cache.generation, policy()
         found = self._found
-        if found is not None and self._seen == seen and shared.clock() < self._check_at:
+        if found is not None and self._seen == seen and self._plans.clock() < self._check_at:
             return found
-        plan = shared.best(self._static, self._dynamic, self._larger, self._trained)
+        plan = self._plans.best(self._static, self._dynamic, self._larger, self._trained)
         is_static = plan.key == self._static
         self._found, self._seen = (plan, is_static), seen
         # Until a static plan is there, its misses are to be counted.
-        self._check_at = math.inf if is_static or self._static is None else shared.clock() + shared.recheck
+        self._check_at = math.inf if is_static or self._static is None else self._plans.clock() + self._plans.recheck
         return plan, is_static

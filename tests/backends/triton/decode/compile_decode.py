@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from prepared import prepared
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from fastattn.api import prepare
 from fastattn.backends.triton.decode import combine, kernel
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.backends.triton.decode import runner as bound
@@ -92,7 +92,7 @@ def main(major: int, minor: int) -> None:
     recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
     bound.attend_kernel, bound.combine_kernel = recorders
     for name, (q, k, v), options in calls():
-        call = prepare(q, k, v, **options)
+        call = prepared(q, k, v, **options)
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
         bound.bind(problem, call, launch.choose(problem, 132))(call)
         for recorder in recorders:
