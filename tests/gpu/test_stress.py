@@ -21,7 +21,7 @@ from cases import BF16, FP32, TOLERANCE, Case, Inputs, make, refusals, run, trut
 from torch import Tensor
 
 import fastattn
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import plans
 from fastattn.dispatch import fast_path, routes
 
 THREADS = 8
@@ -244,12 +244,12 @@ def test_threads_on_a_gpu(
     stress_and_count(on_gpu, GPU_CALLS, seed, tmp_path, monkeypatch, narrow)
     served = {name: n - served.get(name, 0) for name, n in fastattn.stats()["calls"].items()}
     assert all(served.get(name, 0) > 500 for name in ("decode", "cudnn", "cudnn.backward")), served
-    assert plans.cache.wait()
+    assert plans.shared.wait()
     after = in_use()
     assert after["bytes"] - before["bytes"] < GROWTH, (before, after)
     assert after["builds"] == before["builds"], "somebody waited for a plan"
     assert after["background_failures"] == before["background_failures"]
-    assert after["plans"] <= plans.cache.capacity
+    assert after["plans"] <= plans.shared.cache.capacity
     # An exact plan for each forward and each backward, and one for longer calls for some of the backwards.
     assert after["plans"] - before["plans"] <= 2 * len(CASES)
 
