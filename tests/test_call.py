@@ -110,7 +110,7 @@ def test_a_field_out_of_order_or_without_a_type_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Late: expected tensors"):
         Fields(Late)
-    with pytest.raises(TypeError, match="what: .*complex"):
+    with pytest.raises(TypeError, match=r"what: .*complex"):
         Fields(Odd)
 
 
