@@ -89,8 +89,8 @@ def test_a_switch_that_says_nothing_stops_the_call_that_reads_it(name: str, valu
         q = torch.zeros(1, 1, 2, 8)
         try:
             fastattn.scaled_dot_product_attention(q, q, q)
-            from fastattn.backends.cudnn import plans
-            plans.policy()  # what a call on a GPU asks
+            from fastattn.backends.cudnn import plan_cache
+            plan_cache.policy()  # what a call on a GPU asks
         except ValueError as error:
             print(error)
     """
