@@ -1,4 +1,7 @@
-"""The modules of fastattn form layers: a file imports from its own layer or a lower one, and never in a circle."""
+"""The modules of fastattn form layers: a file imports from its own layer or a lower one, and never in a circle.
+
+The tests mirror the modules.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,22 @@ def test_lazy_names_are_annotated() -> None:
     table = {name: f"fastattn.{home}" for name, home in fastattn._HOMES.items()}
     assert lazy_names(ROOT) == table
     assert set(table) == set(fastattn.__all__)
+
+
+#: Directories and files of tests that no module stands for.
+ACROSS = {"helpers", "differential", "docs", "families", "faults", "gpu", "gpuless", "mutations"}
+ACROSS_FILES = {"test_examples.py", "test_import.py", "test_layers.py"}
+TESTS = Path(__file__).parent
+
+
+def test_tests_mirror_the_modules(graph: dict[str, list[Import]]) -> None:
+    """Each directory of tests is that of a package, each file of tests beside them that of a module."""
+    files = {path.relative_to(TESTS) for path in TESTS.rglob("*.py") if path.name != "conftest.py"}
+    folders = {path.parent for path in files if path.parts[0] not in ACROSS} - {Path()}
+    assert [str(folder) for folder in folders if f"fastattn.{'.'.join(folder.parts)}" not in graph] == []
+    beside = {str(path) for path in files if len(path.parts) == 1} - ACROSS_FILES
+    assert [name for name in beside if f"fastattn.{name[5:-3]}" not in graph] == []
+    assert [name for name in ACROSS | ACROSS_FILES if not (TESTS / name).exists()] == []
 
 
 # The checker itself, on packages that are made up.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, relative_error
-from tiny_lm import IGNORED, VOCABULARY, TinyLM, loss, next_tokens
 from torch import Tensor, nn
+from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens
 
 import fastattn
 from fastattn import Segments
