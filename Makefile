@@ -37,7 +37,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test quick test-oldest test-newest fuzz families gpuless gpu-test mutations support sanitize docs report lint format clean
+.PHONY: help benchmark test quick test-oldest test-newest wheel-test fuzz families gpuless gpu-test mutations support sanitize docs report lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,15 @@ test-newest: ## the same with what the registry has now
 	@rm -f .venv-newest/.fastattn-dev-*
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt DEV_EXTRAS=test \
 	  PIP_ARGS="$(PIP_ARGS) --upgrade --upgrade-strategy eager" TESTS="$(BY_VERSION)"
+
+WHEEL_VENV := .venv-wheel
+wheel-test: | $(PY) ## build a wheel, install it into a new environment and run it there
+	rm -rf out/wheel && $(PY) -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip wheel -q --no-deps -w out/wheel .
+	$(WHEEL_VENV)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) "$$(echo out/wheel/*.whl)[$(RUN_EXTRAS)]"
+	cd out/wheel && export PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" PYTHONPATH= && \
+	  fastattn --help && python -c 'import fastattn, fastattn.hf, fastattn.lm, fastattn.parallel' && \
+	  fastattn benchmark --model tiny -p 64 -g 16 -n 1
 
 N ?= 5000
 fuzz: $(DEV_STAMP) ## hold every backend against the truth on N random problems: make fuzz N=20000

@@ -101,7 +101,7 @@ def test_lazy_names_are_annotated() -> None:
 
 #: Directories and files of tests that no module stands for.
 ACROSS = {"helpers", "differential", "docs", "families", "faults", "gpu", "gpuless", "mutations"}
-ACROSS_FILES = {"test_examples.py", "test_import.py", "test_layers.py"}
+ACROSS_FILES = {"test_examples.py", "test_import.py", "test_layers.py", "test_wheel.py"}
 TESTS = Path(__file__).parent
 
 
