@@ -42,7 +42,7 @@ def without_sinks(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, **options: 
 def model(backend: str) -> TinyLM:
     """With heads of 64. torch's kernels take no sinks, so there they stay out."""
     torch.manual_seed(1)
-    return TinyLM(without_sinks if backend == "torch" else in_bfloat16, width=256, places=LENGTH).cuda()
+    return TinyLM(without_sinks if backend == "torch" else in_bfloat16, width=256, longest=LENGTH).cuda()
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
