@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
+from fastattn.backends.torch import TorchBackend
 from fastattn.common import notice
-from fastattn.dispatch import fast_path, refusals, routes
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +29,13 @@ def test_a_warning_is_given_once_per_kind() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_refusals", {})
-    monkeypatch.setattr(routes, "_routes", {})
-    monkeypatch.setattr(fast_path, "_cached", {})
-
-    def forward(*args: object) -> None:
+def test_a_warning_points_at_the_line_that_called(
+    grad: bool, monkeypatch: pytest.MonkeyPatch, fresh_caches: None
+) -> None:
+    def forward(call: object) -> None:
         raise Refusal("not today")
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: forward)
+    monkeypatch.setattr(TorchBackend, "bind", lambda *args: SimpleNamespace(forward=forward))
     q = torch.randn(1, 2, 3, 8, requires_grad=grad)
     with pytest.warns(fastattn.FastattnWarning, match="not today") as caught:
         fastattn.scaled_dot_product_attention(q, q, q)
