@@ -25,7 +25,7 @@ SWITCHES = {
     "FASTATTN_CUDNN": "0 turns the cuDNN backend off",
     "FASTATTN_DEBUG": "1 checks layouts and more at run time, and shows tracebacks on the command line",
     "FASTATTN_INTERPRET": "1 lets the decode backend run on a CPU, with TRITON_INTERPRET=1: for its tests",
-    "FASTATTN_PLANS": "cuDNN plans: exact = one for every shape, built at once; any = only those for any length",
+    "FASTATTN_PLANS": "cuDNN plans: static = one for each shape, built at once; dynamic = only those for every length",
     "FASTATTN_PLAN_CACHE": "the directory where compiled cuDNN plans are kept, or off",
     "FASTATTN_TEST_SEED": "other random inputs for the tests",
     "TRITON_INTERPRET": "1 runs Triton's kernels in Python: right, and very slow",
