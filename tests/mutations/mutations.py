@@ -22,7 +22,7 @@ _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layou
 _KEYS = ("tests/backends/cudnn/test_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
-_STRANGERS = ("tests/backends/cudnn/test_disk_strangers.py",)
+_OTHER_USERS = ("tests/backends/cudnn/test_disk_other_users.py",)
 
 MUTATIONS = (
     # caches and keys
@@ -246,28 +246,28 @@ MUTATIONS = (
         "backends/cudnn/folder.py",
         "if info.st_uid != os.geteuid() or info.st_mode & mode:",
         "if False:",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "the directories above the folder of plans are not checked",
         "backends/cudnn/folder.py",
         "            _check_lead(os.fstat(here), path)\n",
         "",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "a copied folder of plans is trusted",
         "backends/cudnn/folder.py",
         'os.fstat(handle).st_ino.to_bytes(8, "little")',
         "bytes(8)",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "files that are no plans are trimmed",
         "backends/cudnn/disk.py",
         "if _OURS.fullmatch(entry.name) else None",
         'if entry.name.endswith((".plan", ".tmp")) else None',
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "a result file names files elsewhere",
