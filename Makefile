@@ -37,7 +37,7 @@ DEV_STAMP := $(VENV)/.fastattn-dev-$(KEY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help benchmark test test-oldest test-newest fuzz families gpuless gpu-test mutations support sanitize docs report lint format clean
+.PHONY: help benchmark test quick test-oldest test-newest wheel-test fuzz families gpuless gpu-test mutations support sanitize docs report lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,16 @@ benchmark: $(RUN_STAMP) ## run a language model through fastattn and compare (wi
 
 test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and counted without one
 	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) $(TESTS)
+
+# The operator, its reference, validation, dispatch, the keys of plans, the layers, a quarter of the random problems.
+QUICK := tests/test_layers.py tests/test_import.py tests/test_debug.py tests/test_reference.py tests/test_validation.py \
+  tests/test_varlen.py tests/test_shape_cache.py tests/dispatch/test_operators.py tests/dispatch/test_routing.py \
+  tests/dispatch/test_fast_path.py tests/dispatch/test_layouts_and_modes.py tests/dispatch/test_use_backend.py \
+  tests/dispatch/test_eager_gradients.py tests/backends/test_torch.py tests/backends/cudnn/test_keys.py
+PROBLEMS := tests/differential/test_problems.py::test_problems
+
+quick: $(DEV_STAMP) ## run the core tests, about a minute on two cores
+	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) $(QUICK) '$(PROBLEMS)[outputs-0]' '$(PROBLEMS)[gradients-0]'
 
 # What depends on the versions of other libraries.
 BY_VERSION := tests/_compat tests/integrations/transformers tests/lm
@@ -59,6 +69,15 @@ test-newest: ## the same with what the registry has now
 	@rm -f .venv-newest/.fastattn-dev-*
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt DEV_EXTRAS=test \
 	  PIP_ARGS="$(PIP_ARGS) --upgrade --upgrade-strategy eager" TESTS="$(BY_VERSION)"
+
+WHEEL_VENV := .venv-wheel
+wheel-test: | $(PY) ## build a wheel, install it into a new environment and run it there
+	rm -rf out/wheel && $(PY) -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip wheel -q --no-deps -w out/wheel .
+	$(WHEEL_VENV)/bin/python -m pip install -q $(PIP_ARGS) -c $(CONSTRAINTS) "$$(echo out/wheel/*.whl)[$(RUN_EXTRAS)]"
+	cd out/wheel && export PATH="$(CURDIR)/$(WHEEL_VENV)/bin:$$PATH" PYTHONPATH= && \
+	  fastattn --help && python -c 'import fastattn, fastattn.hf, fastattn.lm, fastattn.parallel' && \
+	  fastattn benchmark --model tiny -p 64 -g 16 -n 1
 
 N ?= 5000
 fuzz: $(DEV_STAMP) ## hold every backend against the truth on N random problems: make fuzz N=20000

@@ -1,11 +1,13 @@
-"""What every test shares: seeds, thread settings, and GPU tests that say so when they cannot run."""
+"""For all tests: seeds, thread settings, a saved model, and GPU tests that say so when they cannot run."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +62,25 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(value)
     request.node.add_report_section("setup", "seed", f"torch.manual_seed({value})")
     return value
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in Hugging Face's layout: the tiny preset with a tokenizer of single words. Not to be changed."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from fastattn.lm import load
+
+    path = tmp_path_factory.mktemp("models") / "saved-tiny"
+    load("tiny", attn="eager", seed=3).model.save_pretrained(path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model_directory(saved_model: Path, tmp_path: Path) -> Path:
+    """A copy of `saved_model` that a test may damage."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))

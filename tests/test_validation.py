@@ -168,43 +168,47 @@ def test_a_factor_beyond_float32_is_refused_where_scores_are_float32(
         assert isinstance(out, Tensor) and bool(out.isfinite().all())
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-39, 1e-32, 1e-30, 1e-20, -1e-300, -1e-39, 0, 5e-324])
-@pytest.mark.parametrize("backend", ["reference", "torch", "decode"])
-def test_a_scale_that_float32_knows_as_nothing(backend: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of 0, masked ones still masked (0 * -inf is NaN); and scores that are not 0, of large numbers."""
+def interpreted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the decode backend run through Triton's interpreter; skips its tests where it runs natively."""
     if backend == "decode":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("native on a GPU")
         monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> Tensor:
+    """The output in float32 of these scores under a causal mask, computed in float64."""
+    weights = scores.masked_fill(~naive.visible(q, k, window=(-1, 0)), -torch.inf).softmax(-1)
+    return (weights @ v.double().repeat_interleave(2, 1)).float()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-39, 1e-32, 1e-30, 1e-20, -1e-300, -1e-39, 0, 5e-324])
+@pytest.mark.parametrize("backend", ["reference", "torch", "decode"])
+def test_a_scale_that_float32_knows_as_nothing(backend: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of 0, masked ones still masked (0 * -inf is NaN); and scores that are not 0, of large numbers."""
+    interpreted(backend, monkeypatch)
     arguments = good()
     q, k, v = arguments.values()
     for factor in (1.0, 2.0**60):
         q, k = q * factor, k * factor
         found = fastattn.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", backend=backend)
-        for _ in range(2):  # and by the short way
+        for _ in range(2):  # and by the fast path
             again = fastattn.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", backend=backend)
             assert torch.equal(found, again)
-        seen = naive.visible(q, k, window=(-1, 0))
-        scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * scale
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        torch.testing.assert_close(found, (weights @ v.double().repeat_interleave(2, 1)).float(), rtol=1e-4, atol=1e-5)
+        want = causal(q, k, v, (q.double() @ k.double().repeat_interleave(2, 1).mT) * scale)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [1e-30, 1e-6, 1e6, 1e20, 1e30])
 @pytest.mark.parametrize("backend", ["reference", "decode"])
 def test_softcaps_at_the_limits(backend: str, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "decode":
-        pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("native on a GPU")
-        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    interpreted(backend, monkeypatch)
     q, k, v = good().values()
     found = fastattn.scaled_dot_product_attention(q, k, v, softcap=softcap, mask="causal", backend=backend)
     scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * D**-0.5
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~naive.visible(q, k, window=(-1, 0)), -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, (weights @ v.double().repeat_interleave(2, 1)).float(), rtol=1e-4, atol=1e-5)
+    want = causal(q, k, v, softcap * torch.tanh(scores / softcap))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

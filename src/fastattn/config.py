@@ -1,4 +1,4 @@
-"""Environment variables, read at each call. One with a value that means nothing raises ValueError, by its name."""
+"""Environment variables, read at each call. A value that is not allowed raises ValueError, which names the variable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ OFF = ("0", "off", "false", "no")
 
 
 def is_on(name: str, default: bool) -> bool:
-    """What a variable says that is on or off; the default when it is not set or empty. ValueError: it says neither."""
+    """The value of an on/off variable; the default when it is unset or empty.
+
+    Raises ValueError, naming the variable, for a value that is neither in `ON` nor in `OFF`.
+    """
     value = setting(name)
     if not value:
         return default
@@ -19,12 +22,15 @@ def is_on(name: str, default: bool) -> bool:
 
 
 def debugging() -> bool:
-    """FASTATTN_DEBUG, for those who report errors: False where it says nothing, for that was reported already."""
+    """FASTATTN_DEBUG, for code that reports errors: False for a wrong value, which was reported before."""
     return not complaint(partial(is_on, "FASTATTN_DEBUG", False)) and is_on("FASTATTN_DEBUG", False)
 
 
 def choice(name: str, choices: tuple[str, ...], default: str) -> str:
-    """The one of `choices` that the variable names, in any case; the default when it is not set or empty."""
+    """The variable's value, in lower case; the default when it is unset or empty.
+
+    Raises ValueError, naming the variable, for a value that is not in `choices`.
+    """
     value = setting(name)
     if not value:
         return default
@@ -35,7 +41,7 @@ def choice(name: str, choices: tuple[str, ...], default: str) -> str:
 
 
 def complaint(check: Callable[[], object]) -> str:
-    """What is wrong with a variable, "" if nothing, found by reading it."""
+    """The message of the ValueError that `check` raises; "" if it raises none."""
     try:
         check()
     except ValueError as error:
@@ -44,13 +50,13 @@ def complaint(check: Callable[[], object]) -> str:
 
 
 def setting(name: str) -> str:
-    """The variable's value, "" when it is not set."""
+    """The variable's value; "" when it is unset."""
     if _plain is None:
         return os.environ.get(name, "")
-    # To ask os.environ for what is not there costs it an exception: 1 us, several times in each call of the op.
+    # os.environ raises and catches an exception for a variable that is unset: 1 us, several times in each call.
     value = _plain.get(os.environ.encodekey(name))
     return "" if value is None else os.environ.decodevalue(value)
 
 
-#: What os.environ wraps, where it is as it has been since Python 3.2.
+#: The dict that os.environ wraps; None in a Python where os.environ is built in another form.
 _plain = getattr(os.environ, "_data", None) if hasattr(os.environ, "encodekey") else None

@@ -1,4 +1,4 @@
-"""FASTATTN_DEBUG=1: checks that cost a look at the data, and so a wait for the GPU. Read once, at import."""
+"""FASTATTN_DEBUG=1: checks that read the data, for which the host waits for the GPU. Read once, at import."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ENABLED = is_on("FASTATTN_DEBUG", False)
 
 
 def check_call(call: Call) -> None:
-    """Raises ValueError, naming the argument, where lengths or intervals reach beyond what is there.
+    """Raises ValueError, naming the argument, for lengths, segments or intervals out of the tensors' range.
 
-    Without debugging such values are clamped: the host does not know them.
+    Without FASTATTN_DEBUG such values are clamped on the device: the host does not read them.
     """
     for name, lengths, total in (
         ("q_lengths", call.q_lengths, call.q.shape[2]),
@@ -35,15 +35,15 @@ def check_call(call: Call) -> None:
 
 
 def check_segments(table: Tensor, batch: int, q_len: int, kv_len: int) -> None:
-    """Raises ValueError where a table of segments is not what `masks.Segments` asks for."""
+    """Raises ValueError for a table of segments that is not as `masks.Segments` describes."""
     names = ["row", "q_start", "q_stop", "kv_start", "kv_stop"] if table.shape[0] == 5 else ["row", "start", "stop"]
     columns = dict(zip(names, table.long().tolist(), strict=True))
     for name, column in columns.items():
         most = batch - 1 if name == "row" else kv_len if name.startswith("kv") else q_len
         if min(column) < 0 or max(column) > most:
             raise ValueError(f"mask.table: expected {name} in 0..{most}, got {min(column)}..{max(column)}")
-    places = list(zip(columns["row"], columns[names[1]], columns[names[2]], strict=True))
-    for (row, first, stop), (next_row, next_first, _) in pairwise(places):
+    segments = list(zip(columns["row"], columns[names[1]], columns[names[2]], strict=True))
+    for (row, first, stop), (next_row, next_first, _) in pairwise(segments):
         if (next_row, next_first) < (row, first) or (next_row == row and next_first < stop):
             raise ValueError(
                 f"mask.table: expected segments sorted by row and start, without overlap, got [{first}, {stop}) of row "
@@ -52,7 +52,7 @@ def check_segments(table: Tensor, batch: int, q_len: int, kv_len: int) -> None:
 
 
 def check_result(call: Call, backend: str, out: Tensor, lse: Tensor | None) -> None:
-    """Raises AssertionError where a backend breaks its promises: shape, layout, finite results of finite inputs."""
+    """Raises AssertionError for a wrong shape, dtype or layout, and for a result not finite though the inputs are."""
     expected = (*call.q.shape[:3], call.v.shape[3])
     assert tuple(out.shape) == expected, f"{backend}: expected shape {expected}, got {tuple(out.shape)}"
     assert out.dtype == call.q.dtype, f"{backend}: expected {call.q.dtype}, got {out.dtype}"

@@ -1,7 +1,8 @@
 """The mask kinds and their conversions, each in one place.
 
-Four things decide which keys a query sees, and all of them must agree: a mask (bool tensor, additive tensor or
-`Intervals`), a band (causal, window), the keys' lengths, the queries' lengths. Everything here combines the four.
+Four arguments decide which keys a query sees; a key must pass all of them: the mask (bool tensor, additive tensor,
+`Intervals` or `Segments`), the band (causal, window), the lengths of the keys and the lengths of the queries. The
+functions of this module combine the four.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import Tensor
 from .call import Call, Problem
 from .common.checks import check_count, check_flag, check_ints
 
-LOWEST = -1e38  #: as good as finfo.min, and float32 still after a multiplication by log2(e)
+LOWEST = -1e38  #: masks as finfo.min does, and is finite in float32 after a multiplication by log2(e)
 
 
 class Intervals(NamedTuple):
     """One interval of visible keys per query row: row i of batch b sees the keys `[lo, hi)`.
 
     The compact form of left and right padding, packing, windows and chunked prefill: O(S) numbers instead of a mask of
-    O(S^2). Rows with `hi <= lo` see nothing and give 0; bounds outside of 0..Skv are clamped (with FASTATTN_DEBUG=1
-    they raise).
+    O(S^2). Rows with `hi <= lo` are fully masked: their output is 0. Bounds outside of 0..Skv are clamped (with
+    FASTATTN_DEBUG=1 they raise).
 
     lo, hi: int32 tensors `[B, Sq]`, or `[B, 1]` when all rows of a batch entry share one interval, on the inputs'
     device. B may be 1 to stand for every batch entry.
@@ -36,14 +37,15 @@ class Intervals(NamedTuple):
 class Segments(NamedTuple):
     """Sequences that lie side by side: each query sees the keys of its own segment, all or causally.
 
-    What left padding, packing and batches of different lengths need, in a form that says it of whole sequences: N
-    numbers instead of S, read on the device alone. fast kernels take it as offsets and lengths; nothing of S^2 exists.
-    `packed` and `left_padded` make one.
+    It describes left padding, packing and batches of different lengths by one column per sequence, O(N) numbers instead
+    of O(S), which only the device reads. Kernels take it as offsets and lengths; nothing of size S^2 is made. `packed`
+    and `left_padded` make one.
 
     table: int32 `[3, N]` (batch entry; first token; one past the last token: of queries and keys alike) or `[5, N]`
         (batch entry; first query; one past the last query; first key; one past the last key), on the inputs' device,
         sorted by batch entry and first query, segments of one batch entry not overlapping. Bounds outside of 0..S are
-        clamped (with FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, give 0.
+        clamped (with FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, are fully
+        masked: their output is 0.
     causal: a query sees the keys up to its own position, aligned to the lower right of its segment: query i of a
         segment of m queries and n keys sees its keys j <= i + n - m. The op's `window` counts the same positions.
     """
@@ -58,7 +60,7 @@ class Segments(NamedTuple):
         cu_seqlens, cu_seqlens_kv: int32 `[N + 1]`, cumulative lengths of the queries' and of the keys' sequences (the
         same unless given): sequence n holds the tokens `cu[n] <= t < cu[n + 1]`.
 
-        Raises ValueError or TypeError, naming the argument, for what is not as described.
+        Raises ValueError or TypeError, naming the argument.
         """
         check_ints("cu_seqlens", cu_seqlens, "[sequences + 1]", 1)
         check_flag("causal", causal)
@@ -84,7 +86,7 @@ class Segments(NamedTuple):
             device alone, clamped to 0..kv_len (with FASTATTN_DEBUG=1 the op raises).
         q_len, kv_len: Sq and Skv of the call.
 
-        Raises ValueError or TypeError, naming the argument, for what is not as described.
+        Raises ValueError or TypeError, naming the argument.
         """
         check_ints("padding", padding, "[batch]")
         check_flag("causal", causal)
@@ -99,7 +101,7 @@ class Segments(NamedTuple):
 
 
 def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:
-    """The same with its segments and its band said as Intervals."""
+    """The same call with its segments and its band written as Intervals."""
     lo, hi = (x.expand(problem.batch, -1).contiguous() for x in bounds(call))
     shape = (problem.batch, problem.q_len)
     return (
@@ -109,19 +111,19 @@ def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:
 
 
 def kv_lengths(call: Call) -> Tensor | int:
-    """Keys per batch entry, clamped to what is there: an int without `kv_lengths`, else int32 `[B]`."""
+    """Keys per batch entry: Skv, an int, without `kv_lengths`; else int32 `[B]`, clamped to 0..Skv."""
     total = call.k.shape[2]
     return total if call.kv_lengths is None else call.kv_lengths.clamp(0, total)
 
 
 def q_lengths(call: Call) -> Tensor | int:
-    """Queries per batch entry, clamped to what is there: an int without `q_lengths`, else int32 `[B]`."""
+    """Queries per batch entry: Sq, an int, without `q_lengths`; else int32 `[B]`, clamped to 0..Sq."""
     total = call.q.shape[2]
     return total if call.q_lengths is None else call.q_lengths.clamp(0, total)
 
 
 def bounds(call: Call, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-    """The interval `[lo, hi)` that band, lengths and Intervals leave to each of the queries `start:stop`.
+    """The keys `[lo, hi)` that band, lengths, Intervals and Segments let each of the queries `start:stop` see.
 
     Returns two int32 tensors `[B|1, stop - start]`. A bool or additive mask is not part of it.
     """
@@ -156,17 +158,17 @@ def segment_bounds(
     start: int = 0,
     stop: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`bounds` of the segments of a `Segments.table` in a batch of that many entries, queries and keys."""
+    """`bounds` for a `Segments.table`, in a batch of `batch` entries with q_total queries and kv_total keys each."""
     row, q_first, q_end = table[0], table[1].clamp(0, q_total), table[2].clamp(0, q_total)
     first, end = table[-2].clamp(0, kv_total), table[-1].clamp(0, kv_total)
     tokens = torch.arange(start, q_total if stop is None else stop, dtype=torch.int32, device=table.device)
     if not table.shape[1]:
         zeros = tokens.new_zeros(batch, tokens.shape[0])
         return zeros, zeros
-    # Where each query would come in the sorted starts of all batch entries, counted through.
+    # Positions in the flattened batch, in which the starts of all segments are sorted.
     starts = row.long() * q_total + q_first
-    places = torch.arange(batch, device=table.device)[:, None] * q_total + tokens
-    n = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
+    flat = torch.arange(batch, device=table.device)[:, None] * q_total + tokens
+    n = (torch.searchsorted(starts, flat, right=True) - 1).clamp(min=0)
     entry = torch.arange(batch, dtype=torch.int32, device=table.device)[:, None]
     inside = (row[n] == entry) & (tokens >= q_first[n]) & (tokens < q_end[n])
     position = tokens + (end - q_end)[n]  # the segment's last query stands on its last key
@@ -202,7 +204,10 @@ def visibility(call: Call, start: int = 0, stop: int | None = None) -> Tensor | 
 
 
 def additive(call: Call, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor | None:
-    """Everything that masks, as one tensor to add to the scores, broadcastable to `[B, Hq, rows, Skv]`, or None."""
+    """All masking of the queries `start:stop` as one tensor of `dtype` to add to the scores, or None without masking.
+
+    Broadcastable to `[B, Hq, rows, Skv]`; -inf where a query does not see a key.
+    """
     seen = visibility(call, start, stop)
     if seen is None:
         return None
@@ -212,7 +217,7 @@ def additive(call: Call, dtype: torch.dtype, start: int = 0, stop: int | None = 
 
 
 def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive mask in a dtype of less range: what is finite stays finite."""
+    """An additive mask cast to `dtype`. Finite values stay finite, also where the range of `dtype` is smaller."""
     if mask.dtype == torch.float64 and dtype != torch.float64:
         most = torch.finfo(dtype).max
         mask = torch.where(mask.isinf(), mask, mask.clamp(-most, most))
@@ -220,9 +225,9 @@ def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_base_2(mask: Tensor) -> Tensor:
-    """An additive mask for kernels that multiply it by log2(e): what is finite stays finite.
+    """An additive mask for kernels that multiply it by log2(e), so clamped that finite values stay finite.
 
-    finfo.min would become -inf there, and a row of nothing else would see no key at all.
+    Otherwise finfo.min would become -inf, and a row that holds only finfo.min would be fully masked.
     """
     if mask.dtype == torch.float16:
         return mask
@@ -236,12 +241,12 @@ def reduce_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def unseen_keys(call: Call) -> Tensor | None:
-    """Keys that no query of the call sees, bool `[B|1, Hkv|1, Skv, 1]`, or None where shapes prove that there are none.
+    """Keys that no query of the call sees, bool `[B|1, Hkv|1, Skv, 1]`; None if shapes alone prove that there are none.
 
     What such a key holds (NaN, another request's leftovers) must not reach the output, and 0 * NaN is NaN: kernels
     that multiply masked probabilities by V need these keys cleared.
     """
-    # Without lengths the last query stands on the last key, and the first one's window begins left of its place.
+    # Without lengths the last query is aligned to the last key; the first query's window begins at key 0 or before.
     whole = call.left < 0 or call.left >= call.k.shape[2] - call.q.shape[2]
     if whole and all(x is None for x in (call.mask, call.lo, call.segments, call.q_lengths, call.kv_lengths)):
         return None
@@ -250,8 +255,8 @@ def unseen_keys(call: Call) -> Tensor | None:
         assert seen is not None
         seen = seen.any(dim=2)
     else:
-        # A key is seen when more intervals have begun than ended up to it: O(S log S), no mask, and the same bits every
-        # time (a scatter would not do under torch's deterministic algorithms).
+        # A key is seen if more intervals have begun than ended up to it: O(S log S), without a mask of size S^2, and
+        # deterministic (torch's deterministic algorithms refuse a scatter).
         lo, hi = bounds(call)
         total = call.k.shape[2]
         empty = hi <= lo
@@ -273,5 +278,5 @@ def unseen_by_all(seen: Tensor, kv_heads: int) -> Tensor:
 
 
 def clear(x: Tensor, where: Tensor | None) -> Tensor:
-    """x with 0 where the bool tensor says so."""
+    """x with 0 where `where` is True; x itself if `where` is None."""
     return x if where is None else x.masked_fill(where, 0)

@@ -1,8 +1,8 @@
 """Exact attention in plain torch: any device, any dtype, any feature, forward and backward.
 
-The truth of the test suite when fed float64, and the last resort of the dispatcher. It walks over the queries in
-chunks, so its memory is O(S): no score matrix larger than one chunk exists, in the forward or in the backward, which
-computes each chunk again.
+With float64 inputs it is the reference of the test suite; the dispatcher uses it when no other backend serves a call.
+It loops over chunks of queries, so its memory is O(S): no score matrix larger than one chunk exists. The backward
+computes each chunk's scores again.
 
     s = softcap(scale * q k^T) + mask,    p = exp(s - lse),    lse = log(sum_j exp(s_j) + exp(sink)),    o = p v
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from . import masks
 from .call import Call, Gradients, Problem, as_token_major, token_major, work_dtype
 
-_TINY = 1e-30  #: below any sum of weights, of which the largest is 1; a row that sees nothing has the sum 0
-#: Scores held at a time: 8 MB stays in a CPU's cache, 128 MB fills a GPU.
+_TINY = 1e-30  #: below any sum of weights, of which the largest is 1; the sum of a fully masked row is 0
+#: Scores of one chunk, by device: 8 MB stays in a CPU's cache, 128 MB fills a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
@@ -43,7 +43,7 @@ def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-    """The gradients named by `call.grads`, whatever backend ran the forward."""
+    """The gradients named by `problem.grads`, whichever backend ran the forward."""
     p, work = problem, work_dtype(problem.dtype)
     k, v = call.k.to(work), call.v.to(work)
     dq = token_major(call.q, p.batch, p.q_heads, p.q_len, p.head_dim) if "q" in p.grads else None
@@ -55,15 +55,15 @@ def backward(problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | 
         rows = _scores(p, call, k, start, stop)
         probabilities, sink, _ = _softmax(rows.scores, call.sinks)
         do = grad_out[:, :, start:stop].to(work)
-        if rows.blind is not None:  # gradient 0, whatever the upstream gradient holds
-            do = masks.clear(do, rows.blind[..., None])
+        if rows.fully_masked is not None:  # their gradient is 0, also where the upstream gradient is NaN
+            do = masks.clear(do, rows.fully_masked[..., None])
         dp = _unfold(p, _fold(p, do) @ masks.clear(v, rows.unseen).mT)
-        # rowsum(do * o) is the same, but for the rounding of o: in rows of few keys that is most of what is left.
+        # Not rowsum(do * o), which is equal but for the rounding of o: in rows of few keys that error is the largest.
         delta = (probabilities * dp).sum(-1)
         if grad_lse is not None:
             dlse = grad_lse[:, :, start:stop].to(work)
-            # The log-sum-exp of a row that sees nothing is its sink, or the constant -inf.
-            delta = delta - (dlse if p.sinks else masks.clear(dlse, rows.blind))
+            # The log-sum-exp of a fully masked row is its sink, or the constant -inf.
+            delta = delta - (dlse if p.sinks else masks.clear(dlse, rows.fully_masked))
         if dv is not None:
             dv += _fold(p, probabilities).mT @ _fold(p, do)
         if dsinks is not None:
@@ -87,23 +87,23 @@ def backward(problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | 
 
 
 class _Rows(NamedTuple):
-    """The scores of one chunk of queries, and what had to be cleared so that no unseen value touches them."""
+    """The scores of one chunk of queries, and which keys and rows were cleared to keep unseen values out of them."""
 
     scores: Tensor  #: [B,Hq,rows,Skv], -inf where not seen
     capped: Tensor  #: the same before masking, 0 where not seen (what softcap's derivative needs)
-    q: Tensor  #: [B,Hq,rows,D], 0 in rows that see nothing
+    q: Tensor  #: [B,Hq,rows,D], 0 in fully masked rows
     unseen: Tensor | None  #: keys no query of the chunk sees, [B|1,Hkv|1,Skv,1]
-    blind: Tensor | None  #: queries that see no key, [B|1,Hq|1,rows]
+    fully_masked: Tensor | None  #: queries that see no key, [B|1,Hq|1,rows]
 
 
 def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
     q = call.q[:, :, start:stop].to(k.dtype)
     seen = masks.visibility(call, start, stop)
-    unseen = blind = None
+    unseen = fully_masked = None
     if seen is not None:
-        blind = ~seen.any(-1)
+        fully_masked = ~seen.any(-1)
         unseen = masks.unseen_by_all(seen.any(2), p.kv_heads)
-        q = masks.clear(q, blind[..., None])
+        q = masks.clear(q, fully_masked[..., None])
     scores = _unfold(p, _fold(p, q) @ k.mT) * call.scale
     if p.softcap:
         scores = torch.tanh(scores / p.softcap) * p.softcap
@@ -113,20 +113,20 @@ def _scores(p: Problem, call: Call, k: Tensor, start: int, stop: int) -> _Rows:
     if seen is not None:
         capped = masks.clear(capped, ~seen)
         scores = scores.masked_fill(~seen, -torch.inf)
-    return _Rows(scores, capped, q, unseen, blind)
+    return _Rows(scores, capped, q, unseen, fully_masked)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
     """The keys' probabilities, the sink's `[B,Hq,rows]` (0 without sinks), and the log-sum-exp `[B,Hq,rows]`.
 
-    The backward calls it again rather than take exp(scores - lse): under a mask of finfo.min the log-sum-exp has no
-    bits left to say how many keys share a row.
+    The backward calls it again instead of computing exp(scores - lse): under a mask of finfo.min the log-sum-exp is too
+    coarse to tell how many keys share a row.
     """
     top = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[:, None]
         top = torch.maximum(top, sink)
-    top = masks.clear(top, top == -torch.inf)  # a row that sees nothing
+    top = masks.clear(top, top == -torch.inf)  # a fully masked row
     weights = torch.exp(scores - top[..., None])
     total = weights.sum(-1)
     if sinks is None:

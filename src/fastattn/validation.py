@@ -1,6 +1,6 @@
-"""From the arguments of the op to a `Call`: the one place where they are checked and brought into one form.
+"""Checks the arguments of the op and converts them to a `Call`.
 
-Every error names the argument, says what was expected and what came.
+Each error names the argument, what was expected and what was passed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .common.checks import check_tensor as check_tensor
 from .common.checks import is_count as is_count
 from .masks import Intervals, Segments
 
-LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
+LONGEST = 1 << 30  #: a window larger than any sequence, small enough to be added to int32 positions
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Mask = str | Tensor | Intervals | Segments | None
@@ -28,7 +28,7 @@ Mask = str | Tensor | Intervals | Segments | None
 class Arguments(NamedTuple):
     """The arguments of `fastattn.scaled_dot_product_attention` as the caller passes them, unchecked.
 
-    `scale` and `backend` are not among them: the scale is data, and the backend no property of the call.
+    Without `scale`, which is data, and `backend`, which is not a property of the call.
     """
 
     q: Tensor
@@ -44,7 +44,7 @@ class Arguments(NamedTuple):
 
 
 def validated(arguments: Arguments, scale: float | None = None) -> Call:
-    """The call that the arguments ask for. Raises ValueError or TypeError, as the op does, before any launch."""
+    """The `Call` of the arguments. Raises ValueError or TypeError, naming the argument, before any launch."""
     q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse = arguments
     check_inputs(q, k, v)
     if not torch.compiler.is_compiling() and torch_internals.transforms_active():
@@ -99,7 +99,7 @@ def default_scale(q: Tensor) -> float:
 
 
 def is_plain_scale(scale: object) -> bool:
-    """True for a scale that `validated` passes on as it is, with any dtype of q."""
+    """True for a scale that `validated` leaves unchanged for any dtype of q."""
     least, most = LIMITS[torch.float32]
     return type(scale) is float and least <= scale <= most
 
@@ -112,7 +112,7 @@ def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     if scale <= 0.0:  # kernels track the row's maximum before they scale, which needs a positive scale
         q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     least = LIMITS[work_dtype(q.dtype)][0]
-    if scale < least:  # In float32 it would be 0 sooner or later, and 0 * -inf is NaN: q takes what is missing.
+    if scale < least:  # float32 would round it to 0, and 0 * -inf is NaN: q takes the rest of the factor
         q, scale = q * (scale / least), least
     return q, scale
 
@@ -136,7 +136,7 @@ def _wanted(call: Call) -> str:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q `[B,Hq,Sq,D]`, k `[B,Hkv,Skv,D]`, v `[B,Hkv,Skv,Dv]`, floating, one device, Hq a multiple of Hkv."""
+    """Raises unless q `[B,Hq,Sq,D]`, k `[B,Hkv,Skv,D]`, v `[B,Hkv,Skv,Dv]` are floating, on a device, Hq % Hkv == 0."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:
@@ -160,15 +160,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-#: Of factors on the scores, by the dtype in which those are computed: with smaller or larger ones scores that are
-#: numbers would become 0, infinite and NaN. (A score is a sum of products, and float32 ends at 3e38.)
+#: Smallest and largest scale and softcap, by the dtype in which scores are computed. Beyond them finite scores would
+#: become 0, infinite or NaN. (A score is a sum of products, and float32 ends at 3e38.)
 LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> float:
-    """dtype: of q, promoted."""
+    """The scale as a float. dtype: of q, after promotion. Raises ValueError."""
     value, most = _number("scale", scale), LIMITS[work_dtype(dtype)][1]
-    if not -most <= value <= most:  # (not math.isfinite: torch.compile cannot trace it for a symbolic float)
+    if not -most <= value <= most:  # not math.isfinite: torch.compile cannot trace it for a symbolic float
         raise ValueError(
             f"scale: expected a finite number of at most {most:g}, as scores are {_work(dtype)}, got {value}"
         )
@@ -218,7 +218,7 @@ def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tenso
         raise ValueError(f"mask: expected at most 4 dims, got {_shape(mask)}")
     if mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
-    # Not `size not in (1, whole)`: torch.compile answers that wrongly for symbolic sizes.
+    # Not `size not in (1, whole)`: torch.compile evaluates that wrongly for symbolic sizes.
     if any(size != 1 and size != whole for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")
     return mask, None, None

@@ -30,9 +30,8 @@ def varlen_attention(
     Args:
         q, k, v: `[Tq, Hq, D]`, `[Tkv, Hkv, D]`, `[Tkv, Hkv, Dv]`.
         cu_seqlens_q, cu_seqlens_kv: int32 `[N + 1]` on q's device: sequence n holds the tokens
-            `cu[n] <= t < cu[n + 1]`. Never read on the host; one tensor given for both tells that queries and keys are
-            the same tokens, which is faster. Tokens past the last entry belong to no sequence and
-            give 0.
+            `cu[n] <= t < cu[n + 1]`. Never read on the host. Pass the same tensor object for both if queries and keys
+            are the same tokens: that is faster. Tokens past the last entry belong to no sequence; their output is 0.
         causal: aligned to the lower right of each sequence, as in `scaled_dot_product_attention`.
         scale, sinks, window, softcap, backend: as in `scaled_dot_product_attention`; the window counts positions
             within the sequence.

@@ -9,18 +9,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from other_users import MALLORY, as_root, user
 
 from fastattn.bench import output
 from fastattn.cli import main as cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
-as_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be several users: not tried here"
-)
 SOURCE = str(Path(output.__file__).parents[2])
 
 
@@ -43,17 +40,6 @@ def result(tmp_path):
 
 def left(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def user(uid):
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 # --- files
@@ -91,9 +77,9 @@ def test_no_set_user_bits_are_kept(tmp_path):
 def test_a_file_of_another_stays_theirs(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    os.chown(path, 61001, 61001)
+    os.chown(path, MALLORY, MALLORY)
     output.write(path, "new")
-    assert (path.stat().st_uid, path.read_text()) == (61001, "new")
+    assert (path.stat().st_uid, path.read_text()) == (MALLORY, "new")
 
 
 def test_a_reader_keeps_the_old_file_whole(tmp_path):
@@ -320,7 +306,7 @@ def test_what_may_not_be_written_is_refused_before(tmp_path):
         place.chmod(0o1777)
         (place / "roots").write_text("old")
         (place / "roots").chmod(0o666)
-        with user(61001):
+        with user(MALLORY):
             # The folder is as /tmp: one may write into the file, and not rename over it.
             with pytest.raises(ValueError, match="cannot be written: Operation not permitted"):
                 output.check([place / "roots"])
@@ -330,7 +316,7 @@ def test_what_may_not_be_written_is_refused_before(tmp_path):
             with pytest.raises(ValueError, match="cannot be written: Permission denied"):
                 output.check([place / "mine"])
         place.chmod(0o755)
-        with user(61001):
+        with user(MALLORY):
             for files, folders in (([place / "new"], []), ([], [place / "a" / "b"]), ([], [place])):
                 with pytest.raises(ValueError, match="cannot be written: Permission denied"):
                     output.check(files, folders)

@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.cli import doctor
-from fastattn.dispatch import fast_path, registry, routes
+from fastattn.dispatch import registry
 
 
 def findings():
@@ -44,8 +44,9 @@ def test_without_a_gpu_nothing_needs_doing(monkeypatch):
 @pytest.mark.parametrize("module", ["triton", "transformers"])
 def test_a_package_that_does_not_import_is_a_line(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)  # what imports find is None: ModuleNotFoundError
-    monkeypatch.delitem(sys.modules, "fastattn.hf", raising=False)
-    monkeypatch.delattr(fastattn, "hf", raising=False)
+    for name in [name for name in sys.modules if name.startswith("fastattn.integrations.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("fastattn.integrations.transformers", raising=False)
     found = {f.subject.lower(): f for f in doctor.examine()}
     assert found[module].state == "broken"
     assert "Error" in found[module].text
@@ -119,32 +120,30 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, cuda, listed, state, advice):
     assert (found.state, found.advice) == (state, advice)
 
 
-def test_a_backend_that_computes_wrong_numbers_is_broken(monkeypatch):
-    reference = registry.backend("reference")
-    real = type(reference).bind
+def test_a_backend_that_computes_wrong_numbers_is_broken(monkeypatch, fresh_caches):
+    reference = type(registry.backend("reference"))
+    real = reference.bind
 
-    def wrong(self, problem, call):
-        def run(call):
-            out, lse = real(self, problem, call)(call)
+    class Wrong:
+        def __init__(self, kernel):
+            self.backward = kernel.backward
+            self.right = kernel.forward
+
+        def forward(self, call):
+            out, lse = self.right(call)
             return (out if call.q.dtype == torch.float64 else out * 1.1), lse
 
-        return run
-
-    monkeypatch.setattr(type(reference), "bind", wrong)
-    monkeypatch.setattr(routes, "_routes", {})
-    monkeypatch.setattr(fast_path, "_cached", {})
+    monkeypatch.setattr(reference, "bind", lambda self, problem, call: Wrong(real(self, problem, call)))
     found = findings()["backend reference"]
     assert found.state == "broken"
     assert "wrong: relative error 1" in found.text
 
 
-def test_a_backend_that_crashes_is_a_line(monkeypatch):
+def test_a_backend_that_crashes_is_a_line(monkeypatch, fresh_caches):
     def crash(self, problem, call):
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(type(registry.backend("torch")), "bind", crash)
-    monkeypatch.setattr(routes, "_routes", {})
-    monkeypatch.setattr(fast_path, "_cached", {})
     found = findings()["backend torch"]
     assert (found.state, found.text) == ("broken", "RuntimeError: no kernel image")
 

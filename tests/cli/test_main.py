@@ -37,7 +37,7 @@ def test_subcommands_import_what_is_heavy():
     """The parser, and with it every --help, needs neither torch nor transformers of its own."""
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from fastattn import cli; cli.main(['benchmark', '--help'])"
+        "from fastattn.cli import main; main.main(['benchmark', '--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Training through the op in the ways in which PyTorch trains: each is the plain training step, or says that it is not.
 
-The model is `tiny_lm.TinyLM`, whose sinks are Parameters; the truth is the same on attention written down plainly.
+The model is `training_model.TinyLM`, whose sinks are Parameters; the reference is the same model on plain attention.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, Case, make, refusals, relative_error, run
 from features import FEATURES
-from tiny_lm import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel
+from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 
 import fastattn
 from fastattn import Intervals, Segments

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, relative_error
-from tiny_lm import IGNORED, VOCABULARY, TinyLM, loss, next_tokens
 from torch import Tensor, nn
+from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens
 
 import fastattn
 from fastattn import Segments
@@ -42,7 +42,7 @@ def without_sinks(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, **options: 
 def model(backend: str) -> TinyLM:
     """With heads of 64. torch's kernels take no sinks, so there they stay out."""
     torch.manual_seed(1)
-    return TinyLM(without_sinks if backend == "torch" else in_bfloat16, width=256, places=LENGTH).cuda()
+    return TinyLM(without_sinks if backend == "torch" else in_bfloat16, width=256, longest=LENGTH).cuda()
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:

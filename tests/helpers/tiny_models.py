@@ -1,4 +1,8 @@
-"""Tiny models with random weights, one per family of attention that transformers knows."""
+"""Tiny models of transformers with random weights: one per family of attention, and any config's causal model.
+
+`build` makes the model of a family. `made` makes the causal model of a config, with weights so large that the tokens
+show which token attends to which; the functions below it give an engine's tokens and the references for them.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +36,30 @@ from transformers import (
 )
 
 import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+from fastattn.lm import Loaded
+from fastattn.lm.engine import Engine
 
 logging.set_verbosity_error()
 
 VOCABULARY = 99
 WINDOW = 5  #: of sliding layers, shorter than every prompt here
 
-_SIZES: dict[str, Any] = {
+#: Of a config for `made`: nothing ends a generation early.
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_FAMILY_SIZES: dict[str, Any] = {
+    **SIZES,
     "head_dim": 8,
-    "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -56,7 +69,7 @@ _ALTERNATE = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "fu
 
 
 def _config(kind: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:
-    return kind(**{**_SIZES, **settings})
+    return kind(**{**_FAMILY_SIZES, **settings})
 
 
 DECODERS: dict[str, PreTrainedConfig] = {
@@ -152,3 +165,50 @@ def left_padded(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=length)
+
+
+def made(config: Any, attn: str = "fastattn") -> Any:
+    """A causal model of the config in float32 and eval mode, always with the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def loaded(model: Any, tokenizer: Any = None, name: str = "tiny") -> Loaded:
+    return Loaded(model, tokenizer, model.config.get_text_config(), name)
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, VOCABULARY, (tokens,), generator=generator).tolist()
+
+
+def said(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The engine's tokens."""
+    found: list[list[int]] = [[] for _ in prompts]
+    for event in engine.generate(prompts, count):
+        found[event.request].append(event.token)
+    return found
+
+
+@torch.no_grad()
+def whole(model: Any, ids: list[int], count: int, **options: Any) -> list[int]:
+    """Greedy tokens, each by a forward pass over the whole text, without a cache."""
+    text = list(ids)
+    for _ in range(count):
+        text.append(int(model(input_ids=torch.tensor([text]), **options).logits[0, -1].argmax()))
+    return text[len(ids) :]
+
+
+@torch.no_grad()
+def generated(model: Any, ids: list[int], count: int, **options: Any) -> list[int]:
+    """transformers' own greedy generate."""
+    given = torch.tensor([ids])
+    out = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=count, **options)
+    return out[0, len(ids) :].tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_causal import SIZES, generated, made, prompt, said
+from tiny_models import SIZES, VOCABULARY, generated, made, prompt, said
 
 from fastattn.cli import main as cli
 from fastattn.lm import adapters as adapters_module
@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("models") / "base"
     made(hf.LlamaConfig(**SIZES), "eager").save_pretrained(path)
-    words = Tokenizer(models.WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(1, 120)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
     return path

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from fake_runner import FakeRunner
-from tiny_causal import SIZES, loaded, made
+from tiny_models import SIZES, loaded, made
 
 from fastattn.lm import Sampling, batch_generate, make_engine, make_runner, stream_batch, stream_generate
 from fastattn.lm.engine import Engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from tiny_causal import SIZES, generated, loaded, made, prompt, said
+from tiny_models import SIZES, generated, loaded, made, prompt, said
 
 from fastattn.common.notice import FastattnWarning, _given
 from fastattn.lm import Loaded, Sampling, make_engine, stream_generate

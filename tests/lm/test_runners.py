@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_causal import SIZES, VOCABULARY, generated, loaded, made, prompt, said, whole
+from tiny_models import SIZES, VOCABULARY, generated, loaded, made, prompt, said, whole
 from torch import nn
 
 from fastattn.lm import make_engine, make_runner

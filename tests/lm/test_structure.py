@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_causal import SIZES, loaded, made, prompt, said, whole
+from tiny_models import SIZES, loaded, made, prompt, said, whole
 from torch import nn
 from torch.nn.utils import parametrize
 

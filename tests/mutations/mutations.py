@@ -22,12 +22,12 @@ _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layou
 _KEYS = ("tests/backends/cudnn/test_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
-_STRANGERS = ("tests/backends/cudnn/test_disk_strangers.py",)
+_OTHER_USERS = ("tests/backends/cudnn/test_disk_other_users.py",)
 
 MUTATIONS = (
-    # what is remembered
+    # caches and keys
     Mutation(
-        "a plan's key forgets the strides of an exact operand",
+        "a plan's key forgets the strides of a static operand",
         "backends/cudnn/operands.py",
         "return Operand(role, tuple(x.shape), (*strides, 1), x.dtype)",
         "return Operand(role, tuple(x.shape), (x.shape[1] * x.shape[2] * x.shape[3], x.shape[2] * x.shape[3],"
@@ -36,7 +36,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a plan's key forgets the alignment of the causal mask",
-        "backends/cudnn/forward.py",
+        "backends/cudnn/geometry.py",
         "return p.q_len != p.kv_len or p.q_lengths or p.kv_lengths",
         "return False",
         _EMULATED,
@@ -49,34 +49,41 @@ MUTATIONS = (
         _KEYS,
     ),
     Mutation(
-        "a route's name forgets the strides",
-        "dispatch/routing.py",
-        "name = (q.shape, k.shape, v.shape, strides, q.dtype,",
-        "name = (q.shape, k.shape, v.shape, q.dtype,",
+        "the kind of a call forgets the strides",
+        "call.py",
+        "(x.shape, x.stride(), x.dtype, x.device) for x in call[self._tensors]]",
+        "(x.shape, x.dtype, x.device) for x in call[self._tensors]]",
         ("tests/dispatch/test_fast_path.py", "-k", "other_strides"),
     ),
     Mutation(
-        "a remembered call forgets the layout of v",
+        "the fast path's key forgets the strides",
         "dispatch/fast_path.py",
-        "v.shape, v.stride(), v.dtype, v.device,",
-        "v.shape, v.dtype, v.device,",
-        ("tests/dispatch/test_fast_path.py", "-k", "in_the_name or change_places"),
+        "    return x.shape, x.stride(), x.dtype, x.device\n",
+        "    return x.shape, x.dtype, x.device\n",
+        ("tests/dispatch/test_fast_path.py", "-k", "in_the_key or in_the_name or change_places"),
     ),
     Mutation(
-        "a remembered call takes the scale of the first one",
+        "the fast path's key forgets an argument",
         "dispatch/fast_path.py",
-        "scale = known.default_scale if scale is None else scale",
-        "scale = known.default_scale",
+        "_KINDS[type(x)](x) for x in arguments])",
+        "_KINDS[type(x)](x) for x in arguments[:-1]])",
+        ("tests/dispatch/test_fast_path.py", "-k", "in_the_key"),
+    ),
+    Mutation(
+        "a cached call takes the scale of the first one",
+        "dispatch/fast_path.py",
+        "cached.default_scale if scale is None else scale, cached.static",
+        "cached.default_scale, cached.static",
         _FAST,
     ),
     Mutation(
-        "lengths of an earlier call are kept as if they were no data",
+        "lengths of an earlier call are cached as if they were no data",
         "backends/cudnn/ragged_offsets.py",
         "self._static = not (p.q_lengths or p.kv_lengths or",
         "self._static = not (p.q_lengths or",
         _EMULATED,
     ),
-    # who sees what
+    # masks
     Mutation(
         "a bool mask is inverted",
         "masks.py",
@@ -93,7 +100,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a window is one key short on the left in the decode kernel",
-        "backends/triton/decode/kernel.py",
+        "backends/triton/masking.py",
         "lo = tl.maximum(position - left, 0)",
         "lo = tl.maximum(position - left + 1, 0)",
         ("tests/backends/triton/decode/test_decode.py", "-k", "features and window"),
@@ -135,22 +142,22 @@ MUTATIONS = (
         _EMULATED,
     ),
     Mutation(
-        "the alignment of the address is not looked at",
+        "the alignment of the address is not checked",
         "backends/cudnn/forward.py",
         "if not self._in_place or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:",
         "if not self._in_place:",
         _EMULATED,
     ),
     Mutation(
-        "the strides of heads and tokens change places",
+        "the strides of heads and tokens are swapped",
         "backends/cudnn/ragged_offsets.py",
         "strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]",
         "strides += [x.stride(0), x.stride(2) * (1 if role in KEY_SIDE else group), x.stride(1)]",
         _EMULATED,
     ),
     Mutation(
-        "queries whose numbers do not lie together are not copied for the decode kernel",
-        "backends/triton/decode/runner.py",
+        "queries with strided elements are not copied for the decode kernel",
+        "backends/triton/decode/forward.py",
         "if x.stride(3) != 1:",
         "if x.stride(3) > 2:",
         _DECODE,
@@ -163,14 +170,14 @@ MUTATIONS = (
         _EMULATED,
     ),
     Mutation(
-        "rows that see nothing keep what torch's kernel made of them",
+        "fully masked rows keep the output of torch's kernel",
         "backends/torch.py",
-        "    return masks.clear(out, blind)",
+        "    return masks.clear(out, fully_masked)",
         "    return out",
         _TORCH,
     ),
     Mutation(
-        "keys that nobody sees are not cleared",
+        "keys that no query sees are not cleared",
         "backends/torch.py",
         "        unseen = masks.unseen_keys(c)\n",
         "        unseen = None\n",
@@ -178,7 +185,7 @@ MUTATIONS = (
     ),
     # arithmetic
     Mutation(
-        "the sink is forgotten where splits are combined",
+        "the sink is forgotten when splits are combined",
         "backends/triton/decode/combine.py",
         "        total += tl.exp(sink - base)\n",
         "        total += 0.0\n",
@@ -213,7 +220,7 @@ MUTATIONS = (
         _REFERENCE,
     ),
     Mutation(
-        "a row that sees nothing has the statistics of one that does",
+        "a fully masked row has the statistics of one that is not",
         "backends/cudnn/backward.py",
         "stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse",
         "stats = lse",
@@ -235,32 +242,32 @@ MUTATIONS = (
         _FILES,
     ),
     Mutation(
-        "a plan that somebody else may write is trusted",
+        "a plan file that another user may write is trusted",
         "backends/cudnn/folder.py",
         "if info.st_uid != os.geteuid() or info.st_mode & mode:",
         "if False:",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
-        "what leads to the folder of plans is not looked at",
+        "the directories above the folder of plans are not checked",
         "backends/cudnn/folder.py",
         "            _check_lead(os.fstat(here), path)\n",
         "",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "a copied folder of plans is trusted",
         "backends/cudnn/folder.py",
         'os.fstat(handle).st_ino.to_bytes(8, "little")',
         "bytes(8)",
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
-        "what is no plan of ours is trimmed",
+        "files that are no plans are trimmed",
         "backends/cudnn/disk.py",
         "if _OURS.fullmatch(entry.name) else None",
         'if entry.name.endswith((".plan", ".tmp")) else None',
-        _STRANGERS,
+        _OTHER_USERS,
     ),
     Mutation(
         "a result file names files elsewhere",
@@ -277,7 +284,7 @@ MUTATIONS = (
         ("tests/bench/test_hostile_results.py", "-k", "do_nothing and sweep"),
     ),
     Mutation(
-        "a terminal obeys a result file",
+        "a terminal executes a result file",
         "common/printable.py",
         "    if character.isprintable():\n        return character\n",
         "    return character\n",
@@ -306,24 +313,46 @@ MUTATIONS = (
     ),
     Mutation(
         "use_backend outlives an exception",
-        "dispatch/routing.py",
+        "dispatch/registry.py",
         "    try:\n        yield\n    finally:\n        _chosen.reset(token)",
         "    yield\n    _chosen.reset(token)",
         ("tests/dispatch/test_use_backend.py",),
     ),
     Mutation(
         "a background failure is tried again for ever",
-        "backends/cudnn/plan_cache.py",
-        "build = now >= wish.retry if wish.submitted else wish.occasions >= enough",
-        "build = wish.occasions >= enough",
+        "backends/cudnn/plan_policy.py",
+        "due = now >= found.retry_at if found.state is State.FAILED else found.occasions >= enough",
+        "due = found.occasions >= enough",
         ("tests/faults/test_worker_faults.py", "-k", "reported_once"),
     ),
     Mutation(
-        "whoever asks for the log-sum-exp is taken to train",
+        "what routes calls stays when a backend has refused",
+        "dispatch/routes.py",
+        "dropped_for=[Reason.BACKEND_REFUSED]",
+        "dropped_for=[]",
+        ("tests/faults/test_setbacks.py", "tests/dispatch/test_fast_path.py", "-k", "refus or later"),
+    ),
+    Mutation(
+        "clear_plans leaves what is cached for other reasons",
+        "shape_cache.py",
+        "if reason is Reason.CLEARED or reason in holder.dropped_for:",
+        "if reason in holder.dropped_for:",
+        ("tests/test_shape_cache.py",),
+    ),
+    Mutation(
+        "a function imports a higher layer",
+        "masks.py",
+        "    total = call.k.shape[2]\n    return total if call.kv_lengths is None",
+        "    from .dispatch import registry as registry\n\n    total = call.k.shape[2]\n"
+        "    return total if call.kv_lengths is None",
+        ("tests/test_layers.py",),
+    ),
+    Mutation(
+        "a call with its log-sum-exp is taken to train",
         "backends/cudnn/forward.py",
         "trained=bool(p.grads)",
         "trained=stats",
-        ("tests/backends/cudnn/test_choice.py", "-k", "say_whether_they_train"),
+        ("tests/backends/cudnn/test_plan_choice.py", "-k", "say_whether_they_train"),
     ),
     Mutation(
         "memory that ran out is a refusal for good",

@@ -1,34 +1,34 @@
-"""What the arguments of several subcommands share."""
+"""Arguments that several subcommands share."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-#: What a dtype is called on the command line -> torch's name for it.
+#: A dtype's name on the command line -> torch's name for it.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in ("bfloat16", "float16", "float32")}
 
 
 def add_dtype_and_device(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
-    """`--dtype`, one of `DTYPES`, with its default and what to call it; `--device`."""
+    """Adds `--dtype`, one of `DTYPES`, and `--device`. text: how --help describes the default dtype."""
     parser.add_argument("--dtype", choices=DTYPES, default=default, metavar="DTYPE", help=f"bf16, fp16, fp32 ({text})")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (a GPU if there is one)")
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
-    """`--trust-remote-code`, for whatever loads a model's directory."""
+    """Adds `--trust-remote-code`, for commands that load a model's directory."""
     text = "run code that the model's directory brings, where transformers has none of its own (default: refuse)"
     parser.add_argument("--trust-remote-code", action="store_true", help=text)
 
 
 def add_adapter_path(parser: argparse.ArgumentParser) -> None:
-    """`--adapter-path`, for whatever loads a model to generate with it."""
+    """Adds `--adapter-path`, for commands that load a model to generate with it."""
     text = "merge this adapter, of peft's layout, into the model's weights (default: the one beside the model, if any)"
     parser.add_argument("--adapter-path", metavar="DIR", help=text)
 
 
 def numbers(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
-    """An argparse type: so many whole numbers (None: one or more), separated by commas."""
+    """An argparse type: `count` whole numbers (None: one or more), separated by commas."""
 
     def parse(text: str) -> tuple[int, ...]:
         try:

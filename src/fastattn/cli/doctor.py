@@ -1,7 +1,7 @@
-"""`fastattn doctor`: what this machine can do and, for everything that it cannot, what to do about it.
+"""`fastattn doctor`: what works on this machine, what does not, and what to install.
 
-Every probe is guarded: whatever is broken becomes a line of the report, never a traceback. torch and the rest of the
-package are imported inside the probes for the same reason.
+Each probe is guarded: a failure becomes a line of the report, not a traceback. The probes import torch and the rest of
+the package themselves, for the same reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SWITCHES = {
     "FASTATTN_CUDNN": "0 turns the cuDNN backend off",
     "FASTATTN_DEBUG": "1 checks layouts and more at run time, and shows tracebacks on the command line",
     "FASTATTN_INTERPRET": "1 lets the decode backend run on a CPU, with TRITON_INTERPRET=1: for its tests",
-    "FASTATTN_PLANS": "cuDNN plans: exact = one for every shape, built at once; any = only those for any length",
+    "FASTATTN_PLANS": "cuDNN plans: static = one for each shape, built at once; dynamic = only those for every length",
     "FASTATTN_PLAN_CACHE": "the directory where compiled cuDNN plans are kept, or off",
     "FASTATTN_TEST_SEED": "other random inputs for the tests",
     "TRITON_INTERPRET": "1 runs Triton's kernels in Python: right, and very slow",
@@ -37,10 +37,10 @@ GET_CUDA = "pip install 'fastattn[cuda]'"
 GET_HF = "pip install 'fastattn[hf]'"
 EXTRA = "pip install 'fastattn[%s]'"
 
-#: What the registry calls them, where the report says it otherwise.
+#: Names in the package registry that differ from those in the report.
 PACKAGES = {"cuDNN frontend": "nvidia-cudnn-frontend", "Triton": "triton"}
 
-#: Relative error that a working backend stays below, in the dtype it is tried in here.
+#: Largest relative error of a working backend, by the dtype in which it is tried.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 
 
@@ -62,7 +62,7 @@ def main(as_json: bool = False) -> int:
 
 
 def render(findings: list[Finding]) -> str:
-    """The findings as aligned lines, then what to do, once each."""
+    """The findings as aligned lines, then each piece of advice once."""
     subject, state = max(len(f.subject) for f in findings), max(len(f.state) for f in findings)
     lines = [f"{f.subject:<{subject}}  {f.state:<{state}}  {f.text}" for f in findings]
     advice = dict.fromkeys(f.advice for f in findings if f.advice)
@@ -72,7 +72,7 @@ def render(findings: list[Finding]) -> str:
 
 
 def examine() -> list[Finding]:
-    """Everything there is to say about this machine; takes seconds, and on a GPU runs each backend once."""
+    """All findings about this machine. Takes seconds; on a GPU it runs each backend once."""
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     findings += _guard("fastattn", _fastattn)
     torch = _guard("torch", _torch)
@@ -101,7 +101,7 @@ def _guard(subject: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found.extend(probe())  # what was found before the probe broke is kept
+            found.extend(probe())  # findings from before the failure are kept
     except Exception as error:
         found.append(Finding(subject, "broken", _line(error)))
     return found
@@ -217,7 +217,7 @@ def _extra(package: str, without: str, extra: str) -> Iterator[Finding]:
 
 
 def _untested(finding: Finding) -> Finding:
-    """The same, or that the version is newer than any that fastattn was tested with."""
+    """The finding, with a note if the version is newer than any that fastattn was tested with."""
     package = PACKAGES.get(finding.subject, finding.subject)
     newest = newer_than_tested(package, version_of(package) or "") if finding.state == "ok" else ""
     return (
@@ -226,14 +226,14 @@ def _untested(finding: Finding) -> Finding:
 
 
 def _backend(name: str) -> Iterator[Finding]:
-    """Runs a typical call on the backend and compares with the float64 reference."""
+    """Runs a typical call on the backend and compares it with the float64 reference."""
     subject = f"backend {name}"
     refusals, error = _try(name, gradients=False)
     if refusals:
         yield Finding(subject, "missing" if _has_gpu() else "none", "; ".join(refusals))
         return
     done = "forward"
-    if name != "decode":  # which leaves gradients to others by design
+    if name != "decode":  # decode has no backward: other backends compute its gradients
         refusals, backward = _try(name, gradients=True)
         done = f"forward only ({'; '.join(refusals)})" if refusals else "forward and backward"
         error = max(error, backward)
@@ -255,7 +255,7 @@ def _allowed() -> tuple[str, ...]:
 
 
 def _try(name: str, gradients: bool) -> tuple[list[str], float]:
-    """Why the backend refuses a typical call of its kind, else its largest relative error."""
+    """The backend's reasons to refuse a typical call, and its largest relative error if it refuses none."""
     import torch
 
     from .. import explain, scaled_dot_product_attention
@@ -279,9 +279,9 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
     refusals = explain(*inputs, mask="causal", backend=name).reasons[name]
     if refusals:
         return refusals, 0.0
-    truth = run("reference", torch.float64)
+    expected = run("reference", torch.float64)
     found = run(name, getattr(torch, _dtype_name()))
-    return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
+    return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, expected))
 
 
 def _plans() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""`fastattn generate`: continues one prompt, printing the text as it comes, or a file of prompts as a batch."""
+"""`fastattn generate`: continues one prompt, streaming the text, or a file of prompts as a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .terminal import argument_text, standard_input, stopped_by
 if TYPE_CHECKING:
     from ..lm.parallel import Ranks
 
-BOM = "\ufeff"  #: what some editors and shells write before a text; it is no part of it
+BOM = "\ufeff"  #: byte order mark that some editors and shells write before a text
 #: --fused-ops -> `fused_ops` of `lm.load`.
 FUSED_OPS = {"auto": None, "on": True, "off": False}
 
@@ -54,7 +54,7 @@ def add_command(commands: Any) -> None:
 
 
 def add_fused_ops(add: Callable[..., Any], automatic: str) -> None:
-    """`--fused-ops`, one of `FUSED_OPS`. add: a parser's `add_argument`. automatic: when "auto" means "on"."""
+    """Adds `--fused-ops`, one of `FUSED_OPS`. add: a parser's `add_argument`. automatic: when "auto" means "on"."""
     add(
         "--fused-ops",
         choices=FUSED_OPS,
@@ -66,10 +66,10 @@ def add_fused_ops(add: Callable[..., Any], automatic: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: text on stdout, what it took on stderr. Returns the exit status: 0, or `terminal.stopped_by`.
+    """Prints the text to stdout and speed and memory to stderr. Returns the exit status: 0, or `terminal.stopped_by`.
 
-    Raises ValueError, naming the option, for a model without a tokenizer, a prompt without tokens or beyond the model's
-    length, or an option out of its range.
+    Raises ValueError, naming the option, for a model without a tokenizer, a prompt without tokens or longer than the
+    model allows, or an option out of its range.
     """
     try:
         return _run(arguments)
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(arguments, name) for name in names}
-    Sampling(**sampling)  # before a model is loaded for nothing
+    Sampling(**sampling)  # raises before the model is loaded
     for name in ("max_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(arguments, name)}")
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..lm.parallel import join
 
     with join(arguments.device) as ranks:
-        prompts = ranks.told(lambda: _prompts(arguments))  # stdin reaches but one of them
+        prompts = ranks.told(lambda: _prompts(arguments))  # only one rank has stdin
         return _generate(arguments, prompts, sampling, ranks)
 
 
@@ -148,10 +148,10 @@ def _generate(
 
 
 class _Printer:
-    """Prints texts in their order: the first that is not done as it comes, those behind it once it is its turn."""
+    """Prints texts in order: streams the first unfinished one and holds those behind it until their turn."""
 
     def __init__(self, prompts: list[str], headed: bool) -> None:
-        """headed: whether a line before each text says which it is."""
+        """headed: print the text's number on a line before each text."""
         self._texts = prompts
         self._done = [False] * len(prompts)
         self._headed = headed
@@ -169,7 +169,7 @@ class _Printer:
             self._next()
 
     def finish(self) -> None:
-        """Prints what there is of texts that are not done."""
+        """Prints what has come of unfinished texts."""
         while self._turn < len(self._texts):
             print(flush=True)
             self._next()
@@ -192,14 +192,14 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts_file: cannot be read: {error}") from error
     if not lines[-1]:
-        lines.pop()  # what follows the last line's end
+        lines.pop()  # the empty text after the last newline
     if not lines:
         raise ValueError(f"prompts_file: expected a prompt on each line, {arguments.prompts_file} is empty")
     return lines
 
 
 def _check_model(model: str) -> None:
-    """Before a preset's 8 billion random numbers are made."""
+    """Raises ValueError for a preset, before its 8 billion random weights are made."""
     from ..lm.presets import PRESETS
 
     if model in PRESETS and not os.path.isdir(model):
@@ -210,7 +210,7 @@ def _check_model(model: str) -> None:
 
 
 def _name_option(text: str, one: bool) -> str:
-    """The text of an error with the argument that it begins with named as the command line names it."""
+    """The message of an error, with the argument at its beginning renamed to the option on the command line."""
     if found := re.match(r"prompts\[(\d+)\]: ", text):
         name = "--prompt" if one else f"--prompts-file: line {int(found[1]) + 1}"
         return f"{name}: {text[found.end() :]}"

@@ -1,7 +1,7 @@
 """The `fastattn` command.
 
-Bad input is one line on stderr and exit status 2, before anything runs; `terminal` has the other ways to end. What is
-heavy to import is imported by the subcommand that needs it.
+Bad input gives one line on stderr and exit status 2, before anything runs; `terminal` lists the other exit statuses.
+Heavy modules are imported by the subcommand that needs them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MASKS = ("none", "causal", "bool", "additive", "intervals")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line (default: the process's own) and returns the exit status: see `terminal`."""
+    """Runs the command line `argv` (default: sys.argv[1:]) and returns the exit status; `terminal` lists them."""
     given = sys.argv[1:] if argv is None else list(argv)
     return guarded(lambda: _main(given))
 
@@ -35,7 +35,7 @@ def _main(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line instead of the usage and a line."""
+    """argparse, with errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(complain(f"{message} (see {self.prog} --help)", 2))
@@ -114,7 +114,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     value_dim = _size("--value-dim", arguments.value_dim, dim)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        # One element seen under every index: explain looks at no data, so no shape is too large to ask about.
+        # All indices share one element: explain reads no data, so the shape may be larger than memory.
         return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
     q, k, v = (

@@ -1,15 +1,15 @@
-"""What stands between a command and the shell: its streams, its signals, its exit status.
+"""Streams, signals and exit status of a command.
 
-However a command ends, its user reads one line at most, and a script gets a status that says which kind of end it was:
+A command that fails prints one line on stderr, and its exit status tells the kind of failure:
 
-    0    done
-    1    it could not be done here: no memory, output that cannot be written, a fault of the machine or of ours
+    0    success
+    1    failure at run time: no memory, output that cannot be written, a fault of the machine or of fastattn
     2    bad input: an argument, a file, a model
     130  Ctrl-C
-    141  whoever read the output has gone (`| head`): nothing is said
+    141  the reader of the output has closed it (`| head`): nothing is printed
     143  SIGTERM (129 for SIGHUP)
 
-`FASTATTN_DEBUG=1` shows the traceback of whatever ended it, instead of the line.
+`FASTATTN_DEBUG=1` prints the traceback instead of the line.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..config import is_on
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-#: What is wrong with a file that was named, rather than with the machine.
+#: OSErrors that mean a wrong file name, not a fault of the machine.
 _NAMED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: what Ctrl-C stops, they stop."""
+    """Raised on SIGTERM or SIGHUP, which end a command as Ctrl-C does."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -48,7 +48,7 @@ def stopped_by(error: KeyboardInterrupt) -> int:
 
 
 class OutputLost(BaseException):
-    """stdout cannot be written. No Exception: whoever tries one thing after another must not go on without it."""
+    """stdout cannot be written. Not an Exception, so that `except Exception` does not swallow it."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -56,9 +56,9 @@ class OutputLost(BaseException):
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Runs a command and returns its exit status, having said in one line on stderr why, where it is not its own.
+    """Runs a command and returns its exit status. Prints one line on stderr for an exception of `run`.
 
-    Raises SystemExit where `run` does. Everything written to stdout has arrived when this returns.
+    A SystemExit of `run` passes. stdout is flushed on return.
     """
     if 1 in _open_streams():
         return complain("stdout is closed: expected a place for what is printed, such as /dev/null", 1)
@@ -74,7 +74,7 @@ def guarded(run: Callable[[], int]) -> int:
             try:
                 return run()
             finally:
-                # Else a full disk would show when Python ends, after everything else.
+                # Else an error such as a full disk would be raised only when Python exits.
                 output.flush()
                 sys.stdout = stdout
     except KeyboardInterrupt as stop:
@@ -96,13 +96,13 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def complain(text: str, status: int) -> int:
-    """Says what is wrong, in one line on stderr; returns the exit status."""
+    """Prints an error in one line on stderr; returns `status`."""
     _say(f"fastattn: error: {one_line(text, '; ')}")
     return status
 
 
 def standard_input() -> str:
-    """All of stdin, which is UTF-8 whatever the locale says. ValueError where it is closed or is something else."""
+    """All of stdin, decoded as UTF-8 in every locale. Raises ValueError if it is closed or not UTF-8."""
     if sys.stdin is None or 0 in _were_closed:
         raise ValueError("prompt: - reads stdin, which is closed")
     raw = getattr(sys.stdin, "buffer", None)
@@ -116,9 +116,9 @@ def standard_input() -> str:
 
 
 def argument_text(text: str, name: str) -> str:
-    """An argument that is text and no path, whose bytes are UTF-8 whatever the locale says.
+    """A command-line argument that is text, not a path, decoded as UTF-8 in every locale.
 
-    Raises ValueError, naming it, where they are not.
+    Raises ValueError, naming it, if its bytes are not UTF-8.
     """
     try:
         text.encode("utf-8")
@@ -148,7 +148,7 @@ def _failed(error: Exception) -> int:
 
 
 class _Output:
-    """stdout, with failures of its own type. A character that it cannot encode is printed as its escape."""
+    """stdout whose write errors are `OutputLost`. Prints a character that it cannot encode as an escape."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -186,18 +186,18 @@ def _reader_is_gone(stream: Any) -> bool:
 
 
 def _forget(stream: Any) -> None:
-    """Lets what is still in a stream's buffer go nowhere: at its end Python would try again, and complain."""
+    """Sends what is left in a stream's buffer to /dev/null: Python would write it again on exit, and report it."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
 
 
-_were_closed: set[int] = set()  #: of stdin, stdout and stderr, when the command began
+_were_closed: set[int] = set()  #: of stdin, stdout and stderr, when the command started
 
 
 def _open_streams() -> set[int]:
-    """Opens /dev/null for each of the three streams that the shell closed: else the next file opened would be it."""
+    """Opens /dev/null for each standard stream that the shell closed: else the next open file would take its number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -215,7 +215,7 @@ def _open_streams() -> set[int]:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP end a command as Ctrl-C does, unless somebody decided otherwise."""
+    """Within the block SIGTERM and SIGHUP raise `Terminated`, unless they have a handler."""
     mine = []
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:

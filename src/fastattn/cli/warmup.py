@@ -1,4 +1,4 @@
-"""`fastattn warmup`: a model's kernels and plans, built ahead."""
+"""`fastattn warmup`: builds a model's kernels and plans ahead of time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..warming.model import warmup_model
 
-    warmth = warmup_model(
+    report = warmup_model(
         arguments.model,
         batch_sizes=arguments.batch_sizes,
         max_length=arguments.max_length,
@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         progress=not arguments.no_progress,
         trust_remote_code=arguments.trust_remote_code,
     )
-    print(warmth, flush=True)
-    return 0 if warmth.complete else 1
+    print(report, flush=True)
+    return 0 if report.complete else 1

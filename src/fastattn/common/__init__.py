@@ -1,1 +1,1 @@
-"""What every layer may use: checks, warnings, failures, forks. Knows nothing of attention."""
+"""Used by every layer, and independent of attention: checks, warnings, failures, forks, printable text."""

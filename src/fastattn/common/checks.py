@@ -1,4 +1,4 @@
-"""Checks of single arguments that need to know nothing of attention; `validate.py` has the op's."""
+"""Checks of single arguments, independent of attention; `validation` has the op's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError for what is no tensor, ValueError for a nested or sparse one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
@@ -16,7 +17,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_ints(name: str, x: object, shape: str, least: int = 0) -> None:
-    """x must be an int32 tensor of one dim, of at least so many entries. shape: how the message says that."""
+    """Raises unless x is an int32 tensor of one dim with at least `least` entries. shape: the shape in the message."""
     check_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype != torch.int32 or x.dim() != 1 or x.shape[0] < least:
@@ -25,7 +26,7 @@ def check_ints(name: str, x: object, shape: str, least: int = 0) -> None:
 
 def is_count(value: object, least: int = 1) -> bool:
     """True for an int, at least 1 (or `least`), that fits 32 bits: a size, a number of rows or tokens."""
-    # (A SymInt: what torch.export makes of a size that may vary.)
+    # A SymInt is a size that may vary, under torch.export.
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(least <= value < 1 << 31)
 
 
@@ -42,7 +43,10 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def check_device(device: object) -> torch.device:
-    """The device, which has to be there; None: the current GPU where there is one, else the CPU."""
+    """The torch device; for None the current GPU if there is one, else the CPU.
+
+    Raises ValueError for what names no device, and for a GPU that this machine does not have.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

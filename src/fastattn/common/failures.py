@@ -1,4 +1,4 @@
-"""What failures are called: an exception in one line, whether it is want of memory, and who is to blame for it."""
+"""Exceptions: their text in one line, whether memory ran out, and the input that caused them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from .printable import one_line
 
 _LONGEST = 400  #: characters of another library's text that are shown
-#: What libraries say that are out of memory, which have no common type for it: torch, CUDA_ERROR_OUT_OF_MEMORY,
+#: The texts of errors for lack of memory, for which libraries have no common type: torch, CUDA_ERROR_OUT_OF_MEMORY,
 #: cudaErrorMemoryAllocation, CUDNN_STATUS_ALLOC_FAILED, ..._DEVICE_ALLOCATION_FAILED, CUBLAS_STATUS_ALLOC_FAILED, C++.
 _NO_MEMORY = re.compile(
     r"out[ _]of[ _](device[ _])?memory|alloc(ation)?[ _]failed|ErrorMemoryAllocation|bad_alloc|"
@@ -20,24 +20,24 @@ _NO_MEMORY = re.compile(
 
 
 class Refused(ValueError):
-    """A ValueError that says all there is to say, in one line: `blame` lets it through."""
+    """A ValueError whose message is complete and one line long: `blame` does not wrap it."""
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception says, in one line that is not too long; its type's name where it says nothing."""
+    """An exception's message in one line, cut to 400 characters; the name of its type if the message is empty."""
     text, name = one_line(str(error)), type(error).__name__
     if isinstance(error, KeyError | AttributeError | IndexError | ZeroDivisionError) or not text:
-        text = f"{name}: {text}" if text else name  # the text alone is but a name
+        text = f"{name}: {text}" if text else name  # the message alone is a bare name
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def says_memory(text: str) -> bool:
-    """True for the text of an error for want of memory."""
+    """True for the message of an error for lack of memory."""
     return bool(_NO_MEMORY.search(text))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, or the one that led to it, is want of memory. Needs no torch."""
+    """True if an exception, or one in its chain of causes, means that memory ran out. Does not import torch."""
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(found, OSError) and found.errno == errno.ENOMEM:
             return True
-        # What a ValueError says may be quoted from a file.
+        # Not ValueError: its message may quote a file.
         if isinstance(found, RuntimeError) or type(found).__name__ == "SafetensorError":
             if says_memory(str(found)):
                 return True
@@ -56,16 +56,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turns whatever goes wrong within the block into a ValueError of one line, `what` and the cause.
+    """Raises `Refused`, "what: message" in one line, for any exception raised in the block.
 
-    Want of memory, Ctrl-C and `Refused` stay what they are.
+    Errors for lack of memory, Ctrl-C and `Refused` pass unchanged.
     """
     try:
         yield
     except Refused:
         raise
     except BaseException as error:
-        # Rust's panics, of tokenizers and safetensors, are no Exceptions.
+        # A Rust panic, in tokenizers or safetensors, is not a subclass of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if is_out_of_memory(error):

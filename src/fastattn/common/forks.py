@@ -1,4 +1,4 @@
-"""What a forked child must make anew: locks that a thread of its parent held, which is not there to let them go."""
+"""What a forked child creates anew: locks that a thread of the parent, which the child does not have, may hold."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _wishes: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKey
 
 
 def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
-    """Has `renew(owner)` called in every forked child, for as long as the owner lives."""
+    """Registers `renew(owner)` to be called in every forked child, for as long as the owner lives."""
     _wishes[owner] = renew
 
 
 def renew_lock(owner: Any) -> None:
-    """Gives a module or an object another `_lock`: for `after_fork`."""
+    """Replaces the `_lock` of a module or an object: a callback for `after_fork`."""
     owner._lock = threading.Lock()
 
 

@@ -20,13 +20,13 @@ after_fork(sys.modules[__name__], renew_lock)
 
 
 class FastattnWarning(UserWarning):
-    """Something works, but not as fast as it could: the text names the reason and the remedy."""
+    """A call works, but slower than it could: the message names the reason and the remedy."""
 
 
 def warn_once(text: str, kind: str | None = None) -> None:
-    """Warns, at the line that called fastattn, unless a warning of this kind was given before.
+    """Issues a FastattnWarning at the line that called fastattn, once per `kind` (default: per text) and process.
 
-    kind: what counts as the same warning; None: the text. Silent while torch.compile traces.
+    Does nothing while torch.compile traces.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,13 +1,13 @@
-"""Text that somebody else wrote, made fit to be shown: a terminal obeys some characters instead of showing them."""
+"""Text from files and other libraries, made safe to print: terminals execute some characters, not show them."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text in one line, what cannot be seen in it as Python would write it: `\\x1b` is four characters.
+    """The text in one line, with characters that are not printable as Python's escapes: `\\x1b` is four characters.
 
-    That is control characters (with which a text could move the cursor, rename the window, answer for its reader),
-    marks that turn the direction of writing, and halves of surrogate pairs, which no encoding takes.
+    Those are control characters (they could move the cursor, rename the window, answer for the reader), marks that
+    change the direction of writing, and lone surrogates, which no encoding takes.
     """
     if text.isprintable():
         return text
@@ -15,7 +15,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str, between: str = " ") -> str:
-    """The lines of a text as one, without those that are empty, and printable."""
+    """The lines of a text joined into one printable line, without empty lines."""
     return between.join(part for line in text.splitlines() if (part := printable(line.strip())))
 
 

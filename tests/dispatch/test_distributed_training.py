@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from ranks import Ranks
-from tiny_lm import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 
 import fastattn
 from fastattn import Segments

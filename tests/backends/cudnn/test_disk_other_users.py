@@ -1,4 +1,4 @@
-"""Plans on disk beside other users: what a stranger could have put there is neither read, nor written over or through,
+"""Plans on disk beside other users: what another user could have put there is neither read, overwritten, written through
 nor removed."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from other_users import ALICE, MALLORY, as_root, user
 from plan_files import PAYLOAD, key
 
 from fastattn.backends.cudnn import disk
@@ -23,23 +23,7 @@ from fastattn.backends.cudnn import folder as folders
 from fastattn.common import notice
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
-as_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be several users: not tried here"
-)
-MALLORY, ALICE = 61001, 61002  #: users without an entry anywhere
 HOSTILE = b"hostile bytes"
-
-
-@contextmanager
-def user(uid: int) -> Iterator[None]:
-    """Runs as somebody else, as far as files go."""
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 @pytest.fixture

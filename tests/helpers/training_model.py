@@ -70,18 +70,18 @@ class TinyLM(nn.Module):
         heads: int = 4,
         kv_heads: int = 2,
         layers: int = 2,
-        places: int = 64,
+        longest: int = 64,
         use_reentrant: bool | None = None,
     ) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(places, width)
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(longest, width)
         self.layers = nn.ModuleList([Layer(width, heads, kv_heads, attend) for _ in range(layers)])
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.use_reentrant = use_reentrant
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, **options: Any) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-        x = self.tokens(ids) + self.places(positions)
+        x = self.tokens(ids) + self.positions(positions)
         for layer in self.layers:
             if self.use_reentrant is None:
                 x = layer(x, options)
