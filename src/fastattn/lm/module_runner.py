@@ -189,9 +189,7 @@ def cache_config(model: Any, capacity: int) -> Any:
     from ..integrations.transformers import StaticCache
 
     cache = StaticCache(model.config, batch=1, capacity=capacity, device="meta")
-    windows = {
-        index: memory.kind.window for index, memory in enumerate(cache._memories) if memory and memory.kind.window
-    }
+    windows = cache.windows
     if not windows:
         return model.config
     seen = sights(model)

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen3NextConfig
 
 from fastattn._compat.transformers import with_cache
+from fastattn.cache import lengths
+from fastattn.cache.memory import KVMemory
 from fastattn.integrations.transformers import StaticCache, attention, cache_layers, lazy_mask
 from fastattn.masks import Segments
 
@@ -234,7 +236,7 @@ def test_a_step_reads_nothing_on_the_host(family: str, tokens_per_step: int, mon
     cache = make(model, 2)
     step(model, tokens(2, 7), cache)
     cache.forget()
-    monkeypatch.setattr(cache_layers, "_store", lambda *args, **kwargs: None)  # without Triton it has to wait
+    monkeypatch.setattr(KVMemory, "append", lambda *args, **kwargs: None)  # without Triton it has to wait
     with NoReads():
         step(model, tokens(2, tokens_per_step), cache)
 
@@ -246,7 +248,7 @@ def test_after_a_captured_step_the_host_knows_nothing(monkeypatch: pytest.Monkey
     cache = make(model, 2)
     step(model, ids[:, :6], cache)
     with monkeypatch.context() as patch:
-        for module in (cache_layers, attention, lazy_mask):
+        for module in (lengths, cache_layers, attention, lazy_mask):
             patch.setattr(module, "capturing", lambda x: True)
         assert isinstance(cache.get_seq_length(), Tensor)
         close(step(model, ids[:, 6:7], cache), wanted[:, 6:7])

@@ -15,11 +15,12 @@ from ... import masks
 from ..._compat.hf import ALL_ATTENTION_FUNCTIONS
 from ..._compat.transformers import PAGED_ARGUMENTS
 from ...api import scaled_dot_product_attention
+from ...cache.lengths import capturing
 from ...common.notice import warn_once
 from ...masks import Intervals
 from ...validation import Arguments, Mask, validated
 from ...varlen import varlen_attention
-from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, capturing, compact_of, dense_intervals
+from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, compact_of, dense_intervals
 from .mask import asks_for_masks
 
 #: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.

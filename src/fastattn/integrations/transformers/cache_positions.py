@@ -16,7 +16,7 @@ from .patterns import Pattern, recognise
 from .segments import chunk_segments, segments_between
 
 
-class Slots(int):
+class DeviceOffset(int):
     """The `kv_offset` of a cache whose lengths only the device knows: an int to transformers, which hands it on.
 
     starts: int32 `[B]`, tokens of each row before the step. window: 0 where the keys are a row's tokens from the first
@@ -27,7 +27,7 @@ class Slots(int):
     starts: Tensor
     window: int
 
-    def __new__(cls, starts: Tensor, window: int) -> Slots:
+    def __new__(cls, starts: Tensor, window: int) -> DeviceOffset:
         found = super().__new__(cls)
         found.starts, found.window = starts, window
         return found
@@ -51,8 +51,8 @@ class Slots(int):
         return last - (last - slot).remainder(self.window)
 
 
-def visible_slots(
-    slots: Slots, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
+def visible_keys(
+    slots: DeviceOffset, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
 ) -> tuple[Intervals | Tensor, CausalSegments | LiveKeys | None]:
     """The keys that the queries of one layer type see: intervals or dense bool, and a hint; see `lazy_mask.Compact`.
 
@@ -75,7 +75,7 @@ def visible_slots(
     return seen, LiveKeys((slots.starts + 1).clamp_(max=keys)) if whole else None
 
 
-def _live_keys(slots: Slots, keys: int, pattern: Pattern) -> LiveKeys | None:
+def _live_keys(slots: DeviceOffset, keys: int, pattern: Pattern) -> LiveKeys | None:
     """What one query sees without padding, None unless that is the first so many keys."""
     chunk = 0 if pattern.chunk > keys else pattern.chunk
     if (0 <= pattern.left < keys - 1) or chunk not in (0, slots.window):
@@ -85,7 +85,7 @@ def _live_keys(slots: Slots, keys: int, pattern: Pattern) -> LiveKeys | None:
 
 
 def _intervals(
-    slots: Slots, queries: int, keys: int, pattern: Pattern, padding: Padding | None
+    slots: DeviceOffset, queries: int, keys: int, pattern: Pattern, padding: Padding | None
 ) -> tuple[Intervals, CausalSegments | None]:
     """What several queries see. padding: of the row's tokens."""
     base, start = slots.base(), slots.starts.long()[:, None]
@@ -108,7 +108,7 @@ def _intervals(
 
 
 def _dense(
-    slots: Slots,
+    slots: DeviceOffset,
     queries: int,
     keys: int,
     mask_function: Callable[..., Any],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..._compat.hf import is_tracing
 from ..._compat.torch import NO_TORCH_FUNCTION, arguments_of, tree_map_only, wrapper_subclass
+from ...cache.lengths import capturing
 from ...masks import Intervals, Segments
 
 _ATTRIBUTE = "_fastattn_compact"
@@ -223,11 +224,6 @@ def pack(
     mask = additive(compact.dense(kv_length), dtype).expand(shape)
     setattr(mask, _ATTRIBUTE, compact)
     return mask
-
-
-def capturing(x: Tensor) -> bool:
-    """True while what runs on x's device is captured in a CUDA graph."""
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def compact_of(mask: Tensor) -> Compact | None:

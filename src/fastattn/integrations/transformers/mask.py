@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from ..._compat.hf import causal_mask_function, is_tracing, sdpa_mask
 from ...masks import Intervals, Segments
-from .cache_positions import Slots, visible_slots
+from .cache_positions import DeviceOffset, visible_keys
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
 from .lazy_mask import Band, CausalSegments, pack
 from .patterns import Pattern, recognise
@@ -85,10 +85,10 @@ def interval_mask(
     """
     remember(config)
     shape = batch_size, q_length, kv_length, dtype
-    if isinstance(kv_offset, Slots):
+    if isinstance(kv_offset, DeviceOffset):
         if use_vmap:
             raise ValueError("StaticCache: a mask function that only vmap can evaluate has no place for lengths by row")
-        visible, live = visible_slots(kv_offset, q_length, kv_length, mask_function, attention_mask)
+        visible, live = visible_keys(kv_offset, q_length, kv_length, mask_function, attention_mask)
         return pack(visible, live, *shape)
 
     def dense() -> Tensor:
