@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from .._compat.attention_classes import computes_own_attention
 from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..integrations.transformers.attention import REFUSED
 from ..integrations.transformers.lazy_mask import Band, Compact, LazyMask
-from ..integrations.transformers.mask import brings_its_own_attention
 from ..integrations.transformers.patterns import recognise
 from ..masks import Intervals
 from .context import ContextParallel
@@ -128,7 +128,7 @@ def _check(model: torch.nn.Module, configs: list[Any]) -> None:
             f"model: {type(model).__name__} has layers of the kinds {', '.join(sorted(kinds - LAYERS))}, which would "
             f"see each rank's tokens alone: expected {' and '.join(sorted(LAYERS))} only"
         )
-    if not can_switch_attention(model) or any(brings_its_own_attention(config) for config in configs):
+    if not can_switch_attention(model) or any(computes_own_attention(model, config) for config in configs):
         raise ValueError(f"model: {type(model).__name__} computes attention by itself: it cannot be spread over ranks")
 
 

@@ -14,7 +14,6 @@ as a window over the first few keys, for which the fastest kernels are made. Whe
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -172,15 +171,6 @@ def remember(config: Any) -> None:
     for part in vars(config).values():
         if isinstance(part, PreTrainedConfig):
             remember(part)
-
-
-def brings_its_own_attention(config: Any) -> bool:
-    """True for a model of transformers none of whose layers looks up the attention function that its config names."""
-    name = type(config).__module__
-    if not name.startswith("transformers.models."):
-        return False
-    modeling = sys.modules.get(name.replace(".configuration_", ".modeling_"))
-    return modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _band(pattern: Pattern, place: Place, padding: Padding | None) -> Band | None:
