@@ -11,12 +11,13 @@ from static_caches import CAPACITY, close, expected, make, poison, step
 from tiny_models import DECODERS, WINDOW, build, left_padded, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen3NextConfig
+from transformers import Cache, DynamicCache, Qwen3NextConfig
 
 from fastattn._compat.transformers import with_cache
+from fastattn._compat.versions import Gone
 from fastattn.cache import lengths
 from fastattn.cache.memory import KVMemory
-from fastattn.integrations.transformers import StaticCache, attention, cache_layers, lazy_mask
+from fastattn.integrations.transformers import StaticCache, attention, cache_layers, kv_cache, lazy_mask
 from fastattn.masks import Segments
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "cohere2", "llama4"]
@@ -286,6 +287,18 @@ def test_bad_arguments() -> None:
     for refused in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.zeros(1))):
         with pytest.raises(ValueError, match="fixed"):
             refused()
+
+
+@pytest.mark.parametrize("change", [lambda sizes: (sizes[0], sizes[1] + 0), lambda sizes: sizes[0]])
+def test_a_version_that_does_not_pass_the_offset_on_is_refused(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a later transformers computed with it, or asked a cache for something else."""
+    model, sizes = build("gemma2", "fastattn"), Cache.get_mask_sizes
+    monkeypatch.setattr(Cache, "get_mask_sizes", lambda *args, **kwargs: change(sizes(*args, **kwargs)))
+    kv_cache._check_offsets.cache_clear()
+    with pytest.raises(Gone, match=r"^transformers 5\.\S+ has no create_causal_mask .*: pip install (-U )?'tran"):
+        make(model, 2)
+    monkeypatch.undo()
+    make(model, 2)
 
 
 def test_models_without_windows_may_use_other_attention() -> None:

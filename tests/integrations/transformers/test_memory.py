@@ -18,7 +18,7 @@ from transformers import masking_utils as hf
 from fastattn import use_backend
 from fastattn._compat.transformers import with_cache
 from fastattn.integrations.transformers import interval_mask
-from fastattn.integrations.transformers.cache_positions import DeviceOffset
+from fastattn.integrations.transformers.device_offset import DeviceOffset
 from fastattn.integrations.transformers.lazy_mask import Band, CausalSegments, compact_of
 from fastattn.masks import Segments
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._compat.hf import CacheLayerMixin
 from ...cache.lengths import Lengths, capturing
 from ...cache.memory import KVMemory
-from .cache_positions import DeviceOffset
+from .device_offset import DeviceOffset
 
 
 class Kind(NamedTuple):

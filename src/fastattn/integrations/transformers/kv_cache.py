@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..._compat.hf import Cache, layer_without_memory
+from ..._compat.hf import Cache, causal_mask, layer_without_memory
 from ..._compat.hf import StaticCache as TheirStaticCache
-from ..._compat.transformers import attention_name
+from ..._compat.transformers import attention_name, set_attention_name
+from ..._compat.versions import Gone, gone
 from ...cache.lengths import Lengths
 from ...cache.memory import KVMemory
 from ...common.checks import check_count, check_device, check_tensor
 from ...validation import FLOATING
 from .cache_layers import Kind, Layer, LayerMemory
+from .lazy_mask import LiveKeys, compact_of
 
 #: Layers that keep keys and values, or nothing.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"})
@@ -40,6 +44,7 @@ class StaticCache(Cache):
     Raises:
         ValueError: an argument is not as described, or the model has layers with a state of another kind (recurrent,
             compressed, indexed); the message says which.
+        Gone: the installed transformers does not pass a cache's `kv_offset` on to the mask function.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class StaticCache(Cache):
                 f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
             )
         lengths = Lengths(batch, capacity, check_device(device))
+        _check_offsets()
         self._compose(lengths, [kind and LayerMemory(kind, batch, dtype) for kind in kinds])
 
     def _compose(self, rows: Lengths, memories: list[LayerMemory | None]) -> None:
@@ -158,6 +164,23 @@ class StaticCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise ValueError("StaticCache: the number of rows is fixed; make one of that many")
+
+
+@cache
+def _check_offsets() -> None:
+    """Raises Gone unless a `DeviceOffset` reaches the mask function of the installed transformers: without it a ring
+    would be masked as if its keys were in order."""
+    probe = StaticCache.__new__(StaticCache)
+    probe._compose(Lengths(2, 4, "cpu"), [LayerMemory(Kind(4, 0, False), 2, None)])
+    probe.forget()
+    config = PretrainedConfig()
+    set_attention_name(config, "fastattn")
+    try:
+        found = compact_of(causal_mask(config, 2, 1, probe))
+    except Exception as error:
+        raise Gone(gone("transformers", "create_causal_mask as it was")) from error
+    if found is None or not isinstance(found.hint, LiveKeys):
+        raise Gone(gone("transformers", "create_causal_mask that passes a cache's kv_offset on unchanged"))
 
 
 def _kinds(config: PretrainedConfig, capacity: int) -> list[Kind | None]:

@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 
 from ..._compat.hf import causal_mask_function, is_tracing, sdpa_mask
 from ...masks import Intervals, Segments
-from .cache_positions import DeviceOffset, visible_keys
+from .cache_mask import visible_keys
+from .device_offset import DeviceOffset
 from .intervals import Padding, find_padding, intervals_of, real_keys, scan
 from .lazy_mask import Band, CausalSegments, pack
 from .patterns import Pattern, recognise

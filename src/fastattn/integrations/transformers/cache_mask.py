@@ -1,4 +1,4 @@
-"""Masks over the keys of `cache.StaticCache`: where tokens lie in its memory, read from lengths on the device."""
+"""The mask over the keys of a `StaticCache`: computed from lengths on the device."""
 
 from __future__ import annotations
 
@@ -10,49 +10,15 @@ from torch import Tensor
 
 from ..._compat.hf import is_tracing
 from ...masks import Intervals
+from .device_offset import DeviceOffset
 from .intervals import Padding, find_padding
 from .lazy_mask import CausalSegments, LiveKeys
 from .patterns import Pattern, recognise
 from .segments import chunk_segments, segments_between
 
 
-class DeviceOffset(int):
-    """The `kv_offset` of a cache whose lengths only the device knows: an int to transformers, which hands it on.
-
-    starts: int32 `[B]`, tokens of each row before the step. window: 0 where the keys are a row's tokens from the first
-    on. Else a single query has a ring before it, in which token t lies at t % window, and several queries have the
-    window - 1 tokens before the step, and then the step's.
-    """
-
-    starts: Tensor
-    window: int
-
-    def __new__(cls, starts: Tensor, window: int) -> DeviceOffset:
-        found = super().__new__(cls)
-        found.starts, found.window = starts, window
-        return found
-
-    def positions(self, queries: int) -> Tensor:
-        """Of the queries, int64 `[B, Sq]`."""
-        return self.starts.long()[:, None] + torch.arange(queries, device=self.starts.device)
-
-    def base(self) -> Tensor:
-        """The token that the first key is, where several queries see keys in order, int64 `[B, 1]`. Those below 0 are
-        no tokens."""
-        starts = self.starts.long()[:, None]
-        return starts - (self.window - 1) if self.window else torch.zeros_like(starts)
-
-    def tokens(self, queries: int, keys: int) -> Tensor:
-        """The token that each key is, int64 `[B | 1, Skv]`; below 0, or past the last query's: none."""
-        slot = torch.arange(keys, device=self.starts.device)[None]
-        if queries > 1 or not self.window:
-            return slot + self.base()
-        last = self.starts.long()[:, None]
-        return last - (last - slot).remainder(self.window)
-
-
 def visible_keys(
-    slots: DeviceOffset, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
+    offset: DeviceOffset, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
 ) -> tuple[Intervals | Tensor, CausalSegments | LiveKeys | None]:
     """The keys that the queries of one layer type see: intervals or dense bool, and a hint; see `lazy_mask.Compact`.
 
@@ -62,39 +28,39 @@ def visible_keys(
     pattern = recognise(mask_function)
     if pattern is not None and pattern.segments is None:
         if queries == 1 and attention_mask is None:
-            hint = _live_keys(slots, keys, pattern)
+            hint = _live_keys(offset, keys, pattern)
             if hint is not None:
                 hi = hint.lengths[:, None]
                 return Intervals(torch.zeros_like(hi), hi), hint
         elif queries > 1 and (attention_mask is None or not is_tracing(attention_mask)):
             padding = None if attention_mask is None else find_padding(attention_mask.bool())
             if attention_mask is None or padding is not None:
-                return _intervals(slots, queries, keys, pattern, padding)
-    seen = _dense(slots, queries, keys, mask_function, attention_mask)
-    whole = queries == 1 and not slots.window
-    return seen, LiveKeys((slots.starts + 1).clamp_(max=keys)) if whole else None
+                return _intervals(offset, queries, keys, pattern, padding)
+    seen = _dense(offset, queries, keys, mask_function, attention_mask)
+    whole = queries == 1 and not offset.window
+    return seen, LiveKeys((offset.starts + 1).clamp_(max=keys)) if whole else None
 
 
-def _live_keys(slots: DeviceOffset, keys: int, pattern: Pattern) -> LiveKeys | None:
+def _live_keys(offset: DeviceOffset, keys: int, pattern: Pattern) -> LiveKeys | None:
     """What one query sees without padding, None unless that is the first so many keys."""
     chunk = 0 if pattern.chunk > keys else pattern.chunk
-    if (0 <= pattern.left < keys - 1) or chunk not in (0, slots.window):
+    if (0 <= pattern.left < keys - 1) or chunk not in (0, offset.window):
         return None
-    starts = slots.starts.remainder(chunk) if chunk else slots.starts
+    starts = offset.starts.remainder(chunk) if chunk else offset.starts
     return LiveKeys((starts + 1).clamp_(max=keys))
 
 
 def _intervals(
-    slots: DeviceOffset, queries: int, keys: int, pattern: Pattern, padding: Padding | None
+    offset: DeviceOffset, queries: int, keys: int, pattern: Pattern, padding: Padding | None
 ) -> tuple[Intervals, CausalSegments | None]:
     """What several queries see. padding: of the row's tokens."""
-    base, start = slots.base(), slots.starts.long()[:, None]
+    base, start = offset.first_key(), offset.starts.long()[:, None]
     first, end = torch.zeros_like(start), start + queries
     if padding is not None:
         first, end = torch.maximum(first, padding.first), torch.minimum(end, padding.stop)
-    if slots.window:
+    if offset.window:
         first = torch.maximum(first, base)
-    lo, hi = pattern.bounds(slots.positions(queries))
+    lo, hi = pattern.bounds(offset.positions(queries))
     lo = first if lo is None else torch.maximum(lo, first)
     hi = end if hi is None else torch.minimum(hi, end)
     hint = None
@@ -108,7 +74,7 @@ def _intervals(
 
 
 def _dense(
-    slots: DeviceOffset,
+    offset: DeviceOffset,
     queries: int,
     keys: int,
     mask_function: Callable[..., Any],
@@ -118,9 +84,9 @@ def _dense(
 
     attention_mask: bool `[B, tokens]`; missing tokens count as padding.
     """
-    starts = slots.starts.long()
+    starts = offset.starts.long()
     batch = starts.shape[0]
-    token = slots.tokens(queries, keys)
+    token = offset.key_positions(queries, keys)
     there = (token >= 0) & (token < starts[:, None] + queries)
     token = token.clamp(min=0)
     if attention_mask is not None:
@@ -128,5 +94,5 @@ def _dense(
         index = token.clamp(max=width - 1).expand(batch, -1)
         there = there & (token < width) & attention_mask.to(starts.device).bool().gather(1, index)
     row = torch.arange(batch, device=starts.device)[:, None, None, None]
-    seen = mask_function(row, torch.zeros_like(row), slots.positions(queries)[:, None, :, None], token[:, None, None])
+    seen = mask_function(row, torch.zeros_like(row), offset.positions(queries)[:, None, :, None], token[:, None, None])
     return (seen & there[:, None, None]).expand(batch, 1, queries, keys)
