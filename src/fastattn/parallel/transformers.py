@@ -23,7 +23,7 @@ from ..integrations.transformers.attention import REFUSED
 from ..integrations.transformers.lazy_mask import Band, Compact, LazyMask
 from ..integrations.transformers.patterns import recognise
 from ..masks import Intervals
-from .context import ContextParallel
+from .attention import ShardedAttention
 from .sequence import Lengths
 
 NAME = "fastattn_cp"  #: never a name with "sdpa" or "flash" in it: transformers treats both specially
@@ -40,7 +40,7 @@ class ShardedCache(DynamicCache):
     cp: the ranks. length: tokens of the prompt on all ranks together.
     """
 
-    def __init__(self, cp: ContextParallel, length: int) -> None:
+    def __init__(self, cp: ShardedAttention, length: int) -> None:
         super().__init__()
         self.cp, self.length = cp, length
         self.positions = cp.layout(length).positions(cp.rank).tolist()  #: of this rank's tokens, ascending
@@ -80,7 +80,7 @@ class ShardedCache(DynamicCache):
 class _State:
     """What the layers have to know."""
 
-    cp: ContextParallel
+    cp: ShardedAttention
     length: int
     cu_seqlens: tuple[int, ...] | None = None
     cache: ShardedCache | None = None  #: in decode
@@ -90,7 +90,7 @@ class _State:
 
 @contextmanager
 def over_ranks(
-    cp: ContextParallel, model: torch.nn.Module, length: int, cu_seqlens: Lengths | None = None
+    cp: ShardedAttention, model: torch.nn.Module, length: int, cu_seqlens: Lengths | None = None
 ) -> Iterator[None]:
     """Within the block, `model(input_ids=cp.shard(ids, 1), position_ids=cp.positions(length))` attends over all ranks.
 
@@ -111,7 +111,7 @@ def over_ranks(
 
 
 @contextmanager
-def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -> Iterator[None]:
+def decoding(cp: ShardedAttention, model: torch.nn.Module, cache: ShardedCache) -> Iterator[None]:
     """Within the block, `model(input_ids=token, cache=cache)` attends to the cache's shards on all ranks.
 
     token: `[B, 1]`, the same on every rank, and so are the logits. Each call is collective.

@@ -22,7 +22,7 @@ from fastattn.common.notice import _given
 from fastattn.integrations.transformers import attention_forward, interval_mask
 from fastattn.integrations.transformers import mask as mask_module
 from fastattn.integrations.transformers.attention import REFUSED
-from fastattn.integrations.transformers.lazy_mask import compact_of, pack
+from fastattn.integrations.transformers.lazy_mask import compact_of, make_mask
 from fastattn.masks import Intervals
 
 B, HQ, HKV, S, D = 2, 4, 2, 9, 8
@@ -54,7 +54,7 @@ def of_intervals(rows: list[list[int]], queries: int | None = None) -> Tensor:
     """A mask as the mask function makes it: query i sees the keys `rows[i][0] <= j < rows[i][1]`."""
     lo, hi = torch.tensor(rows).int().T.contiguous()
     visible = Intervals(lo.expand(B, -1).contiguous(), hi.expand(B, -1).contiguous())
-    return pack(visible, None, B, queries or len(rows), S, torch.float32)
+    return make_mask(visible, None, B, queries or len(rows), S, torch.float32)
 
 
 @pytest.mark.parametrize("q_len", [1, 4, S])

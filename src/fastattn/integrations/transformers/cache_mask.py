@@ -17,10 +17,10 @@ from .patterns import Pattern, recognise
 from .segments import chunk_segments, segments_between
 
 
-def visible_keys(
+def mask_of_cache(
     offset: DeviceOffset, queries: int, keys: int, mask_function: Callable[..., Any], attention_mask: Tensor | None
 ) -> tuple[Intervals | Tensor, CausalSegments | LiveKeys | None]:
-    """The keys that the queries of one layer type see: intervals or dense bool, and a hint; see `lazy_mask.Compact`.
+    """The keys that the queries of one layer type see, as the fields of `lazy_mask.Compact`: `visible` and `hint`.
 
     mask_function, attention_mask: as of `interval_mask`. One query never waits for the device; several wait if there
     is padding.
@@ -42,7 +42,7 @@ def visible_keys(
 
 
 def _live_keys(offset: DeviceOffset, keys: int, pattern: Pattern) -> LiveKeys | None:
-    """What one query sees without padding, None unless that is the first so many keys."""
+    """The keys that one query sees without padding, None unless these are the first so many."""
     chunk = 0 if pattern.chunk > keys else pattern.chunk
     if (0 <= pattern.left < keys - 1) or chunk not in (0, offset.window):
         return None
@@ -53,7 +53,7 @@ def _live_keys(offset: DeviceOffset, keys: int, pattern: Pattern) -> LiveKeys | 
 def _intervals(
     offset: DeviceOffset, queries: int, keys: int, pattern: Pattern, padding: Padding | None
 ) -> tuple[Intervals, CausalSegments | None]:
-    """What several queries see. padding: of the row's tokens."""
+    """The keys that several queries see. padding: of the row's tokens."""
     base, start = offset.first_key(), offset.starts.long()[:, None]
     first, end = torch.zeros_like(start), start + queries
     if padding is not None:
@@ -65,9 +65,9 @@ def _intervals(
     hi = end if hi is None else torch.minimum(hi, end)
     hint = None
     if pattern.right == 0:
-        place = (first, end, start, queries, base, keys)
+        extent = (first, end, start, queries, base, keys)
         begin = first.new_zeros(()) if pattern.chunk_start is None else pattern.chunk_start[:, None]
-        segments = chunk_segments(pattern.chunk, begin, *place) if pattern.chunk else segments_between(*place)
+        segments = chunk_segments(pattern.chunk, begin, *extent) if pattern.chunk else segments_between(*extent)
         hint = CausalSegments(segments, -1 if pattern.left >= keys - 1 else pattern.left)
     bounds = ((x - base).clamp(0, keys).to(torch.int32) for x in torch.broadcast_tensors(lo, hi))
     return Intervals(*(x.contiguous() for x in bounds)), hint
@@ -80,19 +80,21 @@ def _dense(
     mask_function: Callable[..., Any],
     attention_mask: Tensor | None,
 ) -> Tensor:
-    """bool `[B, 1, Sq, Skv]`: what a mask function of indices lets the queries see of the keys that are tokens.
+    """bool `[B, 1, Sq, Skv]`: a mask function of indices, evaluated at the positions of the keys that are tokens.
 
     attention_mask: bool `[B, tokens]`; missing tokens count as padding.
     """
     starts = offset.starts.long()
     batch = starts.shape[0]
-    token = offset.key_positions(queries, keys)
-    there = (token >= 0) & (token < starts[:, None] + queries)
-    token = token.clamp(min=0)
+    position = offset.key_positions(queries, keys)
+    there = (position >= 0) & (position < starts[:, None] + queries)
+    position = position.clamp(min=0)
     if attention_mask is not None:
         width = attention_mask.shape[1]
-        index = token.clamp(max=width - 1).expand(batch, -1)
-        there = there & (token < width) & attention_mask.to(starts.device).bool().gather(1, index)
+        index = position.clamp(max=width - 1).expand(batch, -1)
+        there = there & (position < width) & attention_mask.to(starts.device).bool().gather(1, index)
     row = torch.arange(batch, device=starts.device)[:, None, None, None]
-    seen = mask_function(row, torch.zeros_like(row), offset.positions(queries)[:, None, :, None], token[:, None, None])
+    seen = mask_function(
+        row, torch.zeros_like(row), offset.positions(queries)[:, None, :, None], position[:, None, None]
+    )
     return (seen & there[:, None, None]).expand(batch, 1, queries, keys)

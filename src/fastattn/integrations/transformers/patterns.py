@@ -44,7 +44,7 @@ class Pattern(NamedTuple):
         a, b = self, other
         if (a.chunk and b.chunk) or (a.segments is not None and b.segments is not None):
             return None
-        # A chunk counts positions: it must stand with the positions it was written for.
+        # A chunk counts positions: it must keep the positions that it was made for.
         if (a.positions is not None and (b.chunk or b.positions is not None)) or (b.positions is not None and a.chunk):
             return None
         return Pattern(
@@ -91,10 +91,10 @@ class Pattern(NamedTuple):
 
 
 def recognise(mask_function: Callable[..., Any]) -> Pattern | None:
-    """The Pattern that a mask function of transformers computes, None for any function not known."""
+    """The Pattern that a mask function of transformers computes; None for any other function."""
     pattern = _read(mask_function)
     if pattern is not None and pattern.positions is not None and pattern.segments is None:
-        return None  # positions that start again and again, without the segments within which they hold
+        return None  # positions that restart need the segments within which they hold
     return pattern
 
 
