@@ -52,7 +52,7 @@ class KVMemory:
         return KVMemory(self.keys[first:end], self.values[first:end], self.ring)
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
-        """Stores the tokens of the current step, `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, where `lengths` says."""
+        """Stores the tokens of the current step, `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, behind each row's tokens."""
         k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
         arguments = (self.keys, self.values, k, v, lengths.tokens, lengths.counts, self.ring)
         if self.keys.is_cuda and native("cuda"):

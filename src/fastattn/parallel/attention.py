@@ -57,7 +57,7 @@ class ShardedAttention:
             order: which tokens a rank holds. "head-tail": two chunks, one from each end, which balances causal work;
                 "contiguous": one chunk.
             hardware: rates for "auto".
-            ranks_per_host: ranks of the group that share a host; default: what torchrun says (LOCAL_WORLD_SIZE).
+            ranks_per_host: ranks of the group that share a host; default: torchrun's LOCAL_WORLD_SIZE.
 
         Raises:
             ValueError: an argument is not as described.
@@ -95,11 +95,11 @@ class ShardedAttention:
         return self.layout(x.shape[dim]).take(x, dim, self.rank)
 
     def positions(self, length: int, device: torch.device | str | None = None) -> Tensor:
-        """int64 `[1, tokens of this rank]`: where they stand in the sequence; what a model takes as `position_ids`."""
+        """int64 `[1, tokens of this rank]`: their positions in the sequence, for a model's `position_ids`."""
         return self.layout(length).positions(self.rank)[None].to(device or "cpu")
 
     def unshard(self, x: Tensor, dim: int, length: int) -> Tensor:
-        """The whole of what `shard` cut up, on every rank. Collective. No gradient flows through it."""
+        """The whole tensor from the shards of all ranks, on every rank. Collective. No gradient flows through it."""
         layout, x = self.layout(length), x.detach().movedim(dim, 0)
         room = x.new_zeros((max(layout.size(r) for r in range(self.size)), *x.shape[1:]))
         room[: x.shape[0]] = x
@@ -131,8 +131,8 @@ class ShardedAttention:
             cu_seqlens: packed sequences of one batch entry: ints or an integer tensor `[N + 1]`, cumulative lengths in
                 the whole sequence; with `mask="causal"` causal within each.
             window, softcap, scale: as the op's.
-            sinks: `[Hq]`, the same on every rank. Their gradient is this rank's share of it: ranks' shares add up, as
-                those of any parameter that all ranks have.
+            sinks: `[Hq]`, the same on every rank. Their gradient is this rank's share: it has to be summed over ranks,
+                as that of any parameter that all ranks have.
             return_lse: also return the log-sum-exp, `[B, Hq, S]`.
             strategy: for this call instead of the constructor's.
 
@@ -147,13 +147,13 @@ class ShardedAttention:
             pattern, call = pattern_of(layout, self.rank, q, k, v, mask, cu_seqlens, window, sinks, softcap, scale)
             chosen = self._strategy(strategy, layout, pattern, call.q, call.k, call.v)
         except (ValueError, TypeError) as error:
-            if debug.ENABLED:  # the others must not go on without this rank
+            if debug.ENABLED:  # the others would wait for this rank
                 check_agreement({"error": str(error)}, self.group)
             raise
         if debug.ENABLED:
-            said = {"error": "", "q": outline(q), "k": outline(k), "v": outline(v), "mask and window": pattern}
-            said |= {"sinks": sinks is not None, "softcap": softcap, "scale": scale, "return_lse": return_lse}
-            check_agreement(said | {"order": self.order, "strategy": chosen}, self.group)
+            call_here = {"error": "", "q": outline(q), "k": outline(k), "v": outline(v), "mask and window": pattern}
+            call_here |= {"sinks": sinks is not None, "softcap": softcap, "scale": scale, "return_lse": return_lse}
+            check_agreement(call_here | {"order": self.order, "strategy": chosen}, self.group)
         q, k, v = call.q, call.k, call.v
         if chosen == "ulysses":
             out, lse = self._ulysses(layout, pattern, q, k, v, sinks, call.scale, call.softcap, return_lse)
@@ -191,7 +191,7 @@ class ShardedAttention:
                 (capacity 0) is fine.
             sinks: `[Hq]`, the same on every rank.
             options: the op's `kv_lengths` (int32 `[B]` on the device: how much of this rank's part is filled), `mask`
-                (over this rank's part), `scale`, `softcap`, `backend`. Without a mask every query sees all keys.
+                (over this rank's part), `scale`, `softcap`, `backend`. Without a mask every query sees every key.
 
         Returns:
             `[B, Hq, Sq, Dv]`, the same on every rank; with return_lse also the log-sum-exp `[B, Hq, Sq]`. No gradient.
@@ -263,6 +263,6 @@ class ShardedAttention:
 
 
 def _ranks_per_host(group: dist.ProcessGroup) -> int:
-    """How many of a group's ranks share a host, by torchrun's numbering; all of them without torchrun."""
+    """The number of a group's ranks that share a host, by torchrun's numbering; all of them without torchrun."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or group.size()
     return max(Counter(rank // local for rank in dist.get_process_group_ranks(group)).values())

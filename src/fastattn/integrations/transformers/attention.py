@@ -58,7 +58,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' `AttentionInterface` asks for it.
+    """The attention function for transformers' `AttentionInterface`.
 
     Args:
         module: the layer; its `is_causal` is read where there is no mask, unless masks are made for its `config`: None

@@ -96,8 +96,8 @@ class Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.17
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]` where the lengths say, and returns what the queries may see:
-        one query the whole memory, several queries the keys in order, from before the window of the first one on.
+        """Stores `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]` behind each row's tokens, and returns the keys and values that
+        the mask is for: the whole memory for one query, keys in order for several, from the first query's window on.
         """
         rows = self.rows
         if key_states.shape[0] != rows.batch:

@@ -134,7 +134,7 @@ class LazyMask(Tensor):
         return hint if isinstance(hint, Band) else None
 
     def dense(self) -> Tensor:
-        """The mask in memory. The same tensor each time: what is written into it is kept."""
+        """The dense mask. The same tensor each time, so that writes into it persist."""
         state = self._state
         if state.dense is None:
             with torch.inference_mode(False):
@@ -176,7 +176,7 @@ class LazyMask(Tensor):
                     return x  # an operation in place returns its argument
                 for part in out if isinstance(out, (tuple, list)) else (out,):
                     if isinstance(part, Tensor) and _same_memory(part, x.dense()):
-                        x._share()  # views of which the schema says nothing
+                        x._share()  # a view that the schema does not declare
         return out
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,7 @@ def interval_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one layer type for one forward, as transformers' `AttentionMaskInterface` asks for it.
+    """The mask function for transformers' `AttentionMaskInterface`: the mask of one layer type for one forward.
 
     Args:
         batch_size, q_length, kv_length: B, Sq, Skv.
