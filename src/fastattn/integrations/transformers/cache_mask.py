@@ -65,9 +65,9 @@ def _intervals(
     hi = end if hi is None else torch.minimum(hi, end)
     hint = None
     if pattern.right == 0:
-        extent = (first, end, start, queries, base, keys)
+        around = (first, end, start, queries, base, keys)
         begin = first.new_zeros(()) if pattern.chunk_start is None else pattern.chunk_start[:, None]
-        segments = chunk_segments(pattern.chunk, begin, *extent) if pattern.chunk else segments_between(*extent)
+        segments = chunk_segments(pattern.chunk, begin, *around) if pattern.chunk else segments_between(*around)
         hint = CausalSegments(segments, -1 if pattern.left >= keys - 1 else pattern.left)
     bounds = ((x - base).clamp(0, keys).to(torch.int32) for x in torch.broadcast_tensors(lo, hi))
     return Intervals(*(x.contiguous() for x in bounds)), hint

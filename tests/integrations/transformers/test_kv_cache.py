@@ -82,7 +82,7 @@ def test_rows_of_different_lengths(family: str) -> None:
         close(step(model, part, cache), wanted_now)
 
 
-def test_rows_are_emptied_moved_and_reordered() -> None:
+def test_reset_move_and_reorder_rows() -> None:
     ids = tokens(3, 20)
     wanted = expected("gemma2", ids)
     model = build("gemma2", "fastattn")
@@ -129,7 +129,7 @@ def test_crop() -> None:
         make(model, 2).crop(-1)
 
 
-def test_a_full_cache() -> None:
+def test_a_full_row_drops_tokens() -> None:
     ids = tokens(2, 12)
     wanted = expected("gemma2", ids)
     model = build("gemma2", "fastattn")
@@ -195,7 +195,7 @@ def test_padding_with_holes() -> None:
                 close(found[real], wanted[:, part][real])
 
 
-def test_what_the_op_is_asked() -> None:
+def test_arguments_of_the_op() -> None:
     model = build("gemma2", "fastattn")  # a sliding layer, then a full one
     cache = make(model, 2)
     ids = tokens(2, 20)
@@ -242,7 +242,7 @@ def test_a_step_reads_nothing_on_the_host(family: str, tokens_per_step: int, mon
         step(model, tokens(2, tokens_per_step), cache)
 
 
-def test_after_a_captured_step_the_host_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_unknown_to_the_host_after_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(2, 16)
     wanted = expected("llama", ids)
     model = build("llama", "fastattn")
@@ -301,7 +301,7 @@ def test_a_version_that_does_not_pass_the_offset_on_is_refused(change: Any, monk
     make(model, 2)
 
 
-def test_models_without_windows_may_use_other_attention() -> None:
+def test_models_without_windows_on_eager_and_sdpa() -> None:
     ids, mask, _ = left_padded(2, 9)
     inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
     for implementation in ("eager", "sdpa"):
