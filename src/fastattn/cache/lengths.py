@@ -19,7 +19,7 @@ class _HostKnowledge:
         #: Rows whose steps were captured in a CUDA graph. Replays go unnoticed, so the host never knows these again.
         self.captured: set[int] = set()
         self.together = True  #: every step since the last reset was one of all rows, with as many tokens for each
-        self.bound = 0  #: no row is longer
+        self.bound = 0  #: no row is longer, replays of captured steps aside
 
 
 class Lengths:
@@ -77,7 +77,7 @@ class Lengths:
 
     @property
     def bound(self) -> int:
-        """Tokens that no row of the cache has more than."""
+        """Tokens that no row of the cache has more than, replays of captured steps aside."""
         return self._host.bound
 
     @property
@@ -158,7 +158,8 @@ class Lengths:
     def reorder(self, rows: Tensor) -> None:
         """Makes row i what row `rows[i]` was: int `[N]` on the device. In place where N is the number of rows."""
         agreed, batch, host = self.agreed, rows.shape[0], self._host
-        tokens, self.starts, self._counts = (x.index_select(0, rows) for x in (self.tokens, self.starts, self.counts))
+        tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
+        self._counts = None
         if batch == self.batch:
             self.tokens.copy_(tokens)
         else:
@@ -171,7 +172,8 @@ class Lengths:
         """Appends `count` empty rows."""
         host, empty = self._host, self.agreed == 0
         more = self.tokens.new_zeros(count)
-        self.tokens, self.starts, self._counts = (torch.cat([x, more]) for x in (self.tokens, self.starts, self.counts))
+        self.tokens, self.starts = torch.cat([self.tokens, more]), torch.cat([self.starts, more])
+        self._counts = None
         host.lengths += [0] * count
         host.together &= empty
 

@@ -113,10 +113,11 @@ class Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         memory = self._rows_memory
+        k, v = key_states.to(memory.keys.dtype), value_states.to(memory.values.dtype)
         seen = memory.keys, memory.values
         if self.window and new > 1:
-            seen = memory.window_and(key_states, value_states, rows.starts, rows.start)
-        memory.append(key_states, value_states, rows)
+            seen = memory.window_and(k, v, rows.starts, rows.start)
+        memory.append(k, v, rows)
         if not self.window and new > 1 and rows.start is not None:
             end = rows.start + new
             return memory.keys[:, :, :end], memory.values[:, :, :end]

@@ -86,9 +86,7 @@ def interval_mask(
     shape = batch_size, q_length, kv_length, dtype
     if isinstance(kv_offset, DeviceOffset):
         if use_vmap:
-            raise ValueError(
-                "StaticCache: a mask function that only vmap can evaluate has no place for lengths by row"
-            )
+            raise ValueError("StaticCache: a mask function that only vmap can evaluate has no place for lengths by row")
         visible, live = mask_of_cache(kv_offset, q_length, kv_length, mask_function, attention_mask)
         return make_mask(visible, live, *shape)
 
