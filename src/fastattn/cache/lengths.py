@@ -67,8 +67,8 @@ class Lengths:
     @property
     def agreed(self) -> int | None:
         """Tokens of every one of these rows; None where only the device knows, or where they differ."""
-        found = set(self._host.lengths[self.first : self.first + self.batch])
-        return None if len(found) > 1 else found.pop()
+        found = self._host.lengths[self.first : self.first + self.batch]
+        return found[0] if found.count(found[0]) == len(found) else None
 
     @property
     def known(self) -> int | None:
@@ -90,51 +90,57 @@ class Lengths:
 
         A row without enough room drops the rest. Never reads the device.
         """
-        host, rows = self._host, range(self.first, self.first + self.batch)
-        self.start, self.new, self.ragged = self.known, new, counts is not None
-        if capturing(self.tokens):
-            host.captured.update(rows)
-        self.starts = self.tokens.clone()
+        host, agreed, captures = self._host, self.agreed, capturing(self.tokens)
+        self.start, self.new, self.ragged = None if captures else agreed, new, counts is not None
+        if captures:
+            host.captured.update(range(self.first, self.first + self.batch))
+        self.starts, self._counts = self.tokens.clone(), None
         if counts is None:
-            self._counts = None
             self.tokens.add_(new)
             if self.capacity is not None:
                 self.tokens.clamp_(max=self.capacity)
         else:
-            counts = counts.clamp(0, new)
+            self._counts = counts.clamp(0, new)
             if self.capacity is not None:
-                counts = torch.minimum(counts, self.capacity - self.starts)
-            self._counts = counts
-            self.tokens.add_(counts)
-        before = host.lengths[self.first : self.first + self.batch]
-        self.set_known([None if n is None or counts is not None else self._at_most(n + new) for n in before])
+                self._counts = torch.minimum(self._counts, self.capacity - self.starts)
+            self.tokens.add_(self._counts)
+        if counts is not None:
+            self.set_known(None)
+        elif agreed is not None:
+            self.set_known(self._at_most(agreed + new))
+        else:
+            before = host.lengths[self.first : self.first + self.batch]
+            self.set_known([None if n is None else self._at_most(n + new) for n in before])
         host.bound = self.capacity if host.captured and self.capacity is not None else self._at_most(host.bound + new)
-        host.together &= self.all_rows and counts is None
+        host.together = host.together and counts is None and self.all_rows
         self.steps, self.in_step = self.steps + 1, True
 
     def _at_most(self, tokens: int) -> int:
         return tokens if self.capacity is None else min(tokens, self.capacity)
 
-    def set_known(self, lengths: list[int | None]) -> None:
-        """Tells the host the length of each of these rows; None: only the device knows."""
-        for row, length in enumerate(lengths, self.first):
-            self._host.lengths[row] = None if row in self._host.captured else length
+    def set_known(self, lengths: int | list[int | None] | None) -> None:
+        """Tells the host the length of these rows, one for all or one for each; None: only the device knows."""
+        host, end = self._host, self.first + self.batch
+        host.lengths[self.first : end] = lengths if isinstance(lengths, list) else [lengths] * self.batch
+        for row in host.captured:
+            if self.first <= row < end:
+                host.lengths[row] = None
 
     def forget(self) -> None:
         """Leaves these rows to the device from now on, as a captured step does."""
         self._host.captured.update(range(self.first, self.first + self.batch))
-        self.set_known([None] * self.batch)
+        self.set_known(None)
 
     def empty(self, rows: Tensor | None = None) -> None:
         """Empties all rows, or those of a bool mask `[B]` on the device (then the host knows none of the lengths)."""
         if rows is not None:
             self.tokens.masked_fill_(rows, 0)
-            self.set_known([None] * self.batch)
+            self.set_known(None)
             self._host.together = False
             return
         self.tokens.zero_()
         self.in_step = False
-        self.set_known([0] * self.batch)
+        self.set_known(0)
         self._host.together = self.all_rows
         if self.all_rows:
             self._host.bound = 0
@@ -148,12 +154,12 @@ class Lengths:
         else:
             self.tokens.add_(tokens).clamp_(min=0)
             known = None if known is None else max(0, known + tokens)
-        self.set_known([known] * self.batch)
+        self.set_known(known)
 
     def copy_from(self, other: Lengths) -> None:
         """Makes this row what a row of the same cache is."""
         self.tokens.copy_(other.tokens)
-        self.set_known([other.known])
+        self.set_known(other.known)
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row i what row `rows[i]` was: int `[N]` on the device. In place where N is the number of rows."""
@@ -166,7 +172,7 @@ class Lengths:
             self.tokens = tokens
             host.lengths = [None] * batch
             host.captured = set(range(batch)) if host.captured else set()
-        self.set_known([agreed] * batch)  # of rows that differ the host no longer knows which is which
+        self.set_known(agreed)  # of rows that differ the host no longer knows which is which
 
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
