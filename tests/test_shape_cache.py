@@ -34,6 +34,7 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
     "fastattn.bench.peers._flex",
     "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
+    "fastattn.integrations.transformers.kv_cache._check_offsets",
     "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
     # by the class of a model or a module
     "fastattn._compat.transformers._cache_argument", "fastattn.lm.fused_ops._is_like",

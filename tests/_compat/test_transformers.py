@@ -11,7 +11,7 @@ import transformers
 from tiny_models import DECODERS, build
 from transformers import masking_utils
 
-from fastattn._compat import hf
+from fastattn._compat import mask_functions
 from fastattn._compat import transformers as questions
 from fastattn._compat.versions import Gone, need
 from fastattn.integrations.transformers.patterns import recognise
@@ -80,8 +80,8 @@ def test_what_cannot_be_done_without_a_name_is_refused(monkeypatch: pytest.Monke
 
 
 def test_mask_functions_mean_what_they_are_taken_to_mean() -> None:
-    made = {name for name in hf._MEANINGS if hasattr(masking_utils, name.split(".")[0])}
-    assert made == hf.UNDERSTOOD
+    made = {name for name in mask_functions._KINDS if hasattr(masking_utils, name.split(".")[0])}
+    assert made == mask_functions.UNDERSTOOD
     assert len(made) >= 7
 
 
@@ -107,11 +107,9 @@ def test_one_that_means_something_else_is_not_recognised(name: str, monkeypatch:
     made: dict[str, Any] = {f.__name__: f for f in (sliding_window_overlay, and_masks, causal_mask_function)}
     changed = types.SimpleNamespace(**{**vars(masking_utils), name: made[name]})
     made[name].__qualname__ = name
-    understood = hf.understood(changed)
-    assert hf.UNDERSTOOD - understood
-    monkeypatch.setattr(hf, "UNDERSTOOD", understood)
-    if name == "causal_mask_function":
-        monkeypatch.setattr(hf, "UNDERSTOOD_CAUSAL", object())
+    understood = mask_functions.understood(changed)
+    assert mask_functions.UNDERSTOOD - understood
+    monkeypatch.setattr(mask_functions, "UNDERSTOOD", understood)
     whole = masking_utils.sliding_window_causal_mask_function(3)
     assert recognise(whole) is None
 

@@ -1,4 +1,4 @@
-"""The cache against attention over all tokens so far, kept in plain lists."""
+"""`KVCache` against attention over all tokens so far, recorded in lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class History:
-    """What a cache should know: for each row the keys and values of its tokens, `[Hkv, D]` each."""
+    """The expected content of a cache: for each row the keys and values of its tokens, `[Hkv, D]` each."""
 
     def __init__(self, layers: int, batch: int) -> None:
         self.rows: list[list[list[tuple[Tensor, Tensor]]]] = [[[] for _ in range(layers)] for _ in range(batch)]
@@ -102,7 +102,7 @@ def test_a_ring_holds_its_window_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("windows", [None, 6], ids=str)
-def test_rows_come_go_and_swap(windows: Any) -> None:
+def test_reorder_add_and_reset_rows(windows: Any) -> None:
     cache, history = make(windows, 64), History(2, 3)
     step(cache, history, 9, [9, 4, 7])
     order = [2, 0, 2]
@@ -124,7 +124,7 @@ def test_rows_come_go_and_swap(windows: Any) -> None:
     step(cache, history, 5)
 
 
-def test_a_full_cache() -> None:
+def test_a_full_cache_raises_or_drops() -> None:
     cache, history = make(None, 10), History(2, 3)
     step(cache, history, 10)
     with pytest.raises(ValueError, match="tokens: the cache is full: 10 tokens of 10, 1 more do not fit"):
@@ -141,7 +141,7 @@ def test_a_full_cache() -> None:
     assert torch.equal(cache.keys[0][0][:, 8:], new[0][:, :2])
 
 
-def test_debugging_finds_a_full_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_row_raises_when_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make(None, 10)
     cache.step(8, torch.tensor([8, 2, 8], dtype=torch.int32))
     monkeypatch.setattr(debug, "ENABLED", True)
@@ -192,7 +192,7 @@ def test_bad_steps() -> None:
 @pytest.mark.parametrize(
     "rows", [torch.tensor([-1]), torch.tensor([3]), torch.tensor([0, -3], dtype=torch.int32), torch.tensor([2, 2**40])]
 )
-def test_indices_of_no_row_are_refused_and_change_nothing(rows: Tensor) -> None:
+def test_bad_row_indices_raise_and_change_nothing(rows: Tensor) -> None:
     cache = make()
     cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32))
     keys = [x.clone() for x in cache.keys]
@@ -203,7 +203,7 @@ def test_indices_of_no_row_are_refused_and_change_nothing(rows: Tensor) -> None:
         assert all(torch.equal(a, b) for a, b in zip(keys, cache.keys, strict=True))
 
 
-def test_rows_in_any_order_and_twice() -> None:
+def test_reset_takes_rows_in_any_order() -> None:
     for rows in (torch.tensor([2, 0, 2]), torch.tensor([True, False, True]), torch.tensor([0, 2], dtype=torch.int32)):
         cache = make()
         cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32))
@@ -214,7 +214,7 @@ def test_rows_in_any_order_and_twice() -> None:
 
 
 @pytest.mark.gpu
-def test_indices_of_no_row_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_row_indices_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not read: nothing becomes of them in `reset`, `reorder` takes the nearest row. Debugging finds them."""
     cache = make(device="cuda")
     cache.step(4, torch.tensor([4, 2, 3], dtype=torch.int32, device="cuda"))
@@ -236,7 +236,7 @@ def test_indices_of_no_row_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             change(torch.tensor([-1], device="cuda"))
 
 
-def test_a_cache_is_where_there_is_a_device_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: Any = {"layers": 1, "batch": 1, "kv_heads": 1, "head_dim": 8}
     assert KVCache(**sizes).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -253,7 +253,7 @@ def test_a_cache_is_where_there_is_a_device_for_it(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("new, dim, value_dim", [(1, 8, 8), (5, 24, 40), (70, 64, 128)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_kernel_stores_what_torch_stores(device: str, ring: bool, new: int, dim: int, value_dim: int) -> None:
+def test_the_append_kernel_against_torch(device: str, ring: bool, new: int, dim: int, value_dim: int) -> None:
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("native on a GPU")
     os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported

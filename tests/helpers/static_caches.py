@@ -20,10 +20,10 @@ def make(model: PreTrainedModel, batch: int, capacity: int = CAPACITY) -> Static
 
 
 def poison(cache: StaticCache) -> None:
-    """NaN in every slot, used or not."""
-    for layer in cache._rows.layers:
-        for memory in layer.parts():
-            memory.fill_(torch.nan)
+    """NaN at every position, used or not."""
+    for memory in cache.memory:
+        memory.keys.fill_(torch.nan)
+        memory.values.fill_(torch.nan)
 
 
 def step(model: PreTrainedModel, ids: Tensor, cache: StaticCache, **inputs: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ class Rows:
 
 def poison(runner: ModuleRunner) -> None:
     """NaN in the memory of all rows, which must be empty."""
-    for layer in runner.cache._rows.layers:
-        for memory in layer.parts():
-            memory.fill_(torch.nan)
+    for memory in runner.cache.memory:
+        memory.keys.fill_(torch.nan)
+        memory.values.fill_(torch.nan)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -207,7 +207,7 @@ def runners_of(folder: str, store: str) -> tuple[str, str, list[int], torch.Tens
     runner: Any = make_runner(loaded, 2, 64)
     runner.prefill(1, torch.arange(1, 9))
     logits = runner.prefill(1, torch.arange(9, 20))
-    memory = runner.cache._memories[0].keys.shape
+    memory = runner.cache.memory[0].keys.shape
     return said, type(runner).__name__, list(memory), logits
 
 

@@ -1,4 +1,4 @@
-"""transformers: names that changed between 5.4 and the newest version tested, and names that it does not promise."""
+"""transformers: names that changed between 5.4 and the newest version tested, and private names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .versions import Gone, gone, need
 #: What a forward calls the cache of keys and values: since 5.24, and before it (deprecated then, gone in 5.40).
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
-#: Arguments by which an attention function sees that it runs under continuous batching: there no mask says which keys
-#: belong to which query. `cache` until 5.22; the indices since.
+#: Arguments that an attention function gets under continuous batching, where no mask tells which keys belong to which
+#: query. `cache` until 5.22; the indices since.
 PAGED_ARGUMENTS = ("cache", "read_index", "write_index", "block_table")
 
 _ATTENTION = "_attn_implementation"
@@ -23,8 +23,8 @@ _ATTENTION = "_attn_implementation"
 def cache_argument(model: Any) -> str | None:
     """What the forward of a model, or of its body, calls its cache of keys and values; None if it names none.
 
-    The forward itself is asked, not the version: code that comes with a model may be older than transformers. One that
-    takes any keyword may well ignore a cache, so it counts as taking none.
+    Decided by the forward's signature, not by the version: code that comes with a model may be older than transformers.
+    A forward that takes any keyword may ignore a cache, so it counts as taking none.
     """
     forward = getattr(model, "_orig_mod", model).forward  # of a compiled model: the one that was compiled
     return _cache_argument(getattr(forward, "__func__", forward))
@@ -37,7 +37,7 @@ def _cache_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a model's forward, or to `generate`. ValueError: it takes none."""
+    """The keyword argument that passes a cache to a model's forward, or to `generate`. ValueError: it takes none."""
     name = cache_argument(model)
     if name is None:
         raise ValueError(f"model: the forward of {type(model).__name__} takes no cache of keys and values")
@@ -60,7 +60,7 @@ def set_attention_name(config: Any, name: str | None) -> None:
 
 
 def keeps_a_state(model: Any) -> bool:
-    """Whether a model remembers something else than keys and values. True where transformers does not say."""
+    """Whether a model has a state other than keys and values. True where transformers does not tell."""
     return bool(getattr(model, "_is_stateful", True))
 
 
@@ -75,7 +75,7 @@ def ranks_of(model: Any) -> int:
 
 
 def can_switch_attention(model: Any) -> bool:
-    """Whether a model's layers ask their config which attention to call. False where transformers does not say."""
+    """Whether a model's layers call the attention that its config names. False where transformers does not tell."""
     ask = getattr(model, "_can_set_attn_implementation", None)
     return ask is not None and bool(ask())
 

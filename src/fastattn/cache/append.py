@@ -1,4 +1,4 @@
-"""New keys and values into a cache, at places that only the device knows: one kernel for both."""
+"""The kernel that stores new keys and values in a cache, at positions that only the device knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ..backends.triton.launcher import Launcher
 
 
 def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, ring: bool) -> None:
-    """Writes the first `counts[b]` of the new tokens of row b to the places before `lengths[b]`.
+    """Stores the first `counts[b]` of the new tokens of row b as its last ones: one launch for keys and values.
 
-    keys, values: the cache, `[B,Hkv,C,D]` and `[B,Hkv,C,Dv]`, last stride 1. k, v: `[B,Hkv,S,D]`, `[B,Hkv,S,Dv]`, last
-    stride 1. lengths: int32 `[B]`, tokens including the new ones. counts: int32 `[B]`. ring: token t lies at t % C, and
-    the last C remain; else it lies at t, and those beyond C are dropped.
+    keys, values: the cache, `[B,Hkv,C,D]` and `[B,Hkv,C,Dv]`, last stride 1. k, v: `[B,Hkv,S,D]`, `[B,Hkv,S,Dv]`, the
+    cache's dtype. lengths: int32 `[B]`, tokens including the new ones. counts: int32 `[B]`. ring: token t lies at
+    t % C, and the last C remain; else it lies at t, and those beyond C are dropped.
     """
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, new, dim = k.shape
     value_dim = v.shape[3]
     block_d = triton.next_power_of_2(max(dim, value_dim))
@@ -45,15 +46,15 @@ def _append(  # type: ignore[no-untyped-def]
     there = (i < count) & (token >= 0)
     if RING:
         there = there & (i >= count - capacity)  # what would be overwritten by a later one
-        place = token % capacity
+        position = token % capacity
     else:
         there = there & (token < capacity)
-        place = token
+        position = token
     d = tl.arange(0, BLOCK_D)
-    i64, place64 = i.to(tl.int64), place.to(tl.int64)
+    i64, position64 = i.to(tl.int64), position.to(tl.int64)
     mask = there[:, None] & (d < dim)[None, :]
     x = tl.load(k + b * k_b + head * k_h + i64[:, None] * k_t + d[None, :], mask=mask)
-    tl.store(keys + b * ck_b + head * ck_h + place64[:, None] * ck_t + d[None, :], x, mask=mask)
+    tl.store(keys + b * ck_b + head * ck_h + position64[:, None] * ck_t + d[None, :], x, mask=mask)
     mask = there[:, None] & (d < value_dim)[None, :]
     x = tl.load(v + b * v_b + head * v_h + i64[:, None] * v_t + d[None, :], mask=mask)
-    tl.store(values + b * cv_b + head * cv_h + place64[:, None] * cv_t + d[None, :], x, mask=mask)
+    tl.store(values + b * cv_b + head * cv_h + position64[:, None] * cv_t + d[None, :], x, mask=mask)

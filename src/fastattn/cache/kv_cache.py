@@ -1,4 +1,4 @@
-"""The cache: which memory, which lengths, and the attention over it."""
+"""`KVCache`: the memory of all layers, the lengths of the rows, and attention over them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import debug
 from ..api import scaled_dot_product_attention
-from ..backends.triton.launcher import native
 from ..common.checks import check_count, check_device, check_tensor, is_count
 from ..masks import Intervals
 from ..validation import FLOATING, check_lengths
+from .lengths import Lengths, capturing
+from .memory import KVMemory
 
 GROWTH = 256  #: tokens by which a cache without a fixed capacity grows
 
@@ -78,21 +79,34 @@ class KVCache:
         self.device = check_device(device)
         self._fixed = capacity is not None
         self._capacity = capacity or GROWTH
-        #: int32 [B]: tokens of each row, those of the current step included.
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        self._counts = torch.zeros(batch, dtype=torch.int32, device=self.device)  # new tokens of the current step
-        self._new = 0  # of which each row has at most so many
-        self._ragged = False  # the rows of the current step have different numbers
-        self._bound = 0  #: no row is longer
-        self._equal = True  #: every row is exactly so long
-        self._captured = False  #: a captured step is replayed without the host: from then on it knows no length
-        self.keys = [self._memory(batch, layer, head_dim) for layer in range(layers)]
-        self.values = [self._memory(batch, layer, self.value_dim) for layer in range(layers)]
+        #: Layers that all keep windows have room for any number of tokens.
+        self._unbounded = all(window is not None for window in listed)
+        self._lengths = Lengths(batch, None if self._unbounded else self._capacity, self.device)
+        dims = head_dim, self.value_dim
+        self._memory = [
+            KVMemory.zeros(batch, kv_heads, window or self._capacity, dims, dtype, self.device, window is not None)
+            for window in listed
+        ]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 `[B]` on the device: tokens of each row, those of the current step included."""
+        return self._lengths.tokens
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """`[B, Hkv, C, D]` of each layer."""
+        return [memory.keys for memory in self._memory]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """`[B, Hkv, C, Dv]` of each layer."""
+        return [memory.values for memory in self._memory]
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return self.lengths.shape[0]
+        return self._lengths.batch
 
     @property
     def capacity(self) -> int:
@@ -102,7 +116,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        return sum(memory.nbytes for memory in self._memory)
 
     def step(self, tokens: int, counts: Tensor | None = None) -> Tensor:
         """Begins a step: every row gets `tokens` new tokens, or row b the first `counts[b]` of them.
@@ -116,35 +130,18 @@ class KVCache:
         check_count("tokens", tokens)
         if counts is not None:
             check_lengths("counts", counts, self.lengths)
-        bound = self._bound + tokens
-        unbounded = all(window is not None for window in self.windows)
-        if self._fixed and not unbounded and bound > self._capacity and self._equal and counts is None:
-            raise ValueError(
-                f"tokens: the cache is full: {self._bound} tokens of {self._capacity}, {tokens} more do not fit"
-            )
-        if not self._fixed and bound > self._capacity:
-            self._grow(bound)
-        if debug.ENABLED and not unbounded:
+        lengths = self._lengths
+        known = lengths.agreed if counts is None else None
+        if self._fixed and not self._unbounded and known is not None and known + tokens > self._capacity:
+            raise ValueError(f"tokens: the cache is full: {known} tokens of {self._capacity}, {tokens} more do not fit")
+        if not self._fixed and lengths.bound + tokens > self._capacity:
+            self._grow(lengths.bound + tokens)
+        if debug.ENABLED and not self._unbounded:
             longest = int((self.lengths + (tokens if counts is None else counts)).max())
             if longest > self._capacity:
                 raise ValueError(f"tokens: a row of {longest} tokens in a cache of {self._capacity}")
-        if counts is None:
-            self._counts.fill_(tokens)
-        else:
-            self._counts.copy_(counts.clamp(0, tokens))
-        if not unbounded:
-            torch.minimum(self._counts, self._capacity - self.lengths, out=self._counts)
-        start = self.lengths.long()
-        self.lengths.add_(self._counts)
-        self._new = tokens
-        self._ragged = counts is not None
-        self._equal = self._equal and counts is None
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured = True
-        if self._captured:
-            self._equal, bound = False, self._capacity
-        self._bound = bound if unbounded else min(bound, self._capacity)
-        return start[:, None] + torch.arange(tokens, device=self.device)
+        lengths.begin(tokens, counts)
+        return lengths.starts[:, None] + torch.arange(tokens, device=self.device)
 
     def attend(
         self,
@@ -165,26 +162,26 @@ class KVCache:
         """
         self._check(layer, q, k, v)
         options: dict[str, Any] = {"scale": scale, "sinks": sinks, "softcap": softcap, "backend": backend}
-        q_lengths = self._counts if self._ragged else None
-        window = self.windows[layer]
-        if window is not None and self._new > 1:
-            k, v, seen = self._window_of(layer, window, k, v)
-            out = scaled_dot_product_attention(q, k[0], v[0], mask=seen, **options)
-            self._store(layer, k[1], v[1])
+        lengths, memory, window = self._lengths, self._memory[layer], self.windows[layer]
+        q_lengths = lengths.counts if lengths.ragged else None
+        if window is not None and lengths.new > 1:
+            keys, values = memory.window_and(k, v, lengths.starts)
+            memory.append(k, v, lengths)
+            out = scaled_dot_product_attention(q, keys, values, mask=self._window_intervals(window), **options)
+            assert isinstance(out, Tensor)
+            return out
+        memory.append(k, v, lengths)
+        keys, values = memory.keys, memory.values
+        if window is not None:  # one query sees all that the ring holds
+            options |= {"kv_lengths": self.lengths.clamp(max=window), "q_lengths": q_lengths}
+        elif lengths.start is not None and not lengths.ragged and lengths.new > 1:
+            # The host knows the lengths: a slice needs no clearing of the gaps that lengths on the device leave.
+            end = lengths.start + lengths.new
+            keys, values = keys[:, :, :end], values[:, :, :end]
+            options["mask"] = "causal"
         else:
-            self._store(layer, k, v)
-            keys, values = self.keys[layer], self.values[layer]
-            if window is not None:  # one query: what the ring holds is what it sees
-                out = scaled_dot_product_attention(
-                    q, keys, values, kv_lengths=self.lengths.clamp(max=window), q_lengths=q_lengths, **options
-                )
-            elif self._equal and self._new > 1:  # the host knows: lengths that are no data need no clearing of gaps
-                keys, values = keys[:, :, : self._bound], values[:, :, : self._bound]
-                out = scaled_dot_product_attention(q, keys, values, mask="causal", **options)
-            else:
-                out = scaled_dot_product_attention(
-                    q, keys, values, mask="causal", kv_lengths=self.lengths, q_lengths=q_lengths, **options
-                )
+            options |= {"mask": "causal", "kv_lengths": self.lengths, "q_lengths": q_lengths}
+        out = scaled_dot_product_attention(q, keys, values, **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -196,18 +193,16 @@ class KVCache:
             raises, as on the CPU).
         """
         if rows is None:
-            self.lengths.zero_()
-            self._bound, self._equal = 0, not self._captured
+            self._lengths.empty()
             return
         check_tensor("rows", rows)
         if rows.dtype == torch.bool and rows.shape == self.lengths.shape:
-            self._check_place(rows)
+            self._check_device(rows)
             chosen = rows.to(self.device)
         else:
             rows = self._check_rows(rows, f", or bool [{self.batch}]")
             chosen = (rows[:, None] == torch.arange(self.batch, device=self.device)).any(0)
-        self.lengths.masked_fill_(chosen, 0)
-        self._equal = False
+        self._lengths.empty(chosen)
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row i what row `rows[i]` was: beams that swap, rows that are dropped or doubled.
@@ -217,97 +212,59 @@ class KVCache:
             (FASTATTN_DEBUG=1 raises, as on the CPU).
         """
         rows = self._check_rows(rows).clamp(0, self.batch - 1)
-        same = rows.shape[0] == self.batch
-        for memory in (self.keys, self.values):
-            for layer, old in enumerate(memory):
-                new = old.index_select(0, rows)
-                memory[layer] = old.copy_(new) if same else new
-        lengths, counts = self.lengths.index_select(0, rows), self._counts.index_select(0, rows)
-        self.lengths = self.lengths.copy_(lengths) if same else lengths
-        self._counts = self._counts.copy_(counts) if same else counts
+        for memory in self._memory:
+            memory.reorder(rows)
+        self._lengths.reorder(rows)
 
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
         check_count("count", count)
-        for memory, dim in ((self.keys, self.head_dim), (self.values, self.value_dim)):
-            for layer, old in enumerate(memory):
-                memory[layer] = torch.cat([old, self._memory(count, layer, dim)])
-        more = self.lengths.new_zeros(count)
-        self.lengths, self._counts = torch.cat([self.lengths, more]), torch.cat([self._counts, more])
-        self._equal = self._equal and self._bound == 0
-
-    def _memory(self, batch: int, layer: int, dim: int) -> Tensor:
-        window = self.windows[layer]
-        length = self._capacity if window is None else window
-        return torch.zeros((batch, self.kv_heads, length, dim), dtype=self.dtype, device=self.device)
+        for memory in self._memory:
+            memory.add_rows(count)
+        self._lengths.add_rows(count)
 
     def _grow(self, tokens: int) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.lengths):
             raise ValueError("tokens: the cache has to grow, which cannot be captured: give it a fixed capacity")
-        old_capacity, self._capacity = self._capacity, -(-tokens // GROWTH) * GROWTH
-        for memory, dim in ((self.keys, self.head_dim), (self.values, self.value_dim)):
-            for layer, old in enumerate(memory):
-                if self.windows[layer] is None:
-                    memory[layer] = self._memory(self.batch, layer, dim)
-                    memory[layer][:, :, :old_capacity] = old
+        self._capacity = -(-tokens // GROWTH) * GROWTH
+        if not self._unbounded:
+            self._lengths.capacity = self._capacity
+        for memory in self._memory:
+            if not memory.ring:
+                memory.grow(self._capacity)
 
-    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        k, v = (x.to(self.dtype) if x.stride(-1) == 1 else x.to(self.dtype).contiguous() for x in (k, v))
-        arguments = (self.keys[layer], self.values[layer], k, v, self.lengths, self._counts)
-        ring = self.windows[layer] is not None
-        if self.device.type == "cuda" and native("cuda"):
-            from .append import append
-
-            append(*arguments, ring)
-        else:
-            from .host import append_on_the_host
-
-            append_on_the_host(*arguments, ring)
-
-    def _window_of(self, layer: int, window: int, k: Tensor, v: Tensor) -> tuple[Any, Any, Intervals]:
-        """The window before the step and its tokens, in order: `(joined, new)` for k and v, and what each query sees.
-
-        A ring that holds just a window has no room for the keys of a step's first queries and its last ones at once.
-        """
-        before = window - 1
-        start = self.lengths - self._counts
-        joined = []
-        if before:
-            token = start[:, None] - before + torch.arange(before, dtype=torch.int32, device=self.device)
-            place = (token % window).long()[:, None, :, None]
-            for x, memory in ((k, self.keys[layer]), (v, self.values[layer])):
-                old = memory.gather(2, place.expand(-1, self.kv_heads, -1, memory.shape[3]))
-                joined.append(torch.cat([old, x.to(self.dtype)], 2))
-        else:
-            joined = [k.to(self.dtype), v.to(self.dtype)]
-        i = torch.arange(self._new, dtype=torch.int32, device=self.device)[None]
-        lo = torch.maximum(i, before - start[:, None])
-        hi = torch.where(i < self._counts[:, None], i + window, 0)
-        return (joined[0], k), (joined[1], v), Intervals(lo, hi)
+    def _window_intervals(self, window: int) -> Intervals:
+        """What each query of a step sees of the window before it and the step's tokens (`KVMemory.window_and`)."""
+        lengths, before = self._lengths, window - 1
+        i = torch.arange(lengths.new, dtype=torch.int32, device=self.device)[None]
+        lo = torch.maximum(i, before - lengths.starts[:, None])
+        hi = torch.where(i < lengths.counts[:, None], i + window, 0)
+        return Intervals(lo, hi)
 
     def _check_rows(self, rows: Tensor, also: str = "") -> Tensor:
         """Indices of rows, on the cache's device. also: what else the message allows."""
         check_tensor("rows", rows)
         if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"rows: expected int64 or int32 [rows]{also}, got {rows.dtype} {list(rows.shape)}")
-        self._check_place(rows)
+        self._check_device(rows)
         if rows.numel() and (rows.device.type == "cpu" or debug.ENABLED):
             least, most = (int(x) for x in rows.aminmax())
             if least < 0 or most >= self.batch:
                 raise ValueError(f"rows: expected indices in 0..{self.batch - 1}, got {least}..{most}")
         return rows.to(self.device)
 
-    def _check_place(self, rows: Tensor) -> None:
+    def _check_device(self, rows: Tensor) -> None:
         if rows.device.type != "cpu" and rows.device != self.lengths.device:
             raise ValueError(f"rows: expected device cpu, or {self.lengths.device} as of the cache, got {rows.device}")
 
     def _check(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:
             raise ValueError(f"layer: expected an int in 0..{self.layers - 1}, got {layer!r}")
+        new = self._lengths.new
         expected = {
-            "q": (q, (self.batch, None, self._new, self.head_dim)),
-            "k": (k, (self.batch, self.kv_heads, self._new, self.head_dim)),
-            "v": (v, (self.batch, self.kv_heads, self._new, self.value_dim)),
+            "q": (q, (self.batch, None, new, self.head_dim)),
+            "k": (k, (self.batch, self.kv_heads, new, self.head_dim)),
+            "v": (v, (self.batch, self.kv_heads, new, self.value_dim)),
         }
         for name, (x, shape) in expected.items():
             check_tensor(name, x)

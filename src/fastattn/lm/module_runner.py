@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat.attention_classes import computes_own_attention
 from .._compat.transformers import (
     attention_name,
     cache_argument,
@@ -152,8 +153,6 @@ class ModuleRunner:
 
 def refusal(model: Any, rows: int, capacity: int) -> str | None:
     """Why a model cannot be run by a `ModuleRunner`, or None. (Of a state that is no keys, `StaticCache` tells.)"""
-    from ..integrations.transformers.mask import brings_its_own_attention
-
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "it has an encoder"
@@ -167,7 +166,7 @@ def refusal(model: Any, rows: int, capacity: int) -> str | None:
         return "its forward takes no position_ids"
     if attention_name(config) != "fastattn":
         return f'its attn_implementation is "{attention_name(config)}": load it with "fastattn"'
-    if brings_its_own_attention(config):
+    if computes_own_attention(model, config):
         return "its layers compute attention themselves"
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return "it is spread over several devices"
@@ -189,9 +188,7 @@ def cache_config(model: Any, capacity: int) -> Any:
     from ..integrations.transformers import StaticCache
 
     cache = StaticCache(model.config, batch=1, capacity=capacity, device="meta")
-    windows = {
-        index: memory.kind.window for index, memory in enumerate(cache._memories) if memory and memory.kind.window
-    }
+    windows = cache.windows
     if not windows:
         return model.config
     seen = sights(model)

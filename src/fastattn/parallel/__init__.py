@@ -6,9 +6,10 @@
     with cp.model(model, length):                                     # a model of transformers
         model(input_ids=cp.shard(ids, 1), position_ids=cp.positions(length), **cp.targets(ids))
 
-`layout.py` says which rank holds which tokens, `plan.py` what each rank computes, `strategies.py` how keys and values
-travel (on `exchange.py`), `blocks.py` what is computed with them, `cost.py` which strategy suits a call. All attention
-is `fastattn.scaled_dot_product_attention`; all communication is torch.distributed's.
+`layout.py`: which rank holds which tokens. `plan.py`: the blocks of attention that each rank computes.
+`strategies.py`: how keys and values reach the ranks (`exchange.py` communicates, `blocks.py` computes). `cost.py`:
+which strategy is the fastest for a call. `attention.py` combines these; `context.py` adds models of transformers
+(`transformers.py`). All attention is `fastattn.scaled_dot_product_attention`; all communication torch.distributed's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Blocks of attention and the sum of them: log-sum-exp merging forward, and each block's share backward.
+"""Attention in blocks of keys: outputs merged by their log-sum-exp, and each block's share of the gradients.
 
-With out and lse of the whole row, a block's share of the gradients needs nothing of the other blocks:
+With the output and the log-sum-exp of the whole row, a block's share of the gradients needs nothing of other blocks:
 
     p = exp(s - lse),    ds = p * (do v^T - delta),    delta = rowsum(do * out) - dlse
 
-which is what a flash backward computes from the out and lse that it is given. A backend that computes its softmax again
-instead is given the block's own output o and log-sum-exp l and its weight w = exp(l - lse) in the row:
+which is what a flash backward computes from the out and lse that are passed to it. A backend that recomputes its
+softmax instead gets the block's own output o, log-sum-exp l and its weight w = exp(l - lse) in the row:
 
     do' = w * do,    dl = w * (rowsum(do * o) - delta)
 """
@@ -31,15 +31,15 @@ from .plan import Block
 
 @dataclass(frozen=True)
 class Options:
-    """What all blocks of a call share."""
+    """The options that all blocks of a call share."""
 
     scale: float
     softcap: float | None
-    names: tuple[str, ...]  #: backends allowed in the forward; autograd's threads do not know
+    names: tuple[str, ...]  #: backends allowed in the forward, because autograd's threads do not see `use_backend`
 
 
 class Whole(NamedTuple):
-    """Of whole rows: the output, the log-sum-exp, and their gradients."""
+    """The output of whole rows, their log-sum-exp, and the gradients of both."""
 
     out: Tensor
     lse: Tensor
@@ -57,10 +57,10 @@ class Whole(NamedTuple):
 
 
 class Rows:
-    """Output and log-sum-exp of a rank's queries, while blocks come in."""
+    """Output and log-sum-exp of a rank's queries, accumulated block by block."""
 
     def __init__(self, q: Tensor, value_dim: int, once: bool) -> None:
-        """once: no row is in two blocks, so that nothing needs to be kept in more than q's precision."""
+        """once: no row is in two blocks, so that nothing has to be accumulated in more than q's precision."""
         self.q, self.value_dim = q, value_dim
         self.dtype = q.dtype if once else work_dtype(q.dtype)
         self.out: Tensor | None = None
@@ -99,7 +99,7 @@ class Rows:
 
 
 def forward(rows: Rows, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], options: Options) -> None:
-    """Adds blocks of the queries q and the keys at hand."""
+    """Adds blocks of the queries q and the keys k, of which those of this step alone are given."""
     for block in blocks:
         found = _attend(*_cut(q, k, v, block), block, options)
         rows.add(block.rows, *found)
@@ -168,7 +168,7 @@ def _shares(q: Tensor, k: Tensor, v: Tensor, whole: Whole, block: Block, options
 def _shares_by_lse(
     q: Tensor, k: Tensor, v: Tensor, whole: Whole, block: Block, options: Options
 ) -> tuple[Tensor, ...] | None:
-    """The same from a backward that reads the rows' log-sum-exp; None where there is none for this call."""
+    """The same from a backend whose backward reads the log-sum-exp; None where this call has no such backend."""
     arguments = Arguments(q, k, v, block.mask, window=block.window, softcap=options.softcap)
     call = validated(arguments, options.scale)._replace(grads="qkv")
     found = backward_by_lse(call, options.names, whole.out, whole.lse, whole.grad_out)

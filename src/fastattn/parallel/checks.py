@@ -1,4 +1,4 @@
-"""Do all ranks mean the same call? Asked before anything is exchanged, under FASTATTN_DEBUG=1."""
+"""FASTATTN_DEBUG=1: the ranks compare their calls before anything is exchanged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .exchange import Group, together
 def check_agreement(call: dict[str, Any], group: Group) -> None:
     """Raises ValueError on every rank, naming the arguments and what each rank has, where ranks differ.
 
-    call: what must be the same everywhere, by argument. A rank whose own arguments are invalid says so under "error",
-    and may leave out the rest. Costs a collective of pickled objects and, on a GPU, a wait for it.
+    call: what must be the same everywhere, by argument. A rank whose own arguments are invalid puts the message
+    under "error", and may leave out the rest. Costs a collective of pickled objects and, on a GPU, a wait for it.
     """
     found: list[dict[str, Any]] = [{} for _ in range(group.size())]
     with together("the comparison of the ranks' calls", group):

@@ -1,7 +1,7 @@
 """What each strategy costs: bytes moved, time computed, how much of the one hides behind the other.
 
-Plain arithmetic on a few rates, so that it can be read, checked against measurements (`fastattn.bench.parallel`) and
-carried to machines that nobody has at hand. `ContextParallel(strategy="auto")` takes the strategy with the least total.
+Arithmetic on a few rates, so that it can be checked against measurements (`fastattn.bench.parallel`) and applied to
+machines that are not at hand. `ContextParallel(strategy="auto")` takes the strategy with the least total.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STRATEGIES = ("ulysses", "ring", "allgather")
-BACKWARD = 2.5  #: floating-point operations of a backward over those of its forward: five products for two
+BACKWARD = 2.5  #: floating-point operations of a backward over those of its forward: five GEMMs for two
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates that are reached, not those of data sheets; bytes, operations and seconds."""
+    """Rates that are reached, not those of data sheets, in bytes, operations and seconds."""
 
     flops: float = 620e12  #: of a long causal forward on one GPU, counting visible pairs only
     backward_flops: float = 500e12

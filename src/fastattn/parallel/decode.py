@@ -1,4 +1,4 @@
-"""Decode against a cache that is spread over ranks: each attends to its part, one small collective joins them."""
+"""Decode against a cache that is spread over ranks: each attends to its part, one small all-gather joins the parts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What travels between ranks. Everything here is a collective: all ranks of the group call it, in the same order.
+"""Communication between ranks. Every function is a collective: all ranks of the group call it, in the same order.
 
-Tensors are `[B, H, tokens, D]`; on the way they lie token-major, so that what arrives is laid out as the op likes it.
+Tensors are `[B, H, tokens, D]`. Messages are token-major, so that what is received has the layout that the op prefers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @contextmanager
 def together(what: str, group: Group) -> Iterator[None]:
-    """Says of a failure what it means here. On a GPU failures show later: NCCL's watchdog ends the process."""
+    """Adds a note to a failure: which collective, and the likely causes. On a GPU failures show later, when NCCL's
+    watchdog ends the process."""
     try:
         yield
     except RuntimeError as error:
@@ -47,33 +48,33 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 
 def gather(layout: Layout, tensors: Sequence[Tensor], rank: int, group: Group) -> list[Tensor]:
     """The whole sequence of each tensor, in one collective. tensors: `[B, H, tokens of the rank, D]`, one dtype."""
-    sent, slots = _padded(layout, tensors, 1)
-    for x, slot in zip(tensors, slots):
-        for place, piece in enumerate(layout.pieces(rank)):
-            slot[0, place, :, : piece.size] = _token_major(x[:, :, piece.start : piece.stop])
+    sent, padded = _padded(layout, tensors, 1)
+    for x, part in zip(tensors, padded):
+        for index, piece in enumerate(layout.pieces(rank)):
+            part[0, index, :, : piece.size] = _token_major(x[:, :, piece.start : piece.stop])
     parts = all_gather(sent[0], group)
     found = []
-    for slot in _slots(layout, parts, tensors):
+    for part in _parts(layout, parts, tensors):
         owners = [layout.owner(i) for i in range(layout.count)]
-        whole = [slot[r, place, :, : chunk.size] for (r, place), chunk in zip(owners, layout.chunks)]
+        whole = [part[r, index, :, : chunk.size] for (r, index), chunk in zip(owners, layout.chunks)]
         found.append(torch.cat(whole, 1).transpose(1, 2))
     return found
 
 
 def reduce_scatter(layout: Layout, tensors: Sequence[Tensor], rank: int, group: Group) -> list[Tensor]:
-    """The sum over ranks of whole sequences, each rank its tokens: what undoes `gather` in a backward."""
-    sent, slots = _padded(layout, tensors, layout.ranks)
-    for x, slot in zip(tensors, slots):
+    """The sum over ranks of whole sequences, of which each rank gets its tokens: the backward of `gather`."""
+    sent, padded = _padded(layout, tensors, layout.ranks)
+    for x, part in zip(tensors, padded):
         for i, chunk in enumerate(layout.chunks):
-            r, place = layout.owner(i)
-            slot[r, place, :, : chunk.size] = _token_major(x[:, :, chunk.start : chunk.stop])
+            r, index = layout.owner(i)
+            part[r, index, :, : chunk.size] = _token_major(x[:, :, chunk.start : chunk.stop])
     received = sent.new_empty((1, sent.shape[1]))
     with together("reduce-scatter", group):
         _reduce_scatter(received.view(-1), sent.view(-1), group=group)
     held = layout.held(rank)
     return [
-        torch.cat([slot[0, place, :, : chunk.size] for place, chunk in enumerate(held)], 1).transpose(1, 2)
-        for slot in _slots(layout, received, tensors)
+        torch.cat([part[0, index, :, : chunk.size] for index, chunk in enumerate(held)], 1).transpose(1, 2)
+        for part in _parts(layout, received, tensors)
     ]
 
 
@@ -81,26 +82,26 @@ def _padded(layout: Layout, tensors: Sequence[Tensor], ranks: int) -> tuple[Tens
     """Room for the chunks of so many ranks, each as long as the longest of all: as one message per rank
     `[ranks, numbers]`, and of each tensor `[ranks, chunks per rank, B, longest, H, D]`."""
     even = all(chunk.size == layout.longest for chunk in layout.chunks)
-    count = sum(_slot_size(layout, x) for x in tensors)
+    count = sum(_part_size(layout, x) for x in tensors)
     flat = (tensors[0].new_empty if even else tensors[0].new_zeros)((ranks, count))
-    return flat, _slots(layout, flat, tensors)
+    return flat, _parts(layout, flat, tensors)
 
 
-def _slots(layout: Layout, flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([_slot_size(layout, x) for x in tensors], 1)
+def _parts(layout: Layout, flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([_part_size(layout, x) for x in tensors], 1)
     shapes = [(flat.shape[0], layout.per_rank, x.shape[0], layout.longest, x.shape[1], x.shape[3]) for x in tensors]
     return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
-def _slot_size(layout: Layout, x: Tensor) -> int:
+def _part_size(layout: Layout, x: Tensor) -> int:
     return layout.per_rank * layout.longest * x.shape[0] * x.shape[1] * x.shape[3]
 
 
 class Transfer:
-    """Messages under way: started when made, here after `wait`."""
+    """Messages in flight: started by the constructor, complete after `wait`."""
 
     def __init__(self, sent: Tensor | None, target: int, received: Tensor | None, source: int, group: Group) -> None:
-        self.sent, self.received = sent, received  # kept alive until they have travelled
+        self.sent, self.received = sent, received  # alive until the messages are complete
         ops = []
         if sent is not None and sent.numel():
             ops.append(dist.P2POp(dist.isend, sent, group=group, group_peer=target))
@@ -127,7 +128,7 @@ def connect(device: torch.device, group: Group) -> None:
 def visit(plan: Plan, k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[Step, Tensor, Tensor]]:
     """Keys and values of each rank in turn, those that this one needs, beginning with its own.
 
-    The next ones are under way while the caller computes with the last.
+    The next ones are in flight while the caller computes with the last.
     """
     pending = None
     for step, following in pairwise([*plan.steps, None]):
@@ -147,7 +148,7 @@ def visit(plan: Plan, k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[Step
 
 
 class Returns:
-    """Gradients of keys and values on their way back to the ranks that hold them, summed there in `dk` and `dv`."""
+    """Sends gradients of keys and values back to the ranks that hold them, which sum them in `dk` and `dv`."""
 
     def __init__(self, dk: Tensor, dv: Tensor, like: Tensor, group: Group) -> None:
         self.dk, self.dv, self.group, self.dtype = dk, dv, group, like.dtype

@@ -58,7 +58,7 @@ class Layout:
         return max(chunk.size for chunk in self.chunks)
 
     def owner(self, chunk: int) -> tuple[int, int]:
-        """The rank that holds a chunk, and the chunk's place among that rank's."""
+        """The rank that holds a chunk, and the chunk's index among that rank's."""
         return (chunk, 0) if chunk < self.ranks else (2 * self.ranks - 1 - chunk, 1)
 
     def held(self, rank: int) -> tuple[Span, ...]:
@@ -72,7 +72,7 @@ class Layout:
         return sum(chunk.size for chunk in self.held(rank))
 
     def pieces(self, rank: int) -> tuple[Span, ...]:
-        """Where the rank's chunks lie within what it holds."""
+        """The rank's chunks as spans of the tokens that it holds."""
         first, *rest = self.held(rank)
         return (Span(0, first.size), *(Span(first.size, first.size + chunk.size) for chunk in rest))
 
@@ -85,10 +85,10 @@ class Layout:
         return torch.cat([x.narrow(dim, chunk.start, chunk.size) for chunk in self.held(rank)], dim)
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
-        """The whole of what each rank holds. parts: by rank; each may be longer than what counts of it."""
+        """The whole tensor from the ranks' parts, which may be longer than the tokens that they hold."""
         found = []
         for chunk in range(self.count):
-            rank, place = self.owner(chunk)
-            piece = self.pieces(rank)[place]
+            rank, index = self.owner(chunk)
+            piece = self.pieces(rank)[index]
             found.append(parts[rank].narrow(dim, piece.start, piece.size))
         return torch.cat(found, dim)

@@ -1,5 +1,5 @@
-"""Merging in one kernel. torch's own operations pass over a ring step's output three times, as much as a tenth of its
-attention; and of a decode step they are ten small kernels, as long as its collective."""
+"""Merging in one kernel. torch's own operations read and write a ring step's output three times, up to a tenth of its
+attention's time; in a decode step they are ten small kernels, which take as long as its collective."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What each rank computes, and which keys it needs for it: worked out once per shape, on the host.
+"""`Plan`: the blocks that each rank computes, and the keys that it needs for them. Made once per shape, on the host.
 
 Every strategy that moves keys and values is a list of blocks: some rows of a rank's queries against some of the keys
-that it has at hand. Where the mask lets it be so, a block is a plain or a causal rectangle, which the fastest kernels
-serve; `blocks_of` looks for those first, whatever it was that masked.
+that it has received. Where the mask allows, a block is a plain or a causal rectangle, which the fastest kernels serve;
+`_Viewer` looks for those first, whatever the mask was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Table = tuple[tuple[int, int, int], ...]  #: (batch entry, first token, one past
 
 @dataclass(frozen=True)
 class Pattern:
-    """Who sees whom in the whole sequence: a band, within segments if there are any. Hashable."""
+    """The mask of the whole sequence: a band, within segments if there are any. Hashable."""
 
     length: int
     batch: int
@@ -34,7 +34,7 @@ class Pattern:
 
     @property
     def plain(self) -> bool:
-        """True when it is causal or open, and no more."""
+        """True when it is causal or open, without window and segments."""
         return self.segments is None and self.left < 0 and self.right in (-1, 0)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -49,16 +49,16 @@ class Pattern:
 
 
 class Block(NamedTuple):
-    """One call of the op."""
+    """One call of the op on a rank."""
 
     rows: Span  #: of the rank's queries
-    keys: Span  #: of the keys at hand
+    keys: Span  #: of the keys that the rank has
     mask: str | Segments | Intervals | None
     window: tuple[int, int] | None
 
 
 class Step(NamedTuple):
-    """One round of an exchange: what comes from `source` and what goes to `target` meanwhile, as spans of theirs."""
+    """One round of an exchange: the spans of `source` that are received and those sent to `target` meanwhile."""
 
     source: int
     receive: tuple[Span, ...]
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's work for one shape of call."""
+    """One rank's blocks for calls of one shape."""
 
     layout: Layout
     rank: int
@@ -102,20 +102,20 @@ class Plan:
 
 
 class _Viewer:
-    """Who sees whom, while a plan is made."""
+    """Finds the blocks of a plan: which queries see which keys."""
 
     def __init__(self, plan: Plan) -> None:
         self.layout, self.pattern, self.device = plan.layout, plan.pattern, plan.device
         self.lo, self.hi = plan.pattern.bounds()
 
     def blocks(self, viewer: int, holder: int | None) -> list[Block]:
-        """What a rank's queries see of what another holds (None: of all keys)."""
+        """The blocks of a rank's queries and the keys that another holds (None: all keys)."""
         layout = self.layout
         rows = [_Piece(piece, chunk.start) for piece, chunk in zip(layout.pieces(viewer), layout.held(viewer))]
         keys = [_Piece(Span(0, layout.length), 0)]
         if holder is not None:
             keys = [_Piece(piece, chunk.start) for piece, chunk in zip(layout.pieces(holder), layout.held(holder))]
-        # Keys at hand ascend in position, so what a query sees of them is one interval as well.
+        # A rank's keys ascend in position, so a query sees one interval of them as well.
         lo, hi = (
             sum(((x - piece.position).clamp(0, piece.span.size) for piece in keys), start=torch.zeros_like(x))
             for x in (layout.take(x, 1, viewer) for x in (self.lo, self.hi))
@@ -123,7 +123,7 @@ class _Viewer:
         return self._blocks(lo, hi, rows, keys)
 
     def _blocks(self, lo: Tensor, hi: Tensor, rows: list[_Piece], keys: list[_Piece]) -> list[Block]:
-        """lo, hi: `[batch or 1, rows]`, from the first row of the first piece; keys counted as at hand."""
+        """lo, hi: `[batch or 1, rows]`, from the first row of the first piece; keys counted as the rank has them."""
         seeing = (hi > lo).any(0).nonzero()
         if not len(seeing):
             return []
@@ -179,7 +179,7 @@ class _Viewer:
 
 
 class _Piece(NamedTuple):
-    """Neighbours in the sequence: where they lie in what a rank has, and the position of the first of them."""
+    """Neighbouring tokens: their span of what a rank has, and the position of the first of them."""
 
     span: Span
     position: int
@@ -192,7 +192,7 @@ class _Piece(NamedTuple):
 
 
 def _band(lo: Tensor, hi: Tensor, keys: int) -> tuple[str | None, tuple[int, int] | None] | None:
-    """The op's mask and window that say the same of a rectangle of queries and keys; None where there are none."""
+    """The op's mask and window for these intervals of a rectangle of queries and keys; None where there are none."""
     rows = lo.shape[1]
     left = keys - 1 - int(lo[0, -1]) if int(lo[0, -1]) else -1
     right = int(hi[0, 0]) - 1 - (keys - rows) if int(hi[0, 0]) < keys else -1
@@ -218,7 +218,7 @@ def _squared(block: Block) -> list[Block]:
 
 
 def _union(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The spans that cover the same, sorted and apart from one another."""
+    """The same indices as sorted spans that do not touch."""
     found: list[Span] = []
     for span in sorted(spans):
         if found and span.start <= found[-1].stop:

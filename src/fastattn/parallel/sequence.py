@@ -1,4 +1,4 @@
-"""What a call over ranks says, in the terms of plans and of the cost model."""
+"""The arguments of a call over ranks as a `Pattern` for plans, and as `Work` for the cost model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pattern_of(
     softcap: float | None,
     scale: float | None,
 ) -> tuple[Pattern, Call]:
-    """Who sees whom, and the call with its tensors in one dtype. Raises ValueError on bad arguments."""
+    """The whole sequence's mask, and the call with its tensors in one dtype. Raises ValueError on bad arguments."""
     if mask is not None and mask != "causal" and not isinstance(mask, Segments):
         raise ValueError(f'mask: expected None, "causal" or Segments of the whole sequence, got {type(mask).__name__}')
     call = validated(Arguments(q, k, v, mask if isinstance(mask, str) else None, sinks, window, softcap), scale)
@@ -61,7 +61,7 @@ def pattern_of(
 
 
 def work_of(layout: Layout, pattern: Pattern, heads: tuple[int, ...], backward: bool) -> cost.Work:
-    """The call as the cost model sees it; the same on every rank."""
+    """The call for the cost model; the same on every rank."""
     batch, q_heads, kv_heads, head_dim, value_dim, itemsize = heads
     length, ranks = layout.length, layout.ranks
     if pattern.plain:

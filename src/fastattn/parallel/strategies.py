@@ -1,8 +1,8 @@
-"""Three ways to attend to a sequence that is spread over ranks. All take and give local shards, `[B, H, tokens, D]`.
+"""The three strategies of attention over ranks. All take and return local shards, `[B, H, tokens, D]`.
 
-allgather every rank gets all keys and values; its backward reduces and scatters their gradients
-ring      keys and values visit rank after rank, the next ones under way while the last ones are computed with
-ulysses   tokens are exchanged for heads and back (all-to-all); between, an ordinary call over the whole sequence
+allgather every rank gets all keys and values; the backward reduces and scatters their gradients
+ring      keys and values go from rank to rank, the next ones on their way while the current ones are computed with
+ulysses   an all-to-all exchanges tokens for heads, and back; between them, an ordinary call over the whole sequence
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _spread(heads: Heads, group: Group, *tensors: Tensor, spans: list[list[Span]
 
 
 def _collect(heads: Heads, group: Group, *tensors: Tensor, spans: list[list[Span]]) -> tuple[Tensor, ...]:
-    """The way back. Heads that several ranks have are summed."""
+    """The inverse of `_spread`. Heads that several ranks have are summed."""
     layout, ranks = heads.layout, range(heads.layout.ranks)
     # Chunk by chunk, so that tokens are copied once.
     parts = [[x[:, :, a:b].transpose(1, 2) for x in tensors for a, b in layout.held(r)] for r in ranks]

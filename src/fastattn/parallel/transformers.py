@@ -1,8 +1,10 @@
 """Models of transformers over the ranks of a `ContextParallel`.
 
 Importing this module registers the attention implementation "fastattn_cp", which `over_ranks` and `decoding` switch a
-model to within their blocks. It needs to know which sequence the tokens at hand are a shard of: that stands on the
-model's modules, where autograd's threads, which compute a checkpointed layer again, find it too.
+model to within their blocks. Its attention function has to know the sequence that a layer's tokens are a shard of
+(`_State`). transformers passes it the module and nothing of the caller's; a context variable would not reach autograd's
+threads, which recompute checkpointed layers. So the state is an attribute of the model's modules within the block
+(`_set_state`, `_state_of`, `_drop_state`).
 """
 
 from __future__ import annotations
@@ -17,30 +19,30 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from .._compat.attention_classes import computes_own_attention
 from .._compat.transformers import attention_name, can_switch_attention, set_attention_name
 from ..integrations.transformers.attention import REFUSED
 from ..integrations.transformers.lazy_mask import Band, Compact, LazyMask
-from ..integrations.transformers.mask import brings_its_own_attention
 from ..integrations.transformers.patterns import recognise
 from ..masks import Intervals
-from .context import ContextParallel
+from .attention import ShardedAttention
 from .sequence import Lengths
 
 NAME = "fastattn_cp"  #: never a name with "sdpa" or "flash" in it: transformers treats both specially
-LAYERS = frozenset(
-    {"full_attention", "sliding_attention"}
-)  #: kinds of layers that meet other tokens in attention alone
+#: Kinds of layers that mix tokens in attention alone.
+LAYERS = frozenset({"full_attention", "sliding_attention"})
 _STATE = "_fastattn_over_ranks"
 
 
 class ShardedCache(DynamicCache):
-    """Keys and values of which each rank keeps its share: of the prompt the shard that it computed, of the tokens
-    that follow one in `ranks`, in turn. All layers keep all tokens; windows are cut out when they are attended to.
+    """A DynamicCache of which each rank keeps its share: of the prompt the shard that it computed, of the tokens that
+    follow one in `ranks`, in turn. All layers keep all tokens; windows are cut out when they are attended to.
 
-    cp: the ranks. length: tokens of the prompt on all ranks together.
+    The host knows every length, so that the memory is transformers' own. cp: the ranks. length: tokens of the prompt on
+    all ranks together.
     """
 
-    def __init__(self, cp: ContextParallel, length: int) -> None:
+    def __init__(self, cp: ShardedAttention, length: int) -> None:
         super().__init__()
         self.cp, self.length = cp, length
         self.positions = cp.layout(length).positions(cp.rank).tolist()  #: of this rank's tokens, ascending
@@ -67,20 +69,20 @@ class ShardedCache(DynamicCache):
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of all ranks: where the next token stands."""
+        """Tokens of all ranks: the position of the next token."""
         return self.seen.get(layer_idx, 0)
 
     def out_of_window(self, window: int) -> int:
-        """How many of this rank's tokens, the earliest, the newest token's window of so many tokens leaves out."""
+        """The number of this rank's tokens that are before the window of the newest token."""
         newest = max(self.seen.values(), default=0) - 1
         return bisect_right(self.positions, newest - window)
 
 
 @dataclass
 class _State:
-    """What the layers have to know."""
+    """The sequence that a model's tokens are a shard of."""
 
-    cp: ContextParallel
+    cp: ShardedAttention
     length: int
     cu_seqlens: tuple[int, ...] | None = None
     cache: ShardedCache | None = None  #: in decode
@@ -88,9 +90,24 @@ class _State:
     closed: bool = False
 
 
+def _state_of(module: torch.nn.Module) -> _State | None:
+    found: _State | None = getattr(module, _STATE, None)
+    return found
+
+
+def _set_state(modules: list[torch.nn.Module], state: _State) -> None:
+    for module in modules:
+        setattr(module, _STATE, state)
+
+
+def _drop_state(modules: list[torch.nn.Module]) -> None:
+    for module in modules:
+        delattr(module, _STATE)
+
+
 @contextmanager
 def over_ranks(
-    cp: ContextParallel, model: torch.nn.Module, length: int, cu_seqlens: Lengths | None = None
+    cp: ShardedAttention, model: torch.nn.Module, length: int, cu_seqlens: Lengths | None = None
 ) -> Iterator[None]:
     """Within the block, `model(input_ids=cp.shard(ids, 1), position_ids=cp.positions(length))` attends over all ranks.
 
@@ -103,7 +120,7 @@ def over_ranks(
             pack instead.)
 
     Raises:
-        ValueError: the model's tokens meet in other ways than attention, as far as its config says so.
+        ValueError: the model mixes tokens otherwise than in attention, as far as its config describes its layers.
     """
     cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     with _switched(model, _State(cp, length, None if cuts is None else tuple(int(x) for x in cuts))):
@@ -111,7 +128,7 @@ def over_ranks(
 
 
 @contextmanager
-def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -> Iterator[None]:
+def decoding(cp: ShardedAttention, model: torch.nn.Module, cache: ShardedCache) -> Iterator[None]:
     """Within the block, `model(input_ids=token, cache=cache)` attends to the cache's shards on all ranks.
 
     token: `[B, 1]`, the same on every rank, and so are the logits. Each call is collective.
@@ -121,21 +138,21 @@ def decoding(cp: ContextParallel, model: torch.nn.Module, cache: ShardedCache) -
 
 
 def _check(model: torch.nn.Module, configs: list[Any]) -> None:
-    """Raises ValueError for models that mix tokens in ways that no attention function sees."""
+    """Raises ValueError for models that mix tokens elsewhere than in an attention function."""
     kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
     if kinds - LAYERS:
         raise ValueError(
             f"model: {type(model).__name__} has layers of the kinds {', '.join(sorted(kinds - LAYERS))}, which would "
             f"see each rank's tokens alone: expected {' and '.join(sorted(LAYERS))} only"
         )
-    if not can_switch_attention(model) or any(brings_its_own_attention(config) for config in configs):
+    if not can_switch_attention(model) or any(computes_own_attention(model, config) for config in configs):
         raise ValueError(f"model: {type(model).__name__} computes attention by itself: it cannot be spread over ranks")
 
 
 @contextmanager
 def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
     modules = list(model.modules())
-    last = getattr(model, _STATE, None)
+    last = _state_of(model)
     if last is not None and not last.closed:
         raise RuntimeError("this model attends over ranks already: cp.model and cp.decoding do not nest")
     found: list[Any] = [module.config for module in modules if hasattr(module, "config")]
@@ -145,8 +162,7 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
     state.before = known or {key: (config, attention_name(config)) for key, config in configs.items()}
     for config in configs.values():
         set_attention_name(config, NAME)
-    for module in modules:
-        setattr(module, _STATE, state)
+    _set_state(modules, state)
     try:
         yield
     finally:
@@ -154,13 +170,12 @@ def _switched(model: torch.nn.Module, state: _State) -> Iterator[None]:
             module.training and getattr(module, "gradient_checkpointing", False) for module in modules
         )
         if computes_again:
-            # A backward that comes after the block would attend to this rank's tokens alone, and nobody would know.
+            # A backward after the block would silently attend to this rank's tokens alone: it has to raise.
             state.closed = True
         else:
             for config, name in state.before.values():
                 set_attention_name(config, name)
-            for module in modules:
-                delattr(module, _STATE)
+            _drop_state(modules)
 
 
 def attention_over_ranks(
@@ -177,13 +192,13 @@ def attention_over_ranks(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' `AttentionInterface` asks for it: see `fastattn.hf.attention_forward`. Collective.
+    """The attention function for transformers' `AttentionInterface`: see `fastattn.hf.attention_forward`. Collective.
 
     Raises:
-        RuntimeError: outside of the blocks that say which sequence this is.
+        RuntimeError: outside of the blocks of `over_ranks` and `decoding`.
         ValueError: dropout, or an argument that changes what is computed and that is not supported.
     """
-    state = getattr(module, _STATE, None)
+    state = _state_of(module)
     if state is None or state.closed:
         raise RuntimeError(
             f'attn_implementation="{NAME}" works within `with cp.model(model, length):` alone. With activation '
@@ -199,8 +214,8 @@ def attention_over_ranks(
         raise ValueError("context parallel attention has no dropout: set attention_dropout=0 in the model's config")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     if attention_mask is not None:
-        band = attention_mask.compact.hint if attention_mask.compact else None
-        assert isinstance(band, Band)
+        band = attention_mask.band
+        assert band is not None
         causal, sliding_window = band.right == 0, band.left + 1 if band.left >= 0 else None
     options: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "softcap": softcap or None}
     if state.cache is not None:
@@ -218,7 +233,7 @@ def attention_over_ranks(
 
 
 class RankMask(LazyMask):
-    """Causal or full, with or without a window, over the tokens of all ranks: no rank has the keys to make it dense."""
+    """A `LazyMask` over the tokens of all ranks: a Band alone, as no rank has the keys for a dense mask."""
 
     def dense(self) -> Tensor:
         raise ValueError(
@@ -237,7 +252,7 @@ def rank_mask(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> RankMask:
-    """The mask function: causality and windows as the model asks for them. What is packed, cu_seqlens say.
+    """The mask function: causality and windows as the model requests them. Packing is described by cu_seqlens.
 
     Raises:
         ValueError: padding, or a mask that is neither causal nor bidirectional, with or without a window.
@@ -245,14 +260,14 @@ def rank_mask(
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("context parallel attention has no padding: pack the sequences and pass cu_seqlens")
     pattern = None if mask_function is None else recognise(mask_function)
-    # Segments are those that transformers reads out of a shard's positions; cu_seqlens says which there are.
+    # transformers derives segments from a shard's positions; those of the whole sequence are in cu_seqlens.
     # The ranks' attention has causal windows alone.
     two_sided = pattern is not None and pattern.right != 0 and (pattern.left >= 0 or pattern.right > 0)
     if pattern is None or pattern.chunk or two_sided:
         raise ValueError(
             "context parallel attention knows full masks, and causal ones with or without a window: not this one"
         )
-    nothing = torch.empty(0, dtype=torch.int32, device=device)
+    nothing = torch.empty(0, dtype=torch.int32, device=device)  # of the device, and else unused
     band = Band(kv_length, pattern.left, pattern.right)
     return RankMask(Compact(Intervals(nothing, nothing), band), (batch_size, 1, q_length, kv_length), dtype)
 

@@ -22,7 +22,7 @@ from fastattn.common.notice import _given
 from fastattn.integrations.transformers import attention_forward, interval_mask
 from fastattn.integrations.transformers import mask as mask_module
 from fastattn.integrations.transformers.attention import REFUSED
-from fastattn.integrations.transformers.lazy_mask import compact_of, pack
+from fastattn.integrations.transformers.lazy_mask import compact_of, make_mask
 from fastattn.masks import Intervals
 
 B, HQ, HKV, S, D = 2, 4, 2, 9, 8
@@ -54,7 +54,7 @@ def of_intervals(rows: list[list[int]], queries: int | None = None) -> Tensor:
     """A mask as the mask function makes it: query i sees the keys `rows[i][0] <= j < rows[i][1]`."""
     lo, hi = torch.tensor(rows).int().T.contiguous()
     visible = Intervals(lo.expand(B, -1).contiguous(), hi.expand(B, -1).contiguous())
-    return pack(visible, None, B, queries or len(rows), S, torch.float32)
+    return make_mask(visible, None, B, queries or len(rows), S, torch.float32)
 
 
 @pytest.mark.parametrize("q_len", [1, 4, S])
@@ -69,7 +69,7 @@ def test_without_a_mask(q_len: int) -> None:
     check(q, k, v, None, {"mask": "causal"}, sliding_window=S)
 
 
-def test_numbers() -> None:
+def test_scale_softcap_and_sinks() -> None:
     q, k, v = inputs()
     sinks = torch.randn(HQ)
     check(q, k, v, None, {"mask": "causal", "scale": 0.3}, scaling=0.3)
@@ -78,7 +78,7 @@ def test_numbers() -> None:
     check(q, k, v, None, {"mask": "causal", "sinks": sinks}, s_aux=sinks)
 
 
-def test_masks_are_the_whole_truth() -> None:
+def test_a_mask_replaces_causality_and_window() -> None:
     q, k, v = inputs(4)
     seen = torch.rand(B, 1, 4, S) < 0.5
     additive = torch.randn(B, 1, 4, S)
@@ -93,7 +93,7 @@ def test_masks_are_the_whole_truth() -> None:
 
 
 @pytest.mark.parametrize("says", [True, False, None])
-def test_the_mask_decides_not_the_layer(says: bool | None) -> None:
+def test_the_mask_decides_not_the_layers_is_causal(says: bool | None) -> None:
     """Encoders whose layers call themselves nothing or causal, decoders whose layers call themselves bidirectional."""
     layer = torch.nn.Module() if says is None else Layer(says)
     q, k, v = inputs()
@@ -102,7 +102,7 @@ def test_the_mask_decides_not_the_layer(says: bool | None) -> None:
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_none_means_every_key_in_a_model_that_asks_for_masks(part: bool) -> None:
+def test_no_mask_means_every_key_in_a_model_that_masks_are_made_for(part: bool) -> None:
     """BridgeTower's layers for pictures call themselves causal and are handed no mask, because nothing is padded."""
     q, k, v = inputs()
     whole, layer = BridgeTowerConfig(), Layer(is_causal=True)
@@ -120,7 +120,7 @@ def test_none_means_every_key_in_a_model_that_asks_for_masks(part: bool) -> None
     assert not known & mask_module._asking.keys(), "ids may come again"
 
 
-def test_queries_of_batch_one_meet_keys_of_many() -> None:
+def test_a_batch_of_one_broadcasts() -> None:
     q, k, v = inputs()
     check(q, k[:1], v[:1], None, {"mask": "causal"})
     out, _ = attention_forward(Layer(), q[:1], k, v, None)
@@ -128,7 +128,7 @@ def test_queries_of_batch_one_meet_keys_of_many() -> None:
     torch.testing.assert_close(out.double(), truth.transpose(1, 2), rtol=0, atol=1e-5)
 
 
-def test_a_band_reads_only_its_keys() -> None:
+def test_a_band_slices_the_keys() -> None:
     q, k, v = inputs(4, 20)
     k[:, :, 4:], v[:, :, 4:] = torch.nan, torch.nan
     found, _ = attention_forward(Layer(), q, k, v, interval_mask(B, 4, 20))
@@ -166,7 +166,7 @@ def test_position_bias(kind: str) -> None:
     assert bias.grad.abs().max() > 0
 
 
-def test_packed_sequences_by_their_lengths() -> None:
+def test_cu_seq_lens_pack_sequences() -> None:
     q, k, v = inputs()
     ends = torch.tensor([0, 4, S, S + 6, 2 * S])
     arguments = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
@@ -195,7 +195,7 @@ def test_sparse_indices() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused(name: str) -> None:
+def test_unsupported_arguments_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` of Layer"):
         attention_forward(Layer(), *inputs(), None, **{name: torch.zeros(1)})
 
@@ -209,12 +209,12 @@ def test_what_cannot_be_done_is_refused(name: str) -> None:
     ],
     ids=["2-D", "int", "rank"],
 )
-def test_masks_that_are_none(mask: Tensor) -> None:
+def test_masks_of_other_dtypes_raise(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="expected attention_mask to be None"):
         attention_forward(Layer(), *inputs(), mask)
 
 
-def test_asked_for_weights_it_says_once_that_there_are_none() -> None:
+def test_output_attentions_warns_once() -> None:
     _given.clear()
     with pytest.warns(FastattnWarning, match="does not return attention weights"):
         attention_forward(Layer(), *inputs(), None, output_attentions=True)
@@ -250,7 +250,7 @@ def test_dropout_runs_on_transformers_sdpa(kind: str) -> None:
     assert not dropped[0].isnan().any()
 
 
-def test_dropout_that_cannot_be_had() -> None:
+def test_dropout_with_sinks_or_softcap_raises() -> None:
     q, k, v = inputs()
     with pytest.raises(ValueError, match="dropout together with sinks"):
         attention_forward(Layer(), q, k, v, None, dropout=0.1, s_aux=torch.zeros(HQ))
@@ -267,7 +267,7 @@ def test_mixed_dtypes_under_autocast() -> None:
     assert (out.double() - truth).norm() / truth.norm() < 1e-2
 
 
-def test_registration() -> None:
+def test_registered_names() -> None:
     assert AttentionInterface()["fastattn"] is attention_forward
     code = "import sys, fastattn; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

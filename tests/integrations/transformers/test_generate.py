@@ -36,7 +36,7 @@ def test_greedy_generate(family: str, cache: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_other_ways_of_generating() -> None:
+def test_chunked_prefill_no_cache_and_beam_search() -> None:
     model, eager = build("gemma2", "fastattn"), build("gemma2", "eager")
     ids = tokens(1, 12)
     expected = eager.generate(ids, **GREEDY)
@@ -61,14 +61,14 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-def test_the_layers_do_run_on_fastattn() -> None:
+def test_every_layer_calls_fastattn() -> None:
     before = sum(stats()["calls"].values())
     with torch.no_grad():
         build("llama", "fastattn")(tokens(1, 8))
     assert sum(stats()["calls"].values()) - before == DECODERS["llama"].num_hidden_layers
 
 
-def test_a_model_with_attention_of_its_own_keeps_it() -> None:
+def test_a_model_that_computes_its_own_attention() -> None:
     config = BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, pad_token_id=0)
     ids, mask, _ = left_padded(2, 9)
     inputs = {"input_ids": ids, "attention_mask": mask}

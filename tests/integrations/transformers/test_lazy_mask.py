@@ -58,7 +58,7 @@ VIEWS = {"pickle", "slice of queries", "slice of keys", "index", "expand", "repe
 
 @pytest.mark.parametrize("padded", [False, True], ids=["causal", "padded"])
 @pytest.mark.parametrize("name", READS)
-def test_who_computes_with_it_gets_the_mask_of_eager(name: str, padded: bool) -> None:
+def test_operations_see_the_mask_of_eager(name: str, padded: bool) -> None:
     mask = lazy(padded)
     found = READS[name](mask)
     assert not isinstance(found, LazyMask)
@@ -89,7 +89,7 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", WRITES)
-def test_what_is_written_into_it_counts(name: str, inference: bool) -> None:
+def test_in_place_writes_reach_attention(name: str, inference: bool) -> None:
     with torch.inference_mode(inference):
         mask, expected = lazy(), eager()
         WRITES[name](mask)
@@ -102,7 +102,7 @@ def test_what_is_written_into_it_counts(name: str, inference: bool) -> None:
         assert torch.equal(found, attention_forward(layer, q, q, q, expected)[0])
 
 
-def test_gradients_of_what_is_written_into_it() -> None:
+def test_gradients_of_in_place_writes() -> None:
     q, found = torch.randn(B, 3, S, 8), []
     for make in (lazy, eager):
         mask, bias = make(False).float(), torch.linspace(-1, 1, S).requires_grad_()
@@ -113,7 +113,7 @@ def test_gradients_of_what_is_written_into_it() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_operations_in_place_return_the_mask() -> None:
+def test_in_place_operations_return_the_mask() -> None:
     mask = lazy()
     assert mask.mul_(2.0) is mask
     assert compact_of(mask) is None
@@ -132,14 +132,14 @@ def test_operations_in_place_return_the_mask() -> None:
         lambda m: m.to("meta"),
     ],
 )
-def test_what_only_names_it_anew_stays_lazy(anew: Callable[[Tensor], Tensor]) -> None:
+def test_aliases_and_copies_stay_lazy(anew: Callable[[Tensor], Tensor]) -> None:
     mask = anew(lazy())
     assert isinstance(mask, LazyMask)
     assert mask._state.dense is None
     assert compact_of(mask).visible.lo.device == mask.device
 
 
-def test_it_looks_like_the_mask_of_eager() -> None:
+def test_metadata_is_that_of_eagers_mask() -> None:
     mask, expected = lazy(), eager()
     for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad"):
         assert getattr(mask, name) == getattr(expected, name)
@@ -149,7 +149,7 @@ def test_it_looks_like_the_mask_of_eager() -> None:
     assert "LazyMask" in repr(mask)
 
 
-def test_gradients_flow_past_it() -> None:
+def test_gradients_of_scores_plus_mask() -> None:
     scores = torch.randn(B, 1, S, S, requires_grad=True)
     ((scores + lazy(False).float()).softmax(-1) * torch.arange(S)).sum().backward()
     found, scores.grad = scores.grad, None
@@ -205,7 +205,7 @@ def test_a_compiled_graph_drops_the_dense_mask() -> None:
     assert ["where" in graph for graph in graphs] == [False, True]
 
 
-def test_layers_compiled_by_themselves_take_it() -> None:
+def test_layers_compiled_one_by_one() -> None:
     """Regional compilation: the mask comes from outside of the graph."""
     torch._dynamo.reset()
     layer = torch.nn.Module()

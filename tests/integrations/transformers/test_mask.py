@@ -154,7 +154,7 @@ def test_packing(inner: str, remapped: bool) -> None:
     assert torch.equal(seen_through(mask), expected)
 
 
-def test_packing_that_is_no_interval_goes_dense() -> None:
+def test_packing_that_is_no_interval_is_dense() -> None:
     ids = torch.tensor([[0, 1, 0, 1, 0, 1]])
     function = hf.and_masks(hf.causal_mask_function, hf.packed_sequence_mask_function(ids))
     assert not is_interval(check(1, (6, 6, 0, 0), function, None))
@@ -180,7 +180,7 @@ def test_known_functions_are_read_not_evaluated(function: str, padding: str) -> 
         interval_mask(3, 9, 9, mask_function=FUNCTIONS[function](3), attention_mask=PADDING[padding](3, 9))
 
 
-def test_plain_masks_are_known_on_the_host() -> None:
+def test_plain_masks_are_bands() -> None:
     """What the fastest kernels do without a mask."""
     full = torch.ones(2, 9, dtype=torch.bool)
     window, both = hf.sliding_window_causal_mask_function, hf.bidirectional_mask_function
@@ -224,7 +224,7 @@ def test_the_live_length_of_a_static_cache_is_copied() -> None:
     assert (mask == 0).sum() == 6
 
 
-def test_functions_made_of_unknown_parts() -> None:
+def test_composed_functions_with_unknown_parts_are_evaluated() -> None:
     blocks = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, -1]])  # bidirectional image blocks
 
     def block(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def test_functions_made_of_unknown_parts() -> None:
     assert not is_interval(mask)
 
 
-def test_what_recognise_makes_of_functions() -> None:
+def test_recognise() -> None:
     assert recognise(hf.causal_mask_function) == Pattern(right=0)
     assert recognise(hf.and_masks(hf.causal_mask_function, hf.sliding_window_overlay(4))) == Pattern(3, 0)
     assert recognise(hf.and_masks(hf.sliding_window_overlay(4), hf.sliding_window_overlay(2))) == Pattern(1)

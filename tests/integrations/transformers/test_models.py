@@ -53,7 +53,7 @@ def in_steps(
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_one_shot(family: str) -> None:
+def test_one_forward(family: str) -> None:
     ids = tokens(2, LENGTH)
     expected = run(build(family, "eager"), input_ids=ids)
     close(run(build(family, "fastattn"), input_ids=ids), expected)
@@ -161,7 +161,7 @@ def test_custom_4d_masks() -> None:
     close(run(model, input_ids=ids, attention_mask=longer), expected)
 
 
-def test_rows_that_see_nothing_are_no_nan() -> None:
+def test_fully_masked_rows_are_not_nan() -> None:
     ids, mask, _ = left_padded(3, LENGTH)
     mask[2] = 0
     model = build("mistral", "fastattn")

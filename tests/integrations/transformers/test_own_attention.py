@@ -72,7 +72,7 @@ def test_classes_chosen_by_name_fall_back_to_eager(name: str) -> None:
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
 
 
-def test_a_part_of_a_model_falls_back_too() -> None:
+def test_a_part_of_a_model_falls_back_to_eager() -> None:
     config = BarkCoarseConfig(
         input_vocab_size=99, output_vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, block_size=64
     )
@@ -87,7 +87,7 @@ def test_a_part_of_a_model_falls_back_too() -> None:
     torch.testing.assert_close(outputs[1], outputs[0])
 
 
-def test_layers_that_add_the_mask_themselves() -> None:
+def test_warning_for_layers_that_add_the_mask_themselves() -> None:
     config = BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :3] = 0
@@ -101,14 +101,14 @@ def test_layers_that_add_the_mask_themselves() -> None:
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
 
-def test_layers_that_ask_for_no_mask_are_told_of_too() -> None:
+def test_warning_for_layers_without_masks() -> None:
     config = DebertaConfig(**_TEXT, intermediate_size=48, relative_attention=True, pos_att_type=["p2c", "c2p"])
     _given.clear()
     with pytest.warns(FastattnWarning, match="DisentangledSelfAttention of DebertaModel computes attention itself"):
         AutoModel.from_config(config, attn_implementation="fastattn")
 
 
-def test_models_that_use_it_are_not() -> None:
+def test_no_warning_for_models_that_call_fastattn() -> None:
     _given.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FastattnWarning)
@@ -116,7 +116,7 @@ def test_models_that_use_it_are_not() -> None:
         AutoModel.from_config(FalconConfig(**_TEXT), attn_implementation="eager")
 
 
-def test_a_switch_tells_as_well() -> None:
+def test_warning_when_the_attention_is_switched() -> None:
     config = Gemma3nAudioConfig(
         hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=4, sscp_conv_channel_size=(8, 4)
     )

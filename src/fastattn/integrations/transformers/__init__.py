@@ -3,10 +3,10 @@
     import fastattn.hf
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
 
-A model then asks `mask.interval_mask` once per forward and layer type which keys its queries see, and calls
-`attention.attention_forward` in every layer. What travels between the two has the shape and values of eager attention's
-additive mask, but holds O(S) numbers until somebody computes with it (see `lazy_mask.py`). `StaticCache` is a cache of
-fixed capacity for decoding.
+A model then calls `mask.interval_mask` once per forward and layer type, and `attention.attention_forward` in every
+layer. The mask that the one returns and the other gets has the shape and values of eager attention's additive mask, but
+holds O(S) numbers until an operation computes with it (`lazy_mask.py`). `StaticCache` is a cache of fixed capacity for
+decoding (`kv_cache.py`).
 
 Needs transformers 5.4 or later: `pip install 'fastattn[hf]'`.
 """
@@ -31,7 +31,7 @@ from .mask import interval_mask
 
 NAME = "fastattn"  #: never a name with "sdpa" or "flash" in it: transformers treats both specially wherever they occur
 
-# Both, always: a model whose attention is registered but not its mask is given no mask at all, and is causal no more.
+# Both, always: without a registered mask function a model would get no mask at all, and not even be causal.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, interval_mask)
 watch_models(NAME)

@@ -1,6 +1,6 @@
-"""The attention function: what a transformers layer says about a call, in the op's terms.
+"""`attention_forward`, the attention function: the arguments of a transformers layer as arguments of the op.
 
-The mask says which keys the queries see. Only a layer that is given none, because no mask function was asked, is
+The mask decides which keys the queries see. Only a layer without a mask, for which no mask function was called, is
 described by its own `is_causal`.
 """
 
@@ -15,21 +15,22 @@ from ... import masks
 from ..._compat.hf import ALL_ATTENTION_FUNCTIONS
 from ..._compat.transformers import PAGED_ARGUMENTS
 from ...api import scaled_dot_product_attention
+from ...cache.lengths import capturing
 from ...common.notice import warn_once
 from ...masks import Intervals
 from ...validation import Arguments, Mask, validated
 from ...varlen import varlen_attention
-from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, capturing, compact_of, dense_intervals
+from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, compact_of, dense_intervals
 from .mask import asks_for_masks
 
-#: Arguments that change what a layer computes and that the op does not know: to leave one out would be silently wrong.
+#: Arguments that change what a layer computes and that the op does not have: to ignore one would be silently wrong.
 REFUSED = {
     "block_indices": "sparse attention over chosen blocks of keys",
     "sinks": "sinks that differ between tokens",
     **dict.fromkeys(PAGED_ARGUMENTS, "the paged cache of continuous batching"),
 }
 
-#: Windows that are no windows, and the mask that says the same.
+#: Windows without bounds, and the equivalent mask.
 OPEN_LEFT: dict[tuple[int, int] | None, Mask] = {(-1, 0): "causal", (-1, -1): None}
 
 
@@ -57,7 +58,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' `AttentionInterface` asks for it.
+    """The attention function for transformers' `AttentionInterface`.
 
     Args:
         module: the layer; its `is_causal` is read where there is no mask, unless masks are made for its `config`: None
@@ -65,8 +66,8 @@ def attention_forward(
         query, key, value: `[B, Hq, Sq, D]`, `[B, Hkv, Skv, D]`, `[B, Hkv, Skv, Dv]`; keys and values not repeated. A
             batch of 1 broadcasts.
         attention_mask: None, what `interval_mask` made, or a bool (True = attend) or additive tensor broadcastable to
-            `[B, Hq, Sq, >= Skv]`. A tensor is the whole truth; only None leaves causality and window to
-            `is_causal` and `sliding_window`. Causal is aligned to the lower right.
+            `[B, Hq, Sq, >= Skv]`. A tensor describes the mask completely; only with None do `is_causal` and
+            `sliding_window` count. Causal is aligned to the lower right.
         dropout: of the probabilities. fastattn has none: such a call runs on transformers' "sdpa", which cannot do
             sinks or softcap.
         scaling: factor on the scores, default `1 / sqrt(D)`.
@@ -112,13 +113,13 @@ def attention_forward(
             causal = right == 0 or causal
             window = (left, -1) if left >= 0 else None
             return _packed(query, key, value, *packing, causal=causal, window=window, **settings), None
-        found = found._replace(mask=_meet(found.mask, _segments(query, key, *packing), found.keys))
+        found = found._replace(mask=_intersection(found.mask, _segments(query, key, *packing), found.keys))
     if indices is not None:
         warn_once(
             f'attn_implementation="fastattn": the sparse attention of {type(module).__name__} runs as full attention '
             "under a dense mask: the same result, not the same speed."
         )
-        found = found._replace(mask=_meet(found.mask, _chosen(indices, found.keys), found.keys))
+        found = found._replace(mask=_intersection(found.mask, _chosen(indices, found.keys), found.keys))
     if found.keys < key.shape[2]:
         key, value = key[:, :, : found.keys], value[:, :, : found.keys]
     if position_bias is not None:
@@ -128,7 +129,7 @@ def attention_forward(
     mask, window = found.mask, found.window
     if found.lengths is not None:
         settings["kv_lengths"] = found.lengths
-    if mask is None and window in OPEN_LEFT:  # the same, said with less to check
+    if mask is None and window in OPEN_LEFT:  # the same mask, with less to validate
         mask, window = OPEN_LEFT[window], None
     out = scaled_dot_product_attention(query, key, value, mask=mask, window=window, **settings)
     assert isinstance(out, Tensor)
@@ -136,10 +137,10 @@ def attention_forward(
 
 
 def _calls_itself_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
-    """Whether a layer that is handed no mask is causal.
+    """Whether a layer without a mask is causal.
 
-    Eager attention sees every key then, whatever the layer says of itself, and so does a layer of a model that asks for
-    its masks. Where none was asked for (layers that are called by themselves), the layer's word counts.
+    Eager attention sees every key then, whatever the layer's `is_causal`, and so does a layer of a model that masks are
+    made for. Where none are made (layers that are called by themselves), `is_causal` counts.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     return bool(causal) and not asks_for_masks(getattr(module, "config", None))
@@ -148,7 +149,7 @@ def _calls_itself_causal(module: torch.nn.Module, is_causal: bool | None) -> boo
 def _mask_arguments(
     q_len: int, kv_len: int, mask: Tensor | None, causal: bool, sliding_window: int | None, alone: bool
 ) -> MaskArguments:
-    """alone: nothing else masks, so that the mask may stay what only the op knows."""
+    """alone: nothing else masks, so that the mask need not be combined with anything."""
     if mask is None:
         if not causal:
             # The windows of encoders are in their masks; a bare `sliding_window` is counted differently by each.
@@ -163,7 +164,7 @@ def _mask_arguments(
                 'attn_implementation="fastattn": expected attention_mask to be None, bool (True = attend) or additive '
                 f"floating, got {mask.dtype} {list(mask.shape)}"
             )
-        if isinstance(mask, LazyMask):  # autograd knows what was written into the mask, not the memory behind it
+        if isinstance(mask, LazyMask):  # autograd tracks what was written into the mask, not its memory
             mask = mask.clone() if mask.requires_grad else mask.dense()
         return MaskArguments(mask[..., :kv_len] if mask.shape[-1] > kv_len else mask, None, kv_len)
     visible, hint, captured = compact
@@ -171,7 +172,7 @@ def _mask_arguments(
         seen = visible if isinstance(visible, Tensor) else None
         return MaskArguments(None if seen is None else seen[..., :kv_len], None, kv_len, hint.lengths)
     if captured or not capturing(mask):
-        # Numbers of the host hold for this very mask; a graph may be replayed with others, unless it makes its own.
+        # The host's numbers hold for this mask alone; a graph may be replayed with another, unless it makes its own.
         if isinstance(hint, Band) and hint.keys <= kv_len:
             return MaskArguments(None, (hint.left, hint.right), hint.keys)
         if isinstance(hint, CausalSegments) and alone:
@@ -214,14 +215,14 @@ def _segments(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Interva
 
 
 def _chosen(indices: Tensor, keys: int) -> Tensor:
-    """bool `[B, 1, Sq, keys]`: the keys that each query names in integer `[B, Sq, any]`; negative names none."""
-    slots = torch.where(indices < 0, keys, indices).long()
+    """bool `[B, 1, Sq, keys]`: the keys listed for each query in integer `[B, Sq, any]`; negative: none."""
+    positions = torch.where(indices < 0, keys, indices).long()
     seen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool, device=indices.device)
-    return seen.scatter(-1, slots, True)[:, None, :, :keys]
+    return seen.scatter(-1, positions, True)[:, None, :, :keys]
 
 
-def _meet(mask: Mask, other: Intervals | Tensor, keys: int) -> Mask:
-    """What both let see. other: Intervals or bool."""
+def _intersection(mask: Mask, other: Intervals | Tensor, keys: int) -> Mask:
+    """The keys that both let see. other: Intervals or bool."""
     if mask is None:
         return other
     if isinstance(mask, Intervals):
@@ -264,9 +265,9 @@ def _with_dropout(
     call = validated(Arguments(query, key, value, found.mask, window=found.window))
     seen = masks.visibility(call)
     assert seen is not None
-    blind = ~seen.any(-1, keepdim=True)  # torch leaves open what such rows give
-    mask = seen | blind
+    fully_masked = ~seen.any(-1, keepdim=True)  # torch does not define the result of such rows
+    mask = seen | fully_masked
     if call.mask is not None and call.mask.dtype != torch.bool:
-        mask = torch.where(mask, torch.where(blind, 0.0, call.mask), -torch.inf).to(query.dtype)
+        mask = torch.where(mask, torch.where(fully_masked, 0.0, call.mask), -torch.inf).to(query.dtype)
     out = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)[0]
-    return out.masked_fill(blind.transpose(1, 2), 0)
+    return out.masked_fill(fully_masked.transpose(1, 2), 0)

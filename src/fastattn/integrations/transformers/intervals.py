@@ -1,4 +1,4 @@
-"""Where the interval of each query begins and ends: by arithmetic, or by evaluating an unknown mask function."""
+"""The interval of keys that each query sees: computed from a Pattern, or by evaluating an unknown mask function."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def real_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
 
 
 def _runs(seen: Tensor) -> Tensor:
-    """How many runs of True the last dim holds."""
+    """The number of runs of True along the last dim."""
     return (seen[..., 1:] & ~seen[..., :-1]).sum(-1) + seen[..., :1].sum(-1)
 
 
 def find_padding(real: Tensor) -> Padding | None:
-    """Where the real keys begin and end; None when a row has holes. Waits for the device once."""
+    """The first and last real keys of each row; None when a row has holes. Waits for the device once."""
     first = real.to(torch.uint8).argmax(-1, keepdim=True)
     stop = first + real.sum(-1, keepdim=True)
     runs, latest_first, earliest_stop = torch.stack([_runs(real).max(), first.max(), stop.min()]).tolist()
@@ -65,9 +65,10 @@ def scan(
     kv_offset: int,
     real: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Evaluates a mask function of indices a few queries at a time: its intervals, None where it has none.
+    """Evaluates a mask function of indices, a few queries at a time: the interval of each query, `lo` and `hi`; None
+    where the keys of some query are no interval.
 
-    Computes Sq x Skv entries, keeps O(S) of them. Waits for the device once.
+    Computes Sq x Skv entries, stores O(S). Waits for the device once.
     """
     device = positions.device
     batch = torch.arange(batch_size, device=device)[:, None, None, None]

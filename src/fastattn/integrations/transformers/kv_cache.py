@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..._compat.hf import Cache, layer_without_memory
+from ..._compat.hf import Cache, causal_mask, layer_without_memory
 from ..._compat.hf import StaticCache as TheirStaticCache
-from ..._compat.transformers import attention_name
-from ...common.checks import check_device, check_tensor
+from ..._compat.transformers import attention_name, set_attention_name
+from ..._compat.versions import Gone, gone
+from ...cache.lengths import Lengths
+from ...cache.memory import KVMemory
+from ...common.checks import check_count, check_device, check_tensor
 from ...validation import FLOATING
-from .cache_layers import Host, Kind, Layer, Memory, Rows
+from .cache_layers import Kind, Layer, LayerMemory
+from .lazy_mask import LiveKeys, compact_of
 
 #: Layers that keep keys and values, or nothing.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"})
@@ -24,10 +30,10 @@ class StaticCache(Cache):
         model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
     One step of `model(ids, position_ids=..., cache=cache)` can be captured in a CUDA graph and replayed at
-    every length, after one like it has run uncaptured. Rows may have different lengths: row b's next token goes to slot
-    `lengths[b]`; pass `position_ids=cache.positions(tokens)` then. A row that is full drops what is too much where
-    only the device knows. The attention over it must be `attn_implementation="fastattn"`; a model all of whose layers
-    see everything may use another one, as long as the rows' lengths are equal.
+    every length, after one like it has run uncaptured. Rows may have different lengths: row b's next token goes to
+    position `lengths[b]`; pass `position_ids=cache.positions(tokens)` then. A row that is full drops what is too much
+    where only the device knows. The attention over it must be `attn_implementation="fastattn"`; a model all of whose
+    layers see everything may use another one, as long as the rows' lengths are equal.
 
     Args:
         config: the model's, or that of its text part: how many layers there are, which of them have a window.
@@ -38,6 +44,7 @@ class StaticCache(Cache):
     Raises:
         ValueError: an argument is not as described, or the model has layers with a state of another kind (recurrent,
             compressed, indexed); the message says which.
+        Gone: the installed transformers does not pass a cache's `kv_offset` on to the mask function.
     """
 
     def __init__(
@@ -50,8 +57,7 @@ class StaticCache(Cache):
         device: torch.device | str | None = None,
     ) -> None:
         for name, size in (("batch", batch), ("capacity", capacity)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+            check_count(name, size)
         if dtype is not None and dtype not in FLOATING:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
         kinds = _kinds(config, capacity)
@@ -60,26 +66,35 @@ class StaticCache(Cache):
             raise ValueError(
                 f'config: expected attn_implementation="fastattn" for layers with a window, got {implementation!r}'
             )
-        with torch.inference_mode(False):  # else they could be written in inference mode only
-            lengths = torch.zeros(batch, dtype=torch.int32, device=check_device(device))
-        memories = [kind and Memory(kind, batch, dtype) for kind in kinds]
-        self._compose(Rows(lengths, Host(batch), capacity, 0), memories)
+        lengths = Lengths(batch, capacity, check_device(device))
+        _check_offsets()
+        self._compose(lengths, [kind and LayerMemory(kind, batch, dtype) for kind in kinds])
 
-    def _compose(self, rows: Rows, memories: list[Memory | None]) -> None:
+    def _compose(self, rows: Lengths, memories: list[LayerMemory | None]) -> None:
         self._rows, self._memories = rows, memories
-        rows.layers = [Layer(memory, rows) for memory in memories if memory]
-        ours = iter(rows.layers)
-        super().__init__(layers=[next(ours) if memory else layer_without_memory() for memory in memories])
+        super().__init__(layers=[Layer(memory, rows) if memory else layer_without_memory() for memory in memories])
 
     @property
     def lengths(self) -> Tensor:
         """int32 `[B]`: tokens of each row, on the device. Who writes them calls `forget` first."""
-        return self._rows.lengths
+        return self._rows.tokens
 
     @property
     def capacity(self) -> int:
         """Tokens that a row has room for."""
+        assert self._rows.capacity is not None
         return self._rows.capacity
+
+    @property
+    def memory(self) -> list[KVMemory]:
+        """Keys and values of each layer that has stored any: all rows, in a view as well."""
+        return [memory.made for memory in self._memories if memory and memory.made]
+
+    @property
+    def windows(self) -> dict[int, int]:
+        """Tokens kept by each layer, by its index, that keeps less than the capacity."""
+        kept = enumerate(self._memories)
+        return {index: memory.kind.window for index, memory in kept if memory and memory.kind.window}
 
     @property
     def max_batch_size(self) -> int:
@@ -98,7 +113,7 @@ class StaticCache(Cache):
         if not (0 <= first < first + count <= batch):
             raise ValueError(f"first, count: expected rows of 0..{batch - 1}, got {first} and {count}")
         view = StaticCache.__new__(StaticCache)
-        view._compose(self._rows.part(first, count), self._memories)
+        view._compose(self._rows.view(first, count), self._memories)
         return view
 
     def reset(self, row: int | None = None) -> None:
@@ -108,20 +123,16 @@ class StaticCache(Cache):
     def forget(self) -> None:
         """Leaves the lengths to the device from now on, as a captured step does: whatever writes them then, a graph or
         the caller, is right."""
-        self._rows.host.captured.update(range(self._rows.first, self._rows.first + self._rows.batch))
-        self._rows.know([None] * self._rows.batch)
+        self._rows.forget()
 
     def move(self, source: int, target: int) -> None:
         """Makes row `target` what row `source` is, and empties `source`."""
         if source == target:
             return
         here, there = self.view(source, 1), self.view(target, 1)
-        with torch.no_grad():
-            for new, old in zip(there._rows.layers, here._rows.layers, strict=True):
-                for to, what in zip(new.parts(), old.parts(), strict=True):
-                    to.copy_(what)
-        there.lengths.copy_(here.lengths)
-        there._rows.know([here._rows.known])
+        for memory in self.memory:
+            memory.copy_row(self._rows.first + source, self._rows.first + target)
+        there._rows.copy_from(here._rows)
         here.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -130,10 +141,9 @@ class StaticCache(Cache):
         if beam_idx.shape != self.lengths.shape:
             raise ValueError(f"beam_idx: expected [{self._rows.batch}], as many rows, got {list(beam_idx.shape)}")
         index = beam_idx.to(self.lengths.device)
-        with torch.no_grad():
-            for x in (*(part for layer in self._rows.layers for part in layer.parts()), self.lengths):
-                x.copy_(x.index_select(0, index))
-        self._rows.know([self._rows.known] * self._rows.batch)  # of rows that differ: no longer which is which
+        for memory in self.memory:
+            memory.rows(self._rows.first, self._rows.batch).reorder(index)
+        self._rows.reorder(index)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes `-tokens_to_remove` tokens back, or, given a positive number, all but so many.
@@ -142,25 +152,35 @@ class StaticCache(Cache):
         """
         if not self.is_croppable:
             raise ValueError("StaticCache: layers with a window cannot go back")
-        known, n = self._rows.known, tokens_to_remove
-        if n > 0:
-            self.lengths.clamp_(max=n)
-            known = None if known is None else min(known, n)
-        else:
-            self.lengths.add_(n).clamp_(min=0)
-            known = None if known is None else max(0, known + n)
-        self._rows.know([known] * self._rows.batch)
+        self._rows.crop(tokens_to_remove)
 
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can put the whole cache back as it was."""
-        return all(not layer.window for layer in self._rows.layers)
+        return not self.windows
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise ValueError("StaticCache: the number of rows is fixed; make one of that many")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise ValueError("StaticCache: the number of rows is fixed; make one of that many")
+
+
+@cache
+def _check_offsets() -> None:
+    """Raises Gone unless a `DeviceOffset` reaches the mask function of the installed transformers: without it a ring
+    would be masked as if its keys were in order."""
+    probe = StaticCache.__new__(StaticCache)
+    probe._compose(Lengths(2, 4, "cpu"), [LayerMemory(Kind(4, 0, False), 2, None)])
+    probe.forget()
+    config = PretrainedConfig()
+    set_attention_name(config, "fastattn")
+    try:
+        found = compact_of(causal_mask(config, 2, 1, probe))
+    except Exception as error:
+        raise Gone(gone("transformers", "create_causal_mask as it was")) from error
+    if found is None or not isinstance(found.hint, LiveKeys):
+        raise Gone(gone("transformers", "create_causal_mask that passes a cache's kv_offset on unchanged"))
 
 
 def _kinds(config: PretrainedConfig, capacity: int) -> list[Kind | None]:

@@ -1,15 +1,18 @@
-"""The mask that `mask.interval_mask` returns: eager's additive mask, made only when something computes with it.
+"""`LazyMask`: eager attention's additive mask, allocated only when an operation computes with it.
 
-transformers hands a mask from the mask function through the model's own code to the attention function. Most models
-pass it on untouched. Some compute with it: they add a bias, append columns, slice, or attend by themselves. Which ones
-do changes with every release, so no list can tell. Here the tensor itself tells:
+transformers passes a mask from the mask function, through the model's own code, to the attention function. Most models
+pass it on untouched. Some compute with it: they add a bias, append columns, slice, or compute attention themselves.
+Which ones do changes with every release, so a list of models cannot decide; the tensor itself does:
 
-- `LazyMask` has the shape, dtype and values of the mask that eager attention gets, but no memory. It holds the
-  visible keys in a compact form, O(S) numbers. The first operation on it makes the dense mask, and the model goes on
-  with that. The attention function reads the compact form of a mask that nothing has written to.
-- Where a graph is traced (torch.compile, export), the mask is dense, with the compact form as an attribute. What
-  computes with the mask makes another tensor, without that attribute; where nothing does, the compiler drops the dense
-  mask as dead code. (Writing into a mask in place is not noticed there. No model of transformers does it.)
+- A `LazyMask` has the shape, dtype and values of the mask that eager attention gets, but no memory. It holds the
+  visible keys in a compact form (`Compact`), O(S) numbers. The first operation on it allocates the dense mask, and the
+  model continues with that one. The attention function reads the compact form of a mask that nothing has written to.
+- Where a graph is traced (torch.compile, export), a tensor subclass would break the graph. The mask is dense there, and
+  carries the compact form as an attribute. Whatever computes with it makes another tensor, without the attribute;
+  where nothing does, the compiler drops the dense mask as dead code. (In-place writes are not noticed there. No model
+  of transformers makes them.)
+
+`make_mask` and `compact_of` are the only functions that set and read either form.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ from torch import Tensor
 
 from ..._compat.hf import is_tracing
 from ..._compat.torch import NO_TORCH_FUNCTION, arguments_of, tree_map_only, wrapper_subclass
+from ...cache.lengths import capturing
 from ...masks import Intervals, Segments
 
 _ATTRIBUTE = "_fastattn_compact"
 
 
 class Band(NamedTuple):
-    """Of the first `keys` keys, the query at position p sees `[p - left, p + right]` (-1 = open), the last query
-    standing on the last of these keys. Known on the host."""
+    """A window over the first `keys` keys, its numbers known on the host: the last query stands on the last of these
+    keys, and the query at position p sees `[p - left, p + right]` (-1 = open)."""
 
     keys: int
     left: int
@@ -37,16 +41,16 @@ class Band(NamedTuple):
 
 
 class CausalSegments(NamedTuple):
-    """What all queries that are no padding see: causal segments, within a window. Padding sees nothing here."""
+    """Causal segments, within a window, for all queries that are no padding. Queries that are padding see nothing."""
 
     segments: Segments
     left: int  #: -1 = open
 
 
 class LiveKeys(NamedTuple):
-    """One query per row: of the first `lengths[b]` keys it sees all, or those that the dense mask lets it see.
+    """One query per row, which sees the first `lengths[b]` keys, or those of them that the dense mask lets it see.
 
-    On the device: as true in a captured graph as outside of one."""
+    Lengths on the device, right at every replay of a captured graph."""
 
     lengths: Tensor  #: int32 [B]
 
@@ -55,8 +59,8 @@ class Compact(NamedTuple):
     """Which keys each query sees."""
 
     visible: Intervals | Tensor  #: lo and hi int32 `[B, Sq | 1]`, or bool `[B, 1, Sq, Skv]`
-    hint: Band | CausalSegments | LiveKeys | None = None  #: the same in the words of the fastest kernels
-    captured: bool = False  #: made while a CUDA graph was captured: numbers of the host hold for that graph
+    hint: Band | CausalSegments | LiveKeys | None = None  #: the same in the form that the fastest kernels take
+    captured: bool = False  #: made while a CUDA graph was captured: the host's numbers hold for that graph
 
     def dense(self, keys: int) -> Tensor:
         """bool, broadcastable to `[B, 1, Sq, keys]`."""
@@ -89,19 +93,19 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _State:
-    """What a mask and its aliases share."""
+    """The state that a mask and its aliases share."""
 
     def __init__(self, compact: Compact) -> None:
         self.compact = compact
         self.dense: Tensor | None = None
-        self.written = False  #: or may be: who holds a view of the dense mask can write into it unseen
+        self.written = False  #: or a view of the dense mask exists, into which a write would not be noticed
 
 
 class LazyMask(Tensor):
-    """An additive mask `[B, 1, Sq, Skv]` that takes no memory until something computes with it.
+    """An additive mask `[B, 1, Sq, Skv]` that takes no memory until an operation computes with it.
 
-    Every operation gets the dense mask in its place and returns plain tensors. What only names the mask anew (an
-    alias, a slice of everything, a copy on another device) stays lazy.
+    Every operation gets the dense mask in its place and returns plain tensors. Aliases, slices of everything and copies
+    to another device stay lazy.
     """
 
     _state: _State
@@ -120,11 +124,17 @@ class LazyMask(Tensor):
 
     @property
     def compact(self) -> Compact | None:
-        """The visible keys; None once something has written into the mask, or may do so."""
+        """The visible keys; None once something has written into the mask, or may have."""
         return None if self._state.written else self._state.compact
 
+    @property
+    def band(self) -> Band | None:
+        """The mask as a Band, where it is one and `compact` is there."""
+        hint = self.compact.hint if self.compact is not None else None
+        return hint if isinstance(hint, Band) else None
+
     def dense(self) -> Tensor:
-        """The mask in memory. The same tensor each time: what is written into it is kept."""
+        """The dense mask. The same tensor each time, so that writes into it persist."""
         state = self._state
         if state.dense is None:
             with torch.inference_mode(False):
@@ -166,7 +176,7 @@ class LazyMask(Tensor):
                     return x  # an operation in place returns its argument
                 for part in out if isinstance(out, (tuple, list)) else (out,):
                     if isinstance(part, Tensor) and _same_memory(part, x.dense()):
-                        x._share()  # views of which the schema says nothing
+                        x._share()  # a view that the schema does not declare
         return out
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +208,7 @@ _TO_COPY = torch.ops.aten._to_copy.default
 
 
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """An operation's arguments as its schema has them, each with what is given for it."""
+    """An operation's arguments as its schema has them, each with the value given for it."""
     for position, argument in enumerate(arguments_of(func)):
         if argument.name in kwargs:
             yield argument, kwargs[argument.name]
@@ -210,10 +220,10 @@ def _is_whole(mask: Tensor, dim: int = 0, start: int | None = None, end: int | N
     return (start or 0) == 0 and step == 1 and (end is None or end >= mask.shape[dim])
 
 
-def pack(
+def make_mask(
     visible: Intervals | Tensor, hint: Any, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype
 ) -> Tensor:
-    """The mask `[B, 1, Sq, Skv]` that says so: lazy, or where a graph is traced dense with the compact form beside."""
+    """The mask `[B, 1, Sq, Skv]` of these visible keys: lazy, or, where a graph is traced, dense with an attribute."""
     some = visible if isinstance(visible, Tensor) else visible.lo
     captured = capturing(some)
     compact = Compact(visible, hint, captured)
@@ -223,11 +233,6 @@ def pack(
     mask = additive(compact.dense(kv_length), dtype).expand(shape)
     setattr(mask, _ATTRIBUTE, compact)
     return mask
-
-
-def capturing(x: Tensor) -> bool:
-    """True while what runs on x's device is captured in a CUDA graph."""
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def compact_of(mask: Tensor) -> Compact | None:

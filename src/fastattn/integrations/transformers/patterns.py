@@ -1,8 +1,8 @@
-"""What transformers' mask functions mean, read from the functions themselves.
+"""`Pattern`: a mask of transformers as numbers, read from its mask function.
 
-transformers describes a mask as a function of indices, put together from a few closures (`masking_utils.py`). Those
-few all leave each query one interval of keys, whose ends follow from the closures' own numbers: no mask need be
-evaluated. A function put together from anything else is not recognised, and the caller must evaluate it.
+All mask functions that transformers composes (`_compat/mask_functions.py`) leave each query one interval of keys, whose
+ends follow from the values that the functions were made with: no mask need be evaluated. Any other function is not
+recognised, and the caller has to evaluate it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._compat import hf as masking_utils
+from ..._compat import mask_functions
 
 
 class Pattern(NamedTuple):
@@ -31,7 +31,7 @@ class Pattern(NamedTuple):
 
     @property
     def is_band(self) -> bool:
-        """True without chunks and segments: `left` and `right` say it all."""
+        """True without chunks and segments: `left` and `right` are the whole mask."""
         return not self.chunk and self.segments is None
 
     @property
@@ -39,12 +39,12 @@ class Pattern(NamedTuple):
         """True where every query sees every key."""
         return self.is_band and self.left < 0 and self.right < 0
 
-    def meet(self, other: Pattern) -> Pattern | None:
-        """What both let see; None where that cannot be written as a Pattern."""
+    def intersect(self, other: Pattern) -> Pattern | None:
+        """The keys that both let see; None where that cannot be written as a Pattern."""
         a, b = self, other
         if (a.chunk and b.chunk) or (a.segments is not None and b.segments is not None):
             return None
-        # A chunk counts positions: it must stand with the positions it was written for.
+        # A chunk counts positions: it must keep the positions that it was made for.
         if (a.positions is not None and (b.chunk or b.positions is not None)) or (b.positions is not None and a.chunk):
             return None
         return Pattern(
@@ -91,30 +91,19 @@ class Pattern(NamedTuple):
 
 
 def recognise(mask_function: Callable[..., Any]) -> Pattern | None:
-    """The Pattern that a mask function of transformers computes, None for any function not known."""
+    """The Pattern that a mask function of transformers computes; None for any other function."""
     pattern = _read(mask_function)
     if pattern is not None and pattern.positions is not None and pattern.segments is None:
-        return None  # positions that start again and again, without the segments within which they hold
+        return None  # positions that restart need the segments within which they hold
     return pattern
 
 
 def _read(mask_function: Callable[..., Any]) -> Pattern | None:
-    if mask_function is masking_utils.UNDERSTOOD_CAUSAL:
-        return Pattern(right=0)
-    if mask_function is masking_utils.UNDERSTOOD_OPEN:
-        return Pattern()
-    if torch.compiler.is_compiling():
-        return None  # torch.compile does not let a traced closure be looked into
-    if getattr(mask_function, "__qualname__", None) not in masking_utils.UNDERSTOOD:
+    found = mask_functions.read(mask_function)
+    if found is None:
         return None
-    if getattr(mask_function, "__module__", "") != masking_utils.MASKING:
-        return None
-    if mask_function.__qualname__ not in masking_utils.UNDERSTOOD:
-        return None
-    expected, read = _CLOSURES.get(mask_function.__qualname__, ((), None))
-    if read is None or mask_function.__code__.co_freevars != expected:
-        return None
-    return read(*(cell.cell_contents for cell in mask_function.__closure__ or ()))
+    name, values = found
+    return _PATTERNS[name](**values)
 
 
 def _intersection(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | None:
@@ -123,7 +112,7 @@ def _intersection(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | N
         part = _read(function)
         if part is None or result is None:
             return None
-        result = result.meet(part)
+        result = result.intersect(part)
     return result
 
 
@@ -138,21 +127,20 @@ def _narrower(a: int, b: int) -> int:
     return max(a, b) if min(a, b) < 0 else min(a, b)
 
 
-#: Closures by qualified name: their variables (in alphabetical order, as Python keeps them), and what they mean.
-_CLOSURES: dict[str, tuple[tuple[str, ...], Callable[..., Pattern | None] | None]] = {
-    "and_masks.<locals>.and_mask": (("mask_functions",), _intersection),
-    "sliding_window_overlay.<locals>.inner_mask": (("sliding_window",), lambda w: Pattern(left=w - 1)),
-    "sliding_window_bidirectional_overlay.<locals>.inner_mask": (
-        ("sliding_window",),
-        lambda w: Pattern(left=w, right=w),
+#: By the qualified name of a mask function: the Pattern of the values that it was made with.
+_PATTERNS: dict[str, Callable[..., Pattern | None]] = {
+    "causal_mask_function": lambda: Pattern(right=0),
+    "bidirectional_mask_function": lambda: Pattern(),
+    "and_masks.<locals>.and_mask": _intersection,
+    "sliding_window_overlay.<locals>.inner_mask": lambda sliding_window: Pattern(left=sliding_window - 1),
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask": lambda sliding_window: Pattern(
+        left=sliding_window, right=sliding_window
     ),
-    "chunked_overlay.<locals>.inner_mask": (
-        ("chunk_size", "left_padding"),
-        lambda size, padding: Pattern(chunk=size, chunk_start=padding),
+    "chunked_overlay.<locals>.inner_mask": lambda chunk_size, left_padding: Pattern(
+        chunk=chunk_size, chunk_start=left_padding
     ),
-    "packed_sequence_mask_function.<locals>.inner_mask": (
-        ("packed_sequence_mask",),
-        lambda ids: Pattern(segments=ids),
+    "packed_sequence_mask_function.<locals>.inner_mask": lambda packed_sequence_mask: Pattern(
+        segments=packed_sequence_mask
     ),
-    "remap_positions_for_packed_sequence.<locals>.inner_mask": (("mask_function", "position_ids"), _remapped),
+    "remap_positions_for_packed_sequence.<locals>.inner_mask": _remapped,
 }

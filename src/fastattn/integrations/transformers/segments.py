@@ -1,4 +1,4 @@
-"""Segments of the tokens that the queries of one step are in."""
+"""`Segments` of the tokens around the queries of one step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...masks import Segments
 
 
 def segments_between(first: Tensor, end: Tensor, start: Tensor, queries: int, base: Any, keys: int) -> Segments:
-    """Causal segments of the tokens `first .. end - 1`, `[B, n]` each, in order; what is not below `end` is empty.
+    """Causal segments of the tokens `first .. end - 1`, `[B, n]` each, in order; empty where `first >= end`.
 
-    start: `[B, 1]`, the token that the first query is. base: the token that the first key is. The tokens before
-    `start` are keys only.
+    start: `[B, 1]`, the position of the first query. base: the position of the first key. The tokens before `start`
+    are keys only.
     """
     batch, count = torch.broadcast_shapes(first.shape, end.shape, start.shape)
     row = torch.arange(batch, device=start.device)[:, None]
@@ -28,8 +28,8 @@ def segments_between(first: Tensor, end: Tensor, start: Tensor, queries: int, ba
 def chunk_segments(
     chunk: int, begin: Tensor, first: Tensor, end: Tensor, start: Tensor, queries: int, base: Any, keys: int
 ) -> Segments:
-    """The chunks of so many tokens, counted from `begin`, that the queries are in: a segment each, within
-    `first .. end - 1`. All but the number of queries is known to the device alone: some segments may be empty."""
+    """The chunks of `chunk` tokens, counted from `begin`, that the queries are in: a segment each, within
+    `first .. end - 1`. Only the number of queries is known on the host, so some segments may be empty."""
     count = (queries - 2) // chunk + 2
     cuts = start - (start - begin).remainder(chunk) + chunk * torch.arange(count + 1, device=start.device)
     return segments_between(

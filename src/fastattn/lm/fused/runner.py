@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...api import scaled_dot_product_attention
+from ...cache.lengths import Lengths
+from ...cache.memory import KVMemory
 from .. import runner as runner_module
 from ..runner import prefill_steps
 from .structure import Snapshot
@@ -48,8 +50,9 @@ class FusedRunner:
             self._layers, self._head = read(model, capacity)
             shape = (len(self._layers), 2, rows, config.num_key_value_heads, capacity, self._layers[0].rotary.dim)
             # Zeros: what lies past a row's length must be finite where a kernel reads it and multiplies it by 0.
-            self._memory = torch.zeros(shape, dtype=weight.dtype, device=self.device)
-            self._lengths = torch.zeros(rows, dtype=torch.int32, device=self.device)
+            self._block = torch.zeros(shape, dtype=weight.dtype, device=self.device)  # in one piece: moved at once
+            self._memory = [KVMemory(keys, values) for keys, values in self._block]
+            self._lengths = Lengths(rows, capacity, self.device)
             if self.device.type == "cuda":
                 self._try_products()
         self._model = Snapshot(model)
@@ -59,36 +62,36 @@ class FusedRunner:
     def prefill(self, row: int, ids: Tensor) -> Tensor:
         """See `Runner`. RuntimeError: the model was changed since the runner was made."""
         self._model.check()
-        known = 0 if self._fresh[row] else None
+        known, lengths = 0 if self._fresh[row] else None, self._lengths.view(row, 1)
         if self._fresh[row]:  # steps of a row that nobody uses count its length up all the same
-            self._lengths[row] = 0
+            lengths.empty()
         self._fresh[row] = False
         h = last = ids.new_empty(0)
         for part in ids.split(prefill_steps(ids.shape[0], self._step)):
             tokens = part.shape[0]
             if known is not None and known + _rounded(tokens) <= self.capacity:
                 part = functional.pad(part, (0, _rounded(tokens) - tokens))
-            h = self._forward(part[None], slice(row, row + 1), known, tokens)
+            h = self._forward(part[None], lengths, known, tokens)
             known, last = None if known is None else known + tokens, h[tokens - 1 : tokens]
         return self._head(last)[0]
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
         """See `Runner`."""
-        return self._head(self._forward(ids[:, None], slice(0, ids.shape[0]), None, 1))
+        return self._head(self._forward(ids[:, None], self._lengths.view(0, ids.shape[0]), None, 1))
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
         """See `Runner`."""
-        self._lengths[row] = 0
+        self._lengths.view(row, 1).empty()
         self._fresh[row] = True
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """See `Runner`."""
         if source != target:
-            self._memory[:, :, target] = self._memory[:, :, source]
-            self._lengths[target] = self._lengths[source]
+            self._block[:, :, target] = self._block[:, :, source]
+            self._lengths.view(target, 1).copy_from(self._lengths.view(source, 1))
             self._fresh[target] = self._fresh[source]
             self.clear(source)
 
@@ -105,21 +108,22 @@ class FusedRunner:
             layer.out(h.new_zeros((tokens, inner)), h)
             layer.down(layer.gate_up(h), h)
 
-    def _forward(self, ids: Tensor, rows: slice, known: int | None, count: int) -> Tensor:
+    def _forward(self, ids: Tensor, lengths: Lengths, known: int | None, count: int) -> Tensor:
         """ids: int64 `[N, S]`, of which `count` are appended to the rows; what follows those is not seen by them, and
         overwritten later. known: the length of the one row, where the host knows it. Returns what the last layer
         leaves, `[N * S, hidden]`."""
         tokens, reach = ids.shape[1], self.capacity
-        lengths = self._lengths[rows]
-        ends = (lengths + tokens).clamp_(max=self.capacity)
+        lengths.begin(tokens)
+        ends = lengths.tokens
         if known is None and self.device.type == "cpu":  # where a length is at hand, and kernels go by the capacity
             reach = int(ends.max())
             if ids.shape[0] == 1 and reach < self.capacity:
                 known = reach - tokens
         h = functional.embedding(ids.reshape(-1), self._embedding)
         for layer, memory in zip(self._layers, self._memory, strict=True):
-            keys, values = memory[0, rows], memory[1, rows]
-            q = layer.rotary(layer.qkv(h), keys, values, lengths)
+            part = memory.rows(lengths.first, lengths.batch)
+            keys, values = part.keys, part.values
+            q = layer.rotary(layer.qkv(h), keys, values, lengths.starts)
             if known is None:
                 out = _attend(layer, q, keys[:, :, :reach], values[:, :, :reach], ends)
             else:
@@ -127,7 +131,8 @@ class FusedRunner:
                 out = _attend(layer, q, keys[:, :, :end], values[:, :, :end], None)
             layer.out(out.transpose(1, 2).reshape(h.shape[0], -1), h)
             layer.down(layer.gate_up(h), h)
-        lengths.copy_(ends if count == tokens else ends - (tokens - count))
+        if count < tokens:
+            lengths.crop(count - tokens)
         return h
 
 

@@ -11,10 +11,13 @@ from static_caches import CAPACITY, close, expected, make, poison, step
 from tiny_models import DECODERS, WINDOW, build, left_padded, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen3NextConfig
+from transformers import Cache, DynamicCache, Qwen3NextConfig
 
 from fastattn._compat.transformers import with_cache
-from fastattn.integrations.transformers import StaticCache, attention, cache_layers, lazy_mask
+from fastattn._compat.versions import Gone
+from fastattn.cache import lengths
+from fastattn.cache.memory import KVMemory
+from fastattn.integrations.transformers import StaticCache, attention, cache_layers, kv_cache, lazy_mask
 from fastattn.masks import Segments
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "cohere2", "llama4"]
@@ -79,7 +82,7 @@ def test_rows_of_different_lengths(family: str) -> None:
         close(step(model, part, cache), wanted_now)
 
 
-def test_rows_are_emptied_moved_and_reordered() -> None:
+def test_reset_move_and_reorder_rows() -> None:
     ids = tokens(3, 20)
     wanted = expected("gemma2", ids)
     model = build("gemma2", "fastattn")
@@ -126,7 +129,7 @@ def test_crop() -> None:
         make(model, 2).crop(-1)
 
 
-def test_a_full_cache() -> None:
+def test_a_full_row_drops_tokens() -> None:
     ids = tokens(2, 12)
     wanted = expected("gemma2", ids)
     model = build("gemma2", "fastattn")
@@ -192,7 +195,7 @@ def test_padding_with_holes() -> None:
                 close(found[real], wanted[:, part][real])
 
 
-def test_what_the_op_is_asked() -> None:
+def test_arguments_of_the_op() -> None:
     model = build("gemma2", "fastattn")  # a sliding layer, then a full one
     cache = make(model, 2)
     ids = tokens(2, 20)
@@ -234,19 +237,19 @@ def test_a_step_reads_nothing_on_the_host(family: str, tokens_per_step: int, mon
     cache = make(model, 2)
     step(model, tokens(2, 7), cache)
     cache.forget()
-    monkeypatch.setattr(cache_layers, "_store", lambda *args, **kwargs: None)  # without Triton it has to wait
+    monkeypatch.setattr(KVMemory, "append", lambda *args, **kwargs: None)  # without Triton it has to wait
     with NoReads():
         step(model, tokens(2, tokens_per_step), cache)
 
 
-def test_after_a_captured_step_the_host_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_unknown_to_the_host_after_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(2, 16)
     wanted = expected("llama", ids)
     model = build("llama", "fastattn")
     cache = make(model, 2)
     step(model, ids[:, :6], cache)
     with monkeypatch.context() as patch:
-        for module in (cache_layers, attention, lazy_mask):
+        for module in (lengths, cache_layers, attention, lazy_mask):
             patch.setattr(module, "capturing", lambda x: True)
         assert isinstance(cache.get_seq_length(), Tensor)
         close(step(model, ids[:, 6:7], cache), wanted[:, 6:7])
@@ -286,7 +289,19 @@ def test_bad_arguments() -> None:
             refused()
 
 
-def test_models_without_windows_may_use_other_attention() -> None:
+@pytest.mark.parametrize("change", [lambda sizes: (sizes[0], sizes[1] + 0), lambda sizes: sizes[0]])
+def test_a_version_that_does_not_pass_the_offset_on_is_refused(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a later transformers computed with it, or asked a cache for something else."""
+    model, sizes = build("gemma2", "fastattn"), Cache.get_mask_sizes
+    monkeypatch.setattr(Cache, "get_mask_sizes", lambda *args, **kwargs: change(sizes(*args, **kwargs)))
+    kv_cache._check_offsets.cache_clear()
+    with pytest.raises(Gone, match=r"^transformers 5\.\S+ has no create_causal_mask .*: pip install (-U )?'tran"):
+        make(model, 2)
+    monkeypatch.undo()
+    make(model, 2)
+
+
+def test_models_without_windows_on_eager_and_sdpa() -> None:
     ids, mask, _ = left_padded(2, 9)
     inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
     for implementation in ("eager", "sdpa"):

@@ -18,7 +18,7 @@ from transformers import masking_utils as hf
 from fastattn import use_backend
 from fastattn._compat.transformers import with_cache
 from fastattn.integrations.transformers import interval_mask
-from fastattn.integrations.transformers.cache_positions import Slots
+from fastattn.integrations.transformers.device_offset import DeviceOffset
 from fastattn.integrations.transformers.lazy_mask import Band, CausalSegments, compact_of
 from fastattn.masks import Segments
 
@@ -116,7 +116,7 @@ def test_chunks_are_segments(known: bool, padded: bool) -> None:
         real = torch.arange(start + queries) >= begin[:, None] if padded else None
         before = min(start, chunk - 1)
         keys = before + queries if known else chunk - 1 + queries
-        offset = start - before if known else Slots(torch.full((2,), start, dtype=torch.int32), chunk)
+        offset = start - before if known else DeviceOffset(torch.full((2,), start, dtype=torch.int32), chunk)
         mask = interval_mask(2, queries, keys, start, offset, function, real)
         compact = compact_of(mask)
         if not isinstance(compact.hint, CausalSegments):
