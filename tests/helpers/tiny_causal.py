@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
 from fastattn.lm import Loaded
-from fastattn.lm.engine import Engine
+from fastattn.lm.generation.engine import Engine
 
 VOCABULARY = 120
 SIZES: dict[str, Any] = {

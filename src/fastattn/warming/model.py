@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .._compat.transformers import is_causal_family
-from ..lm.load import pick_device
-from ..lm.presets import PRESETS, preset_config
-from ..lm.pretrained import read_config as read_directory_config
+from ..lm.loading.device import pick_device
+from ..lm.loading.presets import PRESETS, preset_config
+from ..lm.loading.pretrained import read_config as read_directory_config
 from .kinds import Attention
 from .report import Warmth
 from .run import warm

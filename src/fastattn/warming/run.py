@@ -99,7 +99,7 @@ def warm(
     notes: Sequence[str] = (),
 ) -> Warmth:
     """`warmup` for several kinds of attention. notes: what the report is to say besides."""
-    from ..lm.load import pick_device
+    from ..lm.loading.device import pick_device
 
     place = pick_device(device)
     if place.type == "cuda" and place.index is None:
