@@ -49,9 +49,10 @@ class Detokenizer:
         return self._return(self._decode(self._ids), len(self._ids))
 
     def _return(self, text: str, count: int) -> str:
-        """What is new in the text of the window's first tokens. The window begins anew with those it came from."""
+        """Returns the new part of `text`, the text of the window's first `count` tokens. The window then begins with
+        the tokens of that part."""
         new = self._after_returned(text, count)
-        if new:  # else a special token: it has no text that could be context for what follows
+        if new:  # a special token has no text, which the next tokens could need as context
             del self._ids[: self._read]
             self._read = count - self._read
             self._returned = self._decode(self._ids[: self._read])

@@ -62,7 +62,8 @@ def check_loaded(path: Path, model: nn.Module, info: dict[str, Any], stored: dic
     """Raises ValueError, naming the first tensor, if the weights did not fit the model.
 
     info: transformers' report of the loading. It fills missing and unusable weights with random numbers, and only
-    warns. part: the model is only the text part of the directory's model; weights of other parts are ignored.
+        warns.
+    part: the model is only the text part of the directory's model; weights of other parts are ignored.
     """
     for name, has, wants in sorted(info["mismatched_keys"]):
         file = _file_of(path, name, stored)

@@ -58,10 +58,11 @@ def make_runner(loaded: Loaded, rows: int, capacity: int, *, prefill_step: int |
     In this order: fused kernels, the model's own modules, one row after another, the whole text for each token.
 
     Args:
-        loaded: the model. Only a model whose attention is fastattn's gets a runner that brings its own attention. rows:
-        the number of sequences it holds, >= 1. capacity: the number of tokens of each, >= 1. prefill_step: prompt
-        tokens per forward pass, about; >= 1. Default: `runner.PREFILL_STEP`. A model that needs its
-            whole prompt at once gets it at once.
+        loaded: the model. Only a model whose attention is fastattn's gets a runner that brings its own attention.
+        rows: the number of sequences, >= 1.
+        capacity: the number of tokens of each, >= 1.
+        prefill_step: prompt tokens per forward pass, about; >= 1. Default: `runner.PREFILL_STEP`. A model that needs
+            its whole prompt at once gets it at once.
 
     Ranks that run the model together all get the same kind of runner.
 
