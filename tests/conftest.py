@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     count = sum(isinstance(r.longrepr, tuple) and r.longrepr[2].endswith(_NO_GPU) for r in skipped)
     if count:
         terminalreporter.write_line(f"{count} GPU test{'s' * (count > 1)} skipped: {_NO_GPU}", yellow=True)
+
+
+@pytest.fixture
+def fresh_caches() -> Iterator[None]:
+    """Nothing is cached of other tests' calls, and nothing of this test's afterwards."""
+    from fastattn.shape_cache import shape_cache
+
+    shape_cache.clear()
+    yield
+    shape_cache.clear()
 
 
 @pytest.fixture(autouse=True)

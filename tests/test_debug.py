@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals, debug
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import registry, routes
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 
@@ -67,9 +67,9 @@ def test_good_calls_pass() -> None:
     ],
 )
 def test_a_backend_that_breaks_its_promises(spoil: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = dispatch.backend("torch")
+    backend = registry.backend("torch")
     bind = type(backend).bind
-    monkeypatch.setattr(dispatch, "_routes", {})
+    monkeypatch.setattr(routes, "_routes", {})
     monkeypatch.setattr(type(backend), "bind", lambda self, p, c: lambda call: (spoil(bind(self, p, c)(call)[0]), None))
     with pytest.raises(AssertionError, match=f"torch: .*{text}"):
         fastattn.scaled_dot_product_attention(Q, K, K)

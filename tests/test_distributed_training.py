@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
 from fastattn import Segments
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import serve
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -218,7 +218,7 @@ def test_checkpointing_computes_attention_again(
     """Else the tests with checkpoints would be the tests without."""
     totals = []
     for kind in (None, use_reentrant):
-        monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+        monkeypatch.setattr(serve, "_calls", type(serve._calls)())
         train(Run(model, "left", "none", kind))
         calls = fastattn.stats()["calls"]
         backwards = sum(n for name, n in calls.items() if name.endswith(".backward"))

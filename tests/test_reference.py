@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case, assert_right, check, make, run, truth
 from features import FEATURES
+from prepared import prepared
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import api, reference
+from fastattn import reference
 from fastattn.call import Problem
 
 
@@ -97,7 +98,7 @@ def test_memory_grows_with_the_length_not_its_square(case: Case) -> None:
     case = case.but(batch=1, q_heads=2, kv_heads=1, q_len=length, kv_len=length, head_dim=8, dtype=FP32)
     inputs = make(case)
     options = {n: x for n, x in inputs.options.items() if n != "return_lse"}
-    call = api.prepare(inputs.q, inputs.k, inputs.v, **options)._replace(grads="qkvs" if case.sinks else "qkv")
+    call = prepared(inputs.q, inputs.k, inputs.v, **options)._replace(grads="qkvs" if case.sinks else "qkv")
     problem = Problem.of(call)
     with _Largest() as largest:  # it does not look into an operator of ours, hence no call through the op
         out, lse = reference.forward(problem, call)

@@ -1,4 +1,4 @@
-"""What is kept per shape: `stats()` counts all of it, `clear_plans()` forgets all of it, and it is bounded."""
+"""What is cached per shape: `stats()` counts all of it, `clear_plans()` drops all of it, and it is bounded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from cases import Case, make
 from cases import run as run_case
 
 import fastattn
-from fastattn import shape_cache as memo
 from fastattn.backends import scratch
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import fast_path
+from fastattn.shape_cache import Reason, Section, Size, shape_cache
 
 #: What modules keep that no shape of a call has a part in, so that it neither grows with them nor need be forgotten.
 KEPT_BY_OTHER_THINGS = {
@@ -31,7 +30,7 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
     "fastattn.bench.peers._flashinfer_memory",
     # by the machine, or by what is installed on it
-    "fastattn.dispatch.routing.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
+    "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
     "fastattn.bench.peers._flex",
     "fastattn._compat.liger.operations", "fastattn._compat.torch.driver_version",
@@ -43,11 +42,11 @@ KEPT_BY_OTHER_THINGS = {
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
-    "fastattn.dispatch.routing._calls", "fastattn.common.notice._given",
+    "fastattn.dispatch.serve._calls", "fastattn.common.notice._given",
     # what os.environ wraps
     "fastattn.config._plain",
     # lists of live objects
-    "fastattn.shape_cache._all", "fastattn.shape_cache._functions", "fastattn.common.forks._wishes",
+    "fastattn.shape_cache._functions", "fastattn.common.forks._wishes",
     "fastattn.backends.scratch._threads",
     "fastattn.backends.cudnn.worker._workers",
 }  # fmt: skip
@@ -77,7 +76,7 @@ def memories() -> dict[str, int]:
                 continue
             if isinstance(x, functools._lru_cache_wrapper):
                 found[f"{x.__module__}.{name}"] = x.cache_info().currsize
-            elif isinstance(x, (Memo, OrderedDict)) or (hasattr(x, "__len__") and name.islower() and _may_grow(x)):
+            elif isinstance(x, (Section, OrderedDict)) or (hasattr(x, "__len__") and name.islower() and _may_grow(x)):
                 found[f"{module.__name__}.{name}"] = len(x)
     return found
 
@@ -99,9 +98,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 def test_nothing_per_shape_is_left_that_clear_plans_does_not_know(calls: None) -> None:
-    """A new memory is found here: it is one of `memo`'s, or its name says above what it depends on."""
+    """A new memory is found here: it is a section of `shape_cache`, or its name says above what it depends on."""
     before = memories()
-    assert before["fastattn.dispatch.routing._routes"] and before["fastattn.dispatch.routing.fast_path"]
+    assert before["fastattn.dispatch.routes._routes"] and before["fastattn.dispatch.fast_path._cached"]
     fastattn.clear_plans()
     after = memories()
     left = {name: count for name, count in after.items() if count and name not in KEPT_BY_OTHER_THINGS}
@@ -110,14 +109,18 @@ def test_nothing_per_shape_is_left_that_clear_plans_does_not_know(calls: None) -
 
 
 def test_stats_show_what_clear_plans_forgets(calls: None) -> None:
-    kept = fastattn.stats()["kept"]
+    before = fastattn.stats()["cache"]
+    sections = before["sections"]
     for name in ("calls", "routes", "refusals", "launches", "layouts", "scales", "offsets", "scratch", "plans"):
-        assert set(kept[name]) == {"entries", "bytes"}, name
+        assert set(sections[name]) == {"entries", "bytes", "max_entries", "max_bytes"}, name
     for name in ("calls", "routes"):
-        assert kept[name]["entries"] > 0, name
+        assert sections[name]["max_entries"] >= sections[name]["entries"] > 0, name
+    assert before["entries"] == sum(size["entries"] for size in sections.values())
     fastattn.clear_plans()
-    assert fastattn.stats()["kept"].keys() >= kept.keys()
-    assert not any(count for sums in fastattn.stats()["kept"].values() for count in sums.values())
+    after = fastattn.stats()["cache"]
+    assert after["sections"].keys() >= sections.keys()
+    assert after["entries"] == after["bytes"] == 0
+    assert after["drops"]["cleared"] == before["drops"]["cleared"] + 1
 
 
 def test_calls_after_it_are_right(calls: None, seed: int) -> None:
@@ -126,7 +129,7 @@ def test_calls_after_it_are_right(calls: None, seed: int) -> None:
     for _ in range(3):
         fastattn.clear_plans()
         assert torch.equal(run_case(inputs, "torch", poison=False)["out"], want)
-        assert len(dispatch.fast_path) == 1
+        assert len(fast_path._cached) == 1
 
 
 def test_it_may_be_called_while_others_call(seed: int) -> None:
@@ -158,32 +161,59 @@ def test_it_may_be_called_while_others_call(seed: int) -> None:
 def test_every_memory_is_bounded() -> None:
     for module in modules():
         for name, x in vars(module).items():
-            if isinstance(x, Memo):
-                assert 0 < x.limit <= 1 << 14, name
-                assert x.name != "other", f"{module.__name__}.{name} says not what it keeps"
+            if isinstance(x, Section):
+                assert 0 < x.max_entries <= 1 << 14, name
+                assert x in list(shape_cache._holders.values()), f"{module.__name__}.{name}: nobody owns it"
             if isinstance(x, functools._lru_cache_wrapper) and f"{x.__module__}.{name}" not in KEPT_BY_OTHER_THINGS:
                 assert x.cache_info().maxsize, name
 
 
-def test_a_memo_is_bounded_in_bytes() -> None:
-    kept: Memo[int, str] = Memo(100, "text", len, 10)
+def test_a_section_is_bounded_in_entries_and_bytes() -> None:
+    kept: Section[int, str] = Section("text", 100, len, 10)
     for i, text in enumerate(["aaaa", "bbbb"]):
         kept[i] = text
-    assert kept.holds() == (2, 8)
+    assert kept.size() == Size(2, 8, 100, 10)
     kept[2] = "cccc"
-    assert dict(kept) == {2: "cccc"} and kept.holds() == (1, 4)
-    kept.forget()
-    assert kept.holds() == (0, 0)
+    assert dict(kept) == {2: "cccc"} and kept.size() == Size(1, 4, 100, 10)
+    kept.clear()
+    assert kept.size() == Size(0, 0, 100, 10)
+    few: Section[int, int] = Section("few", 3)
+    for i in range(3):
+        few[i] = i
+    assert len(few) == 3
+    few[3] = 3
+    assert dict(few) == {3: 3}
 
 
-def test_a_memo_is_counted_while_it_lives() -> None:
-    mine: list[Memo[int, int]] = [Memo(10, "mine"), Memo(10, "mine")]
+def test_a_section_is_counted_while_it_lives() -> None:
+    mine = [shape_cache.section("mine", 10), shape_cache.section("mine", 10)]
     mine[0][1] = mine[1][1] = mine[1][2] = 3
-    assert memo.holdings()["mine"] == {"entries": 3, "bytes": 0}
+    assert shape_cache.stats()["sections"]["mine"] == Size(3, 0, 20)
     mine.pop()
-    assert memo.holdings()["mine"] == {"entries": 1, "bytes": 0}
+    assert shape_cache.stats()["sections"]["mine"] == Size(1, 0, 10)
     mine.clear()
-    assert "mine" not in memo.holdings()
+    assert "mine" not in shape_cache.stats()["sections"]
+
+
+def test_a_reason_drops_what_depends_on_it() -> None:
+    routed = shape_cache.section("routed", 10, dropped_for=[Reason.BACKEND_REFUSED])
+    other = shape_cache.section("other", 10)
+    routed[1] = other[1] = 1
+    before = shape_cache.stats()["drops"]
+    shape_cache.invalidate(Reason.BACKEND_REFUSED)
+    assert (len(routed), len(other)) == (0, 1)
+    assert shape_cache.stats()["drops"] == before | {"backend refused": before["backend refused"] + 1}
+    routed[1] = 1
+    shape_cache.clear()
+    assert (len(routed), len(other)) == (0, 0)
+
+
+def test_a_refused_call_drops_its_route_and_its_offsets() -> None:
+    sections = {section.name: section for section in list(shape_cache._holders.values())}
+    for name in ("calls", "routes", "offsets"):
+        assert Reason.BACKEND_REFUSED in sections[name].dropped_for, name
+    for name in ("refusals", "plans", "launches", "scratch"):
+        assert Reason.BACKEND_REFUSED not in sections[name].dropped_for, name
 
 
 def test_the_scratch_memory_of_all_threads_is_counted_and_forgotten() -> None:
@@ -194,15 +224,15 @@ def test_the_scratch_memory_of_all_threads_is_counted_and_forgotten() -> None:
         there.set()
         go_on.wait(10)
 
-    before = memo.holdings()["scratch"]
+    before = shape_cache.stats()["sections"]["scratch"]
     thread = threading.Thread(target=other)
     thread.start()
     assert there.wait(10)
     scratch._local.pieces[5] = 7, torch.empty(11, dtype=torch.uint8)
-    after = memo.holdings()["scratch"]
+    after = shape_cache.stats()["sections"]["scratch"]
     assert (after["entries"] - before["entries"], after["bytes"] - before["bytes"]) == (2, 111)
     fastattn.clear_plans()
-    assert memo.holdings()["scratch"] == {"entries": 0, "bytes": 0}
+    assert shape_cache.stats()["sections"]["scratch"] == Size()
     go_on.set()
     thread.join()
 
@@ -221,7 +251,7 @@ def test_what_is_kept_on_a_gpu_is_counted_and_given_back(seed: int) -> None:
             if fastattn.explain(x.q, x.k, x.v, mask="causal", backend=backend).chosen:
                 fastattn.scaled_dot_product_attention(x.q, x.k, x.v, mask="causal", backend=backend)
     torch.cuda.synchronize()
-    kept = fastattn.stats()["kept"]
+    kept = fastattn.stats()["cache"]["sections"]
     assert kept["offsets"]["entries"] > 0
     held = torch.cuda.memory_allocated() - before
     counted = sum(sums["bytes"] for sums in kept.values())

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Explanation, explain, scaled_dot_product_attention
-    from .backends.cudnn.plan_cache import clear_plans
     from .cache import KVCache
     from .common.notice import FastattnWarning
-    from .dispatch.routing import BackendError, stats, use_backend
+    from .counters import clear_plans, stats
+    from .dispatch.registry import BackendError, use_backend
     from .masks import Intervals, Segments
     from .varlen import varlen_attention
     from .warming.run import warmup
@@ -36,11 +36,11 @@ __all__ = [
 # Looked up on first use: `fastattn --help` need not import torch, and `fastattn doctor` can say that torch is broken.
 _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
-    **dict.fromkeys(("BackendError", "stats", "use_backend"), "dispatch.routing"),
+    **dict.fromkeys(("BackendError", "use_backend"), "dispatch.registry"),
     "FastattnWarning": "common.notice",
     "KVCache": "cache",
     **dict.fromkeys(("Intervals", "Segments"), "masks"),
-    "clear_plans": "backends.cudnn.plan_cache",
+    **dict.fromkeys(("clear_plans", "stats"), "counters"),
     "varlen_attention": "varlen",
     "warmup": "warming.run",
 }

@@ -1,14 +1,16 @@
-"""What a call *is*, apart from its data: the types that pass between the rooms of the house.
+"""What a call is: the types that pass between the layers.
 
-`Call` carries one attention call with its tensors, in the order of the operator's schema (`ops.py`). `Problem` says
-everything about it that is not data; backends accept or refuse by looking at the `Problem` alone.
+`Call` is one attention call with its tensors. `CALL` is what follows from its fields: the operators' schemas, the keys
+of caches, what autograd saves. `Problem` is everything about a call that is not data: backends accept or refuse a call
+by its problem alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,6 +49,75 @@ class Gradients(NamedTuple):
     v: Tensor | None = None
     mask: Tensor | None = None
     sinks: Tensor | None = None
+
+
+#: For each tensor that may have a gradient its letter in `Call.grads`.
+LETTERS = {name: name[0] for name in Gradients._fields}
+
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
+
+
+class Fields:
+    """What follows from the fields of a call's type, in one place: to add a field to `Call` is enough.
+
+    Tensors come first, then options; of these first the ones that are data. A field's type gives its type in the
+    schema of an operator.
+    """
+
+    #: Options that are data: what is cached serves every value of them.
+    DATA = ("scale",)
+
+    def __init__(self, call_type: Any) -> None:
+        """call_type: a NamedTuple. Raises TypeError where a field's type has none in a schema, or is out of order."""
+        types = {name: kind for name, kind in get_type_hints(call_type).items() if name in call_type._fields}
+        for name, kind in types.items():
+            if kind not in _SCHEMA:
+                raise TypeError(f"{name}: {kind} has no type in the schema of an operator")
+        self.type = call_type
+        self.names: tuple[str, ...] = call_type._fields
+        self.tensor_names = tuple([name for name, kind in types.items() if kind in (Tensor, Tensor | None)])
+        self.static_names = tuple([name for name in self.names if name not in (*self.tensor_names, *self.DATA)])
+        if self.names != (*self.tensor_names, *self.DATA, *self.static_names):
+            raise TypeError(f"{call_type.__name__}: expected tensors, then {self.DATA}, then other options")
+        #: The arguments of an operator that takes the call.
+        self.schema = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in types.items())
+        self._tensors = slice(len(self.tensor_names))
+        self._options = slice(len(self.tensor_names), None)
+        self._static = slice(len(self.names) - len(self.static_names), None)
+
+    def tensors(self, call: Any) -> tuple[Tensor | None, ...]:
+        """The values of the tensor fields, in order."""
+        return call[self._tensors]  # type: ignore[no-any-return]
+
+    def options(self, call: Any) -> tuple[Any, ...]:
+        """The values of the other fields, in order."""
+        return call[self._options]  # type: ignore[no-any-return]
+
+    def static(self, call: Any) -> tuple[Any, ...]:
+        """The values of the options that are not data, in order."""
+        return call[self._static]  # type: ignore[no-any-return]
+
+    def join(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        """The call of which `tensors` and `options` are the parts."""
+        return self.type(*tensors, *options)
+
+    def unpack(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """The call that an operator's arguments begin with, and the arguments after it."""
+        count = len(self.names)
+        return self.type(*arguments[:count]), arguments[count:]
+
+    def kind(self, call: Any) -> Any:
+        """Everything of a call that is not data, hashable: calls of one kind have one route and one bound kernel."""
+        tensors = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in call[self._tensors]]
+        return tuple(tensors), call[self._static]
+
+    def gradients(self, found: Gradients, wanted: str) -> list[Tensor | None]:
+        """For each field in order its gradient; None where it has none, or `wanted` (as `Call.grads`) names it not."""
+        return [getattr(found, name) if LETTERS.get(name, "-") in wanted else None for name in self.names]
+
+
+CALL = Fields(Call)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,18 @@
-"""The checks behind the op: every error names the argument, says what was expected and what came."""
+"""From the arguments of the op to a `Call`: the one place where they are checked and brought into one form.
+
+Every error names the argument, says what was expected and what came.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import work_dtype
+from ._compat import torch as torch_internals
+from .call import LETTERS, Call, work_dtype
 from .common.checks import check_device as check_device
 from .common.checks import check_flag as check_flag
 from .common.checks import check_tensor as check_tensor
@@ -14,6 +21,118 @@ from .masks import Intervals, Segments
 
 LONGEST = 1 << 30  #: a window beyond any length, and yet one that int32 positions can be shifted by
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Mask = str | Tensor | Intervals | Segments | None
+
+
+class Arguments(NamedTuple):
+    """The arguments of `fastattn.scaled_dot_product_attention` as the caller passes them, unchecked.
+
+    `scale` and `backend` are not among them: the scale is data, and the backend no property of the call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask = None
+    sinks: Tensor | None = None
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    q_lengths: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    return_lse: bool = False
+
+
+def validated(arguments: Arguments, scale: float | None = None) -> Call:
+    """The call that the arguments ask for. Raises ValueError or TypeError, as the op does, before any launch."""
+    q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse = arguments
+    check_inputs(q, k, v)
+    if not torch.compiler.is_compiling() and torch_internals.transforms_active():
+        raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
+    q, k, v = _one_dtype(q, k, v)
+    left, right = (-1, -1) if window is None else check_window(window)
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f'mask: expected None, "causal", a tensor, Intervals or Segments, got {mask!r}')
+        right = 0 if right < 0 else min(right, 0)
+        mask = None
+    lo = hi = segments = None
+    if isinstance(mask, Segments):
+        segments = check_segments(mask, q, k)
+        if q_lengths is not None or kv_lengths is not None:
+            raise ValueError("mask: Segments say how long each sequence is: expected no q_lengths or kv_lengths beside")
+        if mask.causal:
+            right = 0
+        mask = None
+    if mask is not None:
+        mask, lo, hi = check_mask(mask, q, k)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    if q_lengths is not None:
+        check_lengths("q_lengths", q_lengths, q)
+    if kv_lengths is not None:
+        check_lengths("kv_lengths", kv_lengths, q)
+    q, scale = _scaled(q, scale)
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        lo=lo,
+        hi=hi,
+        sinks=sinks,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+        segments=segments,
+        scale=scale,
+        left=left,
+        right=right,
+        softcap=0.0 if softcap is None else check_softcap(softcap, q.dtype),
+        return_lse=check_flag("return_lse", return_lse),
+    )
+    return call._replace(grads=_wanted(call)) if torch.is_grad_enabled() else call
+
+
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(D)."""
+    return 1.0 / math.sqrt(q.shape[3] or 1)
+
+
+def is_plain_scale(scale: object) -> bool:
+    """True for a scale that `validated` passes on as it is, with any dtype of q."""
+    least, most = LIMITS[torch.float32]
+    return type(scale) is float and least <= scale <= most
+
+
+def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """q and a positive scale that kernels can compute with, of the same product."""
+    if scale is None:
+        return q, default_scale(q)
+    scale = check_scale(scale, q.dtype)
+    if scale <= 0.0:  # kernels track the row's maximum before they scale, which needs a positive scale
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
+    least = LIMITS[work_dtype(q.dtype)][0]
+    if scale < least:  # In float32 it would be 0 sooner or later, and 0 * -inf is NaN: q takes what is missing.
+        q, scale = q * (scale / least), least
+    return q, scale
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Promotes mixed dtypes; under autocast casts as torch's attention, which is on autocast's lower-precision list."""
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
+        dtype = torch.get_autocast_dtype(device)
+    elif q.dtype == k.dtype == v.dtype:
+        return q, k, v
+    else:
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _wanted(call: Call) -> str:
+    """`Call.grads`: the inputs that require a gradient."""
+    inputs = ((letter, getattr(call, name)) for name, letter in LETTERS.items())
+    return "".join([letter for letter, x in inputs if x is not None and x.requires_grad])
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -97,7 +216,8 @@ def check_mask(mask: object, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tenso
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if mask.dim() > 4:
         raise ValueError(f"mask: expected at most 4 dims, got {_shape(mask)}")
-    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dim() < 4:
+        mask = mask[(None,) * (4 - mask.dim())]
     # Not `size not in (1, whole)`: torch.compile answers that wrongly for symbolic sizes.
     if any(size != 1 and size != whole for size, whole in zip(mask.shape, full, strict=True)):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(full)}, got {_shape(mask)}")

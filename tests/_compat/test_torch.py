@@ -10,8 +10,8 @@ import fastattn
 from fastattn._compat import torch as torch_internals
 from fastattn._compat.versions import Gone
 from fastattn.backends.torch import TorchBackend
+from fastattn.dispatch import fast_path, routes
 from fastattn.dispatch import operators as ops
-from fastattn.dispatch import routing as dispatch
 
 
 def gradients() -> tuple[Tensor, ...]:
@@ -29,11 +29,11 @@ def gradients() -> tuple[Tensor, ...]:
 @pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")  # the reference serves gradients then
 def test_without_a_name_it_is_as_right(name: str, instead: object, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradients()
-    for memory in (dispatch._routes, dispatch.fast_path):
+    for memory in (routes._routes, fast_path._cached):
         memory.clear()
     monkeypatch.setattr(torch_internals, name, instead)
     torch.testing.assert_close(gradients(), expected)
-    for memory in (dispatch._routes, dispatch.fast_path):
+    for memory in (routes._routes, fast_path._cached):
         memory.clear()
 
 

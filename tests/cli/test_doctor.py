@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.cli import doctor
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import fast_path, registry, routes
 
 
 def findings():
@@ -18,7 +18,7 @@ def test_it_says_what_is_here():
     found = findings()
     assert torch.__version__ in found["torch"].text
     assert fastattn.__version__ in found["fastattn"].text
-    assert {f"backend {name}" for name in dispatch.NAMES} <= set(found)
+    assert {f"backend {name}" for name in registry.NAMES} <= set(found)
     assert found["backend reference"].state == "ok"
     assert found["transformers"].state == "ok"
 
@@ -120,7 +120,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, cuda, listed, state, advice):
 
 
 def test_a_backend_that_computes_wrong_numbers_is_broken(monkeypatch):
-    reference = dispatch.backend("reference")
+    reference = registry.backend("reference")
     real = type(reference).bind
 
     def wrong(self, problem, call):
@@ -131,8 +131,8 @@ def test_a_backend_that_computes_wrong_numbers_is_broken(monkeypatch):
         return run
 
     monkeypatch.setattr(type(reference), "bind", wrong)
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
+    monkeypatch.setattr(routes, "_routes", {})
+    monkeypatch.setattr(fast_path, "_cached", {})
     found = findings()["backend reference"]
     assert found.state == "broken"
     assert "wrong: relative error 1" in found.text
@@ -142,9 +142,9 @@ def test_a_backend_that_crashes_is_a_line(monkeypatch):
     def crash(self, problem, call):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(type(dispatch.backend("torch")), "bind", crash)
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
+    monkeypatch.setattr(type(registry.backend("torch")), "bind", crash)
+    monkeypatch.setattr(routes, "_routes", {})
+    monkeypatch.setattr(fast_path, "_cached", {})
     found = findings()["backend torch"]
     assert (found.state, found.text) == ("broken", "RuntimeError: no kernel image")
 
@@ -191,7 +191,7 @@ def test_on_a_gpu_every_backend_works(monkeypatch):
     found = findings()
     assert found["GPU 0"].state == "ok"
     assert {
-        name: found[f"backend {name}"].text for name in dispatch.NAMES if found[f"backend {name}"].state != "ok"
+        name: found[f"backend {name}"].text for name in registry.NAMES if found[f"backend {name}"].state != "ok"
     } == {}
 
 

@@ -6,17 +6,17 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from caches import own_caches
 
 import fastattn
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 from fastattn.common import notice
 from fastattn.config import is_on
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
 
 
 @pytest.fixture(autouse=True)
@@ -35,29 +35,18 @@ def test_a_warning_is_given_once_per_kind() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_warning_points_at_the_line_that_called(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_refused", {})
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
+    own_caches(monkeypatch)
 
     def forward(*args: object) -> None:
         raise Refusal("not today")
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: forward)
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: SimpleNamespace(forward=forward))
     q = torch.randn(1, 2, 3, 8, requires_grad=grad)
     with pytest.warns(fastattn.FastattnWarning, match="not today") as caught:
         fastattn.scaled_dot_product_attention(q, q, q)
     if not grad:  # with a gradient torch's dispatcher stands between
         assert caught[0].filename == __file__
     assert not caught[0].filename.startswith(notice._HERE)
-
-
-def test_a_memo_forgets_when_it_is_full() -> None:
-    memo: Memo[int, int] = Memo(3)
-    for i in range(3):
-        memo[i] = i
-    assert len(memo) == 3
-    memo[3] = 3
-    assert dict(memo) == {3: 3}
 
 
 @pytest.mark.parametrize("value, expected", [("0", False), ("OFF", False), ("no", False), ("1", True), ("yes", True)])
@@ -89,8 +78,8 @@ def test_a_switch_that_says_nothing_stops_the_call_that_reads_it(name: str, valu
         q = torch.zeros(1, 1, 2, 8)
         try:
             fastattn.scaled_dot_product_attention(q, q, q)
-            from fastattn.backends.cudnn import plans
-            plans.policy()  # what a call on a GPU asks
+            from fastattn.backends.cudnn.plan_policy import policy
+            policy()  # what a call on a GPU asks
         except ValueError as error:
             print(error)
     """

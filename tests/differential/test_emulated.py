@@ -9,7 +9,7 @@ import torch
 from cases import BF16, FP16, FP32, FP64, Case, make, refusals, run
 from drawn import Drawn, problems
 from drawn_checks import EXAMPLES, hold, wrong
-from emulated import EmulatedCache, emulate
+from emulated import EmulatedPlans, emulate
 
 SHARE = 10  #: of so many problems one is computed here
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
@@ -57,7 +57,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize("plan", ["any length", "larger", "exact"])
 def test_problems(plan: str, capability: tuple[int, int], seed: int, interpreted: pytest.MonkeyPatch) -> None:
     cache = emulate(interpreted, capability)
-    cache.exact, cache.larger = plan == "exact", plan == "larger"
+    cache.static, cache.larger = plan == "static", plan == "larger"
     served = []
 
     def check(drawn: Drawn) -> None:
@@ -80,7 +80,7 @@ def test_the_log_sum_exp_of_a_row_under_nothing_but_finfo_min(interpreted: pytes
 
 def test_the_emulation_notices_what_it_is_for(interpreted: pytest.MonkeyPatch) -> None:
     """What is unaligned, longer than declared, or beyond the memory: cuDNN would say nothing."""
-    cache: EmulatedCache = emulate(interpreted)
+    cache: EmulatedPlans = emulate(interpreted)
     inputs = make(BASE.but(mask="causal", grads="qkv"), seed=1)
     assert not refusals(inputs, "cudnn")
     run(inputs, "cudnn")
@@ -95,17 +95,17 @@ def test_the_emulation_notices_what_it_is_for(interpreted: pytest.MonkeyPatch) -
         for operand in forward_key.operands
     }
     operands["k"] = operands["k"].view(1, 2, -1, 16)
-    plan.run(operands)
+    plan.execute(operands)
     operands["seq_q"].fill_(3)
     operands["seq_kv"].fill_(5)
-    plan.run(operands)
+    plan.execute(operands)
     operands["ragged_k"].fill_(1)
     with pytest.raises(AssertionError, match="k is not aligned"):
-        plan.run(operands)
+        plan.execute(operands)
     operands["ragged_k"].fill_(1 << 12)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        plan.run(operands)
+        plan.execute(operands)
     operands["ragged_k"].zero_()
     operands["seq_kv"][rows - 1] = 1 << 15
     with pytest.raises(AssertionError, match="longer than declared"):
-        plan.run(operands)
+        plan.execute(operands)

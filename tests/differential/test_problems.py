@@ -94,7 +94,7 @@ def test_problems_on_a_gpu(shard: int, seed: int) -> None:
 
 def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What all of this rests on: one number that is off, one NaN, one gradient of a row that sees nothing."""
-    import test_problems as module
+    import drawn_checks as module
 
     drawn = Drawn(Case(q_len=14, mask="causal", dtype=FP32, grads="qkv"))
     right = results(drawn, inputs_of(drawn), "reference")

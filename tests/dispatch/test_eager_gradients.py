@@ -15,14 +15,14 @@ import pytest
 import torch
 from cases import BF16, FP32, Case, Inputs, Watcher, make
 from features import FEATURES
+from prepared import prepared
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import api
 from fastattn.dispatch import operators as ops
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import serve
 
 attend = fastattn.scaled_dot_product_attention
 EAGER, OPERATOR = "_AttentionBackward", "GeneratedBackwardFor_fastattn_attention_defaultBackward"
@@ -37,7 +37,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def operator(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference", **options: Any) -> Any:
     """`attend`, but by way of the operator."""
-    out, lse = torch.ops.fastattn.attention(*api.prepare(q, k, v, **options), backend)
+    out, lse = torch.ops.fastattn.attention(*prepared(q, k, v, **options), backend)
     return (out, lse) if options.get("return_lse") else out
 
 
@@ -118,7 +118,7 @@ def test_only_the_log_sum_exp_is_used(grads: str) -> None:
 
 def test_a_log_sum_exp_that_was_not_asked_for_is_not_differentiable() -> None:
     q, k, v = qkv()
-    call = api.prepare(q, k, v)
+    call = prepared(q, k, v)
     out, lse = ops.attention(call, ("reference",))
     assert node(out) == EAGER and lse is not None and not lse.requires_grad
     (out, lse) = attend(q, k, v, return_lse=True)
@@ -131,8 +131,8 @@ def test_an_upstream_gradient_that_is_not_there_is_none(
 ) -> None:
     """A gradient of the log-sum-exp, were it but zeros, would cost cuDNN's backward: it takes none."""
     given: list[Any] = []
-    gradients = ops._gradients
-    monkeypatch.setattr(ops, "_gradients", lambda *args: given.append(args[-2:]) or gradients(*args))
+    backward = serve.backward
+    monkeypatch.setattr(serve, "backward", lambda *args: given.append(args[-2:]) or backward(*args))
     q, k, v = qkv()
     out, lse = function(q, k, v, return_lse=True, backend="reference")
     torch.autograd.grad(out.sum(), q, retain_graph=True)
@@ -142,7 +142,7 @@ def test_an_upstream_gradient_that_is_not_there_is_none(
 
 
 def test_an_unused_output_costs_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
     q, k, v = qkv()
     out, _ = attend(q, k, v, return_lse=True)
     (found,) = torch.autograd.grad(q.sum() + 0 * out.detach().sum(), q)
@@ -215,7 +215,7 @@ def test_checkpoint(options: dict[str, Any], use_reentrant: bool, monkeypatch: p
         return out.square().sum() + lse.masked_fill(lse.isinf(), 0).sum()
 
     want = torch.autograd.grad(block(q, k, v), (q, k, v, scale))
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
     checkpoint(block, q, k, v, use_reentrant=use_reentrant).backward()
     assert fastattn.stats()["calls"] == {"reference": 2, "reference.backward": 1}
     for x, w in zip((q, k, v, scale), want):
@@ -424,7 +424,7 @@ def test_a_graph_made_eagerly_can_be_differentiated_by_compiled_autograd(graphs:
 
 
 def test_the_backward_keeps_to_the_backends_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
     q, k, v = qkv()
     with fastattn.use_backend("reference"):
         out = attend(q, k, v)

@@ -1,6 +1,6 @@
-"""The short way for calls like one made before: what counts as like, and that it does what the long way does.
+"""The fast path for calls of a kind that was served before: what a kind is, and that it does what the full path does.
 
-Every test compares with the long way, which is the same call with nothing remembered.
+Every test compares with the full path, which is the same call with nothing cached.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,49 +30,48 @@ from fastattn import Intervals, Segments, debug
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 from fastattn.common import notice
-from fastattn.dispatch import fast_path
+from fastattn.dispatch import fast_path, registry, routes, serve
 from fastattn.dispatch import operators as ops
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.shape_cache import Section
+from fastattn.validation import Arguments
 
 attend = fastattn.scaled_dot_product_attention
-#: The op's arguments in order: what `fast_path.name_of` takes.
+#: The op's arguments in order.
 PARAMETERS = list(inspect.signature(attend).parameters)
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings of the machine's, nothing remembered of other tests."""
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """No settings of the machine's, nothing cached by other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(debug, "ENABLED", False)
-    monkeypatch.setattr(dispatch, "_routes", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "fast_path", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "_refused", {})
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
     monkeypatch.setattr(notice, "_given", set())
 
 
 @pytest.fixture
-def long_ways(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry for each call that went the long way."""
+def full_paths(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for each call that went the full path."""
     taken: list[Any] = []
-    monkeypatch.setattr(ops, "attention", lambda *args, long_way=ops.attention: taken.append(1) or long_way(*args))
+    monkeypatch.setattr(ops, "attention", lambda *args, full_path=ops.attention: taken.append(1) or full_path(*args))
     return taken
 
 
 def forget() -> None:
-    dispatch.fast_path.clear()
-    dispatch._routes.clear()
+    fast_path._cached.clear()
+    routes._routes.clear()
 
 
-def name_of(**arguments: Any) -> Any:
-    """The name of a call, as the op asks for it."""
+def key_of(**arguments: Any) -> Any:
+    """The key of a call, as the op computes it."""
     defaults = {n: None if p.default is p.empty else p.default for n, p in inspect.signature(attend).parameters.items()}
-    return fast_path.name_of(**(defaults | arguments))
+    arguments = defaults | arguments
+    scale, backend = arguments.pop("scale"), arguments.pop("backend")
+    return fast_path.key_of(Arguments(**arguments), scale, backend)
 
 
-# What is in a name.
+# What is in a key.
 
 B, H, HKV, SQ, SKV, D = 2, 4, 2, 3, 5, 8
 
@@ -173,9 +173,9 @@ def _changes() -> dict[str, dict[str, Any]]:
         "scale: nan": {"scale": float("nan")},
         "return_lse: off": {"return_lse": False},
         "return_lse: 1": {"return_lse": 1},
-        **{f"backend: {name}": {"backend": name} for name in dispatch.NAMES},
+        **{f"backend: {name}": {"backend": name} for name in registry.NAMES},
         "backend: list": {"backend": ["torch"]},
-        "backend: names": {"backend": dispatch.NAMES},
+        "backend: names": {"backend": registry.NAMES},
     }
     return changes
 
@@ -189,11 +189,11 @@ def test_every_argument_is_changed() -> None:
 
 
 @pytest.mark.parametrize("label", CHANGES)
-def test_what_is_not_data_is_in_the_name(label: str) -> None:
+def test_what_is_not_data_is_in_the_key(label: str) -> None:
     base = full()
-    name = name_of(**base)
+    name = key_of(**base)
     assert name is not None
-    other = name_of(**(base | CHANGES[label]))
+    other = key_of(**(base | CHANGES[label]))
     assert other is None or other != name
     hash(other)
 
@@ -201,10 +201,10 @@ def test_what_is_not_data_is_in_the_name(label: str) -> None:
 @pytest.mark.parametrize("absent", [(), ("mask",), ("sinks", "window", "softcap", "q_lengths", "kv_lengths")], ids=str)
 def test_data_is_not_in_the_name(absent: tuple[str, ...]) -> None:
     without = dict.fromkeys(absent)
-    name = name_of(**(full() | without))
+    name = key_of(**(full() | without))
     assert name is not None
     for scale in (None, 0.25, 1e-20, 3.0):
-        other = name_of(**(full() | without | {"scale": scale}))
+        other = key_of(**(full() | without | {"scale": scale}))
         assert other == name and hash(other) == hash(name)
 
 
@@ -212,39 +212,39 @@ def test_tensors_that_change_places_have_other_names() -> None:
     """Lengths for queries are not lengths for keys, lo is not hi, k is not v."""
     base = full() | {"kv_lengths": None, "v": torch.randn(B, HKV, SKV, 2 * D)[..., :D]}
     other = base | {"q_lengths": None, "kv_lengths": base["q_lengths"]}
-    assert name_of(**base) != name_of(**other)
-    assert name_of(**base) != name_of(**(base | {"k": base["v"], "v": base["k"]}))
+    assert key_of(**base) != key_of(**other)
+    assert key_of(**base) != key_of(**(base | {"k": base["v"], "v": base["k"]}))
     lo, hi = ints(B, SQ), strided(ints(B, SQ))
-    assert name_of(**(base | {"mask": Intervals(lo, hi)})) != name_of(**(base | {"mask": Intervals(hi, lo)}))
+    assert key_of(**(base | {"mask": Intervals(lo, hi)})) != key_of(**(base | {"mask": Intervals(hi, lo)}))
 
 
 def test_segments_have_names_of_their_own() -> None:
     tables = [ints(3, 2), ints(5, 2), ints(3, 4), ints(2, 3).T, ints(3, 2).long()]
-    names = [name_of(**(full() | {"mask": Segments(t, causal)})) for t in tables for causal in (False, True)]
+    names = [key_of(**(full() | {"mask": Segments(t, causal)})) for t in tables for causal in (False, True)]
     assert None not in names and len(set(names)) == 2 * len(tables)
-    assert name_of(**(full() | {"mask": Segments(ints(3, 2), True)})) == names[1], "their values are data"
+    assert key_of(**(full() | {"mask": Segments(ints(3, 2), True)})) == names[1], "their values are data"
     for causal in (1, 0, None, "yes", torch.tensor(True)):
-        assert name_of(**(full() | {"mask": Segments(tables[0], causal)})) is None
+        assert key_of(**(full() | {"mask": Segments(tables[0], causal)})) is None
 
 
 def test_the_allowed_backends_are_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     base = full()
-    names = [name_of(**base)]
+    names = [key_of(**base)]
     for context in (("torch",), ("reference",), ("torch", "reference"), ("reference", "torch")):
         with fastattn.use_backend(*context):
-            names.append(name_of(**base))
+            names.append(key_of(**base))
     for variable, value in (("FASTATTN_CUDNN", "0"), ("FASTATTN_BACKENDS", "decode,torch")):
         monkeypatch.setenv(variable, value)
-        names.append(name_of(**base))
+        names.append(key_of(**base))
     assert len(set(names)) == len(names) == 7
     insisting = base | {"backend": "reference"}
-    name = name_of(**insisting)
+    name = key_of(**insisting)
     monkeypatch.undo()
     with fastattn.use_backend("torch"):
-        assert name_of(**insisting) == name, "the argument wins: what is allowed does not matter"
+        assert key_of(**insisting) == name, "the argument wins: what is allowed does not matter"
 
 
-def test_a_switch_reaches_a_call_that_was_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_reaches_a_call_that_was_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = good()
     for _ in range(2):
         attend(**arguments)
@@ -282,7 +282,7 @@ def _remember_good_calls() -> None:
     for option in options:
         for _ in range(2):
             attend(**good(), **option)
-    assert len(dispatch.fast_path) == len(options) - 1, "of all but scale, which is data"
+    assert len(fast_path._cached) == len(options) - 1, "of all but scale, which is data"
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -318,12 +318,12 @@ def test_a_bad_call_after_good_ones_fails_as_it_does_first(name: str, value: Any
     arguments = good() | {name: value}
     want = outcome(lambda: attend(**arguments))
     assert isinstance(want, tuple) and issubclass(want[0], (ValueError, TypeError)), want
-    assert not dispatch.fast_path
+    assert not fast_path._cached
     _remember_good_calls()
-    before = dict(dispatch.fast_path), fastattn.stats()["calls"]
+    before = dict(fast_path._cached), fastattn.stats()["calls"]
     for _ in range(2):
         assert outcome(lambda: attend(**arguments)) == want
-    assert (dict(dispatch.fast_path), fastattn.stats()["calls"]) == before
+    assert (dict(fast_path._cached), fastattn.stats()["calls"]) == before
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -337,7 +337,7 @@ def test_a_nested_tensor_anywhere(name: str, layout: torch.layout) -> None:
         with pytest.raises(ValueError, match=rf"^{name}: expected a dense"):
             attend(**(good() | ({"mask": Intervals(nested, nested)} if name == "mask.lo" else {name: nested})))
         _remember_good_calls()
-        dispatch.fast_path.clear()
+        fast_path._cached.clear()
 
 
 @pytest.mark.parametrize("convert", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
@@ -458,7 +458,7 @@ SITUATIONS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_as_with_nothing_remembered(situation: str) -> None:
+def test_as_with_nothing_cached(situation: str) -> None:
     """First with the memory cleared before, then among calls that the situation must not be taken for."""
     call = SITUATIONS[situation]
     qkv = full()["q"], full()["k"], full()["v"]
@@ -481,36 +481,37 @@ def test_as_with_nothing_remembered(situation: str) -> None:
     assert outcome(lambda: attend(*others)) == want_plain, "a call without any circumstances after it"
 
 
-def test_calls_that_want_gradients_are_not_remembered() -> None:
+def test_calls_that_want_gradients_are_not_cached() -> None:
     arguments = good()
     arguments["k"].requires_grad_()
     attend(**arguments)
     attend(**good(), sinks=torch.zeros(H, requires_grad=True))
     attend(**good(), mask=torch.zeros(5, 7))
-    assert not dispatch.fast_path
+    assert not fast_path._cached
     with torch.no_grad():
         attend(**arguments)
-    assert len(dispatch.fast_path) == 1
+    assert len(fast_path._cached) == 1
     assert attend(**arguments).requires_grad
 
 
-# The short way itself.
+# The fast path itself.
 
 BOTH = [(name, backend) for name in FEATURES for backend in ("torch", "reference")]
 
 
-def _short_is_long(name: str, backend: str | None, long_ways: list[Any], seed: int, **changes: Any) -> None:
-    """The same bits, of other data than those of the call that was remembered."""
+def _fast_is_full(name: str, backend: str | None, full_paths: list[Any], seed: int, **changes: Any) -> None:
+    """The same bits, of other data than those of the call that was cached."""
     case = FEATURES[name].but(**changes)
     first, second = make(case, seed=seed), make(case, seed=seed + 1)
     if fastattn.explain(first.q, first.k, first.v, **first.options, backend=backend).chosen is None:
         return
     forget()
     attend(first.q, first.k, first.v, **first.options, backend=backend)
-    long_ways.clear()
+    full_paths.clear()
     got = attend(second.q, second.k, second.v, **second.options, backend=backend)
-    dense = case.mask_kind in ("bool", "additive")
-    assert len(long_ways) == (dense or (case.scale is not None and case.scale <= 0)), "the way that it went"
+    mask = second.options.get("mask")
+    odd = isinstance(mask, Tensor) and mask.dim() != 4
+    assert len(full_paths) == (odd or (case.scale is not None and case.scale <= 0)), "the path that it took"
     forget()
     want = attend(second.q, second.k, second.v, **second.options, backend=backend)
     for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (got, want))):
@@ -519,11 +520,11 @@ def _short_is_long(name: str, backend: str | None, long_ways: list[Any], seed: i
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_short_way_is_long_way(name: str, long_ways: list[Any], seed: int) -> None:
+def test_fast_path_equals_full_path(name: str, full_paths: list[Any], seed: int) -> None:
     for dtype in (FP32, BF16):
         for backend in (None, "torch", "reference"):
             for return_lse in (False, True):
-                _short_is_long(name, backend, long_ways, seed, dtype=dtype, return_lse=return_lse)
+                _fast_is_full(name, backend, full_paths, seed, dtype=dtype, return_lse=return_lse)
 
 
 @pytest.mark.parametrize(
@@ -531,8 +532,8 @@ def test_short_way_is_long_way(name: str, long_ways: list[Any], seed: int) -> No
     ["causal", "window", "intervals-bq", "intervals-lengths", "sinks-window", "softcap", "lengths-causal", "scale",
      "layout-sliced", "layout-dmajor", "layout-strided", "one-query"],
 )  # fmt: skip
-def test_short_way_is_long_way_on_the_decode_kernel(
-    name: str, long_ways: list[Any], seed: int, monkeypatch: pytest.MonkeyPatch
+def test_fast_path_equals_full_path_on_the_decode_kernel(
+    name: str, full_paths: list[Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("with a GPU the kernels run natively")
@@ -542,7 +543,7 @@ def test_short_way_is_long_way_on_the_decode_kernel(
     case = FEATURES[name].but(dtype=FP32)
     inputs = make(case)
     assert fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options, backend="decode").chosen == "decode"
-    _short_is_long(name, "decode", long_ways, seed, dtype=FP32, return_lse=True)
+    _fast_is_full(name, "decode", full_paths, seed, dtype=FP32, return_lse=True)
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
@@ -557,13 +558,13 @@ def test_negative_views_are_resolved_for_kernels_that_read_memory(which: str, mo
     negated = arguments | {which: torch._neg_view(arguments[which])}
     want = attend(**(arguments | {which: -arguments[which]}), backend="reference")
     for _ in range(2):
-        attend(**arguments, backend="decode")  # whose like is remembered
+        attend(**arguments, backend="decode")  # whose like is cached
         torch.testing.assert_close(attend(**negated, backend="decode"), want)
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "sinks", "lo", "kv_lengths"])
 def test_calls_of_other_strides_are_bound_anew(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by the long way, where gradients are wanted: what a backend binds knows the strides."""
+    """Also by the full path, where gradients are wanted: what a backend binds knows the strides."""
     bound: list[Any] = []
     bind = torch_sdpa.TorchBackend.bind
     monkeypatch.setattr(
@@ -580,51 +581,56 @@ def test_calls_of_other_strides_are_bound_anew(which: str, monkeypatch: pytest.M
         assert bound == [x.stride(), strided(x).stride()]
 
 
-def test_the_short_way_is_counted() -> None:
+def test_the_fast_path_is_counted() -> None:
     for _ in range(5):
         attend(**good())
     assert fastattn.stats()["calls"] == {"torch": 5}
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "fast_path", Memo(4))
+def test_what_is_cached_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path, "_cached", Section("test", 4))
     for length in range(1, 12):
         q = torch.randn(1, 2, length, D)
         torch.testing.assert_close(attend(q, q, q), attend(q, q, q, backend="reference"))
-        assert len(dispatch.fast_path) <= 4
+        assert len(fast_path._cached) <= 4
 
 
 def test_the_default_scale_is_that_of_the_head_dim() -> None:
     q, k, v = full()["q"], full()["k"], full()["v"]
-    attend(q, k, v, scale=0.125)  # what is remembered came with a scale
+    attend(q, k, v, scale=0.125)  # what is cached came with a scale
     torch.testing.assert_close(attend(q, k, v), attend(q, k, v, scale=D**-0.5))
-    assert len(dispatch.fast_path) == 1
+    assert len(fast_path._cached) == 1
 
 
 # Debugging.
 
 
-def test_debugging_checks_calls_that_were_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debugging_checks_calls_that_were_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = good() | {"kv_lengths": torch.tensor([8, 1], dtype=torch.int32)}
     for _ in range(2):
         attend(**arguments)
     monkeypatch.setattr(debug, "ENABLED", True)
-    assert name_of(**arguments) is None
+    assert key_of(**arguments) is None
     with pytest.raises(ValueError, match=r"^kv_lengths: expected lengths in 0\.\.7"):
         attend(**arguments)
     monkeypatch.setattr(debug, "ENABLED", False)
     attend(**arguments)
 
 
-def test_debugging_checks_results_of_calls_that_were_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debugging_checks_results_of_calls_that_were_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled: list[bool] = []
-    forward = torch_sdpa._forward
+    bind = torch_sdpa.TorchBackend.bind
 
-    def spoil(problem: Any, call: Any) -> Any:
-        out, lse = forward(problem, call)
-        return (out * torch.nan if spoiled else out), lse
+    def spoiling(self: Any, problem: Any, call: Any) -> Any:
+        kernel = bind(self, problem, call)
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda self, p, c: lambda call: spoil(p, call))
+        def forward(call: Any) -> Any:
+            out, lse = kernel.forward(call)
+            return (out * torch.nan if spoiled else out), lse
+
+        return SimpleNamespace(forward=forward)
+
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", spoiling)
     for _ in range(2):
         attend(**good())
     spoiled.append(True)
@@ -643,22 +649,22 @@ def moody(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state: dict[str, Any] = {"mood": None, "asked": 0}
     bind = torch_sdpa.TorchBackend.bind
 
-    def runner(self: Any, problem: Any, call: Any) -> Any:
-        run = bind(self, problem, call)
+    def moody(self: Any, problem: Any, call: Any) -> Any:
+        kernel = bind(self, problem, call)
 
         def forward(call: Any) -> Any:
             state["asked"] += 1
             if state["mood"] is not None:
                 raise state["mood"]
-            return run(call)
+            return kernel.forward(call)
 
-        return forward
+        return SimpleNamespace(forward=forward)
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", runner)
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", moody)
     return state
 
 
-def test_a_remembered_route_that_refuses_falls_through(moody: dict[str, Any], long_ways: list[Any]) -> None:
+def test_a_cached_route_that_refuses_falls_through(moody: dict[str, Any], full_paths: list[Any]) -> None:
     arguments = good()
     want = attend(**arguments, backend="reference")
     other = {"q": torch.randn(1, 2, 3, D), "k": torch.randn(1, 2, 3, D), "v": torch.randn(1, 2, 3, D)}
@@ -666,20 +672,20 @@ def test_a_remembered_route_that_refuses_falls_through(moody: dict[str, Any], lo
         attend(**arguments)
         attend(**other)
     moody |= {"mood": Refusal("no plan today"), "asked": 0}
-    long_ways.clear()
+    full_paths.clear()
     with pytest.warns(fastattn.FastattnWarning, match="torch refused a call that it should serve .no plan today"):
         assert torch.equal(attend(**arguments), want)
-    assert (moody["asked"], len(long_ways)) == (1, 1), "asked once, by the short way; then the long way"
+    assert (moody["asked"], len(full_paths)) == (1, 1), "asked once, by the fast path; then the full path"
     before = fastattn.stats()["calls"]["reference"]
     assert torch.equal(attend(**arguments), want)
-    assert (moody["asked"], len(long_ways)) == (1, 1), "the short way, to the backend that serves it now"
+    assert (moody["asked"], len(full_paths)) == (1, 1), "the fast path, to the backend that serves it now"
     assert fastattn.stats()["calls"]["reference"] == before + 1
     moody["mood"] = None
     attend(**other)
     assert moody["asked"] == 2, "another problem is still that backend's"
 
 
-def test_a_refusal_is_not_remembered_as_a_result(moody: dict[str, Any]) -> None:
+def test_a_refusal_is_not_cached_as_a_result(moody: dict[str, Any]) -> None:
     arguments = good() | {"backend": "torch"}
     for _ in range(2):
         attend(**arguments)
@@ -687,13 +693,13 @@ def test_a_refusal_is_not_remembered_as_a_result(moody: dict[str, Any]) -> None:
     with pytest.warns(fastattn.FastattnWarning, match="no plan today"):
         with pytest.raises(fastattn.BackendError, match="torch: no plan today"):
             attend(**arguments)
-    assert not dispatch.fast_path
+    assert not fast_path._cached
     with pytest.raises(fastattn.BackendError, match="torch: no plan today"):
         attend(**arguments)
-    assert not dispatch.fast_path
+    assert not fast_path._cached
 
 
-def test_other_errors_pass_through_the_short_way(moody: dict[str, Any]) -> None:
+def test_other_errors_pass_through_the_fast_path(moody: dict[str, Any]) -> None:
     for _ in range(2):
         attend(**good())
     moody["mood"] = torch.OutOfMemoryError("none left")
@@ -704,9 +710,9 @@ def test_other_errors_pass_through_the_short_way(moody: dict[str, Any]) -> None:
     assert fastattn.explain(**good()).chosen == "torch"
 
 
-def test_a_first_call_that_is_refused_is_remembered_where_it_was_served(moody: dict[str, Any]) -> None:
+def test_a_first_call_that_is_refused_is_cached_where_it_was_served(moody: dict[str, Any]) -> None:
     moody["mood"] = Refusal("not ever")
     with pytest.warns(fastattn.FastattnWarning, match="not ever"):
         attend(**good())
-    (known,) = dispatch.fast_path.values()
+    (known,) = fast_path._cached.values()
     assert known.route.backend.name == "reference"

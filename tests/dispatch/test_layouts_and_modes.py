@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import fastattn
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
 
 attend = fastattn.scaled_dot_product_attention
 
@@ -74,11 +74,10 @@ def test_the_log_sum_exp_that_nobody_wants_is_as_the_fake_says() -> None:
     )
 
 
-def test_a_backend_that_refuses_when_it_is_called_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_refuses_when_it_is_called_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, fresh_caches: None
+) -> None:
     q, k, v = qkv()
-    monkeypatch.setattr(dispatch, "_refused", {})
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
     monkeypatch.setattr(notice, "_given", set())
     calls = []
 
@@ -86,7 +85,7 @@ def test_a_backend_that_refuses_when_it_is_called_is_passed_over(monkeypatch: py
         calls.append(call)
         raise Refusal("no plan today")
 
-    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: forward)
+    monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *args: SimpleNamespace(forward=forward))
     want = attend(*(x.double() for x in (q, k, v)))
     with pytest.warns(fastattn.FastattnWarning, match="torch refused a call that it should serve .no plan today"):
         out = attend(q, k, v)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case, assert_right, make, run
 from features import FEATURES
+from prepared import prepared
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import api
 
 attend = fastattn.scaled_dot_product_attention
 #: One call for each way into the op: every kind of mask, every optional tensor, every layout.
@@ -28,7 +28,7 @@ REPRESENTATIVE = [
 def operator_arguments(case: Case, backend: str = "reference") -> tuple[Any, ...]:
     """What the op hands to torch.ops.fastattn.attention."""
     inputs = make(case)
-    return (*api.prepare(inputs.q, inputs.k, inputs.v, **inputs.options), backend)
+    return (*prepared(inputs.q, inputs.k, inputs.v, **inputs.options), backend)
 
 
 def backward_arguments(case: Case) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ def test_fakes_have_the_strides_of_real_results(name: str, dtype: torch.dtype) -
     case = FEATURES[name].but(dtype=dtype, return_lse=True)
     for backend in ("reference", "torch"):
         inputs = make(case.but(return_lse=backend == "reference"))
-        arguments = (*api.prepare(inputs.q, inputs.k, inputs.v, **inputs.options), backend)
+        arguments = (*prepared(inputs.q, inputs.k, inputs.v, **inputs.options), backend)
         if fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options, backend=backend).chosen is None:
             continue
         with FakeTensorMode() as mode:

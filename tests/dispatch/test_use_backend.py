@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import fast_path, registry, routes, serve
 
 NAMES = ("decode", "cudnn", "torch", "reference")
 
@@ -20,9 +20,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings of the machine's, no counts and routes of other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(routes, "_routes", {})
+    monkeypatch.setattr(fast_path, "_cached", {})
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
 
 
 def qkv() -> tuple[torch.Tensor, ...]:
@@ -30,20 +30,20 @@ def qkv() -> tuple[torch.Tensor, ...]:
 
 
 def test_use_backend_nests_and_ends() -> None:
-    assert dispatch.allowed() == NAMES
+    assert registry.allowed() == NAMES
     with fastattn.use_backend("torch", "reference"):
-        assert dispatch.allowed() == ("torch", "reference")
+        assert registry.allowed() == ("torch", "reference")
         with fastattn.use_backend("reference"):
-            assert dispatch.allowed() == ("reference",)
-        assert dispatch.allowed() == ("torch", "reference")
-    assert dispatch.allowed() == NAMES
+            assert registry.allowed() == ("reference",)
+        assert registry.allowed() == ("torch", "reference")
+    assert registry.allowed() == NAMES
 
 
 def test_use_backend_ends_with_an_exception() -> None:
     block = fastattn.use_backend("reference")
     block.__enter__()
     assert not block.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert dispatch.allowed() == NAMES
+    assert registry.allowed() == NAMES
 
 
 def test_use_backend_serves_the_calls_of_its_block() -> None:
@@ -65,9 +65,9 @@ def test_use_backend_is_of_its_thread() -> None:
 
     def other() -> None:
         inside.wait(10)
-        seen.append(dispatch.allowed())
+        seen.append(registry.allowed())
         with fastattn.use_backend("torch"):
-            seen.append(dispatch.allowed())
+            seen.append(registry.allowed())
         done.set()
 
     thread = threading.Thread(target=other)
@@ -75,7 +75,7 @@ def test_use_backend_is_of_its_thread() -> None:
     with fastattn.use_backend("reference"):
         inside.set()
         assert done.wait(10)
-        assert dispatch.allowed() == ("reference",)
+        assert registry.allowed() == ("reference",)
     thread.join()
     assert seen == [NAMES, ("torch",)]
 
@@ -85,7 +85,7 @@ def test_use_backend_is_of_its_task() -> None:
         with fastattn.use_backend(name):
             here.set()
             await there.wait()
-            return dispatch.allowed()
+            return registry.allowed()
 
     async def both() -> list[tuple[str, ...]]:
         a, b = asyncio.Event(), asyncio.Event()
@@ -123,9 +123,9 @@ def test_environment(
     for name, value in (("FASTATTN_BACKENDS", listed), ("FASTATTN_CUDNN", cudnn)):
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert dispatch.allowed() == expected
+    assert registry.allowed() == expected
     with fastattn.use_backend("cudnn"):  # what the program says counts more
-        assert dispatch.allowed() == ("cudnn",)
+        assert registry.allowed() == ("cudnn",)
 
 
 def test_environment_with_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:

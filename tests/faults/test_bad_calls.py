@@ -12,7 +12,8 @@ from bad_calls import ALSO, ALSO_FINE, ENTRIES, HUGE, Entry
 from cases import Case, check
 
 import fastattn
-from fastattn.dispatch import routing as dispatch
+from fastattn.backends import scratch
+from fastattn.dispatch import registry, serve
 
 CALLS = 1000
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -85,10 +86,10 @@ def test_a_thousand_random_bad_calls(seed: int) -> None:
 
 
 def nothing_is_left_behind() -> None:
-    assert dispatch._chosen.get() is None and not dispatch.opaque.get()
-    assert not dispatch._lock.locked()
+    assert registry._chosen.get() is None and not scratch._inside_operator.get()
+    assert not serve._lock.locked()
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    assert fastattn.stats()["calls"].keys() <= {f"{name}{way}" for name in dispatch.NAMES for way in ("", ".backward")}
+    assert fastattn.stats()["calls"].keys() <= {f"{name}{way}" for name in registry.NAMES for way in ("", ".backward")}
     check(Case(dtype=torch.float32, mask="causal", grads="qkv"), None)
 
 

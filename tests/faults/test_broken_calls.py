@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from caches import own_caches
 from cases import BF16, FP32, Case, make
 from cases import run as run_case
 from injected import broken, each_place, may_interrupt, may_run_out, out_of_memory, places
-from pretended_gpu import PretendedGpu, pretend
+from pretended_gpu import pretend
 from torch import Tensor
 
 import fastattn
 from fastattn import KVCache
+from fastattn.backends import scratch
 from fastattn.backends.base import Refusal
-from fastattn.backends.cudnn import backward, forward
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import plans
 from fastattn.backends.cudnn.graphs import PlanKey
+from fastattn.backends.cudnn.plan_cache import PlanCache
+from fastattn.backends.cudnn.plans import Plans
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import fast_path, registry, routes, serve
 
 MOST = 150  #: places tried of one call
 ERRORS = {"interrupt": (may_interrupt, KeyboardInterrupt), "memory": (may_run_out, out_of_memory)}
@@ -41,18 +43,18 @@ CALLS: dict[str, tuple[str | None, Case]] = {
 
 
 def locks_are_free() -> None:
-    worker = plans.cache._worker._state
+    worker = plans.shared._worker._state
     with ThreadPoolExecutor(1) as other:  # a lock that may be taken twice has to be tried from another thread
-        for lock in (dispatch._lock, notice._lock, plans.cache._lock, worker):
+        for lock in (serve._lock, notice._lock, plans.shared.cache._lock, worker):
             assert other.submit(lock.acquire, timeout=5).result()
             other.submit(lock.release).result()
-    assert dispatch._chosen.get() is None and not dispatch.opaque.get()
+    assert registry._chosen.get() is None and not scratch._inside_operator.get()
     assert torch.is_grad_enabled()
 
 
 def forget() -> None:
-    dispatch._routes.clear()
-    dispatch.fast_path.clear()
+    routes._routes.clear()
+    fast_path._cached.clear()
 
 
 @pytest.mark.parametrize("remembered", [False, True], ids=["new", "remembered"])
@@ -90,28 +92,31 @@ def test_broken_calls(kind: str, name: str, remembered: bool, seed: int, monkeyp
     assert stopped >= min(total, most) // 3, "most errors come out as they are"
 
 
+class CountingPlans(Plans):
+    """Real plans: what is pretended is that cuDNN builds them."""
+
+    def __init__(self) -> None:
+        self.built: set[PlanKey] = set()
+        super().__init__(load=lambda key: None, build=self.build, delay=0.0)
+
+    def build(self, key: PlanKey) -> Any:
+        self.built.add(key)
+        return SimpleNamespace(key=key, execute=lambda operands: None, store=lambda: None)
+
+
 @pytest.fixture
-def plan_cache(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
-    """An H100 that is not there, with a real plan cache: what is pretended is that cuDNN builds."""
-    gpu = pretend(monkeypatch)
-    cache = plans.PlanCache()
-    for module in (forward, backward, plans):
-        monkeypatch.setattr(module, "cache", cache)
-
-    def build(key: PlanKey) -> Any:
-        gpu.plans.add(key)
-        return SimpleNamespace(key=key, run=lambda operands: None, store=lambda: None)
-
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
-    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda key: None))
-    monkeypatch.setattr(plans, "DELAY", 0.0)
+def counted(monkeypatch: pytest.MonkeyPatch) -> CountingPlans:
+    """An H100 that is not there, with real plans."""
+    pretend(monkeypatch)
+    found = CountingPlans()
+    monkeypatch.setattr(plans, "shared", found)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return gpu
+    return found
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("mask", ["causal", "bool:b1qk", "segments:3c"])
-def test_broken_calls_of_cudnn(kind: str, mask: str, plan_cache: PretendedGpu, seed: int) -> None:
+def test_broken_calls_of_cudnn(kind: str, mask: str, counted: CountingPlans, seed: int) -> None:
     """Binding, choosing and building a plan."""
     counts, error = ERRORS[kind]
     inputs = make(_BASE.but(dtype=BF16, mask=mask, head_dim=16, q_heads=8, q_len=64, kv_len=64, grads="qkv"), seed=seed)
@@ -121,14 +126,12 @@ def test_broken_calls_of_cudnn(kind: str, mask: str, plan_cache: PretendedGpu, s
 
     def anew() -> None:
         forget()
-        forward._bound.clear()
-        backward._recipes.clear()
-        plans.clear_plans()
-        plan_cache.clear()
+        counted.clear()
+        counted.built = set()
 
     call()
-    assert plans.cache.wait(10)
-    want = plan_cache.plans
+    assert counted.wait(10)
+    want = counted.built
     assert {key.direction for key in want} == {"forward", "backward"}
     anew()
     total = places(call, counts)
@@ -137,12 +140,12 @@ def test_broken_calls_of_cudnn(kind: str, mask: str, plan_cache: PretendedGpu, s
         broken(call, counts, at, error())
         locks_are_free()
         call()
-        plans.cache._worker.submit(lambda: None)  # see test_worker_faults: an interrupted submit is not heard
-        assert plans.cache.wait(10)
-        turns = plans.cache._building  # one that stays behind, free, is used again
+        counted._worker.submit(lambda: None)  # see test_worker_faults: an interrupted submit is not heard
+        assert counted.wait(10)
+        turns = counted.cache._building  # one that stays behind, free, is used again
         assert turns.keys() <= want and not any(lock.locked() for lock in turns.values())
         # The interrupt may have come between the decision that a larger plan is wanted and the worker's hearing of it.
-        missing = want - plan_cache.plans
+        missing = want - counted.built
         assert not missing or (kind == "interrupt" and len(missing) == 1 and len(want) == 3), at
 
 
@@ -169,16 +172,15 @@ def test_a_broken_step_of_a_cache(kind: str, windows: int | None, seed: int) -> 
         assert all(torch.equal(x, y) for x, y in zip(steps(), want)), at
 
 
-def test_a_plan_that_found_no_memory_is_built_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, failures = plans.PlanCache(), [out_of_memory(), KeyboardInterrupt(), out_of_memory()]
+def test_a_plan_that_found_no_memory_is_built_the_next_time() -> None:
+    failures = [out_of_memory(), KeyboardInterrupt(), out_of_memory()]
 
     def build(key: PlanKey) -> Any:
         if failures:
             raise failures.pop()
         return SimpleNamespace(key=key, store=lambda: None)
 
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
-    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda key: None))
+    cache = PlanCache(load=lambda key: None, build=build)
     key = PlanKey("forward", 0, ())
     for expected in (torch.OutOfMemoryError, KeyboardInterrupt, torch.OutOfMemoryError):
         with pytest.raises(expected):
@@ -193,23 +195,23 @@ def test_a_refusal_when_called_is_remembered_and_nothing_is_computed_twice(seed:
     inputs = make(_BASE, seed=seed)
     want = run_case(inputs, "reference")["out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_refused", {})
+        own_caches(patch)
         patch.setattr(notice, "_given", set())
         forget()
         calls = []
-        torch_backend = dispatch.backend("torch")
+        torch_backend = registry.backend("torch")
         bind = torch_backend.bind
 
-        def refusing(problem: Any, call: Any) -> Callable[[Any], Any]:
-            run = bind(problem, call)
+        def refusing(problem: Any, call: Any) -> Any:
+            kernel = bind(problem, call)
 
-            def runner(call: Any) -> Any:
+            def forward(call: Any) -> Any:
                 calls.append(call)
                 if len(calls) > 2:
                     raise Refusal("no more")
-                return run(call)
+                return kernel.forward(call)
 
-            return runner
+            return SimpleNamespace(forward=forward)
 
         patch.setattr(torch_backend, "bind", refusing)
         with pytest.warns(fastattn.FastattnWarning, match="torch refused a call.*no more") as warned:

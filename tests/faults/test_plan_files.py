@@ -20,10 +20,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastattn.backends.cudnn import disk
+from fastattn.backends.cudnn import disk, runtime
 from fastattn.backends.cudnn import folder as folders
-from fastattn.backends.cudnn import plan_cache as plans
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
+from fastattn.backends.cudnn.plan import Plan
+from fastattn.backends.cudnn.plan_cache import PlanCache
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 
@@ -46,9 +47,9 @@ class Cudnn:
             get_workspace_size=lambda: 0,
         )
 
-    def build(self, key: PlanKey) -> plans.Plan:
+    def build(self, key: PlanKey) -> Plan:
         self.built += 1
-        return plans.Plan(key, self.pygraph())
+        return Plan(key, self.pygraph())
 
 
 @pytest.fixture
@@ -56,16 +57,16 @@ def cudnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cudnn:
     found = Cudnn()
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(tmp_path / "plans"))
     monkeypatch.setattr(disk, "_environment", lambda device: "machine A")
-    monkeypatch.setattr(plans.runtime, "frontend", lambda: SimpleNamespace(cudnn=found))
-    monkeypatch.setattr(plans.runtime, "context", lambda index: SimpleNamespace(handle=None))
+    monkeypatch.setattr(runtime, "frontend", lambda: SimpleNamespace(cudnn=found))
+    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(found.build))
+    monkeypatch.setattr(Plan, "build", staticmethod(found.build))
     return found
 
 
-def fresh() -> plans.Plan:
+def fresh() -> Plan:
     """The plan as a new process gets it."""
-    return plans.PlanCache().get(KEY)
+    return PlanCache().get(KEY)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from caches import own_caches
 from cases import BF16, Case, assert_right, make, truth
 from cases import run as run_case
 from torch import Tensor
 
 import fastattn
 from fastattn.backends import errors as failures
-from fastattn.backends import reference as exact
+from fastattn.backends import reference
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import OutOfMemory, Refusal, Setback
 from fastattn.backends.cudnn import plan as plan_module
-from fastattn.backends.cudnn import plan_cache as plans
-from fastattn.backends.cudnn import runtime
+from fastattn.backends.cudnn import plan_policy, runtime
+from fastattn.backends.cudnn.graphs import PlanKey
+from fastattn.backends.cudnn.plan import Plan, PlanError
+from fastattn.backends.cudnn.plan_policy import State
+from fastattn.backends.cudnn.plans import Plans
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
+from fastattn.dispatch import refusals, registry, routes, serve
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
 CPU = torch.device("cpu")
@@ -44,9 +46,7 @@ MEMORY = [
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_refused", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "_routes", Memo(1 << 10))
-    monkeypatch.setattr(dispatch, "fast_path", Memo(1 << 10))
+    own_caches(monkeypatch)
     monkeypatch.setattr(notice, "_given", set())
 
 
@@ -60,7 +60,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(dispatch, "time", found)
+    for module in (refusals, routes, serve):
+        monkeypatch.setattr(module, "time", found)
     return found
 
 
@@ -70,7 +71,7 @@ class Moody:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.error: Exception | None = None
         self.asked = 0
-        bind, backward = torch_sdpa.TorchBackend.bind, torch_sdpa.TorchBackend.backward
+        bind = torch_sdpa.TorchBackend.bind
 
         def moody(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
@@ -81,8 +82,11 @@ class Moody:
 
             return call
 
-        monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", lambda *arguments: moody(bind(*arguments)))
-        monkeypatch.setattr(torch_sdpa.TorchBackend, "backward", moody(backward))
+        def bound(*arguments: Any) -> Any:
+            kernel = bind(*arguments)
+            return SimpleNamespace(forward=moody(kernel.forward), backward=moody(kernel.backward))
+
+        monkeypatch.setattr(torch_sdpa.TorchBackend, "bind", bound)
 
 
 @pytest.fixture
@@ -171,7 +175,7 @@ def test_another_backend_serves_and_the_first_one_later(
         assert moody.asked == asked
     assert len(warned) == 1
     moody.error = None
-    clock.now += 2 * dispatch.FIRST_WAIT
+    clock.now += 2 * refusals.FIRST_WAIT
     for _ in range(2):
         results, names = served(inputs)
         assert_right(case, inputs, results, want)
@@ -205,14 +209,14 @@ def test_memory_first_and_a_refusal_after_it(moody: Moody, seed: int, monkeypatc
     def refuse(*arguments: Any) -> Any:
         raise Refusal("never")
 
-    monkeypatch.setattr(exact.ReferenceBackend, "bind", lambda *arguments: refuse)
+    monkeypatch.setattr(reference.ReferenceBackend, "bind", lambda *arguments: SimpleNamespace(forward=refuse))
     with fastattn.use_backend("torch", "reference"), pytest.raises(torch.OutOfMemoryError):
         run_case(inputs, poison=False)
 
 
 def test_each_failure_at_once_doubles_the_wait(moody: Moody, clock: Clock, seed: int) -> None:
     inputs = make(CASE, seed=seed)
-    moody.error, wait = RuntimeError(MEMORY[0]), dispatch.FIRST_WAIT
+    moody.error, wait = RuntimeError(MEMORY[0]), refusals.FIRST_WAIT
     for _ in range(12):
         asked = moody.asked
         run_case(inputs, poison=False)
@@ -221,14 +225,14 @@ def test_each_failure_at_once_doubles_the_wait(moody: Moody, clock: Clock, seed:
         run_case(inputs, poison=False)
         assert moody.asked == asked + 1
         clock.now += 0.2 * wait
-        wait = min(2 * wait, dispatch.LONGEST_WAIT)
-    assert wait == dispatch.LONGEST_WAIT
+        wait = min(2 * wait, refusals.LONGEST_WAIT)
+    assert wait == refusals.LONGEST_WAIT
     moody.error = None
     run_case(inputs, poison=False)
-    clock.now += 10 * dispatch.LONGEST_WAIT
+    clock.now += 10 * refusals.LONGEST_WAIT
     moody.error = RuntimeError(MEMORY[0])
     run_case(inputs, poison=False)
-    clock.now += 1.1 * dispatch.FIRST_WAIT
+    clock.now += 1.1 * refusals.FIRST_WAIT
     asked = moody.asked
     run_case(inputs, poison=False)
     assert moody.asked == asked + 1, "what went well in between begins anew"
@@ -243,12 +247,12 @@ def test_torchs_unused_memory_is_given_back_first(moody: Moody, seed: int, monke
         moody.error = None
         return True
 
-    monkeypatch.setattr(dispatch, "give_back", give_back)
+    monkeypatch.setattr(serve, "give_back", give_back)
     for turn in (1, 2):  # the second time by the short way
         moody.error = RuntimeError(MEMORY[2])
         assert served(inputs)[1] == ["torch"]
         assert len(given) == turn
-    assert not dispatch._refused
+    assert not refusals._refusals
 
 
 @pytest.mark.parametrize("way", ["eager", "operator"])
@@ -260,22 +264,23 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     case = CASE.but(grads="qkv")
     inputs = make(case, seed=seed)
     want = truth(inputs)
-    reading = exact.ReferenceBackend()
     told: list[Tensor] = []
-    backward = reading.backward
 
     def forward(call: Any) -> Any:
         raise RuntimeError(MEMORY[0])
 
-    def reads(problem: Any, call: Any, out: Tensor, lse: Tensor, *grads: Any) -> Any:
-        told.append(lse)
-        return backward(problem, call, out, lse, *grads)
+    def bind(problem: Any, call: Any) -> Any:
+        kernel = reference.ReferenceBackend().bind(problem, call)
 
-    fake = SimpleNamespace(
-        name="cudnn", reads_lse=True, reasons=lambda p: [], bind=lambda *arguments: forward, backward=reads
-    )
-    backend = dispatch.backend
-    monkeypatch.setattr(dispatch, "backend", lambda name: fake if name == "cudnn" else backend(name))
+        def backward(call: Any, out: Tensor, lse: Tensor, *grads: Any) -> Any:
+            told.append(lse)
+            return kernel.backward(call, out, lse, *grads)
+
+        return SimpleNamespace(forward=forward, backward=backward)
+
+    fake = SimpleNamespace(name="cudnn", reads_lse=True, reasons=lambda p: [], bind=bind)
+    backend = registry.backend
+    monkeypatch.setattr(registry, "backend", lambda name: fake if name == "cudnn" else backend(name))
     if way == "operator":
         monkeypatch.setattr("fastattn.dispatch.operators.plain", lambda *tensors: False)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
@@ -324,7 +329,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize(
     "error, kind",
     [
-        (_NotSupported("no engine"), plans.PlanError),
+        (_NotSupported("no engine"), PlanError),
         (_NotSupported("CUDNN_STATUS_ALLOC_FAILED"), OutOfMemory),
         (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), OutOfMemory),
         (RuntimeError("something new"), Setback),
@@ -336,7 +341,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_a_plan_that_is_not_built(error: Exception, kind: type, building: SimpleNamespace) -> None:
     building.error = error
     with pytest.raises(kind) as raised:
-        plans.Plan.build(plans.PlanKey("forward", 0, ()))
+        Plan.build(PlanKey("forward", 0, ()))
     assert type(raised.value) is kind
 
 
@@ -364,7 +369,7 @@ def test_a_plan_file_survives_a_lack_of_memory(building: SimpleNamespace, monkey
         monkeypatch.setattr(
             runtime, "frontend", lambda pygraph=pygraph: runtime.Frontend(SimpleNamespace(pygraph=pygraph), 91900, "")
         )
-        assert plans.Plan.load(plans.PlanKey("forward", 0, ())) is None
+        assert Plan.load(PlanKey("forward", 0, ())) is None
         assert len(gone) == expected
 
 
@@ -373,56 +378,61 @@ def test_a_background_build_without_memory_is_tried_again_ever_more_rarely(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, state, tries = Clock(), SimpleNamespace(error=error), []
-    exact_key, general = plans.PlanKey("forward", 0, (), 1), plans.PlanKey("forward", 0, ())
+    static, dynamic = PlanKey("forward", 0, (), 1), PlanKey("forward", 0, ())
 
     def build(key: Any) -> Any:
-        if key == exact_key:
+        if key == static:
             tries.append(clock.now)
             if state.error is not None:
                 raise state.error
         return SimpleNamespace(key=key, store=lambda: None)
 
-    monkeypatch.setattr(plans, "time", SimpleNamespace(monotonic=clock.monotonic, perf_counter=lambda: 0.0))
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
-    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda key: None))
-    monkeypatch.setattr(plans, "DELAY", 0.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
-    cache = plans.PlanCache()
+    cache = Plans(load=lambda key: None, build=build, clock=clock.monotonic, delay=0.0)
 
     def call() -> Any:
-        clock.now += 1.1 * plans.OCCASION
-        found = cache.best(exact_key, general, trained=True)
+        clock.now += 1.1 * plan_policy.OCCASION
+        found = cache.best(static, dynamic, trained=True)
         assert cache.wait(10)
         return found.key
 
     with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background"):
         for _ in range(400):
-            assert call() == general
+            assert call() == dynamic
     assert 4 <= len(tries) <= 7
     apart = [b - a for a, b in pairwise(tries)]
-    assert apart[0] >= plans.FIRST_RETRY and all(b > 1.8 * a for a, b in pairwise(apart))
+    assert apart[0] >= plan_policy.FIRST_RETRY and all(b > 1.8 * a for a, b in pairwise(apart))
     state.error = None
     for _ in range(800):
         call()
-    assert call() == exact_key
+    assert call() == static
     assert cache.stats()["background_failures"] == len(tries) - 1
 
 
 def test_without_a_thread_a_plan_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(plans, "time", SimpleNamespace(monotonic=clock.monotonic, perf_counter=lambda: 0.0))
-    cache = plans.PlanCache()
     submitted: list[Any] = []
-    cache._worker = SimpleNamespace(submit=lambda task, delay=0.0: bool(submitted.append(task)))  # type: ignore
-    key = plans.PlanKey("forward", 0, ())
-    cache._later(key)
-    cache._later(key)
+    worker: Any = SimpleNamespace(submit=lambda task, delay=0.0: bool(submitted.append(task)))
+    key, larger = PlanKey("forward", 0, ()), PlanKey("forward", 0, (), 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cache = Plans(
+        load=lambda key: None,
+        build=lambda key: SimpleNamespace(key=key, store=lambda: None),
+        clock=clock.monotonic,
+        worker=worker,
+    )
+    cache.get(larger)
+    for _ in range(2):
+        assert cache.best(None, key, lambda: [larger]).key == larger
     assert len(submitted) == 1
-    clock.now += 1.1 * plans.FIRST_RETRY
-    cache._later(key)
+    clock.now += 1.1 * plan_policy.FIRST_RETRY
+    cache.best(None, key, lambda: [larger])
     assert len(submitted) == 2
-    assert math.isfinite(cache._asked[key].retry)
+    assert cache.candidates.state(key) is State.FAILED, "and it is tried again"
+    clock.now += 2.1 * plan_policy.FIRST_RETRY
+    cache.best(None, key, lambda: [larger])
+    assert len(submitted) == 3
 
 
 @pytest.mark.gpu
@@ -444,7 +454,7 @@ def test_a_full_gpu(backend: str | None, seed: int) -> None:
             assert_right(case, inputs, run_case(inputs, backend, poison=False), want)
     del taken
     torch.cuda.empty_cache()
-    dispatch._refused.clear()  # as time would
+    refusals._refusals.clear()  # as time would
     before = fastattn.stats()["calls"].get("cudnn", 0)
     assert_right(case, inputs, run_case(inputs, backend, poison=False), want)
     assert fastattn.stats()["calls"]["cudnn"] == before + 1

@@ -22,14 +22,15 @@ from cases import Case, check, make
 from cases import run as run_case
 
 import fastattn
-from fastattn.backends.cudnn import plan_cache as plans
-from fastattn.backends.cudnn import worker
+from fastattn.backends.cudnn import plans, worker
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
+from fastattn.backends.cudnn.plan_policy import SERVED_AFTER
+from fastattn.backends.cudnn.plans import Plans
 from fastattn.backends.cudnn.worker import Worker
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import serve
 
-OFTEN = plans.SERVED_AFTER  #: a shape that is asked for so often has its plan built
+OFTEN = SERVED_AFTER  #: a shape that is asked for so often has its plan built
 CASE = Case(dtype=torch.float32, mask="causal", q_len=9, kv_len=9)
 
 
@@ -37,25 +38,26 @@ def key(length: int) -> PlanKey:
     return PlanKey("forward", 0, (Operand("q", (1, 1, length, 8), (8, 8, 8, 1), torch.float16),))
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
-    """Keys of plans that were asked for. Those of 13 tokens fail in a way of the test's own."""
-    found: list[PlanKey] = []
+class Made(Plans):
+    """Plans of a test's own. Those of 13 tokens fail in a way of the test's own."""
 
-    def build(key: PlanKey) -> Any:
-        found.append(key)
+    def __init__(self) -> None:
+        self.built: list[PlanKey] = []
+        super().__init__(load=lambda key: None, build=self.build, occasion=0.0, delay=0.0)
+
+    def build(self, key: PlanKey) -> Any:
+        self.built.append(key)
         if key.operands[0].dims[2] == 13:
             raise failure[0]
         return SimpleNamespace(key=key, store=lambda: None)
 
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
-    monkeypatch.setattr(plans.Plan, "load", staticmethod(lambda key: None))
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(plans, "OCCASION", 0.0)
-    monkeypatch.setattr(plans, "DELAY", 0.0)
     monkeypatch.setattr(notice, "_given", set())
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
-    return found
+    return Made()
 
 
 failure: list[BaseException] = [RuntimeError("none")]
@@ -66,37 +68,34 @@ failure: list[BaseException] = [RuntimeError("none")]
     [RuntimeError("cuDNN error"), MemoryError(), torch.OutOfMemoryError("none"), KeyError("x"), AssertionError()],
     ids=lambda error: type(error).__name__,
 )
-def test_a_failure_in_the_background_is_reported_once(error: Exception, built: list[PlanKey]) -> None:
+def test_a_failure_in_the_background_is_reported_once(error: Exception, cache: Made) -> None:
     failure[0] = error
-    cache = plans.PlanCache()
     with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background") as warned:
         for _ in range(2 * OFTEN):
             assert cache.best(key(13), key(0)).key == key(0)
             assert cache.wait(10)
     assert len(warned) == 1
-    assert built.count(key(13)) == 1
+    assert cache.built.count(key(13)) == 1
     assert cache.stats()["background_failures"] == 1
     for _ in range(OFTEN):
         cache.best(key(7), key(0))
     assert cache.wait(10) and cache.best(key(7), key(0)).key == key(7), "the next one is built"
 
 
-def test_a_failure_where_warnings_are_errors(built: list[PlanKey], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_where_warnings_are_errors(cache: Made, caplog: pytest.LogCaptureFixture) -> None:
     """-W error: the report itself raises, in the background, where it can stop nobody."""
     failure[0] = RuntimeError("cuDNN error")
-    cache = plans.PlanCache()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2 * OFTEN):
             cache.best(key(13), key(0))
             assert cache.wait(10)
-    assert built.count(key(13)) == 1 and "a background task failed" in caplog.text
+    assert cache.built.count(key(13)) == 1 and "a background task failed" in caplog.text
     assert cache.best(None, key(0)).key == key(0)
 
 
-def test_no_thread_can_be_started(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_can_be_started(cache: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system is out of threads for a while. Calls go on, and the next attempt that can succeed does."""
-    cache = plans.PlanCache()
     cache.get(key(0))
     with monkeypatch.context() as patch:
 
@@ -109,7 +108,7 @@ def test_no_thread_can_be_started(built: list[PlanKey], monkeypatch: pytest.Monk
     for _ in range(OFTEN):
         cache.best(key(101), key(0))
     assert cache.wait(5)
-    assert key(101) in built
+    assert key(101) in cache.built
 
 
 def test_an_interrupted_submit_leaves_nothing_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +159,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_fork_after_use(seed: int, built: list[PlanKey]) -> None:
+def test_a_fork_after_use(seed: int, cache: Made) -> None:
     inputs = make(CASE, seed=seed)
-    cache = plans.PlanCache()
 
     def calls() -> None:
         run_case(inputs)
@@ -180,9 +178,9 @@ def test_a_fork_after_use(seed: int, built: list[PlanKey]) -> None:
 
 
 LOCKS = {
-    "calls are counted": lambda: dispatch._lock,
+    "calls are counted": lambda: serve._lock,
     "a warning is given": lambda: notice._lock,
-    "a plan is looked up": lambda: plans.cache._lock,
+    "a plan is looked up": lambda: plans.shared.cache._lock,
 }
 
 
@@ -216,15 +214,15 @@ def test_a_fork_while_another_thread_is_in_the_middle(name: str, seed: int) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_fork_while_a_plan_is_built(built: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
-    started, go_on, cache = threading.Event(), threading.Event(), plans.PlanCache()
+def test_a_fork_while_a_plan_is_built() -> None:
+    started, go_on = threading.Event(), threading.Event()
 
     def slow(key: PlanKey) -> Any:
         started.set()
         go_on.wait(30)
         return SimpleNamespace(key=key, store=lambda: None)
 
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(slow))
+    cache = Plans(load=lambda key: None, build=slow)
     thread = threading.Thread(target=cache.get, args=(key(3),))
     thread.start()
     try:
@@ -244,10 +242,9 @@ def test_a_fork_while_a_plan_is_built(built: list[PlanKey], monkeypatch: pytest.
 PROGRAM = """
 import sys, threading, time, types
 import torch
-from fastattn.backends.cudnn import plans, worker
+from fastattn.backends.cudnn import plan_policy, plans, worker
 from fastattn.backends.cudnn.graphs import PlanKey
 torch.cuda.is_current_stream_capturing = lambda: False
-plans.OCCASION = plans.DELAY = 0.0
 began = threading.Event()
 def build(key):
     if key.left > 0:
@@ -255,10 +252,10 @@ def build(key):
         time.sleep({seconds})
         print("built", key.left, flush=True)
     return types.SimpleNamespace(key=key, store=lambda: None)
-plans.Plan.build, plans.Plan.load = staticmethod(build), staticmethod(lambda key: None)
+held = plans.Plans(load=lambda key: None, build=build, occasion=0.0, delay=0.0)
 for left in (1, 2):
-    for _ in range(plans.SERVED_AFTER):
-        plans.cache.best(PlanKey("forward", 0, (), left), PlanKey("forward", 0, ()))
+    for _ in range(plan_policy.SERVED_AFTER):
+        held.best(PlanKey("forward", 0, (), left), PlanKey("forward", 0, ()))
 began.wait()
 {end}
 """

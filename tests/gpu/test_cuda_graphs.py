@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from caches import own_caches
 from cases import BF16, Case, Inputs, assert_right, errors, make, relative_error, run, truth
 from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
-from fastattn.backends.cudnn import backward, forward
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import plans
+from fastattn.backends.cudnn.graphs import PlanKey
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -182,16 +185,19 @@ def test_plans_are_built_in_the_background_while_another_thread_captures(
     """
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
-    assert plans.cache.wait(120), "what other tests left to be built"
-    cache = plans.PlanCache()
-    for module in (plans, forward, backward):
-        monkeypatch.setattr(module, "cache", cache)
-    monkeypatch.setattr(plans, "SERVED_AFTER", 1 << 30)  # nothing is built but by the submit below
-    fastattn.clear_plans()  # calls that remember plans of the other cache
+    assert plans.shared.wait(120), "what other tests left to be built"
+    own_caches(monkeypatch)  # routes that are bound to the other plans
+    keys: list[PlanKey] = []
+
+    class Asked(plans.Plans):
+        def best(self, static: Any, *rest: Any) -> Any:
+            keys.append(static)
+            return super().best(static, *rest)
+
+    cache = Asked(occasion=math.inf)  # nothing is built but by the submit below
+    monkeypatch.setattr(plans, "shared", cache)
     case = BASE.but(q_len=211, kv_len=211)
-    inputs, keys = make(case, "cuda", seed), []
-    best = cache.best
-    monkeypatch.setattr(cache, "best", lambda exact, *rest: (keys.append(exact), best(exact, *rest))[1])
+    inputs = make(case, "cuda", seed)
     run(inputs, "cudnn")
     assert cache.wait(60) and cache.stats()["background_builds"] == 0 and keys[0] is not None
     began, go_on = threading.Event(), threading.Event()
@@ -199,7 +205,7 @@ def test_plans_are_built_in_the_background_while_another_thread_captures(
     def build() -> None:
         began.set()
         assert go_on.wait(60)
-        cache._make_in_background(keys[0])
+        cache._build(keys[0])
 
     cache._worker.submit(build)
     assert began.wait(60)
@@ -210,7 +216,7 @@ def test_plans_are_built_in_the_background_while_another_thread_captures(
             got = run(inputs, "cudnn", poison=False)
             if cache.wait(0.002):
                 break
-    assert cache._find(keys[0]) is not None
+    assert cache.cache.find(keys[0]) is not None
     after = cache.stats()
     assert (after["background_builds"], after["background_failures"]) == (1, 0), after
     fresh = refill(inputs, case, seed + 1)

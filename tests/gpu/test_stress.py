@@ -21,8 +21,8 @@ from cases import BF16, FP32, TOLERANCE, Case, Inputs, make, refusals, run, trut
 from torch import Tensor
 
 import fastattn
-from fastattn.backends.cudnn import plan_cache as plans
-from fastattn.dispatch import routing as dispatch
+from fastattn.backends.cudnn import plans
+from fastattn.dispatch import fast_path, routes
 
 THREADS = 8
 GPU_CALLS, CPU_CALLS = 5000, 800  #: of each of a test's two runs
@@ -54,7 +54,7 @@ CASES = {
     "training, left padding": TRAIN.but(q_len=180, kv_len=180, mask="segments:pc"),
     "training, packed": TRAIN.but(q_len=140, kv_len=140, mask="segments:3c"),
 }
-MEMORIES = dispatch.fast_path, dispatch._routes
+MEMORIES = fast_path._cached, routes._routes
 NARROW = sum(not case.grads for case in CASES.values()) - 2  #: only calls without gradients take the fast path
 RESULTS = ("out", "dq", "dk", "dv", "ds")
 
@@ -244,12 +244,12 @@ def test_threads_on_a_gpu(
     stress_and_count(on_gpu, GPU_CALLS, seed, tmp_path, monkeypatch, narrow)
     served = {name: n - served.get(name, 0) for name, n in fastattn.stats()["calls"].items()}
     assert all(served.get(name, 0) > 500 for name in ("decode", "cudnn", "cudnn.backward")), served
-    assert plans.cache.wait()
+    assert plans.shared.wait()
     after = in_use()
     assert after["bytes"] - before["bytes"] < GROWTH, (before, after)
     assert after["builds"] == before["builds"], "somebody waited for a plan"
     assert after["background_failures"] == before["background_failures"]
-    assert after["plans"] <= plans.cache.capacity
+    assert after["plans"] <= plans.shared.cache.capacity
     # An exact plan for each forward and each backward, and one for longer calls for some of the backwards.
     assert after["plans"] - before["plans"] <= 2 * len(CASES)
 

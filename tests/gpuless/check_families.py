@@ -9,32 +9,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import stand_in
 import torch
 from families import Question, questions
+from plan_stand_in import PlanStandIn
 from torch import Tensor
 
-from fastattn.backends.cudnn import backward, forward, graphs, sinks, support
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import CudnnKernel, backward, forward, graphs, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.call import Problem
 
 VERSION = 91900  #: of the cuDNN for which our table is asked when cuDNN is not
 
 
-class Asker:
-    """Stands in for the plan cache: asks cuDNN instead of building."""
+class Asker(PlanStandIn):
+    """Stands in for the plans: asks cuDNN instead of building."""
 
     def __init__(self, cudnn: Any, capability: tuple[int, int]) -> None:
+        super().__init__()
         self.cudnn = cudnn
         self.device = {} if cudnn is None else stand_in.device(cudnn, capability)
         self.answers: dict[PlanKey, str] = {}
         self.said: list[str] = []
         self.wanted: list[str] = []
         self.key: PlanKey | None = None
-        self.asked = 0
 
     def get(self, key: PlanKey) -> Asker:
         if key not in self.answers:
@@ -56,24 +59,18 @@ class Asker:
         except Exception as error:  # cuDNN's refusals are of several types
             return f"{type(error).__name__}: {error}".strip()[-300:]
 
-    @property
-    def generation(self) -> int:
-        """Never twice the same: nobody may remember an answer."""
-        self.asked += 1
-        return self.asked
+    def best(self, static: PlanKey | None, dynamic: PlanKey, larger: Any = (), trained: bool = False) -> Asker:
+        if static is not None:
+            self.get(static)
+        return self.get(dynamic)
 
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = (), trained: bool = False) -> Asker:
-        if exact is not None:
-            self.get(exact)
-        return self.get(general)
-
-    def run(self, operands: dict[str, Tensor]) -> None: ...
+    def execute(self, operands: dict[str, Tensor]) -> None: ...
 
 
 def kind(key: PlanKey) -> str:
     if key.operand("bias") is not None:
         return "dense mask"
-    return "exact" if key.operand("seq_q") is None else "any length"
+    return "static" if key.operand("seq_q") is None else "dynamic"
 
 
 def answer(asker: Asker, question: Question, capability: tuple[int, int], version: int) -> dict[str, Any]:
@@ -85,9 +82,10 @@ def answer(asker: Asker, question: Question, capability: tuple[int, int], versio
     if (asker.cudnn is not None and question.dtype != "float64") or not ours:
         torch.use_deterministic_algorithms(question.deterministic)
         with torch.no_grad():
-            out, lse = forward.bind(problem, call)(call)
+            kernel = CudnnKernel(problem, call)
+            out, lse = kernel.forward(call)
             if problem.grads and lse is not None:
-                backward.backward(problem, call, out, lse, torch.zeros_like(out), None)
+                kernel.backward(call, out, lse, torch.zeros_like(out), None)
         torch.use_deterministic_algorithms(False)
     return {
         "question": dataclasses.asdict(question),
@@ -101,7 +99,7 @@ def main(*arguments: str) -> None:
     cudnn = None if "--ours" in arguments else stand_in.load_cudnn()
     version = VERSION if cudnn is None else cudnn.backend_version()
     for module in (forward, backward):
-        module.Places = lambda *rest: lambda *rest: {}  # type: ignore[assignment, misc]
+        module.RaggedOffsets = lambda *rest: lambda *rest: {}  # type: ignore[assignment, misc]
     sinks.add_sinks = lambda out, stats, sinks: stats.contiguous()  # type: ignore[assignment]
     sinks.sink_gradient = lambda out, grad, lse, sinks: sinks  # type: ignore[assignment]
     for name in arguments:
@@ -109,8 +107,7 @@ def main(*arguments: str) -> None:
             continue
         major, minor = map(int, name.split("."))
         asker = Asker(cudnn, (major, minor))
-        for module in (forward, backward, plans):
-            module.cache = asker  # type: ignore[assignment]
+        plans.shared = asker  # type: ignore[assignment]
         for question in questions():
             row = answer(asker, question, (major, minor), version)
             print(json.dumps({"gpu": name, "version": version, **row}))

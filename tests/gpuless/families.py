@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prepared import prepared
 from torch import Tensor
 
-from fastattn import Intervals, Segments, api
+from fastattn import Intervals, Segments
 from fastattn.call import Call
 
 LENGTHS = ((1, 1), (1, 300), (7, 129), (64, 7), (128, 128), (300, 300))
@@ -96,7 +97,7 @@ class Question:
             (kv_heads, self.kv_len, self.value_dim),
         )
         q, k, v = (tensor(*shape).requires_grad_(self.grads) for shape in shapes)
-        return api.prepare(q, k, v, **FAMILIES[self.family](self.q_len, self.kv_len, self.grads))
+        return prepared(q, k, v, **FAMILIES[self.family](self.q_len, self.kv_len, self.grads))
 
 
 def questions() -> Iterator[Question]:

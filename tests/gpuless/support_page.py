@@ -30,7 +30,7 @@ ANSWERED = "## What cuDNN answered"  #: heads the one section that cannot be wri
 OUR_OWN = {
     "above 256 have no fast kernel": "it would serve them, but by none of its fast kernels",
     "one query is wrong in this cuDNN": "its release notes: wrong for few K/V heads",
-    "the backward needs more than one query or key": "plans for any length would do, unproven so far",
+    "the backward needs more than one query or key": "dynamic plans would do, unproven so far",
     "float32 would be computed in TF32": "the op promises true float32",
     "softcap is not offered": "never asked: no graph of ours has one",
 }
@@ -95,8 +95,8 @@ def page(rows: dict[str, tuple[Row, ...]], answered: bool) -> str:
             ),
             rows,
         ),
-        f"## Plans\n\nWhich plans the same calls ask for, forward and backward ([plans.md](plans.md)); of `any length` "
-        f"and `exact`, whichever is there.\n\n| call{head}\n" + _plan_lines(rows),
+        f"## Plans\n\nWhich plans the same calls ask for, forward and backward ([plans.md](plans.md)); of `dynamic` "
+        f"and `static`, whichever is there.\n\n| call{head}\n" + _plan_lines(rows),
         "## Refusals\n\nThe rows of `backends/cudnn/support.py`.\n\n| refusal | GPUs | cuDNN |\n|---|---|---|\n"
         + "".join(_limit(limit) for limit in support.LIMITS),
     ]

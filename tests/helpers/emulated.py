@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from caches import own_caches
+from plan_stand_in import PlanStandIn
 from torch import Tensor
 
 from fastattn._compat import torch as torch_internals
 from fastattn.backends import scratch
-from fastattn.backends.cudnn import CudnnBackend, backward, forward, graphs, support
-from fastattn.backends.cudnn import plan_cache as plans
-from fastattn.backends.cudnn import ragged_offsets as places
+from fastattn.backends.cudnn import CudnnBackend, graphs, plans, ragged_offsets, support
 from fastattn.backends.cudnn.graphs import KEY_SIDE, ROLES, PlanKey
 from fastattn.call import Call, Problem
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
 
 VERSION = 91900
 ALIGNMENT = 16  #: bytes
@@ -94,7 +91,7 @@ class EmulatedPlan:
 
     build_operation_graph = validate
 
-    def run(self, operands: dict[str, Tensor]) -> None:
+    def execute(self, operands: dict[str, Tensor]) -> None:
         for operand in self.key.operands:
             assert operand.dtype == operands[operand.role].dtype, operand
         rows, heads, q_dim, _ = self.by_role["q"].dims
@@ -189,56 +186,31 @@ class _Entry:
         return x.as_strided((heads, length, dim), known.strides[1:], x.storage_offset() + start)
 
 
-class EmulatedCache:
+class EmulatedPlans(PlanStandIn):
     """See `plans.PlanCache`. `exact` says whether exact plans are there, `larger` whether larger ones are."""
 
     def __init__(self) -> None:
-        self.exact = self.larger = False
+        super().__init__()
         self.asked: list[PlanKey] = []
-        self._generation = 0
-
-    @property
-    def generation(self) -> int:
-        """Never twice the same: nobody remembers a choice."""
-        self._generation += 1
-        return self._generation
 
     def get(self, key: PlanKey) -> EmulatedPlan:
         self.asked.append(key)
         return EmulatedPlan(key)
 
-    def best(
-        self,
-        exact: PlanKey | None,
-        general: PlanKey,
-        larger: Callable[[], Iterable[PlanKey]] = tuple,
-        trained: bool = False,
-    ) -> EmulatedPlan:
-        if exact is not None and self.exact:
-            return self.get(exact)
-        return self.get(next(iter(larger()), general) if self.larger else general)
 
-    def stats(self) -> dict[str, float]:
-        return {}
-
-
-def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> EmulatedCache:
+def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> EmulatedPlans:
     """From now on the backend "cudnn" takes tensors of the CPU, as if they were on a GPU of that capability."""
-    cache, problem_of = EmulatedCache(), Problem.of
+    cache, problem_of = EmulatedPlans(), Problem.of
 
     def on_gpu(call: Call) -> Problem:
         return dataclasses.replace(problem_of(call), device="cuda", index=0, capability=capability)
 
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))
-    set_(dispatch, "_routes", Memo(1 << 10))
-    set_(dispatch, "fast_path", Memo(1 << 10))
+    own_caches(monkeypatch)
     set_(CudnnBackend, "reasons", lambda self, p: support.reasons(p, VERSION))
-    for module in (forward, backward, plans):
-        set_(module, "cache", cache)
-    set_(forward, "_bound", Memo(1 << 10))
-    set_(backward, "_recipes", Memo(1 << 10))
+    set_(plans, "shared", cache)
     set_(torch_internals, "raw_stream", lambda index: 0)
-    for module in (places, scratch):
+    for module in (ragged_offsets, scratch):
         set_(module, "may_keep", lambda: True)
     return cache

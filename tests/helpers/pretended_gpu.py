@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from caches import own_caches
+from plan_stand_in import PlanStandIn
 from torch import Tensor
 
 from fastattn import masks
 from fastattn.backends import cudnn
-from fastattn.backends.cudnn import backward, forward, sinks, support
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import backward, forward, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.triton import decode
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Call, Problem, token_major
-from fastattn.dispatch import routing as dispatch
-from fastattn.shape_cache import Memo
 from fastattn.warming import run
 
 
-class PretendedGpu:
-    """What was asked of it. Stands in for the plan cache."""
-
-    asked = 0
+class PretendedGpu(PlanStandIn):
+    """What was asked of it. Stands in for the plans."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.plans: set[PlanKey] = set()
         self.kernels: set[Any] = set()  #: all that a decode kernel is compiled for
         self.problems: list[Problem] = []
-
-    @property
-    def generation(self) -> int:
-        """Never twice the same: nobody may remember an answer."""
-        self.asked += 1
-        return self.asked
 
     def clear(self) -> None:
         self.plans, self.kernels, self.problems = set(), set(), []
@@ -44,9 +37,6 @@ class PretendedGpu:
     def get(self, key: PlanKey) -> Any:
         self.plans.add(key)
         return _Plan(key)
-
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = tuple, trained: bool = False) -> Any:
-        return self.get(general)
 
     def stats(self) -> dict[str, float]:
         return {"builds": len(self.plans), "background_builds": 0, "disk_loads": 0}
@@ -56,7 +46,7 @@ class PretendedGpu:
 class _Plan:
     key: PlanKey
 
-    def run(self, operands: dict[str, Tensor]) -> None:
+    def execute(self, operands: dict[str, Tensor]) -> None:
         assert {operand.role for operand in self.key.operands} <= set(operands)
 
 
@@ -76,24 +66,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         wide = launch.choose(p, 132).splits > 1
         features = (p.sinks, p.q_lengths, p.kv_lengths, p.mask, p.mask_shape[1:] == (1,), p.softcap > 0, p.return_lse)
         gpu.kernels.add((p.q_heads, p.kv_heads, p.head_dim, p.value_dim, p.dtype, chosen, wide, features))
-        return lambda c: (token_major(c.q, *c.q.shape[:3], c.v.shape[3]).zero_(), None)
+        return SimpleNamespace(forward=lambda c: (token_major(c.q, *c.q.shape[:3], c.v.shape[3]).zero_(), None))
 
-    def places(tensors: dict[str, Tensor], call: Call) -> dict[str, Tensor]:
+    def offsets(tensors: dict[str, Tensor], call: Call) -> dict[str, Tensor]:
         return {name: torch.zeros(1) for name in ("seq_q", "seq_kv", *(f"ragged_{role}" for role in tensors))}
 
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))
-    set_(dispatch, "_routes", Memo(1 << 10))
-    set_(dispatch, "fast_path", Memo(1 << 10))
+    own_caches(monkeypatch)
     set_(cudnn.CudnnBackend, "reasons", lambda self, p: support.reasons(p, 91900))
     set_(decode, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)
-    for module in (forward, backward, plans):
-        set_(module, "cache", gpu)
+    set_(plans, "shared", gpu)
     for module in (forward, backward):
-        set_(module, "Places", lambda *rest: places)
-    set_(forward, "_bound", {})
-    set_(backward, "_recipes", {})
+        set_(module, "RaggedOffsets", lambda *rest: offsets)
     set_(sinks, "add_sinks", lambda out, lse, given: lse.contiguous())
     set_(sinks, "sink_gradient", lambda out, grad, lse, given: torch.zeros_like(given))
     set_(run, "_has_plans", lambda device: True)

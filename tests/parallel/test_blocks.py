@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import reference, scaled_dot_product_attention
 from fastattn.call import Call, Gradients, Problem
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import registry, routes, serve
 from fastattn.parallel import blocks
 from fastattn.parallel.blocks import Options, Rows, Whole
 from fastattn.parallel.layout import Layout
@@ -32,7 +32,7 @@ def spread(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, dq, dk, dv of the whole sequence, put together from what each rank would compute."""
     layout = Layout(pattern.length, ranks)
-    options = Options(q.shape[3] ** -0.5, None, dispatch.allowed())
+    options = Options(q.shape[3] ** -0.5, None, registry.allowed())
     outs, lses, dqs = [], [], []
     dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     for rank in range(ranks):
@@ -126,10 +126,10 @@ def test_a_backward_that_reads_the_log_sum_exp_is_given_the_whole_rows(
         calls.append(call)
         problem = Problem.of(call)
         backend: Any = ReadsLse()
-        return dispatch.Route(problem, backend, lambda call: reference.forward(problem, call))
+        return routes.Route(problem, backend, lambda call: reference.forward(problem, call))
 
-    monkeypatch.setattr(dispatch, "route", route)
-    monkeypatch.setattr(dispatch, "count", lambda name: None)
+    monkeypatch.setattr(routes, "route", route)
+    monkeypatch.setattr(serve, "count", lambda name: None)
     pattern = Pattern(130, 1, **PATTERNS[name])
     q, k, v, do = inputs(130, (4, 2), 8, dtype=torch.float64)
     found = spread(q, k, v, do, pattern, 3, ring)

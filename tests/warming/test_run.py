@@ -12,7 +12,7 @@ from pretended_gpu import PretendedGpu, pretend
 from torch import Tensor
 
 import fastattn
-from fastattn.backends.cudnn import backward, forward
+from fastattn.backends.cudnn import backward, geometry
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.warming import kinds, run
 from fastattn.warming.kinds import LAYOUTS, PHASES
@@ -42,8 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_the_capacities_are_the_plans_own() -> None:
-    assert (kinds.FORWARD_CAPACITY, kinds.BACKWARD_CAPACITY) == (forward.MIN_CAPACITY, backward._MIN_CAPACITY)
-    assert forward.MIN_TOTAL == kinds.BACKWARD_CAPACITY and forward.MIN_SEGMENTS == 16
+    assert (kinds.FORWARD_CAPACITY, kinds.BACKWARD_CAPACITY) == (geometry.MIN_CAPACITY, backward._MIN_CAPACITY)
+    assert geometry.MIN_TOTAL == kinds.BACKWARD_CAPACITY and geometry.MIN_SEGMENTS == 16
     assert max(kinds.TILES) == launch.MAX_ROWS < kinds.MANY
 
 

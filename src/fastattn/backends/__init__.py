@@ -1,1 +1,1 @@
-"""The backends, fastest first. What a backend is: see `base.py`; which one serves a call: see `../dispatch.py`."""
+"""The backends. What a backend is: `base.py`; which one serves a call: `dispatch/routes.py`."""

@@ -1,8 +1,7 @@
-"""What a backend is."""
+"""What a backend is: which calls it refuses, and the kernel that it binds to the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -11,29 +10,41 @@ from ..call import Call, Gradients, Problem
 
 
 class Refusal(RuntimeError):
-    """A backend finds only when it is called that it cannot serve a problem. Another one does, from then on."""
+    """A backend cannot serve a problem, and found that only when it was called. Another backend serves it from then
+    on."""
 
 
 class Setback(Refusal):
-    """The same for the time being: what was in the way may go. Another one does until this one is tried again."""
+    """A backend cannot serve a problem for the time being. Another one does until this one is tried again."""
 
 
 class OutOfMemory(Setback):
-    """Memory was in the way, and not torch's: its allocator could not give back what it holds unused, and try again."""
+    """An allocation failed outside of torch's allocator, which could not give back unused memory and try again."""
 
 
-#: Runs a call. Returns the output and, when `problem.return_lse` or `problem.grads`, the log-sum-exp; else None may
-#: stand for it, and also when only gradients need it and the backend's backward does not read it.
-Runner = Callable[[Call], tuple[Tensor, Tensor | None]]
+class Kernel(Protocol):
+    """A backend's computation for all calls of one kind: the same problem, the same strides and dtypes of the tensors.
+
+    All backends agree on what they return, so that the backward of one may follow the forward of another.
+    """
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The output and the log-sum-exp of a call.
+
+        The output: `[B,Hq,Sq,Dv]` in q's dtype, token-major in memory, 0 in fully masked rows. The log-sum-exp:
+        `[B,Hq,Sq]` in any layout, natural logarithm, sinks included, float32 (float64 for float64 inputs), -inf in
+        fully masked rows. It is there when `problem.return_lse` or `problem.grads`; None may stand for it otherwise,
+        and when only gradients need it and the backend's backward does not read it.
+        """
+        ...
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The gradients that `problem.grads` names. grad_lse: None unless the caller differentiated the log-sum-exp."""
+        ...
 
 
 class Backend(Protocol):
-    """One way of computing attention.
-
-    All backends agree on what they return: `out` `[B,Hq,Sq,Dv]` in q's dtype, token-major in memory, 0 in rows that
-    see nothing; `lse` `[B,Hq,Sq]` in any layout, natural logarithm, sinks included, float32 (float64 for float64
-    inputs), -inf in rows that see nothing. Therefore the backward of one may follow the forward of another.
-    """
+    """One way of computing attention."""
 
     name: str
     reads_lse: bool  #: by its backward: the forward's has to be there, whichever backend ran it
@@ -41,19 +52,10 @@ class Backend(Protocol):
     def reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot serve the problem, forward and (if it needs gradients) backward. Empty: it can.
 
-        Looks at nothing but the problem and the machine, so it may be asked without data.
+        Depends on the problem and the machine alone, so it needs no data.
         """
         ...
 
-    def bind(self, problem: Problem, call: Call) -> Runner:
-        """The forward of every call that is like this one in its problem and in the strides and dtypes of its tensors.
-
-        Looks at nothing else of the call: the runner that it returns serves others.
-        """
-        ...
-
-    def backward(
-        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
-        """The gradients that `problem.grads` names. `grad_lse` is None unless the caller differentiated the lse."""
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        """The kernel for every call of the same kind as this one. Reads nothing of the call that is data."""
         ...

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import Problem, token_major
-from ..shape_cache import remembered
+from ..shape_cache import cached
 
 ALIGNMENT = 16  #: bytes; cuDNN reads tensors that start or stride otherwise, silently wrong (measured, 9.19)
 
@@ -26,7 +26,7 @@ def copied(x: Tensor) -> Tensor:
     return token_major(x, *x.shape).copy_(x)
 
 
-@remembered(1 << 14, "layouts")
+@cached(1 << 14, "layouts")
 def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     if shape[3] > 1 and strides[3] != 1:
         return False

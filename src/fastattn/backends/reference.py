@@ -1,14 +1,12 @@
-"""The reference as a backend: serves everything, slowly."""
+"""The reference as a backend: it serves every call, slowly."""
 
 from __future__ import annotations
-
-from functools import partial
 
 from torch import Tensor
 
 from .. import reference
 from ..call import Call, Gradients, Problem
-from .base import Runner
+from .base import Kernel
 
 
 class ReferenceBackend:
@@ -20,10 +18,18 @@ class ReferenceBackend:
     def reasons(self, problem: Problem) -> list[str]:
         return []
 
-    def bind(self, problem: Problem, call: Call) -> Runner:
-        return partial(reference.forward, problem)
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        return _ReferenceKernel(problem)
 
-    def backward(
-        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
-        return reference.backward(problem, call, grad_out, grad_lse)
+
+class _ReferenceKernel:
+    __slots__ = ("_problem",)
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return reference.forward(self._problem, call)
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        return reference.backward(self._problem, call, grad_out, grad_lse)

@@ -1,18 +1,22 @@
-"""Memory that a kernel needs while it runs, and nobody after: kept from launch to launch where that is safe."""
+"""Memory that a kernel needs while it runs, and nobody after: reused from launch to launch where that is safe."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from .. import shape_cache as memo
 from .._compat import torch as torch_internals
-from ..dispatch import routing as dispatch
+from ..shape_cache import Reason, Size, shape_cache
 
 _KEPT = 1 << 22  #: bytes; larger pieces are allocated each time and given back: beside them an allocation is nothing
+
+_inside_operator: ContextVar[bool] = ContextVar("fastattn_inside_operator", default=False)
 
 
 class _Pieces(dict[int, tuple[int, Tensor]]):
@@ -28,31 +32,41 @@ class _Local(threading.local):
 
 
 class _Scratch:
-    """All threads' memory, for `memo`. What a thread is about to use it holds itself."""
+    """The memory of all threads, as a holder of `shape_cache`. A thread holds itself what it is about to use."""
 
     name = "scratch"
+    dropped_for: frozenset[Reason] = frozenset()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         for pieces in list(_threads):
             pieces.clear()
 
-    def holds(self) -> tuple[int, int]:
+    def size(self) -> Size:
         found = [x.nbytes for pieces in list(_threads) for _, x in list(pieces.values())]
-        return len(found), sum(found)
+        return Size(len(found), sum(found))
 
 
 _threads: weakref.WeakSet[_Pieces] = weakref.WeakSet()
 _local = _Local()
 _scratch = _Scratch()
-memo.register(_scratch)
+shape_cache.register(_scratch)
+
+
+@contextmanager
+def inside_operator() -> Iterator[None]:
+    """Marks the implementation of an operator of torch: what it allocates may belong to a graph that a compiler
+    captures, so nothing that is allocated within the block may be kept."""
+    token = _inside_operator.set(True)
+    try:
+        yield
+    finally:
+        _inside_operator.reset(token)
 
 
 def may_keep() -> bool:
-    """False where what is allocated may be a CUDA graph's: it dies with the graph, or lives as long as the graph does.
-
-    Inside an operator too: torch.compile warms its graphs up in their own pool before it captures them.
-    """
-    return not dispatch.opaque.get() and not torch.cuda.is_current_stream_capturing()
+    """False where memory that is allocated may be a CUDA graph's, which frees it or keeps it as the graph lives: in a
+    capture, and inside an operator, whose graphs torch.compile warms up in their own pool before it captures them."""
+    return not _inside_operator.get() and not torch.cuda.is_current_stream_capturing()
 
 
 def scratch(device: torch.device, size: int) -> Tensor:

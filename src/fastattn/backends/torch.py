@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,7 +9,7 @@ from torch.nn import functional
 from .. import masks
 from .._compat import torch as torch_internals
 from ..call import Call, Gradients, Problem, as_token_major
-from .base import Runner
+from .base import Kernel
 from .layout import copied, readable
 
 #: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
@@ -46,24 +44,29 @@ class TorchBackend:
             why.append(f"would need a dense mask of {p.batch} x {p.q_len} x {p.kv_len}")
         return why
 
-    def bind(self, problem: Problem, call: Call) -> Runner:
-        return partial(_forward, problem)
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        return _TorchKernel(problem)
 
-    def backward(
-        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
+
+class _TorchKernel:
+    __slots__ = ("_problem",)
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return as_token_major(_attend(self._problem, call, call.q, call.k, call.v), self._problem.dtype), None
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
-        inputs = [x.detach().requires_grad_(name in problem.grads) for name, x in zip("qkv", call[:3], strict=True)]
+        p = self._problem
+        inputs = [getattr(call, name).detach().requires_grad_(name in p.grads) for name in "qkv"]
         wanted = [x for x in inputs if x.requires_grad]
         with torch_internals.autograd_within(), torch.enable_grad():
-            again = _attend(problem, call, *inputs)
-            grad_out = readable(grad_out) if problem.device == "cuda" else grad_out
+            again = _attend(p, call, *inputs)
+            grad_out = readable(grad_out) if p.device == "cuda" else grad_out
             found = iter(torch.autograd.grad(again, wanted, grad_out))
         return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
-
-
-def _forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor | None]:
-    return as_token_major(_attend(problem, call, *call[:3]), problem.dtype), None
 
 
 def _needs_mask(p: Problem) -> bool:
@@ -91,7 +94,7 @@ def _overlapping(x: Tensor) -> bool:
 
 
 def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mask = blind = None
+    mask = fully_masked = None
     if _needs_mask(p):
         mask = masks.visibility(c)
         assert mask is not None
@@ -99,13 +102,13 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = masks.clear(k, unseen), masks.clear(v, unseen)
         if p.may_have_empty_rows:
             # Rows that see nothing are let see everything, so that no kernel divides by 0, and are cleared after.
-            blind = ~mask.any(-1, keepdim=True)
-            mask, q = mask | blind, masks.clear(q, blind)
+            fully_masked = ~mask.any(-1, keepdim=True)
+            mask, q = mask | fully_masked, masks.clear(q, fully_masked)
         if p.mask == "additive" and c.mask is not None:
             # torch wants the mask in q's dtype; rounding a float32 mask to bfloat16 would not be exact.
             work = torch.promote_types(p.dtype, c.mask.dtype)
             q, k, v, bias = q.to(work), k.to(work), v.to(work), c.mask.to(work)
-            bias = bias if blind is None else torch.where(blind, 0.0, bias)
+            bias = bias if fully_masked is None else torch.where(fully_masked, 0.0, bias)
             mask = torch.where(mask, bias, -torch.inf)
     if p.device == "cuda":
         # Measured (2.11): rows that do not start at 16 bytes, and masks without a key dim of their own, end some of
@@ -125,4 +128,4 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale=c.scale,
         enable_gqa=p.group > 1,
     )
-    return masks.clear(out, blind)
+    return masks.clear(out, fully_masked)

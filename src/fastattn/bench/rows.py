@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import stats
-from ..backends.cudnn import plan_cache as plans
+from ..backends.cudnn import plans
 from . import calls, timing
 from .calls import IMPLEMENTATIONS, Case, Implementation, Inputs, Part, Refusal
 from .peers import PEERS
@@ -107,7 +107,7 @@ class Sweep:
             contenders += [] if contender is None else [contender]
         if read:
             contenders.append(self._reader(case, sets))
-        plans.cache.wait()  # what is built in the background would disturb, and cannot be done during a capture
+        plans.shared.wait()  # what is built in the background would disturb, and cannot be done during a capture
         measured = (timing.host_cost if host else timing.race)(contenders, self.device)
         again = timing.race(contenders, self.device, eager=True) if eager else {}
         reading = measured.pop("read", None)

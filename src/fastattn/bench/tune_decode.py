@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from .. import api
 from ..backends.triton.decode import launch_config as rules
+from ..backends.triton.decode.forward import DecodeKernel
 from ..backends.triton.decode.launch_config import Launch
-from ..backends.triton.decode.runner import bind
 from ..call import Call, Problem
+from ..validation import Arguments, validated
 from . import script, tuning
 from .calls import Case, Inputs, make_inputs, set_count
 from .table import table
@@ -104,7 +104,7 @@ class Bench:
         def works(one: Launch) -> bool:
             with torch.cuda.device(self.device), torch.cuda.stream(stream):
                 try:
-                    bind(self.problem, self.calls[0], one)(self.calls[0])
+                    DecodeKernel(self.problem, self.calls[0], one).forward(self.calls[0])
                 except Exception as error:  # too much shared memory, mostly
                     if "out of resource" not in str(error):
                         print(f"  {one}: {text_of(error)}", file=sys.stderr)
@@ -115,12 +115,12 @@ class Bench:
             return [one for one, good in zip(launches, pool.map(works, launches), strict=True) if good]
 
     def _bound(self, one: Launch, call: Call) -> Any:
-        return partial(bind(self.problem, call, one), call)
+        return partial(DecodeKernel(self.problem, call, one).forward, call)
 
 
 def _call(x: Inputs) -> Call:
     mask = None if x.lengths is not None else "causal"
-    return api.prepare(x.q, x.k, x.v, mask=mask, kv_lengths=x.lengths)
+    return validated(Arguments(x.q, x.k, x.v, mask, kv_lengths=x.lengths))
 
 
 def tune(tile: Tile, device: torch.device) -> list[dict[str, Any]]:

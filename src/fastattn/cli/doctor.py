@@ -246,12 +246,12 @@ def _backend(name: str) -> Iterator[Finding]:
 
 
 def _allowed() -> tuple[str, ...]:
-    from ..dispatch import routing as dispatch
+    from ..dispatch import registry
 
     try:
-        return dispatch.allowed()
+        return registry.allowed()
     except ValueError:  # a name that does not exist in FASTATTN_BACKENDS: `_switches` says so, once
-        return dispatch.NAMES
+        return registry.NAMES
 
 
 def _try(name: str, gradients: bool) -> tuple[list[str], float]:
@@ -298,11 +298,11 @@ def _plans() -> Iterator[Finding]:
 
 
 def _switches() -> Iterator[Finding]:
-    from ..backends.cudnn import plan_cache as plans
+    from ..backends.cudnn.plan_policy import policy
     from ..config import complaint, is_on
-    from ..dispatch.routing import listed
+    from ..dispatch.registry import listed
 
-    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": plans.policy}
+    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": policy}
     on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET")
     checks |= {name: partial(is_on, name, False) for name in on_or_off}
     for name, value in switches().items():

@@ -1,12 +1,12 @@
-"""The short way for a call like one that was made before: validated, routed and bound to its kernels once.
+"""The fast path: a call of a kind that was served before goes straight to its kernel.
 
-A call is like another when everything about it is the same that is not data. Then validation would find what it found
-before, and all that is left to do is to run: half of the time that a small call costs the host.
+Two calls of the op are of one kind when they differ in data alone: then validation and routing would find what they
+found before. That is half of the time that a small call costs the host.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,120 +14,140 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import debug
+from .._compat import torch as torch_internals
 from ..backends.base import OutOfMemory
 from ..backends.errors import failure_of
-from ..call import Call
+from ..call import CALL, Call
 from ..masks import Intervals, Segments
-from ..validation import LIMITS
-from . import operators as ops
-from . import routing as dispatch
+from ..shape_cache import Reason, shape_cache
+from ..validation import Arguments, default_scale, is_plain_scale
+from . import refusals, registry, routes, serve
+
+_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Cached` by key
 
 
-class Known(NamedTuple):
-    """What an earlier call became."""
+class Cached(NamedTuple):
+    """What an earlier call of this kind became."""
 
-    route: dispatch.Route
-    rest: tuple[Any, ...]  #: its fields from `left` on
+    route: routes.Route
+    static: tuple[Any, ...]  #: the static options of its `Call`
     default_scale: float
 
 
-def name_of(
-    q: Any, k: Any, v: Any, scale: Any, mask: Any, sinks: Any, window: Any, softcap: Any, q_lengths: Any,
-    kv_lengths: Any, return_lse: Any, backend: Any,
-) -> Any:  # fmt: skip
-    """All that is not data of a call of the op, hashable; None when the call is to go the long way.
+class _NotPlain(Exception):
+    """An argument that only the full path can judge."""
 
-    Takes the arguments as they came: nothing is known to be of the right type. Python holds 1, 1.0 and True to be
-    equal, validation does not, hence the looks at types.
+
+def key_of(arguments: Arguments, scale: Any, backend: Any) -> Any:
+    """Everything of a call of the op that is not data, hashable; None when it is to take the full path.
+
+    Takes the arguments as they came: nothing is known to be of the right type.
     """
-    if debug.ENABLED or not ops.plain(q, k, v):
+    if torch.compiler.is_compiling() or debug.ENABLED or torch_internals.may_be_watched():
         return None
-    if not q.dtype is k.dtype is v.dtype:  # what was remembered is the call after promotion
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
-    if scale is not None and not (type(scale) is float and _LEAST <= scale <= _MOST):
-        return None
-    if return_lse is not False and return_lse is not True:
-        return None
-    if backend is not None and type(backend) is not str:
-        return None
-    if mask is not None and type(mask) is not str:
-        if type(mask) is Intervals:
-            mask = _tensor(mask.lo), _tensor(mask.hi)
-        elif type(mask) is Segments and (mask.causal is True or mask.causal is False):
-            mask = _tensor(mask.table), mask.causal
-        else:
-            return None
-        if _ODD in mask:
-            return None
-    options: Any = None
-    if not (window is softcap is sinks is q_lengths is kv_lengths is None):
-        if window is not None and not (type(window) is tuple and [type(x) for x in window] == [int, int]):
-            return None
-        if softcap is not None and type(softcap) is not float:
-            return None
-        if sinks is not None and torch.is_grad_enabled() and getattr(sinks, "requires_grad", False):
-            return None
-        options = window, softcap, _tensor(sinks), _tensor(q_lengths), _tensor(kv_lengths)
-        if _ODD in options:
-            return None
-    device = q.device
-    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+    if not (scale is None or is_plain_scale(scale)) or not (backend is None or type(backend) is str):
         return None
     try:
-        tensors = (
-            q.shape, q.stride(), q.dtype, device,
-            k.shape, k.stride(), k.dtype, k.device,
-            v.shape, v.stride(), v.dtype, v.device,
-        )  # fmt: skip
-    except RuntimeError:  # sparse or nested
+        kinds = tuple([None if x is None else _KINDS[type(x)](x) for x in arguments])
+        q, mask = arguments.q, arguments.mask
+        # What is cached is the call after promotion and casts, and with a mask of four dims.
+        if not q.dtype is arguments.k.dtype is arguments.v.dtype or torch.is_autocast_enabled(q.device.type):
+            return None
+        if isinstance(mask, Tensor) and mask.dim() != 4:
+            return None
+    # KeyError: of another type. RuntimeError: a sparse or nested tensor, a meta device. AttributeError: no tensor.
+    except (_NotPlain, KeyError, RuntimeError, AttributeError):
         return None
-    return tensors, mask, options, return_lse, backend, dispatch.allowed() if backend is None else None
+    return kinds, backend, registry.allowed() if backend is None else None
 
 
-_ODD = "no plain tensor"
-_LEAST, _MOST = LIMITS[torch.float32]  #: scales beyond it validation changes or refuses
-
-
-def _tensor(x: Any) -> Any:
-    """All that is not data of a plain dense tensor, `_ODD` for anything else but None."""
-    if x is None:
+def attention(key: Any, arguments: Arguments, scale: float | None) -> tuple[Tensor, Tensor | None] | None:
+    """The output and log-sum-exp of a call; None when it is to take the full path."""
+    cached: Cached | None = _cached.get(key)
+    if cached is None:
         return None
-    if not (type(x) is Tensor or type(x) is Parameter) or x.layout != torch.strided or x.is_nested or x.is_neg():
-        return _ODD
-    return x.shape, x.stride(), x.dtype, x.device
-
-
-def run(
-    name: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Any, sinks: Tensor | None, window: Any,
-    softcap: Any, q_lengths: Tensor | None, kv_lengths: Tensor | None, return_lse: bool,
-) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
-    """The result of a call whose like was remembered; None when none was."""
-    known: Known | None = dispatch.fast_path.get(name)
-    if known is None:
-        return None
-    lo, hi = mask if type(mask) is Intervals else (None, None)
-    segments = mask.table if type(mask) is Segments else None
-    scale = known.default_scale if scale is None else scale
-    call = Call(q, k, v, None, lo, hi, sinks, q_lengths, kv_lengths, segments, scale, *known.rest)
-    route = known.route
+    call = _call(arguments, cached.default_scale if scale is None else scale, cached.static)
+    route = cached.route
     try:
-        found = route.run(call)
+        found = route.kernel.forward(call)
     except Exception as error:
-        failure = failure_of(error, q.device)
+        failure = failure_of(error, call.q.device)
         if failure is None:
             raise
-        if not isinstance(failure, OutOfMemory):  # else the long way tries it once more
-            dispatch.refuse(route.backend.name, route.problem, failure)
+        if not isinstance(failure, OutOfMemory):  # else the full path tries it once more
+            refusals.record(route.backend.name, route.problem, failure)
         return None
-    dispatch.count(route.backend.name)
+    serve.count(route.backend.name)
     return found
 
 
-def remember(name: Any, call: Call, names: tuple[str, ...]) -> None:
-    """Takes a call that was served the long way, and what `name_of` said of it."""
-    default = 1.0 / math.sqrt(call.q.shape[3] or 1)
-    route = dispatch.route(call, names)
+def remember(key: Any, arguments: Arguments, call: Call, names: tuple[str, ...]) -> None:
+    """Caches what a call became that took the full path. key: what `key_of` said of it."""
+    again = _call(arguments, call.scale, CALL.static(call))
+    if any(x is not y for x, y in zip(CALL.tensors(again), CALL.tensors(call), strict=True)):
+        return  # validation made other tensors of these
+    route = routes.route(call, names)
     if route.lasts:
-        dispatch.fast_path[name] = Known(route, call[11:], default)
+        _cached[key] = Cached(route, CALL.static(call), default_scale(call.q))
+
+
+#: The order in which `_call` gives the fields of `Call`. (By keyword it would take twice as long.)
+_ORDER = ("q", "k", "v", "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths", "segments", "scale")
+if (*CALL.tensor_names, *CALL.DATA) != _ORDER:
+    raise TypeError(f"Call has other fields than fast_path._call gives it: {CALL.names}")
+
+
+def _call(arguments: Any, scale: float, static: tuple[Any, ...]) -> Call:
+    """The call of arguments that need no validation."""
+    q, k, v, mask, sinks, _, _, q_lengths, kv_lengths, _ = arguments  # (to unpack them is faster than to name them)
+    dense = lo = hi = segments = None
+    kind = type(mask)
+    if kind is Intervals:
+        lo, hi = mask
+    elif kind is Segments:
+        segments = mask.table
+    elif kind is not str:
+        dense = mask
+    return Call(q, k, v, dense, lo, hi, sinks, q_lengths, kv_lengths, segments, scale, *static)
+
+
+def _tensor(x: Tensor) -> Any:
+    if x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
+        raise _NotPlain
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _tensors(x: Intervals) -> Any:
+    if not all(type(part) is Tensor for part in x):
+        raise _NotPlain
+    return tuple([_tensor(part) for part in x])
+
+
+def _segments(x: Segments) -> Any:
+    if type(x.table) is not Tensor or type(x.causal) is not bool:
+        raise _NotPlain
+    return _tensor(x.table), _FLAGS[x.causal]
+
+
+def _window(x: tuple[Any, ...]) -> Any:
+    if [type(side) for side in x] != [int, int]:
+        raise _NotPlain
+    return x
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+_FLAGS = {True: object(), False: object()}  # Python holds True and 1.0 to be equal; validation does not
+#: What an argument is besides data, by its exact type.
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    Tensor: _tensor,
+    Parameter: _tensor,
+    Intervals: _tensors,
+    Segments: _segments,
+    tuple: _window,
+    bool: _FLAGS.__getitem__,
+    float: _itself,
+    str: _itself,
+}

@@ -2,35 +2,32 @@
 
 A traced graph (torch.compile, export, FakeTensor) sees two opaque operators. The backend is chosen inside them, when
 they run: the graph holds no Python of ours, does not recompile when a length changes, and every stride that a backend
-looks at is real.
+reads is real. The operators' arguments are the fields of `Call`, in order, and the names of the backends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import debug, reference
+from .. import reference
 from .._compat import torch as torch_internals
-from ..call import Call, Gradients, token_major, work_dtype
-from . import routing as dispatch
+from ..backends.scratch import inside_operator
+from ..call import CALL, Call, Gradients, token_major, work_dtype
+from . import registry, serve
 
-_CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? lo, Tensor? hi, Tensor? sinks, Tensor? q_lengths, "
-    "Tensor? kv_lengths, Tensor? segments, float scale, int left, int right, float softcap, bool return_lse, str grads"
-)
-_FIELDS = len(Call._fields)
+_GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
 _library = torch.library.Library("fastattn", "DEF")
-_library.define(f"attention({_CALL}, str backends) -> (Tensor, Tensor)")
+_library.define(f"attention({CALL.schema}, str backends) -> (Tensor, Tensor)")
 _library.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_CALL}, str backends)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {CALL.schema}, str backends)"
+    f" -> ({_GRADIENTS})"
 )
 
 
@@ -39,17 +36,18 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
-    if not plain(*[x for x in call[:10] if x is not None]):
+    if not plain(*[x for x in CALL.tensors(call) if x is not None]):
         return torch.ops.fastattn.attention(*call, ",".join(names))
     if call.grads:
         return _Attention.apply(*call, names)
     with _no_autocast(call.q):
-        return serve(call, names)[:2]
+        found = serve.forward(call, names)
+    return found.out, found.lse
 
 
 def plain(*tensors: Tensor) -> bool:
     """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
-    when their memory holds what they hold (a negative view's does not).
+    when their memory holds their values (a negative view's does not).
 
     Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
     gradients.
@@ -61,67 +59,33 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
-class Served(NamedTuple):
-    """A forward, and who ran it."""
-
-    out: Tensor
-    lse: Tensor | None
-    route: dispatch.Route
-
-
-def serve(call: Call, names: tuple[str, ...]) -> Served:
-    """The forward, on the backend that `dispatch` picks."""
-
-    def use(route: dispatch.Route) -> Served:
-        if debug.ENABLED:
-            debug.check_call(call)
-        out, lse = route.run(call)
-        if debug.ENABLED:
-            debug.check_result(call, route.backend.name, out, lse)
-        return Served(out, lse, route)
-
-    found = dispatch.serve(call, names, use)
-    dispatch.count(found.route.backend.name)
-    return found
-
-
 def _forward(call: Call, names: tuple[str, ...], compute_lse: bool = False) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """The output, the log-sum-exp, and the backends that may run the backward.
 
     A backend whose own backward does not read the log-sum-exp may leave it out. Where it serves in place of one that
-    has given up, that one may be back by the backward: it is left out there, or (`compute_lse`) finds what it reads.
+    had a setback, that one may be back by the backward: it is left out there, or (`compute_lse`) the log-sum-exp is
+    computed for it.
     """
-    out, lse, route = serve(call, names)
+    out, lse, route = serve.forward(call, names)
     if lse is None and call.grads and route.until:
         if compute_lse:
             lse = reference.forward(route.problem, call)[1]
         else:
-            names = tuple(name for name in names if not dispatch.backend(name).reads_lse)
+            names = tuple(name for name in names if not registry.backend(name).reads_lse)
     if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
         lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
     return out, lse, names
-
-
-def _gradients(
-    call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> Gradients:
-    def use(route: dispatch.Route) -> tuple[str, Gradients]:
-        return route.backend.name, route.backend.backward(route.problem, call, out, lse, grad_out, grad_lse)
-
-    name, found = dispatch.serve(call, names, use)
-    dispatch.count(f"{name}.backward")
-    return found
 
 
 class _Attention(torch.autograd.Function):
     """The link from forward to backward when nothing traces the call. Arguments: a `Call`'s fields, and names."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = Call(*args[:_FIELDS])
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        call, (names,) = CALL.unpack(arguments)
         with _no_autocast(call.q):
-            out, lse, names = _forward(call, args[_FIELDS])
-        _setup_context(ctx, (*args[:_FIELDS], names), (out, lse))
+            out, lse, names = _forward(call, names)
+        _save(ctx, call, names, out, lse)
         if not call.return_lse:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -131,36 +95,34 @@ class _Attention(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
-def _attention(*args: Any) -> tuple[Tensor, Tensor]:
-    with _inside(args[0]):
-        out, lse, _ = _forward(*_unpack(args), compute_lse=True)  # a graph says already who may run the backward
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, names = _unpack(arguments)
+    with _implementation(call.q):
+        out, lse, _ = _forward(call, names, compute_lse=True)  # a graph says already who may run the backward
         return out, lse.contiguous()  # as a tracer was told
 
 
-def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
-    call, names = _unpack(args)
-    with _inside(call.q):
-        found = _gradients(call, names, out, lse, grad_out, grad_lse)
+def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+    call, names = _unpack(arguments)
+    with _implementation(call.q):
+        found = serve.backward(call, names, out, lse, grad_out, grad_lse)
     return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _unpack(args: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
-    return Call(*args[:_FIELDS]), tuple(name for name in args[_FIELDS].split(",") if name)
+def _unpack(arguments: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
+    call, (names,) = CALL.unpack(arguments)
+    return call, tuple(name for name in names.split(",") if name)
 
 
 @contextmanager
-def _inside(like: Tensor) -> Iterator[None]:
-    """The state of an operator's implementation: what it allocates may belong to a graph that a compiler captures."""
-    token = dispatch.opaque.set(True)
-    try:
-        with _no_autocast(like):
-            yield
-    finally:
-        dispatch.opaque.reset(token)
+def _implementation(like: Tensor) -> Iterator[None]:
+    """The state of an operator's implementation."""
+    with inside_operator(), _no_autocast(like):
+        yield
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """The inputs were cast already (`api.py`); the float32 inside must stay float32."""
+    """The inputs were cast already (`validation.py`); the float32 inside must stay float32."""
     device = like.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return _NOTHING
@@ -174,55 +136,59 @@ def _lse_shape(call: Call) -> tuple[int, ...]:
     return tuple(call.q.shape[:3]) if call.return_lse or call.grads else (0,)
 
 
-def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*args[:_FIELDS])
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, _ = CALL.unpack(arguments)
     q, v = call.q, call.v
     out = token_major(q, q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     return out, q.new_empty(_lse_shape(call), dtype=work_dtype(q.dtype))
 
 
-def _attention_backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
-    call = Call(*args[:_FIELDS])
+def _attention_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> Any:
+    call, _ = CALL.unpack(arguments)
     return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in empty_gradients(call))
 
 
 def empty_gradients(call: Call) -> Gradients:
     """Uninitialised gradients in the layout that every backend returns: token-major for q, k, v; contiguous else."""
-    like = {name: x for name, x in zip("qkv", call[:3], strict=True) if name in call.grads}
-    found = {name: token_major(x, *x.shape) for name, x in like.items()}
-    if "m" in call.grads and call.mask is not None:
-        found["mask"] = call.mask.new_empty(call.mask.shape)
-    if "s" in call.grads and call.sinks is not None:
-        found["sinks"] = call.sinks.new_empty(call.sinks.shape)
-    return Gradients(**found)
+    wanted = CALL.gradients(Gradients(*(getattr(call, name) for name in Gradients._fields)), call.grads)
+    inputs = {name: x for name, x in zip(CALL.names, wanted, strict=True) if x is not None}
+    return Gradients(
+        **{name: token_major(x, *x.shape) if name in "qkv" else x.new_empty(x.shape) for name, x in inputs.items()}
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    call = Call(*inputs[:_FIELDS])
-    ctx.save_for_backward(*output, *call[:10])
-    ctx.rest = inputs[10:]
+    """For torch's operator, whose names are one string."""
+    call, (names,) = CALL.unpack(inputs)
+    _save(ctx, call, names, *output)
+
+
+def _save(ctx: Any, call: Call, names: tuple[str, ...] | str, out: Tensor, lse: Tensor) -> None:
+    ctx.save_for_backward(out, lse, *CALL.tensors(call))
+    ctx.options = CALL.options(call)
+    ctx.names = names
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    nothing = (None,) * (_FIELDS + 1)
-    wanted = ctx.rest[-2]
-    if not wanted or (grad_out is None and grad_lse is None):
-        return nothing
+    call: Call = CALL.join(tensors, ctx.options)
+    names = ctx.names
+    if not call.grads or (grad_out is None and grad_lse is None):
+        return (*CALL.gradients(Gradients(), ""), None)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    names = ctx.rest[-1]
     batched = not torch_internals.same_dispatch(grad_out, out)  # by old vmap
-    if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, *tensors[:3]):
+    if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, call.q, call.k, call.v):
         # The operator: traced, or with create_graph=True, which it knows how to refuse.
         names = names if isinstance(names, str) else ",".join(names)
-        found = torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.rest[:-1], names)
+        found = Gradients(*torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *call, names))
     else:
         with _no_autocast(grad_out):
-            found = _gradients(Call(*tensors, *ctx.rest[:-1]), names, out, lse, grad_out, grad_lse)
-    q, k, v, m, s = (x if name in wanted else None for name, x in zip("qkvms", found, strict=True))
-    return (q, k, v, m, None, None, s, *nothing[7:])
+            found = serve.backward(call, names, out, lse, grad_out, grad_lse)
+    return (*CALL.gradients(found, call.grads), None)
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:

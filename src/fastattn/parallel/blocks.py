@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..api import prepare, scaled_dot_product_attention
+from ..api import scaled_dot_product_attention
 from ..call import as_token_major, token_major, work_dtype
-from ..dispatch import routing as dispatch
+from ..dispatch.registry import use_backend
+from ..dispatch.serve import backward_by_lse
+from ..validation import Arguments, validated
 from .layout import Span
 from .merge import merge_
 from .plan import Block
@@ -133,7 +135,7 @@ def _cut(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor,
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
-    with dispatch.use_backend(*options.names):
+    with use_backend(*options.names):
         found = scaled_dot_product_attention(
             q,
             k,
@@ -167,16 +169,10 @@ def _shares_by_lse(
     q: Tensor, k: Tensor, v: Tensor, whole: Whole, block: Block, options: Options
 ) -> tuple[Tensor, ...] | None:
     """The same from a backward that reads the rows' log-sum-exp; None where there is none for this call."""
-    call = prepare(q, k, v, options.scale, block.mask, None, block.window, options.softcap)._replace(grads="qkv")
-    problem, backend = dispatch.route(call, options.names)[:2]
-    if not backend.reads_lse:
+    arguments = Arguments(q, k, v, block.mask, window=block.window, softcap=options.softcap)
+    call = validated(arguments, options.scale)._replace(grads="qkv")
+    found = backward_by_lse(call, options.names, whole.out, whole.lse, whole.grad_out)
+    if found is None:
         return None
-    try:
-        found = backend.backward(problem, call, whole.out, whole.lse, whole.grad_out, None)
-    except Exception as error:
-        if not dispatch.gives_up(backend.name, problem, error):
-            raise
-        return None
-    dispatch.count(f"{backend.name}.backward")
     assert found.q is not None and found.k is not None and found.v is not None
     return found.q, found.k, found.v

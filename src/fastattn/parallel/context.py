@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import debug
 from ..api import scaled_dot_product_attention
-from ..dispatch import routing as dispatch
+from ..dispatch import registry
 from ..masks import Segments
-from ..shape_cache import Memo
+from ..shape_cache import shape_cache
 from . import cost, exchange, strategies
 from .blocks import Options
 from .checks import check_agreement, outline
@@ -85,8 +85,8 @@ class ContextParallel:
         self.rank, self.size = dist.get_rank(self.group), self.group.size()
         self.strategy, self.order, self.hardware = strategy, order, hardware
         self.ranks_per_host = _ranks_per_host(group) if ranks_per_host is None else ranks_per_host
-        self._plans: Memo[Any, Plan] = Memo(64, "context parallel plans", _most_bytes, MOST_BYTES)
-        self._choices: Memo[Any, str] = Memo(1 << 10, "context parallel plans")
+        self._plans = shape_cache.section("context parallel plans", 64, weigh=_most_bytes, max_bytes=MOST_BYTES)
+        self._choices = shape_cache.section("context parallel plans", 1 << 10)
         self._connected: set[torch.device] = set()
 
     def layout(self, length: int) -> Layout:
@@ -182,7 +182,7 @@ class ContextParallel:
             out, lse = self._ulysses(layout, pattern, q, k, v, sinks, call.scale, call.softcap, return_lse)
         else:
             plan = self._plan(layout, pattern, q.device)
-            options = Options(call.scale, call.softcap or None, dispatch.allowed())
+            options = Options(call.scale, call.softcap or None, registry.allowed())
             if chosen == "ring":
                 self._connect(q.device)
             run = strategies.by_ring if chosen == "ring" else strategies.by_allgather

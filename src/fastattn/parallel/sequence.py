@@ -7,9 +7,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..api import prepare
 from ..call import Call
 from ..masks import Segments
+from ..validation import Arguments, validated
 from . import cost
 from .layout import Layout
 from .plan import Pattern
@@ -33,7 +33,7 @@ def pattern_of(
     """Who sees whom, and the call with its tensors in one dtype. Raises ValueError on bad arguments."""
     if mask is not None and mask != "causal" and not isinstance(mask, Segments):
         raise ValueError(f'mask: expected None, "causal" or Segments of the whole sequence, got {type(mask).__name__}')
-    call = prepare(q, k, v, scale, mask if isinstance(mask, str) else None, sinks, window, softcap)
+    call = validated(Arguments(q, k, v, mask if isinstance(mask, str) else None, sinks, window, softcap), scale)
     own = layout.size(rank)
     for name, x in (("q", q), ("k", k)):
         if x.shape[2] != own:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..api import Explanation, explain, scaled_dot_product_attention
-from ..backends.cudnn import plan_cache as plans
-from ..dispatch import routing as dispatch
+from ..backends.cudnn import plans
+from ..counters import stats
+from ..dispatch import registry, routes
 from ..masks import Intervals, Segments
 from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
@@ -119,7 +120,7 @@ def _has_plans(device: torch.device) -> bool:
 
 def _warm_kind(kind: Kind, device: torch.device) -> Family:
     """Makes the trial calls of one kind."""
-    before, start = dispatch.stats()["plans"], time.perf_counter()
+    before, start = stats()["plans"], time.perf_counter()
     served: dict[str, None] = {}
     notes: dict[str, None] = {}
     avoidable = False
@@ -141,8 +142,8 @@ def _warm_kind(kind: Kind, device: torch.device) -> Family:
             avoidable |= _avoidable(found)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        plans.cache.wait()  # some are built in the background, and lost if the process ends now
-    after = dispatch.stats()["plans"]
+        plans.shared.wait()  # some are built in the background, and lost if the process ends now
+    after = stats()["plans"]
     return Family(
         str(kind),
         tuple(served),
@@ -177,7 +178,7 @@ def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
         q, k, v = inputs
         try:
             out = scaled_dot_product_attention(q, k, v, **arguments)
-        except dispatch.BackendError:
+        except registry.BackendError:
             return explain(q, k, v, **arguments)
         if training:
             assert isinstance(out, Tensor)
@@ -220,8 +221,8 @@ def _refusals(found: Explanation) -> str:
 def _avoidable(found: Explanation) -> bool:
     """Whether a fast backend would serve such calls if it was not switched off, or if something was installed."""
     problem = found.problem
-    absent = [name for name in dispatch.NAMES[:-1] if name not in found.reasons]
-    if not all(dispatch.reasons(problem, absent).values()):
+    absent = [name for name in registry.NAMES[:-1] if name not in found.reasons]
+    if not all(routes.reasons(problem, absent).values()):
         return True
     if problem.device != "cuda":
         return False

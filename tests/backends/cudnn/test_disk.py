@@ -16,10 +16,10 @@ import torch
 from plan_files import PAYLOAD, key
 
 from fastattn._compat import torch as torch_internals
-from fastattn.backends.cudnn import disk
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import disk, runtime
 from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import PlanKey
+from fastattn.backends.cudnn.plan_cache import PlanCache
 
 
 @pytest.fixture(autouse=True)
@@ -240,12 +240,11 @@ def test_a_plan_that_cudnn_will_not_have_is_built(monkeypatch: pytest.MonkeyPatc
         built.append(key)
         return SimpleNamespace(store=lambda: disk.store(key, b"new"))
 
-    monkeypatch.setattr(plans.runtime, "frontend", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
-    monkeypatch.setattr(plans.runtime, "context", lambda index: SimpleNamespace(handle=None))
+    monkeypatch.setattr(runtime, "frontend", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
+    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: __import__("contextlib").nullcontext())
-    monkeypatch.setattr(plans.Plan, "build", staticmethod(build))
     disk.store(key(), PAYLOAD)
-    cache = plans.PlanCache()
+    cache = PlanCache(build=build)
     cache.get(key())
     assert built == [key()]
     assert disk.load(key()) == b"new"

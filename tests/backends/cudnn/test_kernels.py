@@ -17,7 +17,7 @@ from cases import relative_error
 import fastattn
 from fastattn.backends.cudnn import operands
 from fastattn.backends.cudnn.operands import masked
-from fastattn.backends.cudnn.ragged_offsets import places, places_from_host
+from fastattn.backends.cudnn.ragged_offsets import ragged_offsets, ragged_offsets_from_host
 from fastattn.backends.cudnn.sinks import add_sinks, sink_gradient
 from fastattn.call import Call, Problem
 
@@ -41,9 +41,9 @@ def test_offsets_and_lengths(device: str, fold: int, data: str) -> None:
     q_lengths, kv_lengths = (int32(4, 99, -1), int32(9, 0, 5)) if data in ("lengths", "both") else (None, None)
     lo, hi = (int32(2, 0, 4)[:, None], int32(7, 9, 4)[:, None]) if data in ("intervals", "both") else (None, None)
     call = Call(*(tensors[role] for role in "qkv"), lo=lo, hi=hi, q_lengths=q_lengths, kv_lengths=kv_lengths)
-    found = places(tensors, rows, fold, call)
+    found = ragged_offsets(tensors, rows, fold, call)
     if data == "none":
-        host = places_from_host(tensors, rows, fold, call)
+        host = ragged_offsets_from_host(tensors, rows, fold, call)
         assert found.keys() == host.keys()
         assert all(torch.equal(found[name], host[name]) and found[name].dtype == host[name].dtype for name in found)
     for row in range(rows):
@@ -77,7 +77,7 @@ def test_offsets_of_segments(device: str, kinds: int) -> None:
     columns = [entry, start, stop] + [kv_start, kv_stop] * (kinds == 5)
     segments = torch.tensor(columns, dtype=torch.int32, device=device)
     tensors = {"q": q, "k": k, "v": k, "o": q, "stats": lse}
-    found = places(tensors, rows, fold, Call(q, k, k, segments=segments))
+    found = ragged_offsets(tensors, rows, fold, Call(q, k, k, segments=segments))
     clamp = lambda x: min(max(x, 0), 9)  # noqa: E731
     for row in range(rows):
         n, f = divmod(row, fold)
@@ -125,11 +125,11 @@ def test_lengths_intervals_and_sinks_of_any_strides(device: str) -> None:
     table = torch.tensor([[3, 8], [4, 8], [5, 8], [6, 8]], dtype=torch.int32, device=device)
     q, k = torch.empty(4, 2, 9, 8, device=device), torch.empty(4, 2, 9, 8, device=device)
     call = Call(q, k, k, q_lengths=table[:1, 0].expand(4), kv_lengths=table[:, 0])
-    found = places({"q": q, "k": k}, 8, 2, call)
+    found = ragged_offsets({"q": q, "k": k}, 8, 2, call)
     assert found["seq_kv"].flatten().tolist() == [3, 3, 4, 4, 5, 5, 6, 6]
     assert found["seq_q"].flatten().tolist() == [3] * 8
     lo = torch.zeros(4, 1, dtype=torch.int32, device=device)
-    found = places({"q": q, "k": k}, 8, 2, Call(q, k, k, lo=lo, hi=table[2:3, :1].expand(4, 1)))
+    found = ragged_offsets({"q": q, "k": k}, 8, 2, Call(q, k, k, lo=lo, hi=table[2:3, :1].expand(4, 1)))
     assert found["seq_kv"].flatten().tolist() == [5] * 8
     out, stats = torch.randn(1, 4, 3, 8, device=device), torch.zeros(1, 4, 3, device=device)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)

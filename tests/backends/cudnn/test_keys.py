@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from plan_stand_in import PlanStandIn
+from prepared import prepared
 from recorder import cudnn
 
 import fastattn
-from fastattn import api
-from fastattn.backends.cudnn import backward, forward, graphs, operands
-from fastattn.backends.cudnn import plan_cache as plans
+from fastattn.backends.cudnn import CudnnKernel, backward, forward, graphs, operands, plans
 from fastattn.backends.cudnn.graphs import OUTPUTS, RAGGED, ROLES, Operand, PlanKey
 from fastattn.call import Problem
 
@@ -76,34 +76,23 @@ def test_roles_have_distinct_ids_and_offsets_are_named_after_what_lies_at_them()
     assert all(role in ROLES for roles in OUTPUTS.values() for role in roles)
 
 
-class Recorder:
-    """Stands in for the plan cache: keeps the keys it is asked for, runs nothing."""
+class Recorder(PlanStandIn):
+    """Stands in for the plans: keeps the keys it is asked for, runs nothing."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.keys: list[PlanKey] = []
         self.roles: list[set[str]] = []
-
-    exact = False  #: whether exact plans are there
-    asked = 0
-
-    @property
-    def generation(self) -> int:
-        """Never twice the same: nobody may remember an answer."""
-        self.asked += 1
-        return self.asked
 
     def get(self, key: PlanKey) -> Recorder:
         self.keys.append(key)
         return self
 
-    def best(self, exact: PlanKey | None, general: PlanKey, larger: Any = (), trained: bool = False) -> Recorder:
-        return self.get(exact if self.exact and exact is not None else general)
-
     @property
     def key(self) -> PlanKey:
         return self.keys[-1]
 
-    def run(self, operands: dict[str, torch.Tensor]) -> None:
+    def execute(self, operands: dict[str, torch.Tensor]) -> None:
         self.roles.append(set(operands))
 
 
@@ -111,15 +100,12 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
 
-    def places(tensors: dict[str, torch.Tensor], call: Any) -> dict[str, torch.Tensor]:
+    def offsets(tensors: dict[str, torch.Tensor], call: Any) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(1) for name in ("seq_q", "seq_kv", *(f"ragged_{role}" for role in tensors))}
 
-    for module in (forward, backward, plans):
-        monkeypatch.setattr(module, "cache", found)
+    monkeypatch.setattr(plans, "shared", found)
     for module in (forward, backward):
-        monkeypatch.setattr(module, "Places", lambda *rest: places)
-    monkeypatch.setattr(forward, "_bound", {})
-    monkeypatch.setattr(backward, "_recipes", {})
+        monkeypatch.setattr(module, "RaggedOffsets", lambda *rest: offsets)
     return found
 
 
@@ -131,14 +117,15 @@ def keys_of(
     q, k, v = make(8, q_len), make(2, kv_len), make(2, kv_len)
     for x in (q, k, v) if grads else ():
         x.requires_grad_()
-    call = api.prepare(q, k, v, **options)
+    call = prepared(q, k, v, **options)
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     recorder.keys.clear()
     with torch.no_grad():
-        out, lse = forward.bind(problem, call)(call)
+        kernel = CudnnKernel(problem, call)
+        out, lse = kernel.forward(call)
         if grads:
             assert lse is not None
-            backward.backward(problem, call, out, lse, torch.zeros_like(out), None)
+            kernel.backward(call, out, lse, torch.zeros_like(out), None)
     return list(recorder.keys)
 
 
@@ -167,10 +154,10 @@ def test_what_is_baked_reaches_the_key(recorder: Recorder, grads: bool) -> None:
     assert keys_of(recorder, 100, 120, grads, mask="causal") != base, "upper left or lower right"
     assert keys_of(recorder, 100, 100, grads, mask="causal", batch=3) != base, "another power of two"
     mask = torch.ones(100, 100, dtype=torch.bool)
-    exact = keys_of(recorder, 100, 100, grads, mask=mask)
-    assert exact != base
-    assert keys_of(recorder, 101, 101, grads, mask=torch.ones(101, 101, dtype=torch.bool)) != exact
-    assert keys_of(recorder, 100, 100, grads, mask=mask.float()) != exact, "the mask's dtype"
+    static = keys_of(recorder, 100, 100, grads, mask=mask)
+    assert static != base
+    assert keys_of(recorder, 101, 101, grads, mask=torch.ones(101, 101, dtype=torch.bool)) != static
+    assert keys_of(recorder, 100, 100, grads, mask=mask.float()) != static, "the mask's dtype"
 
 
 def test_every_key_is_given_a_tensor_for_each_of_its_operands(recorder: Recorder) -> None:
@@ -191,14 +178,14 @@ def test_every_key_is_given_a_tensor_for_each_of_its_operands(recorder: Recorder
 
 
 @pytest.mark.parametrize("grads", [False, True])
-def test_an_exact_plan_names_its_shape(recorder: Recorder, grads: bool) -> None:
-    recorder.exact = True
-    exact = keys_of(recorder, 100, 100, grads, mask="causal")
-    assert all(key.operand("ragged_q") is None and key.operand("seq_q") is None for key in exact)
-    assert all(key.operand("q").dims == (2, 8, 100, 64) for key in exact)  # type: ignore[union-attr]
-    assert keys_of(recorder, 101, 101, grads, mask="causal") != exact
-    assert keys_of(recorder, 100, 100, grads, mask="causal", scale=0.5) == exact
-    # What is data, or what cuDNN refuses for a shape, has no exact plan.
+def test_a_static_plan_names_its_shape(recorder: Recorder, grads: bool) -> None:
+    recorder.static = True
+    static = keys_of(recorder, 100, 100, grads, mask="causal")
+    assert all(key.operand("ragged_q") is None and key.operand("seq_q") is None for key in static)
+    assert all(key.operand("q").dims == (2, 8, 100, 64) for key in static)  # type: ignore[union-attr]
+    assert keys_of(recorder, 101, 101, grads, mask="causal") != static
+    assert keys_of(recorder, 100, 100, grads, mask="causal", scale=0.5) == static
+    # What is data, or what cuDNN refuses for a shape, has no static plan.
     for options in ({"kv_lengths": lengths(3, 4)}, {"q_lengths": lengths(3, 4)}):
         assert keys_of(recorder, 100, 100, grads, mask="causal", **options)[0].operand("ragged_q") is not None
     assert keys_of(recorder, 100, 50, grads, mask="causal")[0].operand("ragged_q") is not None
@@ -208,7 +195,7 @@ def test_the_gradient_of_an_expanded_mask_has_the_shape_of_what_was_given() -> N
     """Autograd sums it itself, over the expansion."""
     mask = torch.zeros(1, 8, 30, 40, requires_grad=True).expand(2, -1, -1, -1)
     q, k, v = (torch.zeros(2, heads, n, 64, dtype=torch.bfloat16) for heads, n in ((8, 30), (2, 40), (2, 40)))
-    call = api.prepare(q, k, v, mask=mask)
+    call = prepared(q, k, v, mask=mask)
     problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
     assert "m" in problem.grads
     assert operands.masked(problem, call, whole=True).bias.shape == (2, 8, 30, 40)
@@ -220,10 +207,10 @@ def test_head_major_queries_fold_every_head_so_that_their_stride_stays_out_of_th
     found = []
     for length in (100, 333):
         q, k, v = (torch.randn(1, heads, length, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
-        call = api.prepare(q, k, v, mask="causal")
+        call = prepared(q, k, v, mask="causal")
         problem = dataclasses.replace(Problem.of(call), device="cuda", index=0, capability=(9, 0))
         recorder.keys.clear()
-        forward.bind(problem, call)(call)
+        CudnnKernel(problem, call).forward(call)
         found.append(recorder.keys[0])
     assert found[0] == found[1]
     assert found[0].operand("q").dims[:2] == (8, 1)  # type: ignore[union-attr]

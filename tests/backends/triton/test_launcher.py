@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn._compat import torch as torch_internals
 from fastattn.backends.triton import launcher as triton_launch
 from fastattn.backends.triton.launcher import Launcher
-from fastattn.shape_cache import Memo
+from fastattn.shape_cache import Section
 
 CUDA = SimpleNamespace(type="cuda", index=0)
 OTHER = SimpleNamespace(type="cuda", index=1)
@@ -109,7 +109,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch_internals, "current_device", lambda: found.device)
     monkeypatch.setattr(torch_internals, "raw_stream", found.streams.__getitem__)
     monkeypatch.setattr(torch.cuda, "device", found.switch)
-    monkeypatch.setattr(triton_launch, "_compiled", Memo(1 << 12))
+    monkeypatch.setattr(triton_launch, "_compiled", Section("test", 1 << 12))
     return found
 
 
@@ -285,7 +285,7 @@ def test_a_launch_that_fails_is_not_remembered(gpu: Gpu, monkeypatch: pytest.Mon
 
 
 def test_what_is_remembered_is_bounded(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "_compiled", Memo(3))
+    monkeypatch.setattr(triton_launch, "_compiled", Section("test", 3))
     kernel = Kernel(gpu, 1, 2, 0)
     launchers = [launcher(kernel, constants=(i, True)) for i in range(10)]
     for _ in range(3):

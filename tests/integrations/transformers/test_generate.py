@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, PreTra
 from fastattn import FastattnWarning
 from fastattn._compat.transformers import with_cache
 from fastattn.common.notice import _given
-from fastattn.dispatch.routing import stats
+from fastattn.counters import stats
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
 

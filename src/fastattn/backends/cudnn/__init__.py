@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ...call import Call, Gradients, Problem
-from ..base import Runner
+from ...call import Call, Problem
+from ..base import Kernel
 from ..triton.launcher import has_triton
 from . import runtime, support
 
@@ -27,16 +25,21 @@ class CudnnBackend:
             why.append("Triton, which computes offsets on the device, is missing: pip install 'fastattn[cuda]'")
         return why
 
-    def bind(self, problem: Problem, call: Call) -> Runner:
-        from .forward import bind
-        from .plan_cache import policy
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        from .plan_policy import policy
 
-        policy()  # raises where FASTATTN_PLANS says nothing: some calls would never ask
-        return bind(problem, call)
+        policy()  # raises where FASTATTN_PLANS has no valid value: some calls would never read it
+        return CudnnKernel(problem, call)
 
-    def backward(
-        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
-        from .backward import backward
 
-        return backward(problem, call, out, lse, grad_out, grad_lse)
+class CudnnKernel:
+    """Forward and backward of all calls of one kind."""
+
+    __slots__ = ("backward", "forward")
+
+    def __init__(self, problem: Problem, call: Call) -> None:
+        from .backward import Backward
+        from .forward import bind_forward
+
+        self.forward = bind_forward(problem, call).forward
+        self.backward = Backward(problem).backward

@@ -5,87 +5,133 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import masks, reference
 from ...call import Call, Gradients, Problem, as_token_major, token_major
-from ...shape_cache import Memo
 from ..layout import copied, readable
-from .forward import (
+from . import plans
+from .geometry import (
     MIN_CAPACITY,
     SCALE,
     band,
     capacity,
-    exact_key,
     heads_lie_apart,
     leaves_gaps,
     length_operands,
     lower_right,
-    may_be_exact,
+    may_be_static,
     ragged_operand,
     ragged_rows,
     ragged_stats,
+    static_key,
     stats_operand,
     total,
 )
 from .graphs import KEY_SIDE, PlanKey
 from .operands import masked, needs_bias, scale_operand
-from .plan_cache import Choice, Plan, cache
-from .ragged_offsets import Places
+from .plan import Plan
+from .plans import PlanChoice
+from .ragged_offsets import RaggedOffsets
 from .support import deterministic_refusal, segments_fit
 
 _MIN_CAPACITY = 1 << 10  #: tokens; the backward's workspace grows with what is declared (its time does not)
 _GRADIENTS = (("dq", "q"), ("dk", "k"), ("dv", "v"))
-
-
-def backward(p: Problem, c: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-    """Gradients of the call's inputs; cuDNN's backward takes no gradient of the log-sum-exp, the reference's does."""
-    if not segments_fit(p):
-        p, c = masks.as_intervals(p, c)
-    dense = needs_bias(p)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not dense)):
-        return reference.backward(p, c, grad_out, grad_lse)
-    # exp(score - inf) = 0: a row that sees nothing must not become exp(-inf + inf) = NaN.
-    stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse
-    run = _with_bias if dense else _without_bias
-    tensors = run(p, c, out, stats, grad_out, deterministic)
-    dmask = dsinks = None
-    if "m" in p.grads and c.mask is not None:
-        dmask = _mask_gradient(p, c, tensors, out, lse, grad_out).to(c.mask.dtype)
-    if "s" in p.grads and c.sinks is not None:
-        from .sinks import sink_gradient  # and with it Triton
-
-        dsinks = sink_gradient(out, grad_out, lse, c.sinks)
-    found = {role: tensors[d] for d, role in _GRADIENTS if role in p.grads}
-    return Gradients(**found, mask=dmask, sinks=dsinks)
+_LAYOUTS = 32  #: of the forward's output and its gradient, of which each has a choice of plans
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
-    """What a backward without a bias needs besides its data: worked out once per problem and strides."""
+class _Bound:
+    """What depends on the layout of all tensors: the choice of a plan, and the offsets."""
 
-    choice: Choice
-    places: Places
-
-
-_recipes: Memo[Any, _Recipe] = Memo(1 << 13, "cuDNN calls")
+    choice: PlanChoice
+    offsets: RaggedOffsets
 
 
-def _new_recipe(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Recipe:
-    only = None
-    if may_be_exact(p):
-        only = exact_key(p, tensors, direction="backward", deterministic=deterministic)
+class Backward:
+    """The backward of all calls of one problem and one layout of q, k and v."""
+
+    __slots__ = ("_bound", "_problem")
+
+    def __init__(self, p: Problem) -> None:
+        self._problem = p
+        #: by whether algorithms are deterministic, and all strides
+        self._bound: dict[tuple[bool, tuple[tuple[int, ...], ...]], _Bound] = {}
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """See `Kernel.backward`. cuDNN takes no gradient of the log-sum-exp: the reference computes such calls."""
+        p, c = self._problem, call
+        if not segments_fit(p):
+            p, c = masks.as_intervals(p, c)
+        biased = needs_bias(p)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not biased)):
+            return reference.backward(p, c, grad_out, grad_lse)
+        # exp(score - inf) = 0: a fully masked row must not become exp(-inf + inf) = NaN.
+        stats = torch.where(lse == -torch.inf, torch.inf, lse) if p.may_have_empty_rows else lse
+        if biased:
+            tensors = _with_bias(p, c, out, stats, grad_out, deterministic)
+        else:
+            tensors = self._without_bias(p, c, out, stats, grad_out, deterministic)
+        dmask = dsinks = None
+        if "m" in p.grads and c.mask is not None:
+            dmask = _mask_gradient(p, c, tensors, out, lse, grad_out).to(c.mask.dtype)
+        if "s" in p.grads and c.sinks is not None:
+            from .sinks import sink_gradient  # and with it Triton
+
+            dsinks = sink_gradient(out, grad_out, lse, c.sinks)
+        found = {role: tensors[d] for d, role in _GRADIENTS if role in p.grads}
+        return Gradients(**found, mask=dmask, sinks=dsinks)
+
+    def _without_bias(
+        self, p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
+    ) -> dict[str, Tensor]:
+        # Heads of a group share their K/V gradient, so they stay together and their stride is baked into the plan.
+        q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
+        k, v = readable(c.k), readable(c.v)
+        if total(p):  # cuDNN (9.19) looks for what it accumulates at q's and k's offsets, not at those of dq and dk
+            q, k, v = as_token_major(q, p.dtype), as_token_major(k, p.dtype), as_token_major(v, p.dtype)
+        tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
+        key = deterministic, tuple([x.stride() for x in tensors.values()])
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= _LAYOUTS:
+                self._bound.clear()
+            bound = self._bound[key] = _bind(p, tensors, deterministic)
+        plan, is_static = bound.choice.plan()
+        if is_static:
+            return _execute_static(c, plan, tensors, stats)
+        if leaves_gaps(p):
+            for d, _ in _GRADIENTS:
+                tensors[d].zero_()
+        if ragged_stats(p):
+            tensors["stats"] = stats.transpose(1, 2).contiguous().transpose(1, 2)
+            tensors |= bound.offsets(tensors, c)
+        else:
+            tensors |= bound.offsets(tensors, c)
+            operand = plan.key.operand("stats")
+            assert operand is not None
+            spread = tensors["stats"] = stats.new_empty(operand.dims)
+            spread.view(-1, p.q_heads, operand.dims[2])[: p.batch, :, : p.q_len] = stats
+        tensors["scale"] = scale_operand(c.scale)
+        plan.execute(tensors)
+        return tensors
+
+
+def _bind(p: Problem, tensors: dict[str, Tensor], deterministic: bool) -> _Bound:
+    static = None
+    if may_be_static(p):
+        static = static_key(p, tensors, direction="backward", deterministic=deterministic)
     q_max, kv_max = (capacity(n, MIN_CAPACITY if total(p) else _MIN_CAPACITY) for n in (p.q_len, p.kv_len))
-    general = _general_key(p, tensors, deterministic, q_max, kv_max)
+    dynamic = _dynamic_key(p, tensors, deterministic, q_max, kv_max)
     larger = partial(_larger_keys, p, _shapes(tensors), deterministic, q_max, kv_max)
-    return _Recipe(Choice(only, general, larger, trained=True), Places(p, ragged_rows(p, p.kv_heads), p.kv_heads))
+    offsets = RaggedOffsets(p, ragged_rows(p, p.kv_heads), p.kv_heads)
+    return _Bound(PlanChoice(plans.shared, static, dynamic, larger, trained=True), offsets)
 
 
-def _general_key(p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int) -> PlanKey:
+def _dynamic_key(p: Problem, tensors: dict[str, Tensor], deterministic: bool, q_max: int, kv_max: int) -> PlanKey:
     """The plan for any length up to q_max queries and kv_max keys."""
     left, right = band(p)
     rows = ragged_rows(p, p.kv_heads)
@@ -107,58 +153,25 @@ def _larger_keys(
     """Plans for longer calls that could serve this one: all that they cost is workspace."""
     while max(q_max, kv_max) < MIN_CAPACITY:
         q_max, kv_max = min(2 * q_max, MIN_CAPACITY), min(2 * kv_max, MIN_CAPACITY)
-        yield _general_key(p, tensors, deterministic, q_max, kv_max)
-
-
-def _without_bias(
-    p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
-) -> dict[str, Tensor]:
-    # Heads of a group share their K/V gradient, so they stay together and their stride is baked into the plan.
-    q, o, do = (_grouped(p, readable(x)) for x in (c.q, out, grad_out))
-    k, v = readable(c.k), readable(c.v)
-    if total(p):  # cuDNN (9.19) looks for what it accumulates at q's and k's offsets, not at those of dq and dk
-        q, k, v = as_token_major(q, p.dtype), as_token_major(k, p.dtype), as_token_major(v, p.dtype)
-    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
-    name = (p, deterministic, tuple([x.stride() for x in tensors.values()]))
-    recipe = _recipes.get(name)
-    if recipe is None:
-        recipe = _recipes[name] = _new_recipe(p, tensors, deterministic)
-    plan, is_exact = recipe.choice.plan()
-    if is_exact:
-        return _run_exact(c, plan, tensors, stats)
-    if leaves_gaps(p):
-        for d, _ in _GRADIENTS:
-            tensors[d].zero_()
-    if ragged_stats(p):
-        tensors["stats"] = stats.transpose(1, 2).contiguous().transpose(1, 2)
-        tensors |= recipe.places(tensors, c)
-    else:
-        tensors |= recipe.places(tensors, c)
-        operand = plan.key.operand("stats")
-        assert operand is not None
-        spread = tensors["stats"] = stats.new_empty(operand.dims)
-        spread.view(-1, p.q_heads, operand.dims[2])[: p.batch, :, : p.q_len] = stats
-    tensors["scale"] = scale_operand(c.scale)
-    plan.run(tensors)
-    return tensors
+        yield _dynamic_key(p, tensors, deterministic, q_max, kv_max)
 
 
 def _with_bias(
     p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
 ) -> dict[str, Tensor]:
-    added, q, k, v, blind = masked(p, c, whole=True)
-    q, k, v, o, do = (readable(x) for x in (q, k, v, out, masks.clear(grad_out, blind)))
+    added, q, k, v, fully_masked = masked(p, c, whole=True)
+    q, k, v, o, do = (readable(x) for x in (q, k, v, out, masks.clear(grad_out, fully_masked)))
     tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
     if "m" in p.grads and p.mask_shape[3] > 1:
         tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
-    key = exact_key(p, tensors, biased=True, direction="backward", deterministic=deterministic)
-    return _run_exact(c, cache.get(key), tensors, stats)
+    key = static_key(p, tensors, biased=True, direction="backward", deterministic=deterministic)
+    return _execute_static(c, plans.shared.get(key), tensors, stats)
 
 
-def _run_exact(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
+def _execute_static(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
     tensors["stats"] = stats.contiguous()[..., None]
     tensors["scale"] = scale_operand(c.scale)
-    plan.run(tensors)
+    plan.execute(tensors)
     return tensors
 
 

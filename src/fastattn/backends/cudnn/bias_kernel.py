@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...call import Call
 from ...masks import LOWEST
-from ..triton.decode.kernel import visible
 from ..triton.launcher import Launcher
+from ..triton.masking import visible_keys
 
 BLOCK_ROWS = 16
 BLOCK_KEYS = 256
 
 
-def look(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+def build_bias(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The bias, and what it and the band hide.
 
     Args:
@@ -39,7 +39,7 @@ def look(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[Tensor
     batch = c.q.shape[0] if any(x is not None for x in lengths) else mask.shape[0]
     heads = mask.shape[1]
     added = mask.new_empty((batch, heads, q_len, kv_len), dtype=dtype)
-    blind = mask.new_empty((batch, heads, q_len, 1), dtype=torch.int8)
+    fully_masked = mask.new_empty((batch, heads, q_len, 1), dtype=torch.int8)
     seen = mask.new_zeros((batch, heads, kv_len), dtype=torch.int32)
     far = q_len + kv_len
     left, right = (far if side < 0 else min(side, far) for side in (c.left, c.right))
@@ -47,25 +47,25 @@ def look(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[Tensor
     # Strides known to be multiples of 8 let several keys be read and written at once.
     unit = 8 if step == 1 and not any(stride % 8 for stride in (*outer, kv_len)) else 1
     launch = Launcher(
-        _look,
+        _build_bias,
         (triton.cdiv(q_len, BLOCK_ROWS), heads, batch),
         mask.device,
         (*(stride // unit for stride in outer), step, q_len, kv_len, kv_len // unit, left, right),
         (merge, step == 1, unit, BLOCK_ROWS, BLOCK_KEYS, LOWEST),
         num_warps=4,
     )
-    launch((mask, added, blind, seen, *lengths))
-    return added, blind.view(torch.bool), seen.bool()
+    launch((mask, added, fully_masked, seen, *lengths))
+    return added, fully_masked.view(torch.bool), seen.bool()
 
 
 _INTEGERS = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "q_len", "kv_len", "added_si", "left", "right"]
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def _look(
+def _build_bias(
     mask_ptr,
     added_ptr,  # [B, H, Sq, Skv]
-    blind_ptr,  # int8 [B, H, Sq]
+    fully_masked_ptr,  # int8 [B, H, Sq]
     seen_ptr,  # int32 [B, H, Skv], zeros
     q_lengths_ptr,
     kv_lengths_ptr,
@@ -90,7 +90,7 @@ def _look(
     plane = b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = i < q_len
-    lo, hi = visible(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
+    lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
     mask_ptr += (b.to(tl.int64) * mask_sb + tl.program_id(1).to(tl.int64) * mask_sh) * UNIT
     added_ptr += plane * q_len * added_si * UNIT
     row = i.to(tl.int64)[:, None]
@@ -118,4 +118,4 @@ def _look(
         shown = tl.maximum(shown, tl.max((inside & (bias != float("-inf"))).to(tl.int32), 1))
         found = tl.max(let_through.to(tl.int32), 0)
         tl.atomic_max(seen_ptr + plane * kv_len + j, found, mask=(found > 0) & (j < kv_len), sem="relaxed")
-    tl.store(blind_ptr + plane * q_len + i, (1 - shown).to(tl.int8), mask=valid)
+    tl.store(fully_masked_ptr + plane * q_len + i, (1 - shown).to(tl.int8), mask=valid)

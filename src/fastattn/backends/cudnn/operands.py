@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ... import masks
 from ...call import Call, Problem
-from ...shape_cache import remembered
+from ...shape_cache import cached
 from ..triton.launcher import native
 from .graphs import Operand
 
 
-def exact(role: str, x: Tensor) -> Operand:
+def static_operand(role: str, x: Tensor) -> Operand:
     """A tensor whose shape and strides are baked into the plan. Strides of dims of size 1 mean nothing: one value."""
     strides = [x.shape[3] if size == 1 else stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
     return Operand(role, tuple(x.shape), (*strides, 1), x.dtype)
@@ -26,14 +26,14 @@ def packed(role: str, dims: tuple[int, int, int, int], dtype: torch.dtype) -> Op
     return Operand(role, dims, (b * c * d, c * d, d, 1), dtype)
 
 
-@remembered(4096, "scales")
+@cached(4096, "scales")
 def scale_operand(value: float) -> Tensor:
     """The scale as cuDNN reads it when a plan is launched: one float32 on the host."""
     return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cpu")
 
 
 def needs_bias(p: Problem) -> bool:
-    """True when what masks can only be said by a tensor added to the scores (causal, window and lengths cannot)."""
+    """True when the mask has to be a bias, which is added to the scores: a band or lengths cannot express it."""
     if p.dense_mask:
         return True
     # One interval for all rows of a batch entry is an offset and a length, unless a band is aligned to what it cuts.
@@ -52,7 +52,7 @@ class Masked(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    blind: Tensor  #: queries that the bias shows nothing, bool `[B|1, Hq|1, Sq|1, 1]`
+    fully_masked: Tensor  #: queries that the bias shows nothing, bool `[B|1, Hq|1, Sq|1, 1]`
 
 
 def masked(p: Problem, c: Call, whole: bool) -> Masked:
@@ -66,19 +66,19 @@ def masked(p: Problem, c: Call, whole: bool) -> Masked:
     dtype = mask.dtype if mask is not None and p.mask == "additive" else p.dtype
     whole_mask = mask is not None and mask.shape[2:] == (p.q_len, p.kv_len)
     if mask is not None and whole_mask and dtype != torch.float64 and native(c.q.device.type):
-        from .bias_kernel import look
+        from .bias_kernel import build_bias
 
-        added, blind, seen = look(c, mask, dtype, merge)
+        added, fully_masked, seen = build_bias(c, mask, dtype, merge)
         unseen: Tensor | None = masks.unseen_by_all(seen, p.kv_heads)
     else:
         added = _bias(p, c, None if merge else mask, dtype, whole)
-        blind = (added == -torch.inf).all(-1, keepdim=True)
+        fully_masked = (added == -torch.inf).all(-1, keepdim=True)
         unseen = masks.unseen_keys(c)
     # One pass, where masked_fill copies first. (Not for everybody in `masks.clear`: of the layouts that come of it
     # torch's own attention made wrong gradients in three cases of the tests' grid on an H100.)
     zero = c.q.new_zeros(())
     k, v = (c.k, c.v) if unseen is None else (torch.where(unseen, zero, x) for x in (c.k, c.v))
-    return Masked(added, torch.where(blind, zero, c.q), k, v, blind)
+    return Masked(added, torch.where(fully_masked, zero, c.q), k, v, fully_masked)
 
 
 def _unexpanded(p: Problem, mask: Tensor | None) -> Tensor | None:

@@ -88,7 +88,7 @@ class Plan:
             return
         disk.store(self.key, payload)
 
-    def run(self, operands: dict[str, Tensor]) -> None:
+    def execute(self, operands: dict[str, Tensor]) -> None:
         """Launches the plan on torch's current stream. operands: a tensor for each role of the key."""
         if debug.ENABLED:
             self._check(operands)
@@ -98,19 +98,19 @@ class Plan:
                 workspace = scratch(self._device, self.workspace)
                 self.graph.execute(by_id, workspace, handle=runtime.context(self.key.device).handle)
             return
-        self._run([operands[role].data_ptr() for role in self._roles])
+        self._execute([operands[role].data_ptr() for role in self._roles])
 
-    def _run(self, addresses: list[int]) -> None:
+    def _execute(self, addresses: list[int]) -> None:
         if torch_internals.current_device() != self.key.device:  # cuDNN launches on the current one
             with torch.cuda.device(self.key.device):
-                return self._run(addresses)
+                return self._execute(addresses)
         workspace = scratch(self._device, self.workspace)
         context = runtime.context(self.key.device)
         self._pack.pack_into(context.pointers, 0, *addresses)
         self._launch(context.address, workspace.data_ptr(), context.handle)
 
     def _check(self, operands: dict[str, Tensor]) -> None:
-        """That what is run is what the plan was built for: cuDNN itself would not notice."""
+        """That what is executed is what the plan was built for: cuDNN itself would not notice."""
         for operand in self.key.operands:
             x = operands[operand.role]
             text = f"{operand.role}: {tuple(x.shape)} {x.stride()} {x.dtype} for a plan of {operand}"

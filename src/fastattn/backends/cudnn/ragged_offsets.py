@@ -1,4 +1,4 @@
-"""Where the tensors of an any-length plan lie: offsets and lengths, computed on the device by one small kernel.
+"""Ragged offsets and lengths of the tensors of a dynamic plan, computed on the device by one small kernel.
 
 The plan sees `rows` ragged entries, one per batch entry and folded head, each with its own offset into every tensor
 and its own number of queries and keys. With the heads folded into the batch, the token stride (and, when a group of
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._compat import torch as torch_internals
 from ...call import Call, Problem
-from ...shape_cache import Memo
+from ...shape_cache import Reason, shape_cache
 from ..scratch import may_keep
 from ..triton.launcher import Launcher
 from .graphs import KEY_SIDE, RAGGED
@@ -24,16 +24,19 @@ MOST_KEPT = 1 << 14  #: calls and streams of which offsets are kept
 MOST_BYTES = 32 << 20  #: that they take on all GPUs together
 
 
-def _bytes(places: dict[str, Tensor]) -> int:
-    storages = [x.untyped_storage() for x in places.values()]  # views, of two allocations
+def _bytes(offsets: dict[str, Tensor]) -> int:
+    storages = [x.untyped_storage() for x in offsets.values()]  # views, of two allocations
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-_kept: Memo[tuple[int, int], dict[str, Tensor]] = Memo(MOST_KEPT, "offsets", _bytes, MOST_BYTES)
+#: By the number of a `RaggedOffsets` and the stream; those of kernels that are dropped go with them.
+_kept = shape_cache.section(
+    "offsets", MOST_KEPT, weigh=_bytes, max_bytes=MOST_BYTES, dropped_for=[Reason.BACKEND_REFUSED]
+)
 _numbers = count()
 
 
-class Places:
+class RaggedOffsets:
     """Offsets and lengths for calls of one problem and one set of strides; where nothing in them is data, made once."""
 
     __slots__ = ("_fold", "_number", "_rows", "_static")
@@ -45,21 +48,21 @@ class Places:
         self._number = next(_numbers)
 
     def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
-        """See `places`."""
+        """See `ragged_offsets`."""
         if not (self._static and may_keep()):
-            return places(tensors, self._rows, self._fold, c)
+            return ragged_offsets(tensors, self._rows, self._fold, c)
         # By stream: what one computed, another may not read unordered.
         name = self._number, torch_internals.raw_stream(c.q.device.index)
         found = _kept.get(name)
         if found is None:
             # Triton takes 0.3 s to import: a process's first call does without.
-            make = places if "triton" in sys.modules else places_from_host
+            make = ragged_offsets if "triton" in sys.modules else ragged_offsets_from_host
             found = _kept[name] = make(tensors, self._rows, self._fold, c)
         return found
 
 
-def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
-    """Offsets (elements, int64 `[rows + 1,1,1,1]`) and lengths (int32 `[rows,1,1,1]`) of an any-length call.
+def ragged_offsets(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+    """Offsets (elements, int64 `[rows + 1,1,1,1]`) and lengths (int32 `[rows,1,1,1]`) of a call with a dynamic plan.
 
     tensors: by role (those of `RAGGED` that take part), each `[B,H,S,D]`, the statistics `[B,H,S]`; q and k must be
         there.
@@ -86,11 +89,11 @@ def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[st
     )
     interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
     count = batch if segments is None else segments.shape[1]
-    from .ragged_offsets_kernel import places_kernel
+    from .ragged_offsets_kernel import ragged_offsets_kernel
 
     block = 128
     launch = Launcher(
-        places_kernel,
+        ragged_offsets_kernel,
         (-(-(rows + 1) // block),),
         q.device,
         (rows, fold, fold // kv_heads, count, batch, q_len, kv_len, interval_stride, *strides),
@@ -107,7 +110,7 @@ def places(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[st
     return _named(tensors, offsets, lengths)
 
 
-def places_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+def ragged_offsets_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
     """The same for a call without lengths, Intervals or segments, computed by the host."""
     q, k = tensors["q"], tensors["k"]
     batch, q_heads, q_len, _ = q.shape

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=list(range(7, 15 + 3 * 9)))
-def places_kernel(  # type: ignore[no-untyped-def]
+def ragged_offsets_kernel(  # type: ignore[no-untyped-def]
     offsets, lengths, q_lengths, kv_lengths, lo, hi, segments,
     rows, fold, kv_group, count, batch, q_len, kv_len, interval_stride,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,

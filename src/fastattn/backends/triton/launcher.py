@@ -20,12 +20,12 @@ from torch import Tensor
 from ..._compat import torch as torch_internals
 from ..._compat import triton as triton_internals
 from ...config import is_on, setting
-from ...shape_cache import Memo
+from ...shape_cache import shape_cache
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
 _INSTALL = "triton is not installed: pip install fastattn[cuda]"
-_compiled: Memo[Any, Any] = Memo(1 << 12, "launches")
+_compiled = shape_cache.section("launches", 1 << 12)
 _INT32 = 1 << 31
 _TRITONS_ON = ("1", "true", "yes", "on", "y")  #: what Triton takes for on; all else is off to it
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it

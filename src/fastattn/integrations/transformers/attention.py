@@ -14,9 +14,10 @@ from torch import Tensor
 from ... import masks
 from ..._compat.hf import ALL_ATTENTION_FUNCTIONS
 from ..._compat.transformers import PAGED_ARGUMENTS
-from ...api import Mask, prepare, scaled_dot_product_attention
+from ...api import scaled_dot_product_attention
 from ...common.notice import warn_once
 from ...masks import Intervals
+from ...validation import Arguments, Mask, validated
 from ...varlen import varlen_attention
 from .lazy_mask import Band, CausalSegments, LazyMask, LiveKeys, capturing, compact_of, dense_intervals
 from .mask import asks_for_masks
@@ -260,7 +261,7 @@ def _with_dropout(
     square = right < 0 or query.shape[2] == key.shape[2]
     if found.mask is None and left < 0 and right <= 0 and square:
         return sdpa(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=right == 0)[0]
-    call = prepare(query, key, value, mask=found.mask, window=found.window)
+    call = validated(Arguments(query, key, value, found.mask, window=found.window))
     seen = masks.visibility(call)
     assert seen is not None
     blind = ~seen.any(-1, keepdim=True)  # torch leaves open what such rows give

@@ -11,16 +11,19 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
+
+from prepared import prepared
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from fastattn.api import prepare
-from fastattn.backends.triton.decode import combine, kernel
+from fastattn.backends.triton.decode import combine, forward, kernel
 from fastattn.backends.triton.decode import launch_config as launch
-from fastattn.backends.triton.decode import runner as bound
 from fastattn.call import Problem
 from fastattn.masks import Intervals
 
@@ -90,11 +93,11 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
 def main(major: int, minor: int) -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
     recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
-    bound.attend_kernel, bound.combine_kernel = recorders
+    forward.attend_kernel, forward.combine_kernel = recorders
     for name, (q, k, v), options in calls():
-        call = prepare(q, k, v, **options)
+        call = prepared(q, k, v, **options)
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
-        bound.bind(problem, call, launch.choose(problem, 132))(call)
+        forward.DecodeKernel(problem, call, launch.choose(problem, 132)).forward(call)
         for recorder in recorders:
             for compiled in recorder.compile(target):
                 print(json.dumps({"call": name, "kernel": compiled.name, "shared": compiled.metadata.shared}))

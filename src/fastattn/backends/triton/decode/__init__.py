@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from .... import masks
-from ....call import Call, Gradients, Problem
-from ...base import Runner
+from ....call import Call, Problem
+from ...base import Kernel
 from ..launcher import missing
 from . import launch_config as launch
 
@@ -16,7 +14,7 @@ HEAD_DIMS = range(8, 257, 8)  #: of q, k and of v
 
 
 class DecodeBackend:
-    """See `kernel.py` and `bound.py`. triton is imported with the first call that it serves."""
+    """See `kernel.py` and `forward.py`. triton is imported with the first call that it serves."""
 
     name = "decode"
     reads_lse = False
@@ -42,15 +40,7 @@ class DecodeBackend:
                 why.append(f"{name} dim {dim} is not a multiple of 8 up to {HEAD_DIMS[-1]}")
         return why
 
-    def bind(self, problem: Problem, call: Call) -> Runner:
-        from .runner import bind
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        from .forward import bind
 
-        if call.segments is not None:
-            run = self.bind(*masks.as_intervals(problem, call))
-            return lambda call: run(masks.as_intervals(problem, call)[1])
-        return bind(problem, call, launch.choose(problem, launch.sm_count(problem.index)))
-
-    def backward(
-        self, problem: Problem, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
-        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+        return bind(problem, call)

@@ -16,42 +16,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..masking import tanh, visible_keys
+
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
-# because the strides of q, k, v come in units of 8 elements (see `bound.py`).
+# because the strides of q, k, v come in units of 8 elements (see `forward.py`).
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "interval_sb", "interval_si"]
 _INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right"]
-
-
-@triton.jit
-def _tanh(x):
-    """Triton has none that its interpreter knows. Near 0, where the closed form cancels, Taylor's series."""
-    square = x * x
-    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp(-2 * tl.abs(x))
-    far = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def visible(
-    b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
-):
-    """The keys `[lo, hi)` that band, lengths and Intervals let row i see; hi <= lo: none. Equals `masks.bounds`."""
-    end = kv_len
-    if kv_lengths_ptr is not None:
-        end = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
-    queries = q_len
-    if q_lengths_ptr is not None:
-        queries = tl.minimum(tl.maximum(tl.load(q_lengths_ptr + b), 0), q_len)
-    position = i + (end - queries)
-    lo = tl.maximum(position - left, 0)
-    hi = tl.minimum(position + right + 1, end)
-    if lo_ptr is not None:
-        at = b.to(tl.int64) * interval_sb + i.to(tl.int64) * interval_si
-        lo = tl.maximum(lo, tl.load(lo_ptr + at, mask=valid, other=0))
-        hi = tl.minimum(hi, tl.load(hi_ptr + at, mask=valid, other=0))
-    return lo, tl.where(valid & (i < queries), hi, 0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -118,7 +89,7 @@ def attend_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
 
-    lo, hi = visible(
+    lo, hi = visible_keys(
         b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
     )
     first = tl.min(tl.where(hi > lo, lo, kv_len), 0)
@@ -154,7 +125,7 @@ def attend_kernel(
         k = tl.load(k_ptr + (j64 * k_sj * UNIT)[None, :] + d[:, None], mask=k_mask, other=0.0)
         s = tl.dot(q, k, input_precision=PRECISION) * scale
         if softcap is not None:
-            s = softcap * _tanh(s / softcap)
+            s = softcap * tanh(s / softcap)
         seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if mask_ptr is not None:
             bias = tl.load(mask_ptr + mask_at[:, None] + (j64 * mask_sj)[None, :], mask=seen, other=0)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ....call import Problem
-from ....shape_cache import remembered
+from ....shape_cache import cached
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
 #: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
@@ -68,7 +68,7 @@ def rows(problem: Problem) -> int:
     return problem.q_len * problem.group
 
 
-@remembered(1 << 12, "launches")
+@cached(1 << 12, "launches")
 def choose(problem: Problem, sm_count: int) -> Launch:
     """The launch for a problem on a GPU with that many streaming multiprocessors."""
     p = problem

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ....shape_cache import Memo
+from ....shape_cache import shape_cache
 from ...layout import Output, copied
 from ..cuda_driver import Description, Function, describe, make_current
 from ..launcher import has_triton
@@ -94,7 +94,7 @@ def readable(x: Tensor) -> bool:
 
 
 #: Of readable tensors only: one that was seen before costs one look.
-_descriptions: Memo[Any, Description] = Memo(1 << 12, "tensor descriptions")
+_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
 
 
 def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:

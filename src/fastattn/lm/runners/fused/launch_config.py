@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....shape_cache import remembered
+from ....shape_cache import cached
 
 MANY_TOKENS = 64  #: from this number on tokens fill a GPU however they are distributed over programs
 
@@ -20,7 +20,7 @@ class Launch:
     warps: int
 
 
-@remembered(1 << 10, "launches")
+@cached(1 << 10, "launches")
 def choose_launch(n: int, k: int, gated: bool, dtype: torch.dtype) -> Launch:
     """The launch configuration for a vector `[K]` and a weight `[N, K]`, or `[2 N, K]` if gated.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....backends.triton.launcher import Launcher, native, overlaps
-from ....shape_cache import Memo
+from ....shape_cache import shape_cache
 from .launch_config import MANY_TOKENS, Launch, choose_launch
 
 
@@ -159,7 +159,7 @@ class Rotary:
         values[row, :, index] = new_values[fits].to(values.dtype)
 
 
-_launchers: Memo[Any, Launcher] = Memo(1 << 10, "launches")
+_launchers = shape_cache.section("launches", 1 << 10)
 
 
 def _launcher(

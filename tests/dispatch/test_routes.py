@@ -15,25 +15,23 @@ import pytest
 import torch
 from cases import FP32, make
 from features import FEATURES
+from prepared import prepared
 
 import fastattn
-from fastattn import api
 from fastattn.call import Problem
 from fastattn.common import notice
-from fastattn.dispatch import routing as dispatch
+from fastattn.dispatch import registry, routes, serve
 
 NAMES = ("decode", "cudnn", "torch", "reference")
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     """No settings of the machine's, no counts and warnings of other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(notice, "_given", set())
-    monkeypatch.setattr(dispatch, "_routes", {})
-    monkeypatch.setattr(dispatch, "fast_path", {})
-    monkeypatch.setattr(dispatch, "_calls", type(dispatch._calls)())
+    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
 
 
 @dataclasses.dataclass
@@ -53,7 +51,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Fake]]:
 
     def replace(**refusals: list[str]) -> dict[str, Fake]:
         found = {name: Fake(name, refusals.get(name, [])) for name in NAMES}
-        monkeypatch.setattr(dispatch, "backend", found.__getitem__)
+        monkeypatch.setattr(registry, "backend", found.__getitem__)
         return found
 
     return replace
@@ -64,20 +62,20 @@ def qkv() -> tuple[torch.Tensor, ...]:
 
 
 def problem(device: str = "cuda", **arguments: Any) -> Problem:
-    return dataclasses.replace(Problem.of(api.prepare(*qkv(), **arguments)), device=device)
+    return dataclasses.replace(Problem.of(prepared(*qkv(), **arguments)), device=device)
 
 
 def test_the_first_without_a_reason_serves(fakes: Any) -> None:
     fakes(decode=["too many queries"])
-    assert dispatch.select(problem(), NAMES).name == "cudnn"
-    assert dispatch.select(problem(), ("torch", "cudnn")).name == "torch"
-    assert dispatch.reasons(problem()) == {"decode": ["too many queries"], "cudnn": [], "torch": [], "reference": []}
+    assert routes.select(problem(), NAMES).name == "cudnn"
+    assert routes.select(problem(), ("torch", "cudnn")).name == "torch"
+    assert routes.reasons(problem()) == {"decode": ["too many queries"], "cudnn": [], "torch": [], "reference": []}
 
 
 def test_backend_error_lists_every_refusal(fakes: Any) -> None:
     fakes(decode=["too many queries"], cudnn=["no GPU", "softcap"], torch=["softcap"])
     with pytest.raises(fastattn.BackendError) as error:
-        dispatch.select(problem(), NAMES[:3])
+        routes.select(problem(), NAMES[:3])
     assert str(error.value).splitlines()[1:] == [
         "  decode: too many queries",
         "  cudnn: no GPU; softcap",
@@ -132,7 +130,7 @@ def test_cudnn_switched_off_is_not_even_asked(fakes: Any, monkeypatch: pytest.Mo
     found = fakes(decode=["no"])
     monkeypatch.setenv("FASTATTN_CUDNN", "0")
     monkeypatch.setattr(found["cudnn"], "reasons", lambda problem: pytest.fail("asked"), raising=False)
-    assert dispatch.select(problem(), dispatch.allowed()).name == "torch"
+    assert routes.select(problem(), registry.allowed()).name == "torch"
 
 
 def test_warns_once_for_each_reason(fakes: Any) -> None:
@@ -140,14 +138,14 @@ def test_warns_once_for_each_reason(fakes: Any) -> None:
     with pytest.warns(
         fastattn.FastattnWarning, match=r"reference.*decode: a; cudnn: b; torch: softcap.*fastattn doctor"
     ):
-        assert dispatch.select(problem(), NAMES).name == "reference"
+        assert routes.select(problem(), NAMES).name == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
-            dispatch.select(problem(scale=0.5), NAMES)  # the same reasons, another call
+            routes.select(problem(scale=0.5), NAMES)  # the same reasons, another call
     found["torch"].why = ["sinks"]
     with pytest.warns(fastattn.FastattnWarning, match="torch: sinks"):
-        dispatch.select(problem(), NAMES)
+        routes.select(problem(), NAMES)
 
 
 def test_warns_once_from_many_threads(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +153,7 @@ def test_warns_once_from_many_threads(fakes: Any, monkeypatch: pytest.MonkeyPatc
     said: list[str] = []
     monkeypatch.setattr(notice.warnings, "warn", lambda text, *_, **__: said.append(text))
     cuda = problem()
-    threads = [threading.Thread(target=dispatch.select, args=(cuda, NAMES)) for _ in range(8)]
+    threads = [threading.Thread(target=routes.select, args=(cuda, NAMES)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -171,7 +169,7 @@ def test_does_not_warn(quiet: str, fakes: Any) -> None:
         p = dataclasses.replace(p, kv_len=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.select(p, NAMES)
+        routes.select(p, NAMES)
 
 
 def test_stats_count_forward_and_backward() -> None:
@@ -205,13 +203,13 @@ def test_routes_are_remembered_for_the_right_problem() -> None:
     for case in FEATURES.values():
         for changed in (case, case.but(dtype=FP32), case.but(return_lse=True), case.but(grads="q")):
             inputs = make(changed)
-            calls.append(api.prepare(inputs.q, inputs.k, inputs.v, **inputs.options))
+            calls.append(prepared(inputs.q, inputs.k, inputs.v, **inputs.options))
     for _ in range(2):
         for call in calls:
             for names in (NAMES, ("reference",)):
-                found, backend = dispatch.route(call, names)[:2]
+                found, backend = routes.route(call, names)[:2]
                 assert found == Problem.of(call)
-                assert backend.name == dispatch.select(found, names).name
+                assert backend.name == routes.select(found, names).name
         calls.reverse()
 
 
@@ -219,8 +217,8 @@ def test_a_problem_says_nothing_about_data() -> None:
     """Strides, scale and lengths are no part of it: two calls that differ in them are the same problem."""
     q, k, v = qkv()
     lengths = torch.tensor([3], dtype=torch.int32)
-    a = Problem.of(api.prepare(q, k, v, scale=0.3, kv_lengths=lengths))
-    b = Problem.of(api.prepare(q.mT.contiguous().mT, k, v, scale=0.7, kv_lengths=lengths + 1))
+    a = Problem.of(prepared(q, k, v, scale=0.3, kv_lengths=lengths))
+    b = Problem.of(prepared(q.mT.contiguous().mT, k, v, scale=0.7, kv_lengths=lengths + 1))
     assert a == b
     assert hash(a) == hash(b)
 
@@ -230,5 +228,5 @@ def test_a_problem_knows_whether_shapes_leave_a_row_without_keys() -> None:
     for q_len, kv_len, left, right in itertools.product((1, 2, 4), (0, 1, 3, 4), (-1, 0, 2), (-1, 0, 1, 3)):
         q, k = torch.zeros(1, 1, q_len, 2), torch.zeros(1, 1, kv_len, 2)
         seen = naive.visible(q, k, window=(left, right))
-        found = Problem.of(api.prepare(q, k, k, window=(left, right)))
+        found = Problem.of(prepared(q, k, k, window=(left, right)))
         assert found.may_have_empty_rows == bool((~seen.any(-1)).any()), found

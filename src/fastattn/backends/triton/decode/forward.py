@@ -1,4 +1,4 @@
-"""The decode kernel bound to one kind of call: how it is launched, and what has to be copied for it to be read."""
+"""The decode kernel bound to one kind of call: what is launched, and what has to be copied for it to be read."""
 
 from __future__ import annotations
 
@@ -8,35 +8,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....call import Call, Problem
-from ...base import Runner
+from .... import masks
+from ....call import Call, Gradients, Problem
+from ...base import Kernel
 from ...layout import Output
 from ...scratch import scratch
 from ..launcher import Launcher, overlaps
 from .combine import combine_kernel
 from .kernel import attend_kernel
-from .launch_config import MAX_SPLITS, Launch, rows
+from .launch_config import MAX_SPLITS, Launch, choose, rows, sm_count
 
 
-def bind(problem: Problem, call: Call, launch: Launch) -> Runner:
+def bind(problem: Problem, call: Call) -> Kernel:
     """See `Backend.bind`."""
-    plain, p = _plain(problem, call)
-    if plain is call:
-        return _Bound(p, call, launch)
-
-    def run(call: Call) -> tuple[Tensor, Tensor | None]:
-        plain, p = _plain(problem, call)
-        out, lse = _Bound(p, plain, launch)(plain)
-        return out.to(problem.dtype), lse
-
-    return run
+    if call.segments is not None:
+        return _WithSegments(problem, call)
+    readable, p = _readable(problem, call)
+    if readable is call:
+        return DecodeKernel(p, call, choose(problem, sm_count(problem.index)))
+    return _WithCopies(problem)
 
 
-def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
+class _Forward:
+    """A kernel without a backward."""
+
+    __slots__ = ()
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+
+
+class _WithSegments(_Forward):
+    """Calls with segments: the kernel takes Intervals."""
+
+    __slots__ = ("_kernel", "_problem")
+
+    def __init__(self, p: Problem, call: Call) -> None:
+        self._problem = p
+        self._kernel = bind(*masks.as_intervals(p, call))
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self._kernel.forward(masks.as_intervals(self._problem, call)[1])
+
+
+class _WithCopies(_Forward):
+    """Calls with tensors that the kernel cannot read where they are."""
+
+    __slots__ = ("_problem",)
+
+    def __init__(self, p: Problem) -> None:
+        self._problem = p
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        readable, p = _readable(self._problem, call)
+        kernel = DecodeKernel(p, readable, choose(self._problem, sm_count(p.index)))
+        out, lse = kernel.forward(readable)
+        return out.to(self._problem.dtype), lse
+
+
+def _readable(p: Problem, call: Call) -> tuple[Call, Problem]:
     """The call, what the kernel cannot read in place copied; the same object if there is no such thing."""
     if p.device == "cpu" and p.dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
-        q, k, v = (x.float() for x in call[:3])
-        return _plain(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
+        q, k, v = (x.float() for x in (call.q, call.k, call.v))
+        return _readable(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
     changed: dict[str, Any] = {}
     for name in ("q", "k", "v"):
         x = getattr(call, name)
@@ -51,8 +85,8 @@ def _plain(p: Problem, call: Call) -> tuple[Call, Problem]:
     return call._replace(**changed) if changed else call, p
 
 
-class _Bound:
-    """The kernels bound to one problem and one set of strides."""
+class DecodeKernel(_Forward):
+    """The two kernels, bound to one problem and one set of strides."""
 
     __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap")
 
@@ -95,13 +129,13 @@ class _Bound:
             num_warps=4,
         )
 
-    def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, call.q
         out = self._output(q)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
         self._attend[_precision(p.dtype)](
-            (q, call.k, call.v, out, lse, parts, *call[3:9]),
+            (q, call.k, call.v, out, lse, parts, *_masking(call)),
             (call.scale, self._softcap),
         )
         if parts is not None:
@@ -109,9 +143,14 @@ class _Bound:
         return out, lse
 
 
+def _masking(call: Call) -> tuple[Tensor | None, ...]:
+    """What masks, in the order of the kernel's arguments."""
+    return call.mask, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
+
+
 def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel's integers and constants."""
-    flat = [stride for x in call[:3] for stride in x.stride()[:3]]
+    flat = [stride for x in (call.q, call.k, call.v) for stride in x.stride()[:3]]
     # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
     unit = 1 if any(stride % 8 for stride in flat) else 8
     far = p.q_len + p.kv_len  # as good as open, and no position overflows by it

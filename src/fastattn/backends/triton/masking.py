@@ -1,0 +1,37 @@
+"""What Triton kernels share: which keys a row sees, and the soft cap of its scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Triton has none that its interpreter knows. Near 0, where the closed form cancels, Taylor's series."""
+    square = x * x
+    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    decay = tl.exp(-2 * tl.abs(x))
+    far = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def visible_keys(
+    b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
+):
+    """The keys `[lo, hi)` that band, lengths and Intervals let row i see; hi <= lo: none. Equals `masks.bounds`."""
+    end = kv_len
+    if kv_lengths_ptr is not None:
+        end = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
+    queries = q_len
+    if q_lengths_ptr is not None:
+        queries = tl.minimum(tl.maximum(tl.load(q_lengths_ptr + b), 0), q_len)
+    position = i + (end - queries)
+    lo = tl.maximum(position - left, 0)
+    hi = tl.minimum(position + right + 1, end)
+    if lo_ptr is not None:
+        at = b.to(tl.int64) * interval_sb + i.to(tl.int64) * interval_si
+        lo = tl.maximum(lo, tl.load(lo_ptr + at, mask=valid, other=0))
+        hi = tl.minimum(hi, tl.load(hi_ptr + at, mask=valid, other=0))
+    return lo, tl.where(valid & (i < queries), hi, 0)

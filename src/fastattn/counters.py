@@ -1,0 +1,30 @@
+"""What has happened in this process, and how to start over: `stats`, `clear_plans`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .shape_cache import shape_cache
+
+
+def stats() -> dict[str, Any]:
+    """Counters of this process.
+
+    Returns a dict:
+        "calls": forward calls served, by backend, and backward calls as "<backend>.backward".
+        "plans": the cuDNN plans: held now, built while a caller waited and in the background (numbers and
+            milliseconds), read from disk, evicted; see `backends.cudnn.plan_cache.PlanCache.stats`.
+        "cache": everything cached per shape or kind of call: "entries" and "bytes" of device memory, "drops" by
+            reason, and "sections", each with its entries, bytes and bounds.
+    """
+    from .backends.cudnn.plans import shared
+    from .dispatch.serve import calls_served
+
+    return {"calls": calls_served(), "plans": shared.stats(), "cache": shape_cache.stats()}
+
+
+def clear_plans() -> None:
+    """Drops every cuDNN plan of this process, and everything else that is cached per shape or kind of call
+    (`stats()["cache"]`): routes, launches, offsets and scratch memory on the GPU, refusals of backends. The next calls
+    make it again. Counters go on."""
+    shape_cache.clear()

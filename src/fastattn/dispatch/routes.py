@@ -1,0 +1,107 @@
+"""Which backend serves a call, and why not the others."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..backends.base import Backend, Kernel
+from ..call import CALL, Call, Problem
+from ..common.notice import warn_once
+from ..shape_cache import Reason, shape_cache
+from . import registry
+from .refusals import late_refusal
+from .registry import BackendError
+
+_routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED])
+
+
+class Route(NamedTuple):
+    """Where all calls of one kind go."""
+
+    problem: Problem
+    backend: Backend
+    kernel: Kernel
+    #: 0: no backend that would take the problem was passed over; else one was, for a late refusal, and this is when it
+    #: is asked again (by time.monotonic()), inf for never.
+    until: float = 0.0
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be cached."""
+        return self.until in (0.0, math.inf)
+
+
+def route(call: Call, names: tuple[str, ...]) -> Route:
+    """The route of a call over the named backends. Raises BackendError with every refusal."""
+    # The kind is everything that Problem.of and Backend.bind read; these two and the backends' reasons take ten times
+    # as long as the look-up.
+    key = CALL.kind(call), names
+    found: Route | None = _routes.get(key)
+    if found is None:
+        problem = Problem.of(call)
+        chosen, until = _select(problem, names)
+        found = Route(problem, chosen, chosen.bind(problem, call), until)
+        if found.lasts:
+            _routes[key] = found
+    return found
+
+
+def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
+    return {name: _reasons(name, problem) for name in (registry.allowed() if names is None else names)}
+
+
+def select(problem: Problem, names: Sequence[str]) -> Backend:
+    """The first backend of the list that can serve the problem. Raises BackendError with every refusal."""
+    return _select(problem, names)[0]
+
+
+def nobody(refusals: dict[str, list[str]]) -> BackendError:
+    """The error for a call that every allowed backend refuses."""
+    if not refusals:
+        return BackendError(
+            "no backend is allowed: FASTATTN_BACKENDS names cudnn alone and FASTATTN_CUDNN=0 forbids it"
+        )
+    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in refusals.items())
+    return BackendError(f"no allowed backend can serve this call:\n{listed}")
+
+
+def _reasons(name: str, problem: Problem) -> list[str]:
+    """What a backend refuses by itself, and what it refused when it was called."""
+    late = late_refusal(name, problem)
+    return [*registry.backend(name).reasons(problem), *([late.why] if late else [])]
+
+
+def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
+    """The same as `select`, and until when the choice holds: see `Route.until`."""
+    refusals: dict[str, list[str]] = {}
+    until, waiting = 0.0, None
+    for name in names:
+        why = registry.backend(name).reasons(problem)
+        late = None if why else late_refusal(name, problem)
+        if not why and late is None:
+            if name == "reference" and problem.device == "cuda" and not problem.empty:
+                _warn_slow(refusals)
+            return registry.backend(name), until
+        if late is not None:
+            why = [late.why]
+            until = min(until or math.inf, late.until)
+            waiting = waiting or (name if late.until < math.inf else None)
+        refusals[name] = why
+    if waiting is not None:  # nobody else is left: it may go well now
+        return registry.backend(waiting), time.monotonic()
+    raise nobody(refusals)
+
+
+def _warn_slow(refusals: dict[str, list[str]]) -> None:
+    text = "; ".join(f"{name}: {', '.join(why)}" for name, why in refusals.items())
+    warn_once(
+        f"fastattn: a CUDA call runs on the exact but slow reference ({text or 'it was asked for'}). "
+        "Run `fastattn doctor` to see what this machine lacks, and fastattn.explain(...) with the call's arguments "
+        "to see what would have to change in the call.",
+        kind=re.sub(r"\d+", "#", text),  # the same reason for other shapes is the same reason
+    )

@@ -1,0 +1,144 @@
+"""Runs a call on the backend of its route; where that one cannot, on another one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import debug
+from ..backends.base import OutOfMemory, Setback
+from ..backends.errors import failure_of, give_back
+from ..call import Call, Gradients, Problem
+from ..common.forks import after_fork, renew_lock
+from .refusals import record
+from .registry import BackendError
+from .routes import Route, nobody, reasons, route
+
+_calls: Counter[str] = Counter()
+_lock = threading.Lock()
+after_fork(sys.modules[__name__], renew_lock)
+
+
+class Served(NamedTuple):
+    """A forward, and the route by which it was served."""
+
+    out: Tensor
+    lse: Tensor | None
+    route: Route
+
+
+def forward(call: Call, names: tuple[str, ...]) -> Served:
+    """The forward of a call on the first of the named backends that can.
+
+    Raises BackendError when none is left, but torch.OutOfMemoryError where that is for want of memory.
+    """
+    attempts = Attempts(call, names)
+    if debug.ENABLED:
+        debug.check_call(call)
+    while True:
+        found = attempts.route()
+        try:
+            out, lse = found.kernel.forward(call)
+        except Exception as error:
+            attempts.failed(found, error)
+            continue
+        if debug.ENABLED:
+            debug.check_result(call, found.backend.name, out, lse)
+        count(found.backend.name)
+        return Served(out, lse, found)
+
+
+def backward(
+    call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> Gradients:
+    """The backward of a call on the first of the named backends that can, whichever served the forward.
+
+    Raises what `forward` raises.
+    """
+    attempts = Attempts(call, names)
+    while True:
+        found = attempts.route()
+        try:
+            gradients = found.kernel.backward(call, out, lse, grad_out, grad_lse)
+        except Exception as error:
+            attempts.failed(found, error)
+            continue
+        count(f"{found.backend.name}.backward")
+        return gradients
+
+
+class Attempts:
+    """The routes of one call: the next one where a backend turns out not to be able to serve it."""
+
+    __slots__ = ("_call", "_gave_back", "_left", "_names", "_setback")
+
+    def __init__(self, call: Call, names: tuple[str, ...]) -> None:
+        self._call = call
+        self._names = self._left = names
+        self._gave_back = False
+        self._setback: Setback | None = None
+
+    def route(self) -> Route:
+        """Raises BackendError when no backend is left, torch.OutOfMemoryError where that is for want of memory."""
+        setback = self._setback
+        try:
+            found = route(self._call, self._left)
+        except BackendError:
+            if isinstance(setback, OutOfMemory):
+                raise torch.OutOfMemoryError(str(setback)) from setback
+            if setback is not None:
+                raise nobody(reasons(Problem.of(self._call), self._names)) from setback
+            raise
+        if setback is not None:  # the shortened list does not show that a backend was passed over
+            found = found._replace(until=time.monotonic())
+        return found
+
+    def failed(self, found: Route, error: Exception) -> None:
+        """Takes what the backend of a route raised. Raises it again where the backend is not to blame."""
+        device = self._call.q.device
+        failure = failure_of(error, device)
+        if failure is None:
+            raise error
+        if isinstance(failure, OutOfMemory) and not self._gave_back and give_back(device):
+            self._gave_back = True
+            return
+        name = found.backend.name
+        record(name, found.problem, failure)
+        if isinstance(failure, Setback):
+            self._setback, self._left = failure, tuple(other for other in self._left if other != name)
+
+
+def backward_by_lse(call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients | None:
+    """The backward of a call from the rows' output and log-sum-exp over more keys than the call has: a share of the
+    whole. None where the backend of the call's route does not read the log-sum-exp, or cannot serve the call."""
+    found = route(call, names)
+    if not found.backend.reads_lse:
+        return None
+    try:
+        gradients = found.kernel.backward(call, out, lse, grad_out, None)
+    except Exception as error:
+        failure = failure_of(error, call.q.device)
+        if failure is None:
+            raise
+        record(found.backend.name, found.problem, failure)
+        return None
+    count(f"{found.backend.name}.backward")
+    return gradients
+
+
+def count(name: str) -> None:
+    """Counts a call served, for `calls_served`."""
+    with _lock:
+        _calls[name] += 1
+
+
+def calls_served() -> dict[str, int]:
+    """Calls served in this process: forward calls by backend, backward calls as "<backend>.backward"."""
+    with _lock:
+        return dict(_calls)
