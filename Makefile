@@ -103,7 +103,7 @@ support: gpuless ## write docs/support.md anew: what cuDNN says of each kind of 
 	$(PY) tests/gpuless/support_page.py
 
 # Without torch's caching allocator, so that what lies past a tensor is nobody's. A slow tool: some of the tests only.
-SANITIZED := tests/backends/triton/decode/test_decode.py tests/backends/cudnn/test_kernels.py tests/lm/test_fused.py
+SANITIZED := tests/backends/triton/decode/test_decode.py tests/backends/cudnn/test_kernels.py tests/lm/runners/fused/test_runner.py
 SANITIZED_K := cuda and (test_features or test_offsets or test_sinks or full_row)
 TOOLS ?= memcheck racecheck
 sanitize: $(DEV_STAMP) ## the Triton kernels under NVIDIA's compute-sanitizer (needs a GPU)

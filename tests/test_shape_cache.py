@@ -26,18 +26,18 @@ from fastattn.shape_cache import Reason, Section, Size, shape_cache
 KEPT_BY_OTHER_THINGS = {
     # by device
     "fastattn.call._capability",
-    "fastattn.backends.triton.decode.launch_config.sm_count", "fastattn.lm.step._side_stream",
+    "fastattn.backends.triton.decode.launch_config.sm_count", "fastattn.lm.generation.decode_step._side_stream",
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
     "fastattn.bench.peers._flashinfer_memory",
     # by the machine, or by what is installed on it
     "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
     "fastattn.bench.peers._flex",
-    "fastattn._compat.liger.operations", "fastattn._compat.liger._kernels", "fastattn._compat.torch.driver_version",
     "fastattn.integrations.transformers.kv_cache._check_offsets",
+    "fastattn._compat.liger.operations", "fastattn._compat.torch.driver_version",
     "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
     # by the class of a model or a module
-    "fastattn._compat.transformers._cache_argument", "fastattn.lm.fused_ops._is_like",
+    "fastattn._compat.transformers._cache_argument",
     # by the features that a kernel is compiled for
     "fastattn.backends.triton.hopper.launch.function", "fastattn.backends.triton.hopper.launch._processors",
     # by the config, dropped with it

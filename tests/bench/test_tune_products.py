@@ -3,14 +3,14 @@ import torch
 
 from fastattn.bench import tune_products
 from fastattn.bench.tune_products import SHAPES, Shape
-from fastattn.lm.fused.rules import Launch, choose
+from fastattn.lm.runners.fused.launch_config import Launch, choose_launch
 
 
 def test_the_rules_are_among_what_is_tried():
     for shape in SHAPES:
         tried = set(tune_products.launches(shape))
         assert len(tried) > 10
-        assert choose(shape.size, shape.inner, shape.gated, torch.bfloat16) in tried
+        assert choose_launch(shape.size, shape.inner, shape.gated, torch.bfloat16) in tried
 
 
 def test_table():

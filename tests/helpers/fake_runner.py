@@ -6,6 +6,8 @@ Rows start out with garbage, as memory does, so that an engine which does not cl
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,19 @@ class FakeRunner:
             tokens.append(int(self.table[state].argmax()))
             state = (state * 31 + tokens[-1] + 1) % STATES
         return tokens
+
+
+def ragged(count, most=9, vocab_size=61):
+    return [[random.randrange(vocab_size) for _ in range(random.randint(1, most))] for _ in range(count)]
+
+
+def collect(events):
+    """The tokens of each request, and why it ended. Nothing comes after an end."""
+    tokens, reasons = {}, {}
+    for event in events:
+        assert event.request not in reasons
+        tokens.setdefault(event.request, []).append(event.token)
+        if event.finish_reason:
+            reasons[event.request] = event.finish_reason
+    assert tokens.keys() == reasons.keys()
+    return [tokens[i] for i in sorted(tokens)], [reasons[i] for i in sorted(reasons)]

@@ -37,7 +37,7 @@ from transformers import (
 
 import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
 from fastattn.lm import Loaded
-from fastattn.lm.engine import Engine
+from fastattn.lm.generation.engine import Engine
 
 logging.set_verbosity_error()
 

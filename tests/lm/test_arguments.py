@@ -14,9 +14,9 @@ from fake_runner import FakeRunner
 from tiny_models import SIZES, loaded, made
 
 from fastattn.lm import Sampling, batch_generate, make_engine, make_runner, stream_batch, stream_generate
-from fastattn.lm.engine import Engine
-from fastattn.lm.sampling import Chooser, choose
-from fastattn.lm.stream import encode
+from fastattn.lm.generation.engine import Engine
+from fastattn.lm.generation.prompts import encode
+from fastattn.lm.generation.sampling import Chooser, choose
 
 
 class Tokenizer:

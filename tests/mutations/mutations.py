@@ -364,9 +364,9 @@ MUTATIONS = (
     Mutation(
         "a copied function shares its code",
         "_compat/functions.py",
-        'code.replace(co_name=f"{function.__name__}_with_other_globals")',
-        "code",
-        ("tests/lm/test_fused_ops.py", "-k", "other_globals"),
+        'function.__code__.replace(co_name=f"{function.__name__}_with_other_globals")',
+        "function.__code__",
+        ("tests/lm/fused_ops/test_fused_ops.py", "-k", "other_globals"),
     ),
     Mutation(
         "the table promises what cuDNN refuses",

@@ -103,7 +103,7 @@ with join("cpu") as ranks:
     print("said by", ranks.rank)
     if sys.argv[1] == "all" or ranks.rank == 1:
         raise ValueError("ids: broken")
-    ranks.share(ids)
+    ranks.broadcast(ids)
     time.sleep(300)
 """
 
@@ -182,10 +182,10 @@ def ranks_of(store: str) -> Any:
 def agreements(store: str) -> list[Any]:
     ranks = ranks_of(store)
     ids = torch.full((2,), 10 + ranks.rank)
-    ranks.share(ids)
-    told = ranks.told(lambda: ["first", ranks.rank])
-    alike = [ranks.trouble(None), ranks.trouble("all of us"), ranks.trouble(None), told, ids.tolist()]
-    return [alike, ranks.trouble("no room" if ranks.rank else None)]
+    ranks.broadcast(ids)
+    told = ranks.from_first(lambda: ["first", ranks.rank])
+    alike = [ranks.first_failure(None), ranks.first_failure("all of us"), ranks.first_failure(None), told, ids.tolist()]
+    return [alike, ranks.first_failure("no room" if ranks.rank else None)]
 
 
 def test_ranks_agree(tmp_path: Path, two: Processes) -> None:
@@ -195,8 +195,8 @@ def test_ranks_agree(tmp_path: Path, two: Processes) -> None:
 
 def runners_of(folder: str, store: str) -> tuple[str, str, list[int], torch.Tensor]:
     from fastattn.lm import load
-    from fastattn.lm.fused import FusedRunner
-    from fastattn.lm.runners import make_runner
+    from fastattn.lm.runners.fused import FusedRunner
+    from fastattn.lm.runners.select import make_runner
 
     loaded = load(folder, dtype=torch.float32, ranks=ranks_of(store))
     said = ""

@@ -12,7 +12,7 @@ import torch
 
 from .. import stats
 from ..lm import Loaded
-from ..lm.stream import peak_memory as peak_memory
+from ..lm.generation.results import peak_memory as peak_memory
 from .report import Outcome
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from ..lm import Loaded, load, set_attention
-from ..lm.load import check_attention
+from ..lm.loading.attention import check_attention
+from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
-from ..lm.runners import longest as longest_of
 from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
 from .report import KEYS, FreshLength, Report, Result, Trial
 from .ways import STATIC, Way, attention_of, make_way, timed

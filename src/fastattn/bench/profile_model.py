@@ -21,16 +21,16 @@ import torch
 
 from ..cli.arguments import add_trust_remote_code
 from ..lm import Loaded, load, set_attention
-from ..lm.loop import generate_tokens
-from ..lm.runners import make_runner
-from ..lm.step import DecodeStep
+from ..lm.generation.decode_step import DecodeStep
+from ..lm.generation.greedy import generate_tokens
+from ..lm.runners.select import make_runner
 from . import output, results, script
 from .loaded import clock, identity
 from .table import table
 
 #: What a kernel does -> parts of the names of those that do it; the first group that fits counts.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "products": ("row_kernel", "nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas"),
+    "products": ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas"),
     "attention": ("attend_kernel", "combine_kernel", "places_kernel", "sdpa", "flash", "fmha", "cudnn"),
     "norms": ("layer_norm", "rms_norm", "reduce_kernel"),
     "positions and cache": ("rotary_kernel", "catarray", "sin", "cos"),

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     import torch
 
-    from ..lm.load import pick_device
+    from ..lm.loading.device import pick_device
     from .rows import Sweep
 
     report_html.check_outputs(arguments, [arguments.json])

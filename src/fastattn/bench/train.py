@@ -24,8 +24,9 @@ from torch import Tensor
 from .._compat.transformers import enable_checkpointing
 from ..lm import Loaded, load, set_attention
 from ..lm.fused_ops import FusedOps, find_fused_ops
-from ..lm.load import check_attention, pick_device
-from ..lm.runners import longest
+from ..lm.loading.attention import check_attention
+from ..lm.loading.device import pick_device
+from ..lm.loading.loaded import max_length as longest
 from .command import OPTIMIZERS
 from .loaded import check_settings, clock, counted, describe, dtype_text, identity, peak_memory, release
 from .train_report import Report, Result, Step

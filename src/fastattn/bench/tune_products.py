@@ -2,8 +2,9 @@
 
     python -m fastattn.bench.tune_products [--json FILE]
 
-What it finds is what `lm/fused/rules.py` holds as data. The weights are those of Llama-3.1-8B; beside each the time
-that cuBLAS takes for the product alone, without the norm, gate or residual that our kernel does along with it.
+What it finds is what `lm/runners/fused/launch_config.py` holds as data. The weights are those of Llama-3.1-8B; beside
+each the time that cuBLAS takes for the product alone, without the norm, gate or residual that our kernel does along
+with it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..lm.fused import layers, rules
-from ..lm.fused.layers import Product
-from ..lm.fused.rules import Launch
+from ..lm.runners.fused import layers
+from ..lm.runners.fused.launch_config import Launch, choose_launch
+from ..lm.runners.fused.layers import FusedGemm
 from . import script, tuning
 from .table import table
 from .timing import Contender, Timing, race, text_of
@@ -66,7 +67,7 @@ def launches(shape: Shape) -> Iterator[Launch]:
 
 def tune(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Microseconds of cuBLAS, of the rule and of the best launches."""
-    rule = rules.choose(shape.size, shape.inner, shape.gated, DTYPE)
+    rule = choose_launch(shape.size, shape.inner, shape.gated, DTYPE)
     count = max(1, min(8, SET_BYTES // shape.nbytes))
     rows = shape.size * (1 + shape.gated)
     weights = [torch.randn(rows, shape.inner, device=device, dtype=DTYPE) for _ in range(count)]
@@ -98,8 +99,8 @@ def _calls(
 ) -> list[Any]:
     calls = []
     for weight in weights:
-        one = Product(weight, gain=gain, eps=1e-5, gated=shape.gated, add=shape.add)
-        layers.bind(one, launch)
+        one = FusedGemm(weight, gain=gain, eps=1e-5, gated=shape.gated, add=shape.add)
+        layers.set_launch(one, launch)
         calls.append(partial(one, x, out))
     return calls
 

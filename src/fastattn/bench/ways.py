@@ -54,8 +54,8 @@ def make_way(loaded: Loaded, name: str, rows: int, capacity: int, step: int) -> 
 
 class _Engine:
     def __init__(self, loaded: Loaded, rows: int, capacity: int, step: int) -> None:
-        from ..lm.engine import Engine
-        from ..lm.runners import make_runner
+        from ..lm.generation.engine import Engine
+        from ..lm.runners.select import make_runner
 
         runner = make_runner(loaded, rows, capacity, prefill_step=step)
         self.fused_ops: tuple[str, ...] = getattr(runner, "fused_ops", ())

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..lm.sampling import Sampling
+    from ..lm.generation.sampling import Sampling
 
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(arguments, name) for name in names}
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..lm.parallel import join
 
     with join(arguments.device) as ranks:
-        prompts = ranks.told(lambda: _prompts(arguments))  # only one rank has stdin
+        prompts = ranks.from_first(lambda: _prompts(arguments))  # stdin reaches but one of them
         return _generate(arguments, prompts, sampling, ranks)
 
 
@@ -104,7 +104,9 @@ def _generate(
     from transformers import logging
 
     from ..lm import load
-    from ..lm.stream import Meter, encode, stream_batch
+    from ..lm.generation.prompts import encode
+    from ..lm.generation.results import Meter
+    from ..lm.generation.stream import stream_batch
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers draws one while loading, into log files too
@@ -200,7 +202,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 def _check_model(model: str) -> None:
     """Raises ValueError for a preset, before its 8 billion random weights are made."""
-    from ..lm.presets import PRESETS
+    from ..lm.loading.presets import PRESETS
 
     if model in PRESETS and not os.path.isdir(model):
         raise ValueError(

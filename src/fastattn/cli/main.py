@@ -102,7 +102,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     import torch
 
     from .. import Intervals, explain
-    from ..lm.load import pick_device
+    from ..lm.loading.device import pick_device
 
     device = pick_device(arguments.device)
     dtype = getattr(torch, DTYPES[arguments.dtype])

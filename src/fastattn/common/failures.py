@@ -31,6 +31,12 @@ def in_one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text that is not empty; the name of its type if there is none."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def says_memory(text: str) -> bool:
     """True for the message of an error for lack of memory."""
     return bool(_NO_MEMORY.search(text))

@@ -1,11 +1,14 @@
 """Language models: load one (a directory or a preset with random weights), prefill, generate."""
 
-from .engine import Engine, Event, make_engine
-from .load import Loaded, load, set_attention
-from .loop import generate_tokens, prefill
-from .runners import make_runner
-from .sampling import Sampling
-from .stream import Piece, Result, Usage, batch_generate, generate, stream_batch, stream_generate
+from .generation.engine import Engine, Event, make_engine
+from .generation.greedy import generate_tokens, prefill
+from .generation.results import Piece, Result, Usage
+from .generation.sampling import Sampling
+from .generation.stream import batch_generate, generate, stream_batch, stream_generate
+from .loading.attention import set_attention
+from .loading.load import load
+from .loading.loaded import Loaded
+from .runners.select import make_runner
 
 __all__ = [
     "Engine",

@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers. Each raises ValueError that names the argument and what was expected."""
+"""Checks of arguments: each raises ValueError that names the argument and what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """The argument as an int, one of numpy's or torch's included. No bool, no float: 2.5 tokens never come."""
+    """The argument as an int, one of numpy's or torch's included. Bools and floats are refused."""
     if not isinstance(value, bool):
         with suppress(TypeError):
             value = operator.index(value)
@@ -24,7 +24,7 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
 
 
 def check_number(name: str, value: Any, fits: Any, within: str) -> float:
-    """The argument as a float. fits: says whether a float is in the range that `within` describes; NaN never is."""
+    """The argument as a float. fits: whether a float is in the range that `within` describes; NaN is in none."""
     if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
         raise ValueError(f"{name}: expected a number {within}, got {value!r}")
     return float(value)
@@ -41,7 +41,7 @@ def check_ids(name: str, ids: Any) -> list[int]:
     """Token ids as ints: any sequence of whole numbers, or a tensor `[P]` of them."""
     if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
         raise ValueError(f"{name}: expected token ids, got {ids!r:.50}")
-    if hasattr(ids, "tolist"):  # a tensor or an array: one way to the host, not one for each token
+    if hasattr(ids, "tolist"):  # a tensor or an array: one copy to the host instead of one for each token
         ids = ids.tolist()
         if not isinstance(ids, list):
             raise ValueError(f"{name}: expected token ids [tokens], got a single number")
@@ -52,7 +52,7 @@ def check_ids(name: str, ids: Any) -> list[int]:
 
 
 def check_sequence(name: str, value: Any, what: str) -> Sequence[Any]:
-    """The argument as a list; what: of what it is one. A string is none."""
+    """The argument as a list; what: its elements, for the message. Strings are refused."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise ValueError(f"{name}: expected a list of {what}, got {value!r:.80}")
     return list(value)

@@ -1,8 +1,8 @@
 """Tensor parallel: the ranks that run one model together, how they start, agree and fail.
 
-transformers spreads the weights over the ranks and makes their collectives; every rank runs the same engine on the same
-requests. That stays in step because the ranks make each decision together: tokens are rank 0's, and what depends on the
-state of a GPU, such as whether a step could be captured, is agreed upon through the store that the ranks met by.
+transformers spreads the weights over the ranks and runs their collectives. Every rank runs the same engine on the same
+requests. The ranks stay in step because they make each decision together: tokens are those of rank 0, and decisions
+that depend on the state of a GPU, such as whether a step could be captured, go through the store of the process group.
 """
 
 from __future__ import annotations
@@ -20,72 +20,75 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .load import pick_device
+from .loading.device import pick_device
 
-#: How long a rank waits for another in a collective or an agreement, which bounds what a hanging rank costs.
-PATIENCE = timedelta(minutes=10)
+#: How long a rank waits for another one, in a collective or for the store, before it fails.
+TIMEOUT = timedelta(minutes=10)
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The ranks of the default process group, seen by one of them.
+    """The ranks of the default process group, as one of them sees them.
 
-    All ranks call `share`, `trouble` and `told` in the same order.
+    All ranks must call `broadcast`, `first_failure` and `from_first` in the same order.
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
-        """store: torch.distributed's, the same for all ranks."""
+        """store: of torch.distributed, the same for all ranks."""
         self.rank, self.size, self.device = rank, size, device
         self._store = store
-        # torchrun may start all anew, with the same store.
+        # torchrun may restart all ranks with the same store.
         self._prefix = f"fastattn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._asked = 0
+        self._calls = 0
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    def share(self, ids: Tensor) -> None:
-        """Makes the tensor what it is on rank 0. Only queued on a GPU."""
+    def broadcast(self, ids: Tensor) -> None:
+        """Overwrites the tensor with that of rank 0. On a GPU this is only queued."""
         if self.size > 1:
             dist.broadcast(ids, 0)
 
-    def trouble(self, mine: str | None) -> str | None:
-        """What is in the way on this rank, or on the first of those where something is; None: nothing on any.
+    def first_failure(self, mine: str | None) -> str | None:
+        """The failure of this rank, or else that of the first rank with one; None if there is none on any rank.
 
-        Waits for the ranks on the host alone, so that no GPU work needs to be in step.
+        mine: the failure of this rank. Waits for the ranks on the host, without any GPU work.
         """
-        self._asked += 1
-        keys = [f"{self._prefix}/{self._asked}/{rank}" for rank in range(self.size)]
+        self._calls += 1
+        keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], mine or "")
-        self._store.wait(keys, PATIENCE)
+        self._store.wait(keys, TIMEOUT)
         if mine is not None:
             return mine
         found = ((rank, self._store.get(key).decode()) for rank, key in enumerate(keys))
         return next((f"rank {rank}: {text}" for rank, text in found if text), None)
 
-    def told(self, find: Callable[[], Any]) -> Any:
-        """What `find` returns on rank 0, the only one that calls it: anything that JSON can say."""
-        self._asked += 1
-        key = f"{self._prefix}/{self._asked}/told"
+    def from_first(self, find: Callable[[], Any]) -> Any:
+        """The result of `find` on rank 0, the only rank that calls it. It must be a JSON value."""
+        self._calls += 1
+        key = f"{self._prefix}/{self._calls}/result"
         if self.is_first:
             self._store.set(key, json.dumps(find()))
-        self._store.wait([key], PATIENCE)
+        self._store.wait([key], TIMEOUT)
         return json.loads(self._store.get(key))
 
-    def failed(self, error: BaseException) -> None:
-        """Returns on the first rank that fails, which is to say why. Ends the others: they failed for the same reason,
-        which is not to be said twice, or because that one did, which they say instead of the error it led to."""
-        said = f"{type(error).__name__}: {error}"
+    def end_failed(self, error: BaseException) -> None:
+        """Returns on the first rank that fails, which reports the error. Raises SystemExit on the others.
+
+        They failed for the same reason, which is reported once, or because the first one failed, which they print
+        instead of their own error.
+        """
+        text = f"{type(error).__name__}: {error}"
         try:
-            first = self._store.compare_set(f"{self._prefix}/failed", "", f"{self.rank} {said}").decode()
+            first = self._store.compare_set(f"{self._prefix}/failed", "", f"{self.rank} {text}").decode()
         except RuntimeError:
-            return  # the store went with the process that held it
+            return  # the process that held the store has ended
         rank, _, reason = first.partition(" ")
         if int(rank) == self.rank:
             return
-        if reason != said:
+        if reason != text:
             print(f"fastattn: rank {self.rank} ends because rank {rank} failed", file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -98,8 +101,8 @@ def join(device: str | torch.device | None = None) -> Generator[Ranks, None, Non
             loaded = load("DIR", ranks=ranks)
             print(generate(loaded, "def main("))
 
-    Within it, ranks other than the first print nothing. After an error in it the process has to end, and torchrun ends
-    the others; what holds captured steps has to be gone at its end.
+    Within it, ranks other than the first print nothing. After an error in it the process must end, and torchrun ends
+    the others. Engines with captured steps must not outlive it.
 
     Args:
         device: cpu or cuda. Default: a GPU each, cuda:LOCAL_RANK, if there are any. GPUs use NCCL, CPUs gloo.
@@ -118,10 +121,10 @@ def join(device: str | torch.device | None = None) -> Generator[Ranks, None, Non
         raise ValueError("tp: this torch is built without torch.distributed")
     from torch.distributed.rendezvous import rendezvous
 
-    place = _place(device, int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    start_group(place, PATIENCE, store=store, rank=rank, world_size=size)
-    ranks = Ranks(store, rank, size, place)
+    found = _rank_device(device, int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    start_group(found, TIMEOUT, store=store, rank=rank, world_size=size)
+    ranks = Ranks(store, rank, size, found)
     try:
         with ExitStack() as stack:
             if not ranks.is_first:
@@ -130,28 +133,28 @@ def join(device: str | torch.device | None = None) -> Generator[Ranks, None, Non
                 stack.enter_context(redirect_stderr(nowhere))
             yield ranks
     except Exception as error:
-        ranks.failed(error)
+        ranks.end_failed(error)
         raise
-    gc.collect()  # NCCL waits for captured graphs that use it
+    gc.collect()  # destroying NCCL waits for captured graphs that use it
     dist.destroy_process_group()
 
 
-def start_group(device: torch.device, patience: timedelta, **where: Any) -> None:
+def start_group(device: torch.device, timeout: timedelta, **where: Any) -> None:
     """Starts torch's default process group, on NCCL for a GPU of this process, on gloo for its CPU.
 
-    where: torch's arguments that say who the ranks are; none under torchrun.
+    where: torch's arguments that identify the ranks; none under torchrun.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        # NVLink multicast needs more of a machine's fabric manager than point-to-point does, and hangs without it.
+        # NVLink multicast needs more of the fabric manager than point-to-point transfers, and hangs without it.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None, **where
+        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None, **where
     )
 
 
-def _place(device: str | torch.device | None, local_rank: int) -> torch.device:
+def _rank_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     found = pick_device(device)
     accelerator = torch.accelerator.current_accelerator()
     used = "cpu" if accelerator is None else accelerator.type

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: memory for a few sequences, the prefill of one, and a decode step of all."""
+"""The `Runner` protocol: what the engine needs of a model that runs several sequences."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ PREFILL_STEP = 2048  #: prompt tokens per forward pass: enough to fill a GPU, an
 
 
 def prefill_steps(tokens: int, step: int | None = None) -> list[int]:
-    """How many tokens of a prompt to put through at a time: `step`, the last time up to a quarter more, as a short step
-    would read all weights anew. Default: `PREFILL_STEP`. [] for none."""
+    """The numbers of prompt tokens of each forward pass; [] for no tokens.
+
+    Each is `step` (default: `PREFILL_STEP`). The last may be up to a quarter longer, because a short pass would read
+    all weights once more.
+    """
     step = step or PREFILL_STEP
     count = max(1, -(-(tokens - step // 4) // step))
     return [step] * (count - 1) + [tokens - step * (count - 1)] if tokens else []
@@ -21,8 +24,8 @@ def prefill_steps(tokens: int, step: int | None = None) -> list[int]:
 class Runner(Protocol):
     """A language model with a cache of `rows` sequences of at most `capacity` tokens each.
 
-    A row's length lives on the device. Rows are independent: what one holds never reaches another. All tensors are on
-    `device`; nothing here waits for the device.
+    The length of each row is on the device. Rows are independent: the content of one never affects another. All
+    tensors are on `device`. No method waits for the device.
     """
 
     rows: int
@@ -34,22 +37,23 @@ class Runner(Protocol):
     def prefill(self, row: int, ids: Tensor) -> Tensor:
         """Appends tokens, int64 `[S]`, to a row. Returns the logits `[V]` that follow the last of them.
 
-        Any S that fits, in steps inside: memory does not grow with S squared. Never captured in a CUDA graph.
+        Any S that fits is allowed. The runner splits it into steps, so that memory does not grow with S squared. Never
+        captured in a CUDA graph.
         """
         ...
 
     def decode(self, ids: Tensor) -> Tensor:
         """Appends one token to each of the first N rows: int64 `[N]`. Returns logits `[N, V]`.
 
-        Where it is `capturable`, a captured step is replayed at other lengths: it depends on the host only through N.
-        The step of a row that is full or that nobody uses must be harmless to the others.
+        If the runner is `capturable`, a captured step is replayed at other lengths: on the host it may depend on N
+        alone. A step of a full or unused row must not affect other rows.
         """
         ...
 
     def clear(self, row: int) -> None:
-        """Empties a row, for another sequence."""
+        """Empties a row for another sequence."""
         ...
 
     def move(self, source: int, target: int) -> None:
-        """Makes row `target` what row `source` is; `source` is empty afterwards."""
+        """Moves the content of row `source` to row `target`. `source` is empty afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""Which calls between them ask for every plan and kernel that calls of given kinds will ask for."""
+"""The trial calls that need every plan and kernel that calls of given kinds will need."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from ..validation import FLOATING, check_flag, check_softcap, check_window, is_count
 
 PHASES = ("prefill", "chunked", "decode", "training", "packed")
-#: How q, k and v lie in memory: "token" is `[B,S,H,D]`, as a projection writes it, "head" `[B,H,S,D]`, "slice" a part
-#: `[B,H,:S,D]` of memory that holds more tokens, as a cache is.
+#: Memory layouts of q, k and v: "token" is `[B,S,H,D]`, as a projection writes it, "head" is `[B,H,S,D]`, "slice" is a
+#: slice `[B,H,:S,D]` of a cache of more tokens.
 LAYOUTS = {
     "token_major": ("token", "token", "token"),
     "cache": ("token", "slice", "slice"),
     "head_major": ("head", "slice", "slice"),
     "head_major_qk": ("head", "head", "token"),  # rotary embeddings that end in a concatenation, without a cache
 }
-#: A forward's plan depends on a length only beyond this one, and then on the power of two that holds it; a backward's
-#: does so beyond the other one, and for packed sequences it is the tokens of the batch that count there.
+#: The plan of a forward depends on a length only above the first number, and then on the next power of two. The plan of
+#: a backward does so above the second number; for packed sequences the tokens of the batch count there.
 FORWARD_CAPACITY, BACKWARD_CAPACITY = 1 << 14, 1 << 10
-MANY = 128  #: queries that are too many for the decode kernel, of any number of heads
+MANY = 128  #: queries: too many for the decode kernel with any number of heads
 TILES = (16, 32, 64)  #: rows of the decode kernel's tiles: queries times heads per K/V head
 LONG = 1024  #: keys that the decode kernel divides among several programs
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One kind of attention: what all calls of a layer share, and the kinds of calls that it makes."""
+    """One kind of attention: what all calls of a layer have in common, and the kinds of its calls."""
 
     q_heads: int
     kv_heads: int
@@ -42,9 +42,9 @@ class Attention:
     softcap: float | None = None
     phases: tuple[str, ...] = ("prefill", "chunked", "decode")
     layouts: tuple[str, ...] = ("token_major", "cache")
-    #: elements from token to token of q, k, v where they lie token-major, as slices of a wider tensor; 0 = of none
+    #: strides from token to token of q, k, v that are token-major slices of a wider tensor; 0: no wider tensor
     rows: tuple[int, int, int] = (0, 0, 0)
-    label: str = ""  #: what sets it apart in the report
+    label: str = ""  #: its name in the report
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_dim"):
@@ -69,9 +69,9 @@ class Attention:
 
 
 class Trial(NamedTuple):
-    """One call: its lengths, its layout, and what of the lengths is on the device.
+    """One call: its lengths, its layout, and which lengths are on the device.
 
-    lengths: "" nothing, "kv" `kv_lengths`, "both" `q_lengths` too, "intervals" one interval of keys for each sequence,
+    lengths: "" none, "kv" `kv_lengths`, "both" `q_lengths` too, "intervals" one interval of keys for each sequence,
     "padded" `Segments` that leave out padding on the left, "packed" `Segments` of two sequences in each one.
     """
 
@@ -100,14 +100,15 @@ class Kind:
 
 
 def kinds_of(a: Attention, batches: Sequence[int], longest: int, by_length: bool) -> list[Kind]:
+    """All kinds of calls of an attention. by_length: plans depend on lengths on this device."""
     found = []
     phases = [phase for phase in PHASES if phase in a.phases]
     if "training" in phases and "packed" in phases:
         phases.append("packed training")
     for phase in phases:
-        # The decode kernel divides the keys among more programs where there are fewer sequences.
-        alone = phase in ("decode", "packed training")
-        sizes = batches if alone else tuple({1 << (size - 1).bit_length(): size for size in batches}.values())
+        # The decode kernel splits the keys over more programs if there are fewer sequences.
+        each_batch = phase in ("decode", "packed training")
+        sizes = batches if each_batch else tuple({1 << (size - 1).bit_length(): size for size in batches}.values())
         for mask in dict.fromkeys(a.masks):
             for window in dict.fromkeys(a.windows):
                 for size in dict.fromkeys(sizes):
@@ -118,9 +119,9 @@ def kinds_of(a: Attention, batches: Sequence[int], longest: int, by_length: bool
 
 
 def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_length: bool) -> Iterator[Trial]:
-    """The calls that between them ask for everything that calls of a phase ask for. open_: every query sees all keys.
+    """The calls that need everything that calls of a phase need. open_: every query sees all keys.
 
-    Where lengths are on the device, a kernel reads them, which is compiled anew for each kind of them.
+    A kernel reads the lengths on the device. It is compiled for each kind of them.
     """
     group = a.q_heads // a.kv_heads
     few = _few(group, longest)
@@ -157,7 +158,7 @@ def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_
             for length in sorted({min(2, longest), *tokens, *lengths}):
                 yield Trial(length, length, layout, "packed")
         else:
-            # Upwards: a shorter call makes do with the plan for a longer one, if that is there.
+            # In ascending order: a shorter call uses an existing plan for a longer one.
             further = _beyond(BACKWARD_CAPACITY, longest) if by_length else []
             for length in (lengths[0], *further):
                 yield Trial(length, length, layout)
@@ -165,7 +166,7 @@ def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_
 
 
 def _few(group: int, longest: int) -> list[int]:
-    """Numbers of queries that the decode kernel takes: the least and the most of each of its tiles."""
+    """Numbers of queries for the decode kernel: the smallest and the largest of each of its tiles."""
     found = []
     for rows in TILES:
         least, most = (rows // 2 if rows > TILES[0] else 0) // group + 1, min(rows // group, longest)
@@ -181,7 +182,7 @@ def _powers(least: int, below: int) -> Iterator[int]:
 
 
 def _beyond(least: int, longest: int) -> list[int]:
-    """The shortest length of each power of two beyond `least`, up to `longest`."""
+    """The shortest length of each power of two above `least`, up to `longest`."""
     return [power + 1 for power in _powers(least, longest)]
 
 

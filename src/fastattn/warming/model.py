@@ -1,6 +1,6 @@
-"""What a transformers model needs: from its config and the source of its layers to the calls that it will make.
+"""`warmup_model`: the calls that a transformers model will make, from its config and the source of its layers.
 
-Weights are never read. What cannot be told from there is left out, and said.
+Weights are never read. Calls that cannot be determined this way are left out, and the report names them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 import torch
 
 from .._compat.transformers import is_causal_family
-from ..lm.load import pick_device
-from ..lm.presets import PRESETS, preset_config
-from ..lm.pretrained import read_config as read_directory_config
+from ..lm.loading.device import pick_device
+from ..lm.loading.presets import PRESETS, preset_config
+from ..lm.loading.pretrained import read_config as read_directory_config
 from .kinds import Attention
 from .report import Warmth
 from .run import warm
 
-#: Layer types whose queries see all keys, or all before them, and those that have no attention.
+#: Layer types with full attention (causal or not), and layer types without attention.
 FULL = ("full_attention", "attention", "hybrid")
 WITHOUT = ("linear_attention", "conv", "mamba", "moe", "mlp", "sparse", "dense")
-#: Rotary embeddings, or attention, that put the halves of a query together: it comes out of that head-major.
+#: Rotary embeddings, or attention, that concatenate the halves of a query, which makes the query head-major.
 CONCATENATION = re.compile(
     r"torch\.cat\(\s*[\[(]\s*(q|query)_|def _?apply_rotary\w*\((?:(?!\n(?:def|class|@)).)*?torch\.cat\(", re.DOTALL
 )
 FUSED = re.compile(r"self\.(W?qkv|qkv_proj|query_key_value|c_attn) = ")  #: one projection for queries, keys and values
-CACHED = ("chunked", "decode")  #: phases that there are only with a cache
+CACHED = ("chunked", "decode")  #: phases that need a cache
 
 
 def warmup_model(
@@ -52,23 +52,23 @@ def warmup_model(
         model: a directory with a config.json, a preset ("tiny", "llama-3.2-1b", "llama-3.1-8b"), or a transformers
             config. Only the config is read.
         batch_sizes, device, progress: as in `fastattn.warmup`.
-        max_length: the longest sequence; no more than the model's own `max_position_embeddings`.
-        training: make training ready as well.
+        max_length: the longest sequence; at most the model's `max_position_embeddings`.
+        training: also warms up training.
         dtype: default: the config's; for presets bfloat16 on a GPU, float32 on the CPU.
-        trust_remote_code: whether code that comes with the directory may be run to read its config.
+        trust_remote_code: whether code in the directory may be run to read its config.
 
     Raises:
         ValueError: there is no such model, its config is damaged, or an argument is not as described.
         ImportError: transformers is not installed.
     """
-    place = pick_device(device)
+    on = pick_device(device)
     config = read_config(model, trust_remote_code)
     text = config.get_text_config() if not config.is_encoder_decoder else config
     notes: list[str] = []
     if dtype is None:
         dtype = config.dtype or text.dtype
     if dtype is None:
-        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
         if str(model) not in PRESETS:
             notes.append(f"the config names no dtype: {dtype} was made ready")
     longest = getattr(text, "max_position_embeddings", None)
@@ -78,7 +78,7 @@ def warmup_model(
     attentions, left_out = attentions_of(config, dtype, max_length, training)
     return warm(
         attentions,
-        device=place,
+        device=on,
         batch_sizes=batch_sizes,
         max_length=max_length,
         progress=progress,
@@ -87,7 +87,7 @@ def warmup_model(
 
 
 def read_config(model: str | Path | Any, trust_remote_code: bool = False) -> Any:
-    """The transformers config that a directory, a preset or a config stands for. Nothing is downloaded."""
+    """The transformers config of a directory or a preset, or the given one. Nothing is downloaded."""
     try:
         import transformers
     except ImportError as error:
@@ -107,7 +107,7 @@ def read_config(model: str | Path | Any, trust_remote_code: bool = False) -> Any
 def attentions_of(
     config: Any, dtype: torch.dtype, max_length: int, training: bool = False
 ) -> tuple[list[Attention], list[str]]:
-    """The kinds of attention in a model, and a sentence for each thing that is left out."""
+    """The kinds of attention in a model, and a note for each part that is left out."""
     if config.is_encoder_decoder:
         return _encoder_decoder(config, dtype, max_length, training)
     text = config.get_text_config()
@@ -148,7 +148,7 @@ def _encoder_decoder(
 
 
 def _source(config: Any) -> tuple[str, str]:
-    """The source of a model's layers; or why there is nothing to make ready."""
+    """The source of a model's layers, or "" and the reason why there is nothing to warm up."""
     name = config.model_type
     home = type(config).__module__
     if not home.startswith("transformers.models."):
@@ -166,12 +166,12 @@ def _source(config: Any) -> tuple[str, str]:
 
 
 def _is_causal(config: Any, source: str) -> bool | None:
-    """Whether a query sees only the keys before it; None when neither code nor config says."""
+    """Whether the attention is causal; None if neither code nor config tells."""
     causal = bool(re.search(r"create_(\w+_)?causal_mask|create_masks_for_generate", source))
-    both_ways = "create_bidirectional" in source
+    bidirectional = "create_bidirectional" in source
     if getattr(config, "use_bidirectional_attention", None) is True:
         return False
-    if causal != both_ways:
+    if causal != bidirectional:
         return causal
     if hasattr(config, "use_bidirectional_attention"):
         return True
@@ -186,7 +186,7 @@ def _layers(
 ) -> tuple[list[Attention], list[str]]:
     try:
         sizes, refusal = _sizes(config, source)
-    except Exception as error:  # transformers': a config whose layers differ refuses to speak for all of them
+    except Exception as error:  # transformers raises for attributes that differ between layers
         sizes, refusal = (0, 0, 0, 0), f"{config.model_type}: its layers differ ({str(error).splitlines()[0]})"
     if refusal:
         return [], [refusal]
@@ -208,7 +208,7 @@ def _layers(
     )
     found = [general]
     if causal:
-        latent = getattr(config, "qk_nope_head_dim", None) is not None  # may be cached before it is expanded
+        latent = getattr(config, "qk_nope_head_dim", None) is not None  # may be cached before or after it is expanded
         found.append(replace(general, phases=CACHED, layouts=(once, cached) if latent else (cached,)))
     if "s_aux" in source:
         with_sinks = [replace(a, sinks=True, label="sinks") for a in found]
@@ -217,7 +217,7 @@ def _layers(
 
 
 def _rows(config: Any, source: str, heads: int, kv_heads: int, dim: int, value_dim: int) -> tuple[int, int, int]:
-    """See `Attention.rows`. Rotary embeddings make new queries and keys; values stay slices of the projection."""
+    """See `Attention.rows`. Rotary embeddings create new queries and keys; values remain slices of the projection."""
     if getattr(config, "qk_nope_head_dim", None) is not None:
         return 0, 0, heads * (config.qk_nope_head_dim + value_dim)
     if not FUSED.search(source):
@@ -227,9 +227,9 @@ def _rows(config: Any, source: str, heads: int, kv_heads: int, dim: int, value_d
 
 
 def _sizes(config: Any, source: str) -> tuple[tuple[int, int, int, int], str]:
-    """Query heads, K/V heads, head dim and value dim; or what is unclear about them."""
+    """Query heads, K/V heads, head dim and value dim; or zeros and the reason why they are unknown."""
     heads: Any = getattr(config, "num_attention_heads", None)
-    grouped = "num_key_value_heads" in source  # what the code does not read, the config may hold all the same
+    grouped = "num_key_value_heads" in source  # the config may have it even if the code does not read it
     kv_heads: Any = (getattr(config, "num_key_value_heads", None) if grouped else None) or heads
     dim: Any = getattr(config, "head_dim", None)
     if dim is None and isinstance(heads, int) and isinstance(getattr(config, "hidden_size", None), int):
@@ -250,7 +250,7 @@ def _sizes(config: Any, source: str) -> tuple[tuple[int, int, int, int], str]:
 def _windows(
     config: Any, source: str, causal: bool, max_length: int
 ) -> tuple[tuple[tuple[int, int] | None, ...], list[str]]:
-    """The windows of a model's layers. A layer with a window has none as long as all keys fit into it."""
+    """The windows of a model's layers. A layer with a window is called without one as long as all keys fit into it."""
     window: int = getattr(config, "sliding_window", None) or 0
     if getattr(config, "use_sliding_window", True) is False:
         window = 0

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def track(items: Sequence[T], name: Callable[[T], str], shown: bool = True) -> Iterator[T]:
-    """The items, one after another: with tqdm's bar on a terminal, with a line for each anywhere else."""
+    """Yields the items and shows the progress: tqdm's bar on a terminal, else a line for each."""
     bar = None
     if shown and sys.stderr.isatty():
         try:

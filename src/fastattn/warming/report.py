@@ -1,4 +1,4 @@
-"""What `warmup` has to say."""
+"""The report of `warmup`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class Family:
     """Calls of one phase, mask, window and batch size, at any length."""
 
     name: str
-    served_by: tuple[str, ...]  #: backends, more than one where few queries go another way than many
+    served_by: tuple[str, ...]  #: backends; several if few queries have another one than many
     built: int  #: cuDNN plans
     loaded: int  #: cuDNN plans that were on disk
-    milliseconds: float  #: that its calls took in all
+    milliseconds: float  #: of all its calls
     notes: tuple[str, ...] = ()  #: what is slow or not ready, and why
-    avoidable: bool = False  #: something can be done about that
+    avoidable: bool = False  #: whether the user can change that
 
     @property
     def slow(self) -> bool:
-        """True when some of its calls run on the reference, or on nothing."""
+        """Whether some of its calls run on the reference, or on no backend."""
         return "reference" in self.served_by or not self.served_by
 
 
 @dataclass(frozen=True)
 class Warmth:
-    """What is ready now. Printing it gives a table."""
+    """What was warmed up. It prints as a table."""
 
     device: str
     families: tuple[Family, ...]
@@ -46,7 +46,7 @@ class Warmth:
 
     @property
     def complete(self) -> bool:
-        """True when every family is ready and as fast as the op can serve it on this kind of device."""
+        """Whether every family is ready and as fast as possible on this kind of device."""
         return not any(family.avoidable for family in self.families)
 
     def __str__(self) -> str:
@@ -61,10 +61,10 @@ class Warmth:
         )
         if not self.device.startswith("cuda"):
             lines.append("Plans are for NVIDIA GPUs: on this device there was nothing to build.")
-        said: dict[str, list[str]] = {}
+        families: dict[str, list[str]] = {}
         for family in self.families:
             for note in family.notes:
-                said.setdefault(note, []).append(family.name)
-        lines += [f"{'; '.join(names)}: {note}." for note, names in said.items()]
+                families.setdefault(note, []).append(family.name)
+        lines += [f"{'; '.join(names)}: {note}." for note, names in families.items()]
         lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines)

@@ -1,8 +1,7 @@
-"""`warmup`: everything that calls of given kinds would otherwise build at their first time, built ahead.
+"""`warmup`: builds the plans and kernels of given kinds of calls, which their first calls would build otherwise.
 
-Nothing here knows how a plan or a kernel is made: the op is called, on small random tensors, once for each kind of call
-that has one of its own. What is known here is which those are (see docs/plans.md): lengths matter to a plan only by the
-power of two that holds them, batch sizes likewise.
+The op is called on small random tensors, once for each kind of call that has its own plan or kernel. `kinds` lists
+those (see docs/plans.md): a plan depends on a length or a batch size only by the next power of two.
 """
 
 from __future__ import annotations
@@ -43,22 +42,20 @@ def warmup(
     layouts: Sequence[str] = ("token_major", "cache"),
     progress: bool = True,
 ) -> Warmth:
-    """Builds ahead what calls of the op would build at their first time: no later call of these kinds waits for that.
+    """Builds plans and kernels, so that no later call of these kinds waits for a build.
 
-    Every combination of the arguments is made ready, for any length up to `max_length`. This is done by calling the op
-    on small random tensors; torch's random numbers are left alone. A device without plans (the CPU) has little to
-    build.
+    It warms up every combination of the arguments, for any length up to `max_length`, by calling the op on small random
+    tensors. The state of torch's random generators is unchanged. A device without plans (the CPU) has little to build.
 
     Args:
-        q_heads, kv_heads, head_dim, value_dim: Hq, Hkv, D and Dv (default D) of the op.
-        dtype: of q, k, v and the sinks.
-        device: default: the current GPU if there is one, else the CPU.
-        batch_sizes: numbers of sequences. Those up to the same power of two share plans.
-        max_length: the longest sequence, queries or keys.
-        masks: None and "causal", as in the op.
-        windows: None and pairs `(left, right)`, as in the op. A window that is given only where the keys exceed it
-            (as `fastattn.hf` does) wants both.
-        sinks, softcap: as in the op; sinks says whether there are any.
+        q_heads, kv_heads, head_dim, value_dim: Hq, Hkv, D and Dv (default D) of the op. dtype: of q, k, v and the
+        sinks. device: default: the current GPU if there is one, else the CPU. batch_sizes: numbers of sequences. Those
+        with the same next power of two share plans. max_length: the longest sequence, queries or keys. masks: None and
+        "causal", as in the op. windows: None and pairs `(left, right)`, as in the op. Pass both for a window that is
+        only used if there are more
+            keys (as in `fastattn.hf`).
+        sinks: whether there are sinks.
+        softcap: as in the op.
         phases: of "prefill" (as many queries as keys, with padding on the left or none), "chunked" (fewer queries than
             keys, or lengths on the device), "decode" (one query), "training" (as prefill, with gradients for q, k, v
             and sinks) and "packed" (up to 16 sequences end to end, `Segments` of three rows; with "training" among the
@@ -66,10 +63,10 @@ def warmup(
         layouts: of "token_major" (`[B,S,H,D]` in memory), "cache" (queries token-major, keys and values slices of
             `[B,H,capacity,D]`), "head_major" (the queries too are `[B,H,S,D]`) and "head_major_qk" (all but the
             values).
-        progress: show it on stderr.
+        progress: shows it on stderr.
 
     Returns:
-        What was built, by family, and which backend serves each. Printing it gives a table.
+        What was built, by family, and which backend serves each. It prints as a table.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -99,30 +96,30 @@ def warm(
     progress: bool = True,
     notes: Sequence[str] = (),
 ) -> Warmth:
-    """`warmup` for several kinds of attention. notes: what the report is to say besides."""
-    from ..lm.load import pick_device
+    """`warmup` for several kinds of attention. notes: additional lines of the report."""
+    from ..lm.loading.device import pick_device
 
-    place = pick_device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
+    on = pick_device(device)
+    if on.type == "cuda" and on.index is None:
+        on = torch.device("cuda", torch.cuda.current_device())
     batches = check_sequence("batch_sizes", batch_sizes)
     for batch in batches:
         check_positive("batch_sizes", batch)
     check_positive("max_length", max_length)
     check_flag("progress", progress)
-    kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(place))]
+    kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(on))]
     start = time.perf_counter()
-    families = tuple(_ready(kind, place) for kind in track(kinds, str, progress))
-    return Warmth(str(place), families, tuple(notes), (time.perf_counter() - start) * 1e3)
+    families = tuple(_warm_kind(kind, on) for kind in track(kinds, str, progress))
+    return Warmth(str(on), families, tuple(notes), (time.perf_counter() - start) * 1e3)
 
 
 def _has_plans(device: torch.device) -> bool:
-    """False where a call's length decides nothing about what is built for it."""
+    """Whether what is built for a call depends on its lengths."""
     return device.type == "cuda"
 
 
-def _ready(kind: Kind, device: torch.device) -> Family:
-    """Makes the calls of one kind."""
+def _warm_kind(kind: Kind, device: torch.device) -> Family:
+    """Makes the trial calls of one kind."""
     before, start = stats()["plans"], time.perf_counter()
     served: dict[str, None] = {}
     notes: dict[str, None] = {}
@@ -145,7 +142,7 @@ def _ready(kind: Kind, device: torch.device) -> Family:
             avoidable |= _avoidable(found)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        plans.shared.wait()  # some are built in the background; a process that ends now would leave them out
+        plans.shared.wait()  # some are built in the background, and lost if the process ends now
     after = stats()["plans"]
     return Family(
         str(kind),
@@ -159,7 +156,7 @@ def _ready(kind: Kind, device: torch.device) -> Family:
 
 
 def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
-    """Makes one call. Returns who served it, and why the others did not."""
+    """Makes one call. Returns which backend served it, and why the others did not."""
     a, training = kind.attention, kind.phase.endswith("training")
     with torch.inference_mode(False), torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
         generator = torch.Generator(device).manual_seed(0)
@@ -169,8 +166,8 @@ def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
             (a.kv_heads, trial.kv_len, a.value_dim),
         )
         inputs = [
-            _tensor(lies, (kind.batch, *shape), row, a.dtype, generator)
-            for lies, shape, row in zip(LAYOUTS[trial.layout], shapes, a.rows)
+            _tensor(layout, (kind.batch, *shape), row, a.dtype, generator)
+            for layout, shape, row in zip(LAYOUTS[trial.layout], shapes, a.rows)
         ]
         arguments: dict[str, Any] = {"mask": kind.mask, "window": kind.window, "softcap": a.softcap}
         if a.sinks:
@@ -186,11 +183,11 @@ def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
         if training:
             assert isinstance(out, Tensor)
             torch.autograd.grad(out, wanted, torch.zeros_like(out))
-        return explain(q, k, v, **arguments)  # now, when a backend that refused only when called has done so
+        return explain(q, k, v, **arguments)  # after the call, because a backend may refuse only when it is called
 
 
 def _lengths(trial: Trial, batch: int, causal: bool, device: torch.device) -> dict[str, Any]:
-    """The op's arguments that say lengths on the device. They are full lengths: no query is left without keys."""
+    """The op's arguments with lengths on the device. All are the full lengths, so that no row is fully masked."""
 
     def number(n: int, *shape: int) -> Tensor:
         return torch.full(shape, n, dtype=torch.int32, device=device)
@@ -208,13 +205,13 @@ def _lengths(trial: Trial, batch: int, causal: bool, device: torch.device) -> di
     return found | ({"q_lengths": number(trial.q_len, batch)} if trial.lengths == "both" else {})
 
 
-def _tensor(lies: str, shape: tuple[int, ...], row: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _tensor(layout: str, shape: tuple[int, ...], row: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     batch, heads, length, dim = shape
     settings: Any = {"dtype": dtype, "device": generator.device, "generator": generator}
-    if lies == "token":
+    if layout == "token":
         whole = torch.randn(batch, length, max(row, heads * dim), **settings)
         return whole[..., : heads * dim].unflatten(-1, (heads, dim)).transpose(1, 2)
-    return torch.randn(batch, heads, length + (lies == "slice"), dim, **settings)[:, :, :length]
+    return torch.randn(batch, heads, length + (layout == "slice"), dim, **settings)[:, :, :length]
 
 
 def _refusals(found: Explanation) -> str:
@@ -222,7 +219,7 @@ def _refusals(found: Explanation) -> str:
 
 
 def _avoidable(found: Explanation) -> bool:
-    """True when a fast backend serves such calls, but not here: it is switched off, or something is not installed."""
+    """Whether a fast backend would serve such calls if it was not switched off, or if something was installed."""
     problem = found.problem
     absent = [name for name in registry.NAMES[:-1] if name not in found.reasons]
     if not all(routes.reasons(problem, absent).values()):
