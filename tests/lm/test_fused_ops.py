@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 
 import fastattn
+from benchmarks import train
 from fastattn._compat import liger
 from fastattn._compat.functions import innermost, same
 from fastattn.bench import model as model_benchmark
-from fastattn.bench import train
 from fastattn.cli import main as cli
 from fastattn.lm import Engine, fused_ops, load, make_runner, module_runner
 from fastattn.lm.fused_ops import FusedOps, choose_fused_ops, find_fused_ops, use_fused_ops
@@ -640,9 +640,6 @@ def test_training_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for line, text in {
         "--attn sdpa --fused-ops on": "fused_ops: only fastattn uses them",
-        "--train --attn sdpa --fused-ops on": "fused_ops: only fastattn uses them",
-        "--train --fused-loss": "fused_loss: only with fused_ops",
-        "--fused-loss": "--fused-loss: only with --train",
         "--fused-ops maybe": "invalid choice: 'maybe'",
     }.items():
         try:

@@ -13,7 +13,7 @@ import torch
 from .. import stats
 from ..lm import Loaded
 from ..lm.stream import peak_memory as peak_memory
-from .report import Outcome
+from .model_report import Outcome
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -8,7 +8,7 @@ Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can 
 - peak_memory: in 1e9 bytes. Of torch's CUDA allocator during the trial; on a CPU the process's peak, which only grows.
 
 Prompts are random tokens, new ones for each trial and the same for each implementation. No token ends a generation.
-What runs under which name is written in `ways.py`.
+What runs under which name is written in `model_runners.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..lm.load import check_attention
 from ..lm.parallel import Ranks
 from ..lm.runners import longest as longest_of
 from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
-from .report import KEYS, FreshLength, Report, Result, Trial
-from .ways import STATIC, Way, attention_of, make_way, timed
+from .model_report import KEYS, FreshLength, Report, Result, Trial
+from .model_runners import STATIC, Runner, attention_of, make_runner, timed
 
 
 @dataclass(frozen=True)
@@ -203,20 +203,20 @@ def _measure(
     try:
         release()
         say("Running warmup..")
-        way = make_way(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
-        result.fused_ops = way.fused_ops
-        if way.fused_ops:
-            say("Fused by liger-kernel: " + ", ".join(way.fused_ops))
+        runner = make_runner(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
+        result.fused_ops = runner.fused_ops
+        if runner.fused_ops:
+            say("Fused by liger-kernel: " + ", ".join(runner.fused_ops))
         yield
         result.calls.clear()  # those by which the runners were tried
-        _trial(loaded, way, settings, 0, 0)
+        _trial(loaded, runner, settings, 0, 0)
         advance()
         yield
         p, g, b = settings.prompt_lengths or settings.prompt_tokens, settings.generation_tokens, settings.batch_size
         say(f"Timing with prompt_tokens={p}, generation_tokens={g}, batch_size={b}.")
         for i in range(1, settings.num_trials + 1):
             time.sleep(settings.delay)
-            trial = _trial(loaded, way, settings, i, held.by_others(result.attn))
+            trial = _trial(loaded, runner, settings, i, held.by_others(result.attn))
             result.trials.append(trial)
             advance()
             values = ", ".join(f"{key}={value:.3f}" for key, value in vars(trial).items())
@@ -225,8 +225,8 @@ def _measure(
         say("Averages: " + ", ".join(f"{key}={result.average(key):.3f}" for key in KEYS))
         for length in lengths:
             # A length known long since goes before: both times then follow upon the same work, in caches just as warm.
-            _time_to_first(loaded, way, settings, settings.prompt_tokens, length)
-            first, second = (_time_to_first(loaded, way, settings, length, again) for again in (0, 1))
+            _time_to_first(loaded, runner, settings, settings.prompt_tokens, length)
+            first, second = (_time_to_first(loaded, runner, settings, length, again) for again in (0, 1))
             fresh = FreshLength(length, first, second)
             result.fresh.append(fresh)
             advance()
@@ -243,14 +243,14 @@ def _measure(
         release()
 
 
-def _trial(loaded: Loaded, way: Way, settings: Settings, number: int, others: int) -> Trial:
+def _trial(loaded: Loaded, runner: Runner, settings: Settings, number: int, others: int) -> Trial:
     """others: bytes that other implementations hold between their turns."""
     lengths, g = settings.lengths(number), settings.generation_tokens
     device = loaded.model.device
     prompts = [_prompt(loaded, settings, length, number, row) for row, length in enumerate(lengths)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    first, total = timed(lambda: way.run(prompts, g), device)
+    first, total = timed(lambda: runner.run(prompts, g), device)
     return Trial(
         prompt_tps=sum(lengths) / first,
         generation_tps=len(lengths) * g / (total - first) if g > 1 else 0.0,
@@ -259,10 +259,10 @@ def _trial(loaded: Loaded, way: Way, settings: Settings, number: int, others: in
     )
 
 
-def _time_to_first(loaded: Loaded, way: Way, settings: Settings, length: int, number: int) -> float:
+def _time_to_first(loaded: Loaded, runner: Runner, settings: Settings, length: int, number: int) -> float:
     """Seconds from prompts of that length to their first new tokens."""
     prompts = [_prompt(loaded, settings, length, number, row) for row in range(settings.batch_size)]
-    return timed(lambda: way.run(prompts, 1), loaded.model.device)[0]
+    return timed(lambda: runner.run(prompts, 1), loaded.model.device)[0]
 
 
 def _prompt(loaded: Loaded, settings: Settings, length: int, number: int, row: int) -> list[int]:

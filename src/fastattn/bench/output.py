@@ -9,16 +9,14 @@ devices, sockets, links to nothing. `check` says all that before a measurement o
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _OLD = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -29,18 +27,6 @@ class NotWrittenError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: cannot be written: {self.strerror}"
-
-
-def path_of(text: str) -> str:
-    """For argparse: the name of a file or a directory. (`--json "$FILE"` with nothing in FILE would write nowhere.)"""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a name, got an empty one")
-    return text
-
-
-def add_json(add: Callable[..., Any]) -> None:
-    """`--json`. add: a parser's `add_argument`."""
-    add("--json", type=path_of, metavar="FILE", help="write all figures and the environment to FILE")
 
 
 def check(

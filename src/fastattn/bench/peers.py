@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.machine import version_of
 from . import peer_mlx
-from .calls import Case, Implementation, Inputs, Refusal
-from .inputs import document_of
-from .results import version_of
+from .case import Case
+from .implementations import Implementation, Refusal
+from .inputs import Inputs, document_of
 
 Call = Callable[[], Tensor]
 
@@ -223,9 +224,8 @@ def _packed_out(out: Tensor) -> Tensor:
     return out.transpose(0, 1)[None]
 
 
-def _first(found: Any) -> Tensor:
-    out: Tensor = found[0] if isinstance(found, tuple) else found
-    return out
+def _first(found: Any) -> Any:
+    return found[0] if isinstance(found, tuple) else found
 
 
 PEERS = {

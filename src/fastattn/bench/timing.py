@@ -50,7 +50,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who is timed."""
+    """An implementation that is timed."""
 
     name: str
     calls: Sequence[Call]  #: the same call on different memory, made in turn: more than the L2 cache holds
@@ -121,6 +121,11 @@ def once(call: Call, device: torch.device) -> tuple[Any, float]:
     result = call()
     synchronize(device)
     return result, (time.perf_counter() - begin) * 1e3
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Of some milliseconds the median and the worst."""
+    return {"median_ms": statistics.median(values), "worst_ms": max(values)}
 
 
 def synchronize(device: torch.device) -> None:

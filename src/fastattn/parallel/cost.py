@@ -1,6 +1,6 @@
 """What each strategy costs: bytes moved, time computed, how much of the one hides behind the other.
 
-Plain arithmetic on a few rates, so that it can be read, checked against measurements (`fastattn.bench.parallel`) and
+Plain arithmetic on a few rates, so that it can be read, checked against measurements (`benchmarks.parallel`) and
 carried to machines that nobody has at hand. `ContextParallel(strategy="auto")` takes the strategy with the least total.
 """
 
