@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
 from fastattn.bench.reading import load
-from fastattn.bench.report import charts, page, plots
+from fastattn.bench.report import charts, page, plots, sweep_section
 from fastattn.bench.report.charts import Chart, Table
 from fastattn.bench.report.sections import section_of, sections_of
 from fastattn.cli import report, sweep
@@ -158,16 +158,16 @@ def test_what_failed_is_named_and_not_drawn():
 
 def test_lengths_make_a_line_and_others_bars():
     rows = [row_of(f"S={n}", q_len=n, kv_len=n) for n in (16, 32, 64)]
-    line, rest = charts.lines_and_rest([*rows, row_of("other", dim=32), row_of("packed", packed=[30, 34])])
+    line, rest = sweep_section.lines_and_rest([*rows, row_of("other", dim=32), row_of("packed", packed=[30, 34])])
     assert [row["label"] for row in line] == ["S=16", "S=32", "S=64"]
     assert [row["label"] for row in rest] == ["other", "packed"]
-    assert charts.lines_and_rest(rows[:2]) == ([], rows[:2])
+    assert sweep_section.lines_and_rest(rows[:2]) == ([], rows[:2])
 
 
 def test_rates_are_of_what_is_seen():
     row = row_of("a", q_len=4, kv_len=4)
-    assert charts.tflops(row, "fastattn") == pytest.approx(4 * 10 * 4 * 16 / 10 / 1e6)  # 1 + 2 + 3 + 4 pairs
-    assert charts.gigabytes(row, "torch-cudnn") == pytest.approx(2 * 4 * 2 * 16 * 2 / 20 / 1e3)
+    assert sweep_section.tflops(row, 10.0) == pytest.approx(4 * 10 * 4 * 16 / 10 / 1e6)  # 1 + 2 + 3 + 4 pairs
+    assert sweep_section.gigabytes(row, 20.0) == pytest.approx(2 * 4 * 2 * 16 * 2 / 20 / 1e3)
 
 
 def test_the_roof_is_drawn_where_it_belongs():
@@ -197,9 +197,9 @@ def test_numbers(value, text):
 
 
 def test_labels_lose_what_they_share():
-    assert charts.short_labels(["B=1 Sq=4 D=8", "B=2 Sq=4 D=8"]) == (["B=1", "B=2"], "Sq=4 D=8")
-    assert charts.short_labels(["a", "a"]) == (["a", "a"], "")
-    assert charts.short_labels(["only one"]) == (["only one"], "")
+    assert sweep_section.short_labels(["B=1 Sq=4 D=8", "B=2 Sq=4 D=8"]) == (["B=1", "B=2"], "Sq=4 D=8")
+    assert sweep_section.short_labels(["a", "a"]) == (["a", "a"], "")
+    assert sweep_section.short_labels(["only one"]) == (["only one"], "")
 
 
 @pytest.mark.parametrize(

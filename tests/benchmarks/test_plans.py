@@ -11,6 +11,7 @@ from pretended_gpu import pretend
 
 from benchmarks import first_call, fresh_lengths, plans
 from fastattn.bench import runner
+from fastattn.bench.case import Case
 from fastattn.bench.runner import Runner
 
 CPU = torch.device("cpu")
@@ -59,9 +60,9 @@ def test_plans_rows(made):
 
 
 def test_a_wrong_fresh_length_keeps_its_figures():
-    good = fresh_lengths._with_errors({"x": 1.0}, [(), (1e-3, 2e-3), (2e-3, 1e-3)])
+    good = fresh_lengths.with_errors({"x": 1.0}, [(), (1e-3, 2e-3), (2e-3, 1e-3)])
     assert good == {"figures": {"x": 1.0, "checked": 2, "largest_error": 2e-3, "largest_gradient_error": 2e-3}}
-    bad = fresh_lengths._with_errors({"x": 1.0}, [(1e-3,), (float("nan"),), (2e-3,)])
+    bad = fresh_lengths.with_errors({"x": 1.0}, [(1e-3,), (float("nan"),), (2e-3,)])
     assert bad["figures"] == {"x": 1.0, "checked": 3, "largest_error": None}
     assert "relative error nan" in bad["error"]
     assert "relative error nan" in runner.summary({"label": "r", **bad})
@@ -78,9 +79,9 @@ def pretended(monkeypatch):
 
 def test_packed_batches_find_all_that_they_need(pretended):
     gpu, bench = pretended
-    fresh_lengths._warm_up_packed(bench, 8192, 60)
+    fresh_lengths.warm_up_packed(bench, 8192, 60)
     plans = set(gpu.plans)
-    figures = fresh_lengths._packed_batches(bench, random.Random(1))["figures"]
+    figures = fresh_lengths._packed(bench, random.Random(1))["figures"]
     assert (figures["builds"], figures["checked"]) == (0, 0)
     packed = {key for key in plans if key.total}
     # Sequences to 16, 32 and 64, tokens to 1024, 2048, 4096 and 8192, and K/V heads folded into the offsets.
@@ -92,8 +93,8 @@ def test_packed_batches_find_all_that_they_need(pretended):
 def test_chunks_find_all_that_they_need(pretended, monkeypatch):
     gpu, bench = pretended
     pairs = [(1, 5000), (2, 3), (4, 900), (6, 7), (8, 8192), (9, 20), (16, 3000), (17, 18), (300, 301), (4000, 7000)]
-    monkeypatch.setattr(fresh_lengths, "_pairs", lambda *given: pairs)
-    fresh_lengths._warm_up(bench, ("chunked", "decode"), "cache", 1, 8192)
+    monkeypatch.setattr(fresh_lengths, "chunk_lengths", lambda *given: pairs)
+    fresh_lengths.warm_up(bench, ("chunked", "decode"), "cache", 1, 8192)
     plans, kernels = set(gpu.plans), set(gpu.kernels)
     assert {kernel[5].block_m for kernel in kernels} == {16, 32, 64}
     assert fresh_lengths._chunks(bench, random.Random(1))["figures"]["builds"] == 0
@@ -101,29 +102,25 @@ def test_chunks_find_all_that_they_need(pretended, monkeypatch):
 
 
 def test_the_batches_are_what_they_say(monkeypatch):
-    seen = []
-    monkeypatch.setattr(fresh_lengths, "_steps", lambda runner, rng, fresh, warm_up: seen.append(fresh))
     bench = a_runner()
     monkeypatch.setattr(bench, "pick", lambda full, quick, tiny: full)
-    fresh_lengths._padded_batches(bench, random.Random(1))
-    fresh_lengths._packed_batches(bench, random.Random(1))
-    padded, packed = seen
-    assert len(padded) == len(packed) == 50
-    for batch in padded:
-        assert batch.size == 4 and 64 <= batch.length <= 2048 and batch.mask.causal
-        row, first, end = batch.mask.table
-        assert row.tolist() == [0, 1, 2, 3]
-        assert bool((first >= 0).all() and (first < end).all() and (end == batch.length).all())
-    for batch in packed:
-        assert batch.size == 1 and 512 <= batch.length <= 8192 and batch.mask.causal
-        _, first, end = batch.mask.table
-        assert 2 <= len(first) <= 60 and bool((first < end).all())
-        assert torch.equal(first[1:], end[:-1]) and (int(first[0]), int(end[-1])) == (0, batch.length)
-    assert max(batch.mask.table.shape[1] for batch in packed) > 32 >= min(batch.mask.table.shape[1] for batch in packed)
+    longest, *padded = fresh_lengths.padded_batches(bench, random.Random(1))
+    packed = fresh_lengths.packed_batches(512, 8192, 60, 50, random.Random(1))
+    assert longest.kv_len == 2048 and len(padded) == len(packed) == 50
+    for case in padded:
+        assert case.batch == len(case.padding) == 4 and 64 <= case.q_len == case.kv_len <= 2048
+        assert all(0 <= n < case.q_len for n in case.padding)
+    for case in packed:
+        assert case.batch == 1 and 512 <= case.q_len == sum(case.packed) <= 8192
+        assert 2 <= len(case.packed) <= 60 and min(case.packed) > 0
+    counts = [len(case.packed) for case in packed]
+    assert max(counts) > 32 >= min(counts)
+    first, *fresh = fresh_lengths.lengths(bench, random.Random(1))
+    assert first.kv_len == 8192 and len({case.kv_len for case in fresh}) == 200
 
 
 def test_first_call_times_every_step():
-    found = first_call.main("fastattn", "cpu", 12, (4, 2, 16))
+    found = first_call.main("fastattn", "cpu", Case(12, 12, 1, 4, 2, 16))
     assert len(found) == 4
     assert all(ms > 0 for ms in found.values())
 

@@ -151,7 +151,7 @@ class Runner:
             try:
                 with implementation.active(gradients):
                     if gradients:
-                        sets = [x._replace(**{n: getattr(x, n).detach().requires_grad_() for n in "qkv"}) for x in sets]
+                        sets = [inputs.with_gradients(x) for x in sets]
                     if implementation.measure is not None:
                         result, times = implementation.measure(case, sets)
                         _check(entry, expected, (result,))
