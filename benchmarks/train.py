@@ -16,7 +16,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from fastattn._compat.transformers import enable_checkpointing
 from fastattn.bench import output, results
 from fastattn.bench.loaded import (
+    Progress,
     check_settings,
     clock,
     counted,
@@ -34,14 +35,17 @@ from fastattn.bench.loaded import (
     describe,
     dtype_text,
     identity,
+    open_model,
     peak_memory,
+    progress,
     release,
+    served_by,
 )  # fmt: skip
 from fastattn.cli.arguments import DTYPES, add_dtype_and_device, add_trust_remote_code, numbers
 from fastattn.cli.generate import FUSED_OPS, add_fused_ops
-from fastattn.lm import Loaded, load, set_attention
+from fastattn.lm import Loaded, set_attention
 from fastattn.lm.fused_ops import FusedOps, find_fused_ops
-from fastattn.lm.load import check_attention, pick_device
+from fastattn.lm.load import pick_device
 from fastattn.lm.runners import longest
 
 from .command import end, parser_of
@@ -99,26 +103,8 @@ def run(settings: Settings) -> Report:
     runs out of memory is reported and passed over. Raises ValueError before anything runs when the model, the device or
     an implementation is not usable.
     """
-    for name in settings.attn:
-        check_attention(name)
-    from tqdm import tqdm
-    from transformers import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = settings.dtype or ("bfloat16" if pick_device(settings.device).type == "cuda" else None)
-    torch_dtype = getattr(torch, dtype) if dtype else None
-    loaded = load(
-        settings.model,
-        settings.attn[0],
-        torch_dtype,
-        settings.device,
-        settings.seed,
-        fused_ops=settings.fused_ops,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    for name in settings.attn[1:]:
-        set_attention(loaded.model, name)
+    loaded = open_model(settings, settings.attn, getattr(torch, dtype) if dtype else None)
     lengths = step_lengths(settings)
     limit = longest(loaded)
     if max(lengths) > limit:
@@ -128,26 +114,21 @@ def run(settings: Settings) -> Report:
     ops = find_fused_ops(loaded.model, settings.fused_loss) if settings.fused_ops else FusedOps()
 
     results = [Result(name) for name in settings.attn]
-    with tqdm(total=len(results) * len(lengths), unit="step", leave=False, disable=None) as bar:
-
-        def say(line: str, result: Result | None = None) -> None:
-            bar.write(line if result is None or len(results) == 1 else f"[{result.attn}] {line}")
-            sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
-
-        say(describe(loaded))
+    with progress(len(results) * len(lengths), "step", len(results) > 1) as shown:
+        shown.say(describe(loaded))
         if ops.replaced:
-            say("Fused by liger-kernel, in fastattn's steps: " + ", ".join(ops.replaced))
-        _measure(loaded, results, lengths, settings, ops, say, bar.update)
+            shown.say("Fused by liger-kernel, in fastattn's steps: " + ", ".join(ops.replaced))
+        _measure(loaded, results, lengths, settings, ops, shown)
         used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
         used["fused_ops"] = list(ops.replaced)
         report = Report(asdict(settings) | used, identity(loaded), results)
         for result in results:
             if result.error is None:
-                say(f"All steps: {result.summary()}", result)
+                shown.say(f"All steps: {result.summary()}", result.attn)
             if result.calls:
-                say("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()), result)
+                shown.say(served_by(result), result.attn)
         for line in report.disagreements():
-            say(f"Warning: {line}")
+            shown.say(f"Warning: {line}")
     return report
 
 
@@ -187,16 +168,15 @@ def _measure(
     lengths: list[int],
     settings: Settings,
     ops: FusedOps,
-    say: Callable[..., None],
-    advance: Callable[[], Any],
+    shown: Progress,
 ) -> None:
-    """Fills the results. ops: of fastattn's steps. `say(line, result)` prints."""
+    """Fills the results. ops: of fastattn's steps."""
     optimizer = _optimizer(loaded.model, settings.optimizer, loaded.model.device)
-    say("Running warmup..")
+    shown.say("Running warmup..")
     for i, length in enumerate(lengths):
         number = i - settings.warmup_steps + 1  # of the timed steps, from 1
         if number == 1:
-            say(_announcement(settings))
+            shown.say(_announcement(settings))
         first = i % len(results)
         for result in (*results[first:], *results[:first]):
             if result.error is not None:
@@ -208,14 +188,14 @@ def _measure(
                 step = _step(loaded, optimizer, _tokens(loaded, settings, length, i), last=i == len(lengths) - 1)
             if step is None:  # by now the exception is gone, and with it what its frames held
                 result.error = "out of memory"
-                say(f"{result.attn}: {result.error}, given up", result)
+                shown.say(f"{result.attn}: {result.error}, given up", result.attn)
                 optimizer.zero_grad()
                 release()
                 continue
-            advance()
+            shown.advance()
             if number >= 1:
                 result.steps.append(step)
-                say(f"Step {number}:  {step}", result)
+                shown.say(f"Step {number}:  {step}", result.attn)
 
 
 def _step(loaded: Loaded, optimizer: torch.optim.Optimizer, ids: Tensor, last: bool) -> Step:

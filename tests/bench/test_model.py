@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+import fastattn.lm
 from fastattn.bench import model as bench
 from fastattn.bench import model_runners
 from fastattn.bench.loaded import Held
@@ -193,7 +194,7 @@ def test_fastattn_against_eager():
 @pytest.mark.parametrize("name", ["fastattn", "fastattn-hf", "sdpa", "sdpa-static"])
 def test_every_runner_continues_prompts_alike(name, monkeypatch):
     """Greedily, each prompt as if it were alone, whatever their lengths."""
-    loaded = bench.load("tiny", model_runners.attention_of(name), torch.float32, "cpu", 0)
+    loaded = fastattn.lm.load("tiny", model_runners.attention_of(name), torch.float32, "cpu", 0)
     made = []
     real = type(loaded.model).forward
 

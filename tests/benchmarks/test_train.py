@@ -7,6 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import fastattn
+import fastattn.lm
 from benchmarks import train as bench
 from benchmarks.command import end
 from benchmarks.train import Settings, run, step_lengths
@@ -128,7 +129,7 @@ def test_the_optimizer_works(monkeypatch, name, kind):
 
 def test_loss_and_gradients_are_those_of_the_model():
     (result,) = run(Settings(**SMALL, attn=("eager",))).results
-    loaded = bench.load("tiny", "eager", device="cpu")
+    loaded = fastattn.lm.load("tiny", "eager", device="cpu")
     ids = bench._tokens(loaded, Settings(**SMALL), 12, 2)
     logits = loaded.model(ids).logits
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])

@@ -14,20 +14,32 @@ What runs under which name is written in `model_runners.py`.
 from __future__ import annotations
 
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
-from ..lm import Loaded, load, set_attention
-from ..lm.load import check_attention
+from ..lm import Loaded, set_attention
 from ..lm.parallel import Ranks
 from ..lm.runners import longest as longest_of
-from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
+from .loaded import (
+    Held,
+    Progress,
+    check_settings,
+    counted,
+    describe,
+    dtype_text,
+    identity,
+    open_model,
+    peak_memory,
+    progress,
+    release,
+    served_by,
+)  # fmt: skip
 from .model_report import KEYS, FreshLength, Report, Result, Trial
 from .model_runners import STATIC, Runner, attention_of, make_runner, timed
 
@@ -91,29 +103,11 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     one of them runs out of memory, all end.
     """
     for name in settings.attn:
-        check_attention(attention_of(name))
         if ranks is not None and name.endswith(STATIC):
             raise ValueError(f"attn: {name} cannot be measured with --tp, its step is compiled for a whole model")
-    from tqdm import tqdm
-    from transformers import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    first = attention_of(settings.attn[0])
-    loaded = load(
-        settings.model,
-        first,
-        dtype,
-        settings.device,
-        settings.seed,
-        ranks,
-        settings.fused_ops,
-        settings.trust_remote_code,
-        settings.adapter_path,
-    )
-    for name in settings.attn[1:]:
-        set_attention(loaded.model, attention_of(name))
+    names = [attention_of(name) for name in settings.attn]
+    loaded = open_model(settings, names, dtype, ranks=ranks, adapter_path=settings.adapter_path)
     limit = longest_of(loaded)
     longest = settings.longest + settings.generation_tokens
     if longest > limit:
@@ -124,25 +118,17 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     results = [Result(name) for name in settings.attn]
     held = Held(loaded.model.device)
     capacity = max(longest, *(n + 1 for own in lengths for n in own), 1)
-    with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
-
-        def say(line: str) -> None:
-            bar.write(line)
-            sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
-
-        def speaker(name: str) -> Callable[[str], None]:
-            return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
-
-        say(describe(loaded))
+    with progress(total, "run", len(results) > 1) as shown:
+        shown.say(describe(loaded))
         turns = [
-            (result, _measure(loaded, result, own, settings, capacity, held, speaker(result.attn), bar.update))
+            (result, _measure(loaded, result, own, settings, capacity, held, shown))
             for result, own in zip(results, lengths)
         ]
         while turns:
             turns = [(result, steps) for result, steps in turns if _turn(loaded, result, held, steps)]
         for result in results:
             if result.calls:
-                speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
+                shown.say(served_by(result), result.attn)
     used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
     used["fused_ops"] = sorted({name for result in results for name in result.fused_ops})
     if ranks is not None:
@@ -196,10 +182,10 @@ def _measure(
     settings: Settings,
     capacity: int,
     held: Held,
-    say: Callable[[str], None],
-    advance: Callable[[], Any],
+    shown: Progress,
 ) -> Iterator[None]:
     """The measurement of one implementation, in steps between which another may take its turn."""
+    say, advance = partial(shown.say, name=result.attn), shown.advance
     try:
         release()
         say("Running warmup..")
