@@ -4,7 +4,7 @@
 
 Times are medians in microseconds of GPU work, captured in CUDA graphs: "cold" with the L2 cache flushed before each
 call, "hot" over many calls in a row. "host" is what one call costs the CPU. Takes 4 minutes at most: rows that would
-begin later are left out, and said.
+begin later are left out, with a line.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ METHOD = {
     "causal forward, causal backward": "GPU time: a CUDA graph of many calls on input sets that together exceed the L2 "
     "cache, replayed in turns. In a graph a call of a dynamic plan computes its offsets each time, which outside it "
     "does once per shape: `eager` is the GPU time of the same calls launched one by one behind a busy GPU.",
-    "host": "the host's time per call while nobody waits, in inference mode, the best of several batches",
+    "host": "the host's time per call without waiting for results, in inference mode, the best of several batches",
     "fresh lengths": fresh_lengths.METHOD,
     "first call": "milliseconds in a new process, after CUDA, cuBLAS and the inputs; synchronized. Triton's own cache "
     "of compiled kernels is as this machine has it",

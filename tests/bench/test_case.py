@@ -1,4 +1,4 @@
-"""A measured call as numbers, and as inputs of everybody."""
+"""A measured call as numbers, and as inputs of every implementation."""
 
 import json
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def test_torchs_mask_says_the_same(case):
         assert bool((words == (plain.tril() if case.q_len > 1 else plain)).all())
         return
     mask = mask if mask.dtype == torch.bool else mask > -torch.inf
-    real = words.any(-1)  # what a query of padding sees is nobody's business
+    real = words.any(-1)  # what a query of padding attends to does not matter
     assert torch.equal(mask.expand(case.batch, 1, -1, -1)[:, 0][real], words[real])
 
 

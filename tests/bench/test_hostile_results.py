@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parallel
 from fastattn.bench import case
 from fastattn.bench.reading import load
 from fastattn.bench.report import page, plots
@@ -328,22 +327,6 @@ def test_a_large_batch_is_a_number_and_no_tuple():
     each = case.Case(4, 8, left=2)
     assert (one.pairs, one.kv_bytes) == (3 * each.pairs, 3 * each.kv_bytes)
     assert case.Case(1, 8, batch=10**15).pairs == 8 * 10**15
-
-
-def test_the_table_of_several_gpus(tmp_path, capsys):
-    """The other command that reads a result file."""
-    path = tmp_path / "r.json"
-    for more in ({}, {"ranks": 1}, {"ranks": 1, "sections": 1}):
-        path.write_text(json.dumps({"benchmark": "parallel", "environment": {}} | more))
-        with pytest.raises(ValueError, match="expected a result file as fastattn writes it"):
-            parallel.main(["--markdown", str(path)])
-    name = "\x1b[31m"
-    rows = [{"strategy": name, "chosen": name, "ms": 1, "predicted_ms": 1, "speedup": 1, "errors": {"a": 1}}]
-    section = {"backward": False, "length": name, "one_ms": 1, "rows": rows}
-    path.write_text(json.dumps({"benchmark": "parallel", "environment": {}, "ranks": 2, "sections": [section]}))
-    assert parallel.main(["--markdown", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and r"\x1b[31m" in printed
 
 
 # --- pictures

@@ -1,4 +1,4 @@
-"""Who computes a measured call: the same for everybody, checked against the reference."""
+"""Every implementation computes the same call, checked against the reference."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Attention of other packages: that everybody is given the same call."""
+"""Attention of other packages: every adapter passes on the same call."""
 
 import json
 import subprocess

@@ -96,6 +96,21 @@ def test_the_document_holds_what_the_model_predicts() -> None:
     assert parallel.paper() in (REPO / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_a_file_that_a_stranger_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    for more in ({}, {"ranks": 1}, {"ranks": 1, "sections": 1}):
+        path.write_text(json.dumps({"benchmark": "parallel", "environment": {}} | more))
+        with pytest.raises(ValueError, match="expected a result file as fastattn writes it"):
+            parallel.main(["--markdown", str(path)])
+    name = "\x1b[31m"
+    rows = [{"strategy": name, "chosen": name, "ms": 1, "predicted_ms": 1, "speedup": 1, "errors": {"a": 1}}]
+    section = {"backward": False, "length": name, "one_ms": 1, "rows": rows}
+    path.write_text(json.dumps({"benchmark": "parallel", "environment": {}, "ranks": 2, "sections": [section]}))
+    assert parallel.main(["--markdown", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and r"\x1b[31m" in printed
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

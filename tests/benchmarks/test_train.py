@@ -162,19 +162,19 @@ def test_fastattn_against_sdpa(checkpointing, capsys):
 
 
 def test_an_implementation_that_computes_something_else_is_noticed(monkeypatch, capsys):
-    def blind(module, query, key, value, attention_mask, **rest):
+    def not_causal(module, query, key, value, attention_mask, **rest):
         """Sees the future."""
         groups = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(groups, 1).mT * rest["scaling"]
         return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
 
     # Not `register`: nothing takes a name out again, and other tests list them.
-    monkeypatch.setitem(AttentionInterface._global_mapping, "blind", blind)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "blind", eager_mask)
-    report = run(Settings(**SMALL, attn=("sdpa", "blind")))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "not_causal", not_causal)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "not_causal", eager_mask)
+    report = run(Settings(**SMALL, attn=("sdpa", "not_causal")))
     lines = report.disagreements()
     assert any(
-        re.fullmatch(r"gradient of blind and of sdpa lie .* apart, expected at most 1e-03", line) for line in lines
+        re.fullmatch(r"gradient of not_causal and of sdpa lie .* apart, expected at most 1e-03", line) for line in lines
     )
     out = capsys.readouterr().out
     assert all(f"Warning: {line}\n" in out for line in lines)

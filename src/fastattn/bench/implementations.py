@@ -1,4 +1,4 @@
-"""Who computes an attention call: fastattn, and each of torch's kernels. `peers.py` has those of other packages."""
+"""The implementations of an attention call: fastattn and each of torch's kernels; `peers.py` has other packages'."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..api import scaled_dot_product_attention
 from .case import Case
 from .inputs import DTYPE, Inputs
 
-MOST_SCORES = 2 << 30  #: bytes of a matrix of scores that torch's math is asked to make
+MOST_SCORES = 2 << 30  #: bytes of the largest matrix of scores that torch's math may allocate
 
 
 class Refusal(ValueError):
@@ -144,7 +144,7 @@ def _bind_varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
 
     starts = x.starts
     if case.sinks or case.left >= 0 or case.packed is None or starts is None:
-        raise Refusal("torch's varlen_attn is asked for packed sequences without sinks and windows only")
+        raise Refusal("torch's varlen_attn takes packed sequences without sinks and windows only")
     known = inspect.signature(varlen_attn).parameters  # it has changed from one torch to the next
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if case.q_heads != case.kv_heads and "enable_gqa" in known:

@@ -1,6 +1,6 @@
 """`fastattn benchmark`: tokens per second of a whole model, for one or more attention implementations.
 
-Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can be held against each other:
+Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can be compared:
 
 - prompt_tps: prompt tokens of the whole batch over the time until the first new tokens exist.
 - generation_tps: the new tokens of the whole batch over the time after the first of them. (All of them, as mlx_lm

@@ -1,4 +1,4 @@
-"""Reading a result file, which a stranger may have written: what it says is data, what is wrong with it one line."""
+"""Reads result files, which a stranger may have written: their content is data, and an error is one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_TEXT = 1000  #: characters of one text in a result file
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A result file; what somebody wrote into it is data, fit to be shown. Raises ValueError naming it when it is not
+    """The content of a result file, as data that is fit to be shown. Raises ValueError naming it when it is not
     there or none."""
     try:
         with open(path, "rb") as file:

@@ -73,7 +73,7 @@ def guarded(probe: Callable[[], Any]) -> Any:
 def child(module: str, *arguments: str, seconds: float, env: dict[str, str] | None = None) -> Any:
     """What `python -m MODULE ARGUMENTS` prints last, JSON, in a process of its own.
 
-    Raises RuntimeError with what it said last when it fails, subprocess.TimeoutExpired after so many seconds.
+    Raises RuntimeError with the last line of its stderr when it fails, subprocess.TimeoutExpired after so many seconds.
     """
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)

@@ -32,7 +32,7 @@ from .timing import Contender, Timing, Timings, text_of
 Row = dict[str, Any]
 T = TypeVar("T")
 
-#: The forward without and with gradients asked for; the backward alone; forward and backward.
+#: The forward of inputs that require no gradients, and of some that do; the backward alone; forward and backward.
 KINDS = ("inference", "training", "backward", "step")
 
 

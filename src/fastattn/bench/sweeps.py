@@ -205,7 +205,7 @@ def about_peers() -> dict[str, Any]:
     return {"peers": {name: version for name, version in present().items() if PEERS[name].package is not None}}
 
 
-# --- decode: few queries against a long cache, held against torch's attention and against the memory's rate
+# --- decode: few queries against a long cache, compared with torch's attention and with the memory's rate
 
 
 def decode_rows(runner: Runner) -> Iterator[Comparison]:

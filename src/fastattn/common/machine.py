@@ -54,7 +54,7 @@ def cpu_name() -> str:
 def commit() -> str | None:
     """The git commit of this package's source, "-dirty" with changes on top; None when it was installed as a wheel."""
     here = Path(__file__).parent
-    # A wheel unpacked below somebody's own repository must not be taken for part of it.
+    # A wheel unpacked below another repository must not be taken for part of it.
     if ask("git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return ask("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -70,7 +70,7 @@ class Section:
 
     name: str  #: the file's
     title: str
-    about: str  #: one paragraph for somebody who knows nothing of it
+    about: str  #: one paragraph for a reader who knows nothing of it
     command: str
     date: str
     environment: dict[str, Any]

@@ -1,6 +1,6 @@
-"""One HTML file that says what was measured, to somebody who has never seen the code: `fastattn report`.
+"""The page and the pictures of `fastattn report`, for a reader who has never seen the code.
 
-Everything is in the file: pictures as SVG, no scripts, nothing fetched. The templates escape what a result file says.
+The page is one HTML file: pictures as SVG, no scripts, nothing fetched. The templates escape what a result file says.
 """
 
 from __future__ import annotations
