@@ -36,7 +36,7 @@ METHOD = (
     "calls did, while the caller waited"
 )
 
-ours = IMPLEMENTATIONS["fastattn-any"]
+ours = IMPLEMENTATIONS["fastattn-dynamic"]
 
 
 def rows(runner: Runner) -> Iterator[Figures]:

@@ -22,7 +22,7 @@ from fastattn.lm.load import pick_device
 from . import fresh_lengths
 from .command import end, parser_of
 
-NAMES = ("fastattn-any", "fastattn-exact", "torch-cudnn", "torch-flash")
+NAMES = ("fastattn-dynamic", "fastattn-static", "torch-cudnn", "torch-flash")
 CHILD_SECONDS = 60
 METHOD = {
     "causal forward, causal backward": "GPU time: a CUDA graph of many calls on input sets that together exceed the L2 "

@@ -128,6 +128,19 @@ def test_every_kept_result_has_a_section(path, tmp_path):
             assert all(len(row) == len(part.head) for row in part.rows)
 
 
+def test_older_files_are_read_with_the_names_of_today(tmp_path):
+    """No figure is lost."""
+    entries = {"fastattn-any": {"us": 3.0}, "fastattn-exact": {"us": 2.0}, "torch-cudnn": {"us": 4.0}}
+    ratios = {"any/exact": 1.5, "/ best torch": 0.5}
+    old = result({"forward": [{"label": "S=2", "implementations": entries, "ratios": ratios}]})
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    (row,) = load(tmp_path / "old.json")["sections"]["forward"]
+    assert list(row["implementations"].items()) == [
+        ("fastattn-dynamic", {"us": 3.0}), ("fastattn-static", {"us": 2.0}), ("torch-cudnn", {"us": 4.0}),
+    ]  # fmt: skip
+    assert row["ratios"] == {"dynamic/static": 1.5, "/ best other": 0.5}
+
+
 def row_of(label, kind="inference", **more):
     case = {"q_len": 64, "kv_len": 64, "batch": 1, "q_heads": 4, "kv_heads": 2, "dim": 16, "kind": kind}
     entries = {"fastattn": {"us": 10.0, "method": "graph", "relative_error": 1e-3}, "torch-cudnn": {"us": 20.0}}

@@ -38,7 +38,7 @@ def test_a_failure_becomes_an_entry(monkeypatch):
     def wrong(case, x):
         return lambda: implementations.bind_fastattn(case, x)() * 1.02
 
-    mine = IMPLEMENTATIONS["fastattn-any"]
+    mine = IMPLEMENTATIONS["fastattn-dynamic"]
     monkeypatch.setitem(IMPLEMENTATIONS, "torch-cudnn", replace(mine, name="torch-cudnn", binder=refuse))
     monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", binder=late))
     monkeypatch.setitem(IMPLEMENTATIONS, "torch-flash", replace(mine, name="torch-flash", binder=wrong))
@@ -135,7 +135,7 @@ def test_a_wrong_part_is_found(monkeypatch):
 
         return call
 
-    mine = IMPLEMENTATIONS["fastattn-any"]
+    mine = IMPLEMENTATIONS["fastattn-dynamic"]
     monkeypatch.setitem(IMPLEMENTATIONS, "torch-math", replace(mine, name="torch-math", binder=wrong))
     row = bench.compare(Comparison("s", case, ("fastattn", "torch-math"), exact=True))
     assert row["check"] == f"reference in float64, batch entry {part.entry}, K/V head {part.head}"
@@ -166,7 +166,7 @@ def test_a_refusal_is_no_failure(monkeypatch):
 def test_every_implementation_on_a_gpu():
     device = torch.device("cuda", torch.cuda.current_device())
     bench = a_runner(device)
-    everyone = ("fastattn", "fastattn-any", "fastattn-exact", "torch-cudnn", "torch-flash")
+    everyone = ("fastattn", "fastattn-dynamic", "fastattn-static", "torch-cudnn", "torch-flash")
     with torch.cuda.stream(torch.cuda.Stream(device)):
         for kind in ("inference", "training", "backward"):
             row = bench.compare(Comparison("s", Case(300, 300, batch=2), everyone, kind, eager=True))

@@ -141,7 +141,7 @@ def test_the_op_sweep_on_a_gpu(tmp_path):
     bench = Runner(device, quick=True, seed=0, say=print)
     options = {"settle": True, "exact": True}
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        names = ("fastattn", "fastattn-any", *sweeps.TORCH)
+        names = ("fastattn", "fastattn-dynamic", *sweeps.TORCH)
         bench.run(Comparison("inference", case, names, **options) for case in CASES)
         bench.run([Comparison("training", Case(300, 300, 2), ("fastattn", "flex"), "step", **options)])
         names = ("fastattn", "torch-cudnn")

@@ -38,10 +38,10 @@ def test_plans_rows(made):
     for section in ("causal forward", "causal backward"):
         for row in sections[section]:
             ours = row["implementations"]
-            assert set(ours) == {"fastattn-any", "fastattn-exact"}
-            assert row["ratios"]["any/exact"] == ours["fastattn-any"]["us"] / ours["fastattn-exact"]["us"]
-            eager = [ours[name]["eager"]["us"] for name in ("fastattn-any", "fastattn-exact")]
-            assert row["ratios"]["any/exact eager"] == eager[0] / eager[1]
+            assert set(ours) == {"fastattn-dynamic", "fastattn-static"}
+            assert row["ratios"]["dynamic/static"] == ours["fastattn-dynamic"]["us"] / ours["fastattn-static"]["us"]
+            eager = [ours[name]["eager"]["us"] for name in ("fastattn-dynamic", "fastattn-static")]
+            assert row["ratios"]["dynamic/static eager"] == eager[0] / eager[1]
     assert all(e["method"] == "host" for row in sections["host"] for e in row["implementations"].values())
     found = {row["label"]: row["figures"] for row in sections["fresh lengths"]}
     assert list(found) == ["forward and backward", "left-padded batches", "packed batches", "chunks over a cache"]

@@ -195,11 +195,11 @@ def derived(row: Row, case: Case, kind: str) -> Row:
     ratios, names = {}, row["implementations"]
     if "fastattn" in names:
         ratios["/ best other"] = quotient(ours, peer[1] if peer else None)
-    if {"fastattn-any", "fastattn-exact"} <= set(names):
-        ratios["any/exact"] = quotient(time_of(row, "fastattn-any"), time_of(row, "fastattn-exact"))
+    if {"fastattn-dynamic", "fastattn-static"} <= set(names):
+        ratios["dynamic/static"] = quotient(time_of(row, "fastattn-dynamic"), time_of(row, "fastattn-static"))
         if any("eager" in entry for entry in names.values()):
-            eager = (time_of(row, name, "eager") for name in ("fastattn-any", "fastattn-exact"))
-            ratios["any/exact eager"] = quotient(*eager)
+            eager = (time_of(row, name, "eager") for name in ("fastattn-dynamic", "fastattn-static"))
+            ratios["dynamic/static eager"] = quotient(*eager)
     found: Row = {"best_peer": peer[0] if peer else None, "ratios": ratios}
     if "read" in row:
         ratios["/ read"] = quotient(ours, read)

@@ -100,7 +100,7 @@ def op_rows(runner: Runner) -> Iterator[Comparison | Figures]:
         compiled = runner.pick(FLEX, FLEX_QUICK, {}).get(section, ())
         for i, case in enumerate(cases):
             # Few queries go to a kernel without plans; a training step meets its static plan or not as a prefill does.
-            ours = ("fastattn", "fastattn-any") if case.q_len > MOST_FEW and kind == "inference" else ("fastattn",)
+            ours = ("fastattn", "fastattn-dynamic") if case.q_len > MOST_FEW and kind == "inference" else ("fastattn",)
             names = [*ours, *TORCH, *(["flex"] if i in compiled else []), *peers]
             forget_compiled()
             yield Comparison(section, case, names, kind, settle=True, exact=True)
@@ -245,7 +245,7 @@ def ragged(batch: int, capacity: int, seed: int) -> list[Case]:
 
 
 def backward_rows(runner: Runner) -> Iterator[Comparison]:
-    names = ("fastattn", "fastattn-any", "fastattn-exact", "torch-cudnn", "torch-flash")
+    names = ("fastattn", "fastattn-dynamic", "fastattn-static", "torch-cudnn", "torch-flash")
     for n in runner.pick((1000, 2048, 2049, 4096, 8192), (2049,), (20, 33)):
         for section, kind in (("forward", "training"), ("backward", "backward")):
             yield Comparison(section, Case(n, n, batch=2), names, kind)
@@ -263,8 +263,8 @@ SWEEPS = {
             op_rows,
             {
                 "all": f"bfloat16, causal to the lower right. {_GRAPH}. fastattn is called until it has the plan that "
-                "it will stay with; fastattn-any is fastattn at a length that does not come back (its dynamic plan; "
-                "in a graph it computes its offsets in every call). relative_error: norm of the difference over norm, "
+                "it will stay with; fastattn-dynamic is fastattn at a length that does not come back (its dynamic "
+                "plan; in a graph it computes its offsets in every call). relative_error: norm of the difference over norm, "
                 "against the reference in float64, on one K/V head of one batch entry. TFLOP/s: of the pairs of query "
                 "and key that see one another, 2 matrix products in a forward, 7 in a forward and backward. GB/s: the "
                 "bytes of K and V that are seen. first_ms: the first call, with all that it compiles",

@@ -9,8 +9,8 @@ from typing import Any
 #: Implementations as people know them.
 TITLES = {
     "fastattn": "fastattn",
-    "fastattn-any": "fastattn, dynamic plan",
-    "fastattn-exact": "fastattn, static plan",
+    "fastattn-dynamic": "fastattn, dynamic plan",
+    "fastattn-static": "fastattn, static plan",
     "torch-cudnn": "torch cuDNN",
     "torch-flash": "torch flash",
     "torch-efficient": "torch efficient",

@@ -12,8 +12,8 @@ from .charts import Chart, number, title_of
 #: Ours in strong colours, torch's in one family, others in others. Names that are not here get those left over.
 COLOURS = {
     "fastattn": "#c2410c",
-    "fastattn-any": "#f59e0b",
-    "fastattn-exact": "#7c2d12",
+    "fastattn-dynamic": "#f59e0b",
+    "fastattn-static": "#7c2d12",
     "torch-cudnn": "#1d4ed8",
     "sdpa": "#1d4ed8",
     "torch-flash": "#0891b2",
