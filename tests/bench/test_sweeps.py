@@ -13,6 +13,7 @@ from measured_cases import CASES, CPU
 from fastattn.bench import check, sweeps
 from fastattn.bench.case import Case
 from fastattn.bench.runner import Comparison, Figures, Runner
+from fastattn.cli import main as cli
 from fastattn.cli import sweep
 
 
@@ -84,6 +85,19 @@ def test_decode_rows(made):
     case = ragged["case"]
     assert ragged["read"]["bytes"] == sum(case["lengths"]) * 2 * case["kv_heads"] * case["dim"] * 2
     assert abs(ragged["read"]["bytes"] / equal["read"]["bytes"] - 1) < 0.05
+
+
+def test_an_interrupted_sweep_writes_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "compare", interrupt)
+    outputs = ["--json", f"{tmp_path}/x.json", "--html", f"{tmp_path}/x.html", "--plots", f"{tmp_path}/p"]
+    assert cli.main(["sweep", "decode", "--device", "cpu", *outputs]) == 130
+    assert capsys.readouterr().err == "fastattn: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
