@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from fastattn.bench.report.page import render
 from fastattn.common.table import ratio, table
 from fastattn.parallel import cost
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def show(section: dict[str, Any]) -> str:
@@ -37,22 +41,21 @@ def show_decode(rows: Sequence[dict[str, Any]]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """Prediction beside measurement, from a result file's content: the table of docs/parallel.md."""
-    ranks = report["ranks"]
-    lines = [
-        "| tokens | | strategy | predicted ms | measured ms | of one GPU's | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for section in report["sections"]:
         kind = "forward + backward" if section["backward"] else "forward"
-        lines.append(f"| {section['length']} | {kind} | one GPU | | {section['one_ms']:.2f} | 1.00x | |")
+        rows.append([section["length"], kind, "one GPU", "", f"{section['one_ms']:.2f}", "1.00x", ""])
         for row in section["rows"]:
             if "refusal" not in row:
                 name = row["strategy"] if row["chosen"] == row["strategy"] else f"{row['strategy']}: {row['chosen']}"
-                lines.append(
-                    f"| {section['length']} | {kind} | {name}, {ranks} ranks | {row['predicted_ms']:.2f} | "
-                    f"{row['ms']:.2f} | {row['speedup']:.2f}x | {max(row['errors'].values()):.1e} |"
-                )
-    return "\n".join(lines)
+                figures = [f"{row['predicted_ms']:.2f}", f"{row['ms']:.2f}", f"{row['speedup']:.2f}x"]
+                error = f"{max(row['errors'].values()):.1e}"
+                rows.append([section["length"], kind, f"{name}, {report['ranks']} ranks", *figures, error])
+    return _markdown_table(["tokens", "", "strategy", "predicted ms", "measured ms", "speed-up", "error"], rows)
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return render("table.md", [TEMPLATES], head=head, rows=rows).strip()
 
 
 #: What docs/parallel.md carries the model to: tokens, GPUs in hosts of eight, backward, window.
@@ -69,17 +72,15 @@ PAPER = (
 
 def paper() -> str:
     """The model's predictions for 32/8 heads of 128 in bf16, causal, on H100s, as Markdown."""
-    head = ["tokens", "GPUs", "", "one GPU", *cost.STRATEGIES, "received per GPU, GB"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for length, ranks, backward, window in PAPER:
         work = cost.Work.of(length, ranks, q_heads=32, kv_heads=8, backward=backward, window=window)
         found, one = [cost.predict(work, ranks, name, ranks_per_host=8) for name in cost.STRATEGIES], cost.single(work)
         kind = ("forward + backward" if backward else "forward") + (f", window {window}" if window else "")
-        cells = [str(length), str(ranks), kind, _seconds(one)]
-        cells += [f"{_seconds(p.total)} ({one / p.total:.1f}x)" for p in found]
-        cells.append(", ".join(f"{p.received / 1e9:.2f}" for p in found))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [f"{_seconds(p.total)} ({one / p.total:.1f}x)" for p in found]
+        received = ", ".join(f"{p.received / 1e9:.2f}" for p in found)
+        rows.append([length, ranks, kind, _seconds(one), *cells, received])
+    return _markdown_table(["tokens", "GPUs", "", "one GPU", *cost.STRATEGIES, "received per GPU, GB"], rows)
 
 
 def _seconds(x: float) -> str:

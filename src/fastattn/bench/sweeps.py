@@ -263,8 +263,8 @@ SWEEPS = {
             op_rows,
             {
                 "all": f"bfloat16, causal to the lower right. {_GRAPH}. fastattn is called until it has the plan that "
-                "it will stay with; fastattn-dynamic is fastattn at a length that does not come back (its dynamic plan, "
-                "whose offsets a graph computes in every call). relative_error: norm of the difference over norm, "
+                "it will stay with; fastattn-dynamic is fastattn at a length that does not come back (its dynamic "
+                "plan, whose offsets a graph computes in each call). relative_error: norm of the difference over norm, "
                 "against the reference in float64, on one K/V head of one batch entry. TFLOP/s: of the pairs of query "
                 "and key that see one another, 2 matrix products in a forward, 7 in a forward and backward. GB/s: the "
                 "bytes of K and V that are seen. first_ms: the first call, with all that it compiles",
