@@ -110,8 +110,8 @@ sanitize: $(DEV_STAMP) ## the Triton kernels under NVIDIA's compute-sanitizer (n
 	for tool in $(TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	  --target-processes all $(PY) -m pytest -q -m gpu -k "$(SANITIZED_K)" $(SANITIZED) || exit 9; done
 
-docs: $(DEV_STAMP) ## build the documentation's site: out/site
-	$(VENV)/bin/fastattn report benchmarks/results/*/*.json --markdown docs/benchmarks.md
+docs: $(DEV_STAMP) ## build the documentation's site with its page of benchmarks: out/site
+	$(PY) -m benchmarks.site
 	$(VENV)/bin/zensical build --strict
 
 report: $(DEV_STAMP) ## one page of all figures that are kept: out/report.html
@@ -129,7 +129,8 @@ format: $(DEV_STAMP) ## let ruff fix and format
 
 clean: ## remove caches and builds (to start all over, delete .venv as well)
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf docs/benchmarks docs/benchmarks.md
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,32 +1,33 @@
 """The Hopper forward beside torch's cuDNN and FlashAttention, in one process, in turns; needs an H100.
 
-    python benchmarks/hopper_forward.py [--json FILE] [--quick]
+    python -m benchmarks.hopper_forward [--json FILE] [--quick]
 
 Times are medians in microseconds of GPU work, captured in CUDA graphs: "cold" with the L2 cache flushed before each
 call, "hot" over many calls in a row. "host" is what one call costs the CPU. Takes 4 minutes at most: rows that would
-begin later are left out, and said.
+begin later are left out, with a line.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from fastattn.bench import output, results
+
+from .command import end, parser_of
 
 BUDGET = 230.0  #: seconds
 FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
@@ -171,13 +172,17 @@ def _compile(flags: Any) -> None:
     compile_binary(flags)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to write the figures to")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = parser_of("hopper_forward", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    output.check([arguments.json])
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("hopper_forward: needs a GPU of compute capability 9.0, torch sees none", file=sys.stderr)
+        return 2
     from fastattn.backends.triton.hopper.launch import Forward, flags
-    from fastattn.bench.results import header, write_json
 
     begun = time.monotonic()
     torch.manual_seed(0)
@@ -190,8 +195,9 @@ def main() -> None:
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(_compile, wanted))
     print(f"{len(wanted)} binaries after {time.monotonic() - begun:.0f} s", flush=True)
-    command = " ".join(["python", *sys.argv])
-    result: dict[str, Any] = header("hopper forward", command, torch.device("cuda")) | {"unit": "us", "rows": {}}
+    command = f"python -m benchmarks.hopper_forward {shlex.join(argv)}".rstrip()
+    result: dict[str, Any] = results.header("hopper forward", command, torch.device("cuda"))
+    result |= {"unit": "us", "rows": {}}
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     print(f"{'':24}" + "".join(f"{x:>22}" for x in ("ours cold/hot/host", "cudnn", "flash")) + "  to the best")
     for name in ROWS:
@@ -201,7 +207,10 @@ def main() -> None:
             continue
         call, problem, what, mask = prepared(name)
         forward = Forward(problem, call)
-        runs = {"ours": partial(forward, call), **peers(call.q, call.k, call.v, what, mask)}
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": partial(forward, call),
+            **peers(call.q, call.k, call.v, what, mask),
+        }
         row = measure(runs, flush, 5 if arguments.quick else 15)
         result["rows"][name] = row
         cells = []
@@ -213,9 +222,10 @@ def main() -> None:
         print(f"{name:24}" + "".join(f"{x:>22}" for x in cells) + f"  {row['ours']['cold'] / best:.2f}", flush=True)
         del call, forward, runs
         if arguments.json:  # what there is, should the next row fail
-            write_json(arguments.json, result)
+            results.write_json(arguments.json, result)
     print(f"{time.monotonic() - begun:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

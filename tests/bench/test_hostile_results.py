@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.bench import case, parallel, plots, report_markdown
-from fastattn.bench.chapters import chapter_of, chapters_of, drawn
-from fastattn.bench.charts import Chart
+from fastattn.bench import case
 from fastattn.bench.reading import load
+from fastattn.bench.report import page, plots
+from fastattn.bench.report.sections import drawn, sections_of
 from fastattn.cli import main as cli
 from fastattn.common.printable import printable
 
@@ -44,9 +44,7 @@ def report(tmp_path, data, name="r.json"):
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    return cli.main(
-        ["report", str(path), "--html", f"{out}/x.html", "--markdown", f"{out}/x.md", "--plots", f"{out}/p"]
-    )
+    return cli.main(["report", str(path), "--html", f"{out}/x.html", "--plots", f"{out}/p"])
 
 
 def row(label="a", **more):
@@ -124,9 +122,9 @@ def harmless(tmp_path_factory):
     for name, data in EXAMPLES.items():
         folder = tmp_path_factory.mktemp(name)
         assert report(folder, data) == 0
-        page = Elements((folder / "out" / "x.html").read_text())
-        found[0].update(page.tags)
-        found[1].update(page.attributes)
+        made = Elements((folder / "out" / "x.html").read_text())
+        found[0].update(made.tags)
+        found[1].update(made.attributes)
     return found
 
 
@@ -141,28 +139,17 @@ def test_texts_are_shown_and_do_nothing(name, text, tmp_path, harmless, capsys):
     if status:
         assert sorted(os.listdir(tmp_path / "out")) == []
         return
-    page = (tmp_path / "out" / "x.html").read_text(encoding="utf-8")
-    shown = (tmp_path / "out" / "x.md").read_text(encoding="utf-8")
-    pictures = [path.read_text(encoding="utf-8") for path in (tmp_path / "out" / "x").iterdir()]
-    for made in (page, shown, *pictures):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", made)
-    found = Elements(page)
+    text = (tmp_path / "out" / "x.html").read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", text)
+    found = Elements(text)
     assert found.tags <= harmless[0] and found.attributes <= harmless[1]
     assert all(link.startswith("#") for link in found.links)
+    pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(pictures) == len(os.listdir(tmp_path / "out" / "p"))
     for picture in pictures:
         tree = ElementTree.fromstring(picture)
         assert not [e for e in tree.iter() if e.tag.rpartition("}")[2] in ("script", "image", "a", "foreignObject")]
         assert not [key for e in tree.iter() for key in e.attrib if key.lower().startswith("on")]
-    check_markdown(shown)
-
-
-def check_markdown(text):
-    """As Python-Markdown reads it, with the extensions that the site has."""
-    markdown = pytest.importorskip("markdown")
-    found = Elements(markdown.markdown(text, extensions=["attr_list", "tables", "toc", "admonition"]))
-    assert not found.tags & {"script", "svg", "b", "style", "iframe"}
-    assert not [name for name in found.attributes if name.startswith("on")]
-    assert all(re.match(r"x/[\w.-]+\.svg$", link) for link in found.links if not link.startswith("#"))
 
 
 # --- names of files
@@ -174,7 +161,7 @@ def check_markdown(text):
 def test_sections_name_no_files_elsewhere(name, tmp_path):
     assert report(tmp_path, sweep({name: [row()], f"{name}!": [row()], name.upper() + "?": [row()]})) == 0
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert {Path(path).parts[:-1] for path in made} <= {(), ("out",), ("out", "p"), ("out", "x")}
+    assert {Path(path).parts[:-1] for path in made} <= {(), ("out",), ("out", "p")}
     pictures = [path.name for path in (tmp_path / "out" / "p").iterdir()]
     assert len(pictures) == 3 == len({picture.lower() for picture in pictures}), "each has a file of its own"
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png", picture) for picture in pictures)
@@ -183,9 +170,8 @@ def test_sections_name_no_files_elsewhere(name, tmp_path):
 def test_the_name_of_the_file_itself(tmp_path, capsys):
     name = '"><script>alert(1)</script>\x1b[31m](x).json'.replace("/", "|")
     assert report(tmp_path, sweep({"masks": [row()]}), name) == 0
-    page = Elements((tmp_path / "out" / "x.html").read_text())
-    assert "script" not in page.tags
-    check_markdown((tmp_path / "out" / "x.md").read_text())
+    found = Elements((tmp_path / "out" / "x.html").read_text())
+    assert "script" not in found.tags
     assert report(tmp_path, "{", name) == 2
     assert "\x1b" not in capsys.readouterr().err
 
@@ -262,7 +248,7 @@ WRONG = (
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_a_value_of_another_type_anywhere_is_one_line(path):
-    """In our own files, at places drawn anew each time: a chapter, or a ValueError."""
+    """In our own files, at places drawn anew each time: a section, or a ValueError."""
     data = load(path)
     rng = random.Random()
     every = list(places(data))
@@ -271,9 +257,10 @@ def test_a_value_of_another_type_anywhere_is_one_line(path):
         where, new = rng.choice(every[1:]), rng.choice(WRONG)
         wrong = changed(data, where, new)
         try:
-            (chapter,) = chapters_of({str(path): wrong})
-            text = report_markdown.page([chapter], "x")
-            drawn([chapter] if turn % 10 == 0 else [], lambda chart, _: plots.svg(chart))
+            (section,) = sections_of({str(path): wrong})
+            nothing = {chart.slug: "" for chart in section.charts}
+            text = page.render("page.html", sections=[section], about="", pictures=nothing)
+            drawn([section] if turn % 10 == 0 else [], lambda chart, _: plots.svg(chart))
         except ValueError:
             refused += 1
         else:
@@ -281,7 +268,7 @@ def test_a_value_of_another_type_anywhere_is_one_line(path):
     for key in data:
         for new in WRONG:
             try:
-                chapters_of({str(path): data | {key: new}})
+                sections_of({str(path): data | {key: new}})
             except ValueError:
                 refused += 1
     assert refused, "something of it was wrong"
@@ -342,56 +329,7 @@ def test_a_large_batch_is_a_number_and_no_tuple():
     assert case.Case(1, 8, batch=10**15).pairs == 8 * 10**15
 
 
-def test_the_table_of_several_gpus(tmp_path, capsys):
-    """The other command that reads a result file."""
-    path = tmp_path / "r.json"
-    for more in ({}, {"ranks": 1}, {"ranks": 1, "sections": 1}):
-        path.write_text(json.dumps({"benchmark": "parallel", "environment": {}} | more))
-        with pytest.raises(ValueError, match="expected a result file as fastattn writes it"):
-            parallel.main(["--markdown", str(path)])
-    name = "\x1b[31m"
-    rows = [{"strategy": name, "chosen": name, "ms": 1, "predicted_ms": 1, "speedup": 1, "errors": {"a": 1}}]
-    section = {"backward": False, "length": name, "one_ms": 1, "rows": rows}
-    path.write_text(json.dumps({"benchmark": "parallel", "environment": {}, "ranks": 2, "sections": [section]}))
-    assert parallel.main(["--markdown", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and r"\x1b[31m" in printed
-
-
 # --- pictures
-
-
-def test_only_pictures_of_the_page_before_are_removed(tmp_path):
-    page, folder = tmp_path / "page.md", tmp_path / "page"
-    names = [part.slug for part in chapter_of("a.json", EXAMPLES["sweep"]).parts if isinstance(part, Chart)]
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(EXAMPLES["sweep"]))
-
-    def run(name):
-        assert cli.main(["report", str(tmp_path / f"{name}.json"), "--markdown", str(page)]) == 0
-
-    folder.mkdir()
-    (folder / "mine.svg").write_text("<svg >")
-    (folder / "a-mine.svg").write_text("<svg >")
-    run("a")
-    ours = {f"{name}.svg" for name in names}
-    assert set(os.listdir(folder)) == ours | {"mine.svg", "a-mine.svg"}
-    (folder / f"{names[0]}.svg").write_text("not a picture of ours")
-    (tmp_path / "elsewhere.svg").write_text("<svg >")
-    text = page.read_text()
-    page.write_text(f"{text}\n![x](page/../elsewhere.svg) ![x](/{tmp_path}/elsewhere.svg) ![x](other/mine.svg)\n")
-    run("b")
-    left = {f"b{name[1:]}.svg" for name in names} | {"mine.svg", "a-mine.svg", f"{names[0]}.svg"}
-    assert set(os.listdir(folder)) == left
-    assert (tmp_path / "elsewhere.svg").exists()
-    page.write_text("A page of the user's, that shows ![x](page/mine.svg)")
-    run("b")
-    assert set(os.listdir(folder)) == left
-    folder.rename(tmp_path / "documents")
-    folder.symlink_to("documents")
-    page.write_text(f"{report_markdown.HEAD}\n![x](page/mine.svg)")
-    run("b")
-    assert set(os.listdir(tmp_path / "documents")) == left
 
 
 def test_nothing_is_written_where_something_cannot_be_drawn(tmp_path, monkeypatch, capsys):

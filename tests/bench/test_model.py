@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import fastattn
+import fastattn.lm
 from fastattn.bench import model as bench
-from fastattn.bench import ways
+from fastattn.bench import model_runners
 from fastattn.bench.loaded import Held
 from fastattn.bench.model import Settings, fresh_lengths, run
-from fastattn.bench.report import FreshLength, Report, Result, Trial
+from fastattn.bench.model_report import FreshLength, Report, Result, Trial
 from fastattn.lm.parallel import Ranks
 
 SMALL = {"model": "tiny", "prompt_tokens": 12, "generation_tokens": 3, "num_trials": 2, "device": "cpu"}
@@ -89,7 +90,7 @@ def test_lines_are_those_of_mlx_lm(capsys):
 def test_definitions(monkeypatch):
     """The clock is read when a trial starts, at the first token and at the end: 0, 2 and 5 seconds."""
     times = iter([0.0, 2.0, 5.0] * 3)
-    monkeypatch.setattr(ways, "clock", lambda device: next(times))
+    monkeypatch.setattr(model_runners, "clock", lambda device: next(times))
     monkeypatch.setattr(bench, "peak_memory", lambda device: 7_500_000_000)
     (result,) = run(Settings(**SMALL, attn=("sdpa",), batch_size=4)).results
     assert result.trials == [Trial(4 * 12 / 2, 4 * 3 / 3, 7.5, 5.0)] * 2
@@ -103,14 +104,14 @@ def test_one_generated_token_has_no_generation_speed():
 
 def test_implementations_get_the_same_fresh_prompts(monkeypatch):
     seen = {}
-    real = ways.generate_tokens
+    real = model_runners.generate_tokens
 
     def spy(model, ids, **rest):
         seen.setdefault(model.config._attn_implementation, []).append(ids)
         assert rest == {"step": 5}
         return real(model, ids, **rest)
 
-    monkeypatch.setattr(ways, "generate_tokens", spy)
+    monkeypatch.setattr(model_runners, "generate_tokens", spy)
     run(Settings(**SMALL, attn=("sdpa", "eager"), prefill_step_size=5))
     assert len(seen["sdpa"]) == 3  # a warmup and two trials
     assert all(torch.equal(a, b) for a, b in zip(seen["sdpa"], seen["eager"]))
@@ -134,10 +135,10 @@ def test_fresh_lengths_are_timed_twice_each(monkeypatch, capsys):
 def test_out_of_memory_costs_one_implementation_only(monkeypatch, capsys):
     real = bench._trial
 
-    def trial(loaded, way, settings, number, others):
+    def trial(loaded, runner, settings, number, others):
         if loaded.model.config._attn_implementation == "eager" and number == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(loaded, way, settings, number, others)
+        return real(loaded, runner, settings, number, others)
 
     monkeypatch.setattr(bench, "_trial", trial)
     report = run(Settings(**SMALL, attn=("eager", "sdpa")))
@@ -191,9 +192,9 @@ def test_fastattn_against_eager():
 
 
 @pytest.mark.parametrize("name", ["fastattn", "fastattn-hf", "sdpa", "sdpa-static"])
-def test_every_way_continues_prompts_alike(name, monkeypatch):
+def test_every_runner_continues_prompts_alike(name, monkeypatch):
     """Greedily, each prompt as if it were alone, whatever their lengths."""
-    loaded = bench.load("tiny", ways.attention_of(name), torch.float32, "cpu", 0)
+    loaded = fastattn.lm.load("tiny", model_runners.attention_of(name), torch.float32, "cpu", 0)
     made = []
     real = type(loaded.model).forward
 
@@ -205,9 +206,9 @@ def test_every_way_continues_prompts_alike(name, monkeypatch):
 
     monkeypatch.setattr(type(loaded.model), "forward", forward)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    way = ways.make_way(loaded, name, 2, 16, 2048)
+    runner = model_runners.make_runner(loaded, name, 2, 16, 2048)
     for some in (prompts[:1], prompts):
-        first, end = ways.timed(lambda some=some: way.run(some, 4), loaded.model.device)
+        first, end = model_runners.timed(lambda some=some: runner.run(some, 4), loaded.model.device)
         assert 0 < first < end
     if name != "fastattn":  # whose runner brings its own layers, and is compared with transformers elsewhere
         expected = []
@@ -222,13 +223,13 @@ def test_every_way_continues_prompts_alike(name, monkeypatch):
 
 def test_prompts_of_different_lengths(monkeypatch):
     seen = []
-    real = ways._Engine.run
+    real = model_runners._Engine.run
 
     def run_(self, prompts, tokens):
         seen.append([len(prompt) for prompt in prompts])
         return real(self, prompts, tokens)
 
-    monkeypatch.setattr(ways._Engine, "run", run_)
+    monkeypatch.setattr(model_runners._Engine, "run", run_)
     settings = Settings(**{**SMALL, "prompt_lengths": (3, 9), "batch_size": 4})
     (result,) = run(settings).results
     assert seen == [settings.lengths(i) for i in range(3)]

@@ -1,6 +1,7 @@
 """`fastattn report`: pages and pictures from result files, and what a browser makes of them."""
 
 import argparse
+import html
 import html.parser
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
-from fastattn.bench import charts, plots, report_html, sweep
-from fastattn.bench.chapters import chapter_of, chapters_of
-from fastattn.bench.charts import Chart, Table
 from fastattn.bench.reading import load
+from fastattn.bench.report import charts, page, plots, sweep_section
+from fastattn.bench.report.charts import Chart, Table
+from fastattn.bench.report.sections import section_of, sections_of
+from fastattn.cli import report, sweep
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -28,7 +31,7 @@ ENVIRONMENT = {"gpu": "NVIDIA Test <GPU>", "torch": "2.11.0", "cudnn": "9.19.0",
 def command(*argv):
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
-    report_html.add_command(commands)
+    report.add_command(commands)
     sweep.add_command(commands)
     arguments = parser.parse_args([*map(str, argv)])
     arguments.argv = [*map(str, argv)]
@@ -113,16 +116,29 @@ def test_a_report_is_remade_from_its_file(swept, tmp_path):
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_every_kept_result_has_a_chapter(path, tmp_path):
+def test_every_kept_result_has_a_section(path, tmp_path):
     found = load(path)
-    chapter = chapter_of(str(path), found)
-    assert any(isinstance(part, Table) and part.rows for part in chapter.parts)
-    for part in chapter.parts:
+    section = section_of(str(path), found)
+    assert any(isinstance(part, Table) and part.rows for part in section.parts)
+    for part in section.parts:
         if isinstance(part, Chart):
             assert plots.svg(part).startswith("<svg")
             assert plots.svg(part) == plots.svg(part)
         else:
             assert all(len(row) == len(part.head) for row in part.rows)
+
+
+def test_older_files_are_read_with_the_names_of_today(tmp_path):
+    """No figure is lost."""
+    entries = {"fastattn-any": {"us": 3.0}, "fastattn-exact": {"us": 2.0}, "torch-cudnn": {"us": 4.0}}
+    ratios = {"any/exact": 1.5, "/ best torch": 0.5}
+    old = result({"forward": [{"label": "S=2", "implementations": entries, "ratios": ratios}]})
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    (row,) = load(tmp_path / "old.json")["sections"]["forward"]
+    assert list(row["implementations"].items()) == [
+        ("fastattn-dynamic", {"us": 3.0}), ("fastattn-static", {"us": 2.0}), ("torch-cudnn", {"us": 4.0}),
+    ]  # fmt: skip
+    assert row["ratios"] == {"dynamic/static": 1.5, "/ best other": 0.5}
 
 
 def row_of(label, kind="inference", **more):
@@ -144,34 +160,34 @@ def test_what_failed_is_named_and_not_drawn():
         "torch-efficient": {"error": "ValueError: wrong result: relative error 1"},
         "flex": {"error": "RuntimeError: out of memory"},
     }
-    chapter = chapter_of("x.json", result({"masks": [row]}))
-    table = next(part for part in chapter.parts if isinstance(part, Table))
+    section = section_of("x.json", result({"masks": [row]}))
+    table = next(part for part in section.parts if isinstance(part, Table))
     assert table.rows[0][1:7] == ["*10", "20", "cannot", "cannot", "wrong", "failed"]
-    chart = next(part for part in chapter.parts if isinstance(part, Chart))
+    chart = next(part for part in section.parts if isinstance(part, Chart))
     assert {series.name for series in chart.series} == {"fastattn", "torch-cudnn"}
-    assert "torch math: it has no such thing (a)" in "\n".join(chapter.notes)
-    assert "masks: fastattn takes 0.50 times what the best other takes" in chapter.findings
+    assert "torch math: it has no such thing (a)" in "\n".join(section.notes)
+    assert "masks: fastattn takes 0.50 times what the best other takes" in section.findings
 
 
 def test_lengths_make_a_line_and_others_bars():
     rows = [row_of(f"S={n}", q_len=n, kv_len=n) for n in (16, 32, 64)]
-    line, rest = charts.lines_and_rest([*rows, row_of("other", dim=32), row_of("packed", packed=[30, 34])])
+    line, rest = sweep_section.lines_and_rest([*rows, row_of("other", dim=32), row_of("packed", packed=[30, 34])])
     assert [row["label"] for row in line] == ["S=16", "S=32", "S=64"]
     assert [row["label"] for row in rest] == ["other", "packed"]
-    assert charts.lines_and_rest(rows[:2]) == ([], rows[:2])
+    assert sweep_section.lines_and_rest(rows[:2]) == ([], rows[:2])
 
 
 def test_rates_are_of_what_is_seen():
     row = row_of("a", q_len=4, kv_len=4)
-    assert charts.tflops(row, "fastattn") == pytest.approx(4 * 10 * 4 * 16 / 10 / 1e6)  # 1 + 2 + 3 + 4 pairs
-    assert charts.gigabytes(row, "torch-cudnn") == pytest.approx(2 * 4 * 2 * 16 * 2 / 20 / 1e3)
+    assert sweep_section.tflops(row, 10.0) == pytest.approx(4 * 10 * 4 * 16 / 10 / 1e6)  # 1 + 2 + 3 + 4 pairs
+    assert sweep_section.gigabytes(row, 20.0) == pytest.approx(2 * 4 * 2 * 16 * 2 / 20 / 1e3)
 
 
 def test_the_roof_is_drawn_where_it_belongs():
     roof = {"label": "this machine", "figures": {"copy GB/s": 3000.0, "matmul TFLOP/s": 700.0}}
     lines = [row_of(f"S={n}", q_len=1, kv_len=n) for n in (16, 32, 64)]
-    chapter = chapter_of("x.json", result({"roof": [roof], "decode": lines, "prefill": lines}))
-    roofs = {part.slug: part.roof for part in chapter.parts if isinstance(part, Chart) and part.kind == "lines"}
+    section = section_of("x.json", result({"roof": [roof], "decode": lines, "prefill": lines}))
+    roofs = {part.slug: part.roof for part in section.parts if isinstance(part, Chart) and part.kind == "lines"}
     assert roofs["x-decode-rate"] == ("copying memory", 3000.0)
     assert roofs["x-prefill-rate"] == ("a large matrix product", 700.0)
     assert roofs["x-decode-time"] is None
@@ -179,10 +195,10 @@ def test_the_roof_is_drawn_where_it_belongs():
 
 def test_text_from_a_file_is_no_markup():
     evil = "<script>alert(1)</script>"
-    page = report_html.page([chapter_of("x.json", result({"masks": [row_of(evil)]}, command=evil))])
-    assert evil not in page
-    assert "script" not in Elements(page).counts
-    assert "NVIDIA Test &lt;GPU&gt;" in page
+    text = page.page([section_of("x.json", result({"masks": [row_of(evil)]}, command=evil))])
+    assert evil not in text
+    assert "script" not in Elements(text).counts
+    assert "NVIDIA Test &lt;GPU&gt;" in text
 
 
 @pytest.mark.parametrize(
@@ -194,15 +210,15 @@ def test_numbers(value, text):
 
 
 def test_labels_lose_what_they_share():
-    assert charts.short_labels(["B=1 Sq=4 D=8", "B=2 Sq=4 D=8"]) == (["B=1", "B=2"], "Sq=4 D=8")
-    assert charts.short_labels(["a", "a"]) == (["a", "a"], "")
-    assert charts.short_labels(["only one"]) == (["only one"], "")
+    assert sweep_section.short_labels(["B=1 Sq=4 D=8", "B=2 Sq=4 D=8"]) == (["B=1", "B=2"], "Sq=4 D=8")
+    assert sweep_section.short_labels(["a", "a"]) == (["a", "a"], "")
+    assert sweep_section.short_labels(["only one"]) == (["only one"], "")
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("x.json",), "expected --html FILE, --plots DIR or --markdown FILE"),
+        (("x.json",), "expected --html FILE or --plots DIR"),
         (("no/such.json", "--html", "{}/x.html"), "cannot be read"),
         (("{}/bad.json", "--html", "{}/x.html"), "expected a JSON file"),
         (("{}/other.json", "--html", "{}/x.html"), "expected a result file of fastattn"),
@@ -220,13 +236,13 @@ def test_bad_arguments_are_refused(argv, message, tmp_path):
 
 def test_a_kind_that_is_not_known_gives_its_figures():
     data = {"benchmark": "new", "environment": ENVIRONMENT, "deep": {"a": [1, {"b": 2.5}], "flag": True}}
-    (table,) = chapter_of("new.json", data).parts
+    (table,) = section_of("new.json", data).parts
     assert table.rows == [["deep / a 1", "1"], ["deep / a 2 / b", "2.5"]]
 
 
 def test_files_of_one_name_are_told_apart():
     found = {f"results/{name}.json": result({}) for name in ("h100/decode", "h200/decode", "h200/llama-3.1-8b")}
-    assert [c.name for c in chapters_of(found)] == ["h100-decode", "h200-decode", "llama-3.1-8b"]
+    assert [c.name for c in sections_of(found)] == ["h100-decode", "h200-decode", "llama-3.1-8b"]
 
 
 def test_several_gpus():
@@ -234,32 +250,38 @@ def test_several_gpus():
     refused = {"strategy": "ulysses", "chosen": "ulysses", "refusal": "3 heads among 2 ranks"}
     section = {"backward": False, "length": 4096, "one_ms": 8.0, "rows": [row, refused]}
     data = {"benchmark": "parallel", "environment": ENVIRONMENT, "ranks": 2, "sections": [section]}
-    chapter = chapter_of("p.json", data)
-    chart, table = chapter.parts
+    section = section_of("p.json", data)
+    chart, table = section.parts
     assert [series.points for series in chart.series] == [[(0, 8.0)], [(0, 5.0)]]
     assert table.rows[1] == ["auto (ring)", "5", "1.60x", "4.5", "2.0e-03"]
-    assert chapter.notes == ["forward, 4,096 tokens: ulysses: 3 heads among 2 ranks"]
+    assert section.notes == ["forward, 4,096 tokens: ulysses: 3 heads among 2 ranks"]
     assert plots.svg(chart)
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch):
-    def missing(name):
-        raise ImportError(name)
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_it_says_what_to_install(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "r.json").write_text(json.dumps(result({})))
+    with pytest.raises(ImportError, match=rf"plots and pages need {package}: pip install 'fastattn\[bench\]'"):
+        command("report", tmp_path / "r.json", "--html", tmp_path / "x.html")
+    assert os.listdir(tmp_path) == ["r.json"]
 
-    monkeypatch.setattr(plots, "import_module", missing)
-    with pytest.raises(ImportError, match=r"fastattn\[bench\]"):
-        plots.check_here()
 
-
-def test_markdown_has_the_same(swept, tmp_path):
+def test_each_table_says_machine_commit_and_command(swept):
     folder, found, _ = swept
-    assert command("report", folder / "op.json", "--markdown", tmp_path / "page.md") == 0
-    text = (tmp_path / "page.md").read_text()
-    pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
-    assert sorted(f"page/{p.name}" for p in (tmp_path / "page").iterdir()) == sorted(pictures)
-    assert found["command"] in text
-    for row in found["sections"]["masks"]:
-        assert f"| {row['label']} |" in text
+    text = (folder / "op.html").read_text()
+    captions = re.findall(r"<caption>(.*?)</caption>", text)
+    assert len(captions) == text.count("<table>")
+    section = section_of("op.json", found)
+    for caption in captions:
+        assert html.unescape(caption) == f"{section.caption}: <code>{found['command']}</code>"
+    assert (found["environment"]["commit"] or "")[:10] in section.caption
+    clean = section_of("x.json", result({}) | {"environment": {"gpu": "G", "torch": "2", "commit": "a" * 40}})
+    assert clean.caption == "G, torch 2, commit aaaaaaaaaa, 2026-01-02"
+    assert (
+        "commit bbbbbbbbbb with changes"
+        in section_of("x.json", result({}) | {"environment": {"commit": "b" * 40 + "-dirty"}}).caption
+    )
 
 
 # --- a browser

@@ -33,15 +33,18 @@ def test_help(capsys, line):
     assert out.startswith("usage: fastattn")
 
 
-def test_subcommands_import_what_is_heavy():
+@pytest.mark.parametrize(
+    "name, option", [("benchmark", "--prefill-step-size"), ("sweep", "--html"), ("report", "--html")]
+)
+def test_subcommands_import_what_is_heavy(name, option):
     """The parser, and with it every --help, needs neither torch nor transformers of its own."""
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from fastattn.cli import main; main.main(['benchmark', '--help'])"
+        f"from fastattn.cli.main import main; main(['{name}', '--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--prefill-step-size" in done.stdout
+    assert option in done.stdout
 
 
 @pytest.mark.parametrize(

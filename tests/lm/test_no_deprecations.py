@@ -16,10 +16,10 @@ AMONG_OTHERS = re.compile(r"site-packages/(?!transformers/|fastattn/)\S+: (Pendi
 TINY = ["--model", "tiny", "-p", "40", "-n", "1", "--device", "cpu"]
 
 
-def said(*arguments: str) -> list[str]:
+def said(*arguments: str, module: str = "fastattn") -> list[str]:
     """The lines about deprecation that the command writes, with every warning shown."""
     done = subprocess.run(
-        [sys.executable, "-W", "default", "-m", "fastattn", *arguments],
+        [sys.executable, "-W", "default", "-m", module, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,9 +42,14 @@ def test_generate(saved_model: Path, attn: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["-g", "4", "--attn", "fastattn,sdpa"], ["--train", "--gradient-checkpointing"]])
-def test_benchmark(more: list[str]) -> None:
-    assert said("benchmark", *TINY, *more) == []
+def test_benchmark() -> None:
+    assert said("benchmark", *TINY, "-g", "4", "--attn", "fastattn,sdpa") == []
+
+
+@pytest.mark.slow
+def test_training_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert said(*TINY, "--gradient-checkpointing", module="benchmarks.train") == []
 
 
 def test_it_would_be_seen(saved_model: Path, tmp_path: Path) -> None:

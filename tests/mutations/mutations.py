@@ -271,16 +271,16 @@ MUTATIONS = (
     ),
     Mutation(
         "a result file names files elsewhere",
-        "bench/charts.py",
+        "bench/report/charts.py",
         '_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")',
         '_NO_NAME = re.compile(r"[^A-Za-z0-9._/-]+")',
         ("tests/bench/test_hostile_results.py", "-k", "name_no_files"),
     ),
     Mutation(
-        "a result file's text is markup in markdown",
-        "bench/report_markdown.py",
-        "escape(text, quote=False)",
-        "text",
+        "a result file's text is markup in a page",
+        "bench/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
         ("tests/bench/test_hostile_results.py", "-k", "do_nothing and sweep"),
     ),
     Mutation(

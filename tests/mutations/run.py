@@ -30,7 +30,7 @@ NOTICED, SURVIVED = "noticed", "SURVIVED"
 def copy_tree(folder: Path) -> None:
     """What the tests read, without what was built from it."""
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("src", "tests", "docs"):
+    for name in ("src", "tests", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder / name)

@@ -130,7 +130,6 @@ MODEL = ["--model", "DIR", "--prompt", "a"]
     [
         (["benchmark", "--tp", "--model", "tiny"], "tp: expected to be started by torchrun"),
         (["generate", "--tp", *MODEL], "tp: expected to be started by torchrun"),
-        (["benchmark", "--tp", "--train", "--model", "tiny"], "--tp: only without --train"),
     ],
 )
 def test_what_is_refused_here(

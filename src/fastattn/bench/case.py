@@ -85,12 +85,12 @@ class Case:
         return times * sum(_seen(q_len, kv_len, self.left) for q_len, kv_len in parts)
 
     def useful_flops(self, kind: str) -> float:
-        """Operations that the pairs which see one another cost: 2 matrix products in a forward, 5 in a backward."""
-        products = {"inference": 2, "training": 2, "backward": 5, "step": 7}[kind]
-        return 2.0 * products * self.pairs * self.q_heads * self.dim
+        """Operations of the visible pairs of query and key: 2 GEMMs in a forward, 5 in a backward."""
+        gemms = {"inference": 2, "training": 2, "backward": 5, "step": 7}[kind]
+        return 2.0 * gemms * self.pairs * self.q_heads * self.dim
 
     def flops(self, backward: bool = False) -> float:
-        """Of both matrix products over every pair of query and key, as the reference takes them."""
+        """Operations of both GEMMs over every pair of query and key, as the reference computes them."""
         forward = 4.0 * self.batch * self.q_heads * self.q_len * self.kv_len * self.dim
         return 3.5 * forward if backward else forward
 

@@ -95,6 +95,11 @@ def document_of(case: Case, device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
 
 
+def with_gradients(x: Inputs) -> Inputs:
+    """The same, of which q, k and v require gradients."""
+    return x._replace(**{name: getattr(x, name).detach().requires_grad_() for name in "qkv"})
+
+
 def set_count(case: Case, l2_bytes: int) -> int:
     """How many input sets it takes so that what a call reads is not in the L2 cache when its turn comes again."""
     q_bytes = case.batch * case.q_heads * case.q_len * case.dim * DTYPE.itemsize

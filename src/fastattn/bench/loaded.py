@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .. import stats
-from ..lm import Loaded
+from ..lm import Loaded, load, set_attention
 from ..lm.generation.results import peak_memory as peak_memory
-from .report import Outcome
+from ..lm.loading.attention import check_attention
+from .model_report import Outcome
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -36,6 +38,50 @@ def check_settings(settings: Any, counts: Iterable[str], quantities: Iterable[st
 def default_model() -> str:
     """The preset to measure when none is named: the real thing where there is a GPU for it."""
     return "llama-3.1-8b" if torch.cuda.is_available() else "tiny"
+
+
+def open_model(settings: Any, attentions: Sequence[str], dtype: torch.dtype | None, **more: Any) -> Loaded:
+    """Loads the settings' model once, for several attention implementations. more: as for `fastattn.lm.load`.
+
+    Raises ValueError before anything runs when the model, the device or an implementation is not usable.
+    """
+    for name in attentions:
+        check_attention(name)
+    from transformers import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
+    more |= {"fused_ops": settings.fused_ops, "trust_remote_code": settings.trust_remote_code}
+    loaded = load(settings.model, attentions[0], dtype, settings.device, settings.seed, **more)
+    for name in attentions[1:]:
+        set_attention(loaded.model, name)
+    return loaded
+
+
+class Progress:
+    """Lines on stdout, each with the name of its implementation if there are several, and a bar on a terminal."""
+
+    def __init__(self, bar: Any, several: bool) -> None:
+        self.advance: Callable[[], Any] = bar.update
+        self._bar, self._several = bar, several
+
+    def say(self, line: str, name: str | None = None) -> None:
+        self._bar.write(f"[{name}] {line}" if name and self._several else line)
+        sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
+
+
+@contextmanager
+def progress(total: int, unit: str, several: bool) -> Iterator[Progress]:
+    """The progress of so many units of work."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, leave=False, disable=None) as bar:
+        yield Progress(bar, several)
+
+
+def served_by(result: Outcome) -> str:
+    """The calls that fastattn served, by backend, in one line."""
+    return "Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items())
 
 
 def clock(device: torch.device) -> float:

@@ -1,6 +1,6 @@
 """`fastattn benchmark`: tokens per second of a whole model, for one or more attention implementations.
 
-Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can be held against each other:
+Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can be compared:
 
 - prompt_tps: prompt tokens of the whole batch over the time until the first new tokens exist.
 - generation_tps: the new tokens of the whole batch over the time after the first of them. (All of them, as mlx_lm
@@ -8,28 +8,40 @@ Flags, lines and definitions are those of mlx_lm.benchmark, so that the two can 
 - peak_memory: in 1e9 bytes. Of torch's CUDA allocator during the trial; on a CPU the process's peak, which only grows.
 
 Prompts are random tokens, new ones for each trial and the same for each implementation. No token ends a generation.
-What runs under which name is written in `ways.py`.
+What runs under which name is written in `model_runners.py`.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
-from ..lm import Loaded, load, set_attention
-from ..lm.loading.attention import check_attention
+from ..lm import Loaded, set_attention
 from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
-from .loaded import Held, check_settings, counted, describe, dtype_text, identity, peak_memory, release
-from .report import KEYS, FreshLength, Report, Result, Trial
-from .ways import STATIC, Way, attention_of, make_way, timed
+from .loaded import (
+    Held,
+    Progress,
+    check_settings,
+    counted,
+    describe,
+    dtype_text,
+    identity,
+    open_model,
+    peak_memory,
+    progress,
+    release,
+    served_by,
+)  # fmt: skip
+from .model_report import KEYS, FreshLength, Report, Result, Trial
+from .model_runners import STATIC, Runner, attention_of, make_runner, timed
 
 
 @dataclass(frozen=True)
@@ -91,29 +103,11 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     one of them runs out of memory, all end.
     """
     for name in settings.attn:
-        check_attention(attention_of(name))
         if ranks is not None and name.endswith(STATIC):
             raise ValueError(f"attn: {name} cannot be measured with --tp, its step is compiled for a whole model")
-    from tqdm import tqdm
-    from transformers import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # transformers draws one while loading, into log files too
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    first = attention_of(settings.attn[0])
-    loaded = load(
-        settings.model,
-        first,
-        dtype,
-        settings.device,
-        settings.seed,
-        ranks,
-        settings.fused_ops,
-        settings.trust_remote_code,
-        settings.adapter_path,
-    )
-    for name in settings.attn[1:]:
-        set_attention(loaded.model, attention_of(name))
+    names = [attention_of(name) for name in settings.attn]
+    loaded = open_model(settings, names, dtype, ranks=ranks, adapter_path=settings.adapter_path)
     limit = longest_of(loaded)
     longest = settings.longest + settings.generation_tokens
     if longest > limit:
@@ -124,25 +118,17 @@ def run(settings: Settings, ranks: Ranks | None = None) -> Report:
     results = [Result(name) for name in settings.attn]
     held = Held(loaded.model.device)
     capacity = max(longest, *(n + 1 for own in lengths for n in own), 1)
-    with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
-
-        def say(line: str) -> None:
-            bar.write(line)
-            sys.stdout.flush()  # a pipe gets each line when it is true, not at the end
-
-        def speaker(name: str) -> Callable[[str], None]:
-            return say if len(settings.attn) == 1 else lambda line: say(f"[{name}] {line}")
-
-        say(describe(loaded))
+    with progress(total, "run", len(results) > 1) as shown:
+        shown.say(describe(loaded))
         turns = [
-            (result, _measure(loaded, result, own, settings, capacity, held, speaker(result.attn), bar.update))
+            (result, _measure(loaded, result, own, settings, capacity, held, shown))
             for result, own in zip(results, lengths)
         ]
         while turns:
             turns = [(result, steps) for result, steps in turns if _turn(loaded, result, held, steps)]
         for result in results:
             if result.calls:
-                speaker(result.attn)("Served by: " + ", ".join(f"{key} {n}" for key, n in result.calls.items()))
+                shown.say(served_by(result), result.attn)
     used: dict[str, Any] = {"dtype": dtype_text(loaded.model.dtype), "device": str(loaded.model.device)}
     used["fused_ops"] = sorted({name for result in results for name in result.fused_ops})
     if ranks is not None:
@@ -196,27 +182,27 @@ def _measure(
     settings: Settings,
     capacity: int,
     held: Held,
-    say: Callable[[str], None],
-    advance: Callable[[], Any],
+    shown: Progress,
 ) -> Iterator[None]:
     """The measurement of one implementation, in steps between which another may take its turn."""
+    say, advance = partial(shown.say, name=result.attn), shown.advance
     try:
         release()
         say("Running warmup..")
-        way = make_way(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
-        result.fused_ops = way.fused_ops
-        if way.fused_ops:
-            say("Fused by liger-kernel: " + ", ".join(way.fused_ops))
+        runner = make_runner(loaded, result.attn, settings.batch_size, capacity, settings.prefill_step_size)
+        result.fused_ops = runner.fused_ops
+        if runner.fused_ops:
+            say("Fused by liger-kernel: " + ", ".join(runner.fused_ops))
         yield
         result.calls.clear()  # those by which the runners were tried
-        _trial(loaded, way, settings, 0, 0)
+        _trial(loaded, runner, settings, 0, 0)
         advance()
         yield
         p, g, b = settings.prompt_lengths or settings.prompt_tokens, settings.generation_tokens, settings.batch_size
         say(f"Timing with prompt_tokens={p}, generation_tokens={g}, batch_size={b}.")
         for i in range(1, settings.num_trials + 1):
             time.sleep(settings.delay)
-            trial = _trial(loaded, way, settings, i, held.by_others(result.attn))
+            trial = _trial(loaded, runner, settings, i, held.by_others(result.attn))
             result.trials.append(trial)
             advance()
             values = ", ".join(f"{key}={value:.3f}" for key, value in vars(trial).items())
@@ -225,8 +211,8 @@ def _measure(
         say("Averages: " + ", ".join(f"{key}={result.average(key):.3f}" for key in KEYS))
         for length in lengths:
             # A length known long since goes before: both times then follow upon the same work, in caches just as warm.
-            _time_to_first(loaded, way, settings, settings.prompt_tokens, length)
-            first, second = (_time_to_first(loaded, way, settings, length, again) for again in (0, 1))
+            _time_to_first(loaded, runner, settings, settings.prompt_tokens, length)
+            first, second = (_time_to_first(loaded, runner, settings, length, again) for again in (0, 1))
             fresh = FreshLength(length, first, second)
             result.fresh.append(fresh)
             advance()
@@ -243,14 +229,14 @@ def _measure(
         release()
 
 
-def _trial(loaded: Loaded, way: Way, settings: Settings, number: int, others: int) -> Trial:
+def _trial(loaded: Loaded, runner: Runner, settings: Settings, number: int, others: int) -> Trial:
     """others: bytes that other implementations hold between their turns."""
     lengths, g = settings.lengths(number), settings.generation_tokens
     device = loaded.model.device
     prompts = [_prompt(loaded, settings, length, number, row) for row, length in enumerate(lengths)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    first, total = timed(lambda: way.run(prompts, g), device)
+    first, total = timed(lambda: runner.run(prompts, g), device)
     return Trial(
         prompt_tps=sum(lengths) / first,
         generation_tps=len(lengths) * g / (total - first) if g > 1 else 0.0,
@@ -259,10 +245,10 @@ def _trial(loaded: Loaded, way: Way, settings: Settings, number: int, others: in
     )
 
 
-def _time_to_first(loaded: Loaded, way: Way, settings: Settings, length: int, number: int) -> float:
+def _time_to_first(loaded: Loaded, runner: Runner, settings: Settings, length: int, number: int) -> float:
     """Seconds from prompts of that length to their first new tokens."""
     prompts = [_prompt(loaded, settings, length, number, row) for row in range(settings.batch_size)]
-    return timed(lambda: way.run(prompts, 1), loaded.model.device)[0]
+    return timed(lambda: runner.run(prompts, 1), loaded.model.device)[0]
 
 
 def _prompt(loaded: Loaded, settings: Settings, length: int, number: int, row: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Every file that a command writes is written here: whole or not at all, and never over what it should not replace.
+"""Writes the files of every command: whole or not at all, and never over what must not be replaced.
 
 A file is written beside its place, brought to the disk and renamed: a reader finds the old one or the new one, and a
 full disk leaves the old one. It keeps its permissions, and a new one gets those of the umask. Of a symbolic link to a
@@ -9,16 +9,14 @@ devices, sockets, links to nothing. `check` says all that before a measurement o
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _OLD = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -29,18 +27,6 @@ class NotWrittenError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: cannot be written: {self.strerror}"
-
-
-def path_of(text: str) -> str:
-    """For argparse: the name of a file or a directory. (`--json "$FILE"` with nothing in FILE would write nowhere.)"""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a name, got an empty one")
-    return text
-
-
-def add_json(add: Callable[..., Any]) -> None:
-    """`--json`. add: a parser's `add_argument`."""
-    add("--json", type=path_of, metavar="FILE", help="write all figures and the environment to FILE")
 
 
 def check(
@@ -78,7 +64,7 @@ def check_writable(path: str | Path) -> Path:
 
 
 def write(path: str | Path, data: str | bytes, follow: bool = True) -> None:
-    """Writes a file. follow=False: only where there is none, or a plain one, for names that nobody typed.
+    """Writes a file. follow=False: only where there is none, or a plain one, for names that the user did not type.
 
     Raises OSError, with the path and the reason in its text, leaving what was there.
     """
@@ -125,8 +111,8 @@ def _standard(info: os.stat_result) -> int | None:
 
 
 def _place(path: Path) -> Path:
-    """Where the file itself is. The system is asked to open it first: it refuses links that somebody else put into a
-    folder for all (/tmp), which to look them up does not."""
+    """Where the file itself is. It is opened first: the system then refuses links that another user put into a folder
+    for all (/tmp); looking them up does not."""
     if not path.is_symlink():
         return path
     handle = os.open(path, _OLD)
@@ -162,7 +148,7 @@ def _replace(path: Path, data: bytes) -> None:
         try:
             if path.exists() and os.name == "posix":
                 old = path.stat()
-                with suppress(OSError):  # root's, in somebody's folder: still that one's
+                with suppress(OSError):  # written by root in a user's folder: it stays the user's
                     os.fchown(handle, old.st_uid, old.st_gid)
                 os.fchmod(handle, old.st_mode & 0o777)
             _write_all(handle, data)

@@ -32,7 +32,8 @@ def measure(
     """The output, on q's device, and "us", "min_us", "max_us" and "first_ms" of a call, in a process of its own.
 
     sets: how many copies of the inputs are used in turn, so that they are not in the L2 cache.
-    Raises RuntimeError with what that process said last when it fails, ValueError when the tensors are too large.
+    Raises RuntimeError with the last line of that process's stderr when it fails, ValueError when the tensors are too
+    large.
     """
     from safetensors.torch import load_file, save_file
 

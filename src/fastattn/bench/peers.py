@@ -1,7 +1,7 @@
-"""Attention from elsewhere, held against fastattn where it is installed: thin adapters, each to one package's call.
+"""Attention of other packages, compared with fastattn's where they are installed: one thin adapter for each package.
 
-An adapter's `bind` raises `Refusal` for calls that its package cannot do, or that nobody would make through it. What is
-not installed is not in `present()`, and a report says so.
+An adapter's `bind` raises `Refusal` for calls that its package cannot do or that the adapter does not cover. A package
+that is not installed has no version in `present()`, and a report says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.machine import version_of
 from . import peer_mlx
-from .calls import Case, Implementation, Inputs, Refusal
-from .inputs import document_of
-from .results import version_of
+from .case import Case
+from .implementations import Implementation, Refusal
+from .inputs import Inputs, document_of
 
 Call = Callable[[], Tensor]
 
@@ -115,7 +116,7 @@ def _bind_flash_attn(case: Case, x: Inputs) -> Call:
 
 def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
     if case.additive or case.padding or case.lengths:
-        raise Refusal("flash-attn 4 is not asked for additive masks, left padding and lengths on the device")
+        raise Refusal("the adapter of flash-attn 4 covers no additive masks, left padding or lengths on the device")
     package = import_module("flash_attn.cute")
     options: dict[str, Any] = {"causal": True}
     if case.left >= 0:
@@ -134,7 +135,7 @@ def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
 
 def _bind_flashinfer(case: Case, x: Inputs) -> Call:
     if case.sinks or case.additive or case.padding:
-        raise Refusal("FlashInfer is not asked for sinks, additive masks and left padding")
+        raise Refusal("the adapter of FlashInfer covers no sinks, additive masks or left padding")
     if x.q.requires_grad:
         raise Refusal("FlashInfer computes no gradients")
     flashinfer = import_module("flashinfer")
@@ -154,7 +155,7 @@ def _bind_flashinfer(case: Case, x: Inputs) -> Call:
         decode.plan(pages, pages[:-1], last, *heads, case.kv_len, **kinds)
         return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
     if case.batch > 1:
-        raise Refusal("FlashInfer's prefill of one sequence is asked only")
+        raise Refusal("the adapter of FlashInfer covers the prefill of one sequence only")
     prefill, window = flashinfer.single_prefill_with_kv_cache, case.left
     return lambda: _packed_out(prefill(*_packed_in(x), causal=True, kv_layout="NHD", window_left=window))
 
@@ -169,7 +170,7 @@ def _flashinfer_memory(device: torch.device) -> Tensor:
 
 def _bind_xformers(case: Case, x: Inputs) -> Call:
     if case.sinks or case.additive or case.padding or case.lengths:
-        raise Refusal("xFormers is not asked for sinks, additive masks, left padding and lengths on the device")
+        raise Refusal("the adapter of xFormers covers no sinks, additive masks, left padding or lengths on the device")
     attend = import_module("xformers.ops").memory_efficient_attention
     attn_bias = import_module("xformers.ops.fmha.attn_bias")
     group = case.q_heads // case.kv_heads
@@ -204,7 +205,7 @@ def _measure_mlx(case: Case, sets: Sequence[Inputs]) -> tuple[Tensor, dict[str, 
         raise Refusal("MLX has no softcap, and padding, packing, lengths and windows only as an array mask")
     x = sets[0]
     if x.q.requires_grad:
-        raise Refusal("MLX's fast attention is asked for the forward only")
+        raise Refusal("the adapter of MLX covers the forward only")
     mask: Tensor | str | None = x.mask if case.additive else ("causal" if case.q_len > 1 else None)
     out, times = peer_mlx.measure(x.q, x.k, x.v, mask, x.sinks, 1.0 / math.sqrt(case.dim), len(sets))
     return out, {**times, "method": "own process"}
@@ -223,9 +224,8 @@ def _packed_out(out: Tensor) -> Tensor:
     return out.transpose(0, 1)[None]
 
 
-def _first(found: Any) -> Tensor:
-    out: Tensor = found[0] if isinstance(found, tuple) else found
-    return out
+def _first(found: Any) -> Any:
+    return found[0] if isinstance(found, tuple) else found
 
 
 PEERS = {

@@ -1,4 +1,4 @@
-"""Reading a result file, which a stranger may have written: what it says is data, what is wrong with it one line."""
+"""Reads result files, which a stranger may have written: their content is data, and an error is one line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from ..common.printable import printable
 
 MOST_BYTES = 16 << 20  #: of a result file; ours have up to 0.1 MB
 MOST_TEXT = 1000  #: characters of one text in a result file
+#: Names in older result files -> the names that replaced them.
+FORMER = {
+    "fastattn-any": "fastattn-dynamic",
+    "fastattn-exact": "fastattn-static",
+    "any/exact": "dynamic/static",
+    "any/exact eager": "dynamic/static eager",
+    "/ best torch": "/ best other",
+}
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A result file; what somebody wrote into it is data, fit to be shown. Raises ValueError naming it when it is not
+    """The content of a result file, as data that is fit to be shown. Raises ValueError naming it when it is not
     there or none."""
     try:
         with open(path, "rb") as file:
             text = file.read(MOST_BYTES + 1)  # a pipe is read as well; /dev/zero would never end
         if len(text) > MOST_BYTES:
             raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
-        found = shown(json.loads(text.decode("utf-8"), parse_float=_finite, parse_int=_whole, parse_constant=_no))
+        found = json.loads(text.decode("utf-8"), parse_float=_finite, parse_int=_whole, parse_constant=_no)
+        found = renamed(shown(found))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -41,6 +50,15 @@ def shown(value: Any) -> Any:
     if isinstance(value, list):
         return [shown(inner) for inner in value]
     return {shown(key): shown(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def renamed(value: Any) -> Any:
+    """A value of a JSON file with the names of today."""
+    if isinstance(value, list):
+        return [renamed(inner) for inner in value]
+    if isinstance(value, dict):
+        return {FORMER.get(key, key): renamed(inner) for key, inner in value.items()}
+    return value
 
 
 def _finite(text: str) -> float:

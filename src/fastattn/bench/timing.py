@@ -1,7 +1,7 @@
 """Timing of calls that are compared with one another: they take turns, because a machine's speed drifts.
 
 GPU time is taken from a CUDA graph that holds many calls, so that the host's cost does not count; host time from calls
-that nobody waits for; on a CPU there is only the time that passes.
+whose results are not awaited; on a CPU there is only the time that passes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPLAY_US = 3000.0  #: GPU time that one replay should take at the least: the ga
 MOST_CALLS = 2048  #: in one graph
 QUEUED = 16  #: calls put behind a busy GPU at a time: the launch queue holds 1024 launches, a call makes up to 15
 BUSY = 1 << 20, 1 << 30  #: cycles for which the GPU is kept busy meanwhile: at first, and at the most (0.6 s)
-HOST_CALLS = 100  #: timed at a time, with nobody waiting
+HOST_CALLS = 100  #: timed at a time, without waiting for results
 HOST_BATCHES = 9
 WALL_SECONDS = 0.002  #: per round on a CPU
 
@@ -39,7 +39,7 @@ class Timing:
     min_us: float
     max_us: float
     method: str  #: "graph", "queue" (events around launches behind a busy GPU), "host" or "wall"
-    note: str | None = None  #: why it is not what was asked for
+    note: str | None = None  #: why it was measured by another method
 
     def as_dict(self) -> dict[str, Any]:
         found = asdict(self)
@@ -50,7 +50,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who is timed."""
+    """An implementation that is timed."""
 
     name: str
     calls: Sequence[Call]  #: the same call on different memory, made in turn: more than the L2 cache holds
@@ -121,6 +121,11 @@ def once(call: Call, device: torch.device) -> tuple[Any, float]:
     result = call()
     synchronize(device)
     return result, (time.perf_counter() - begin) * 1e3
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Of some milliseconds the median and the worst."""
+    return {"median_ms": statistics.median(values), "worst_ms": max(values)}
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 #: A dtype's name on the command line -> torch's name for it.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"} | {n: n for n in ("bfloat16", "float16", "float32")}
@@ -41,3 +42,21 @@ def numbers(count: int | None = None) -> Callable[[str], tuple[int, ...]]:
         return found
 
     return parse
+
+
+def path_of(text: str) -> str:
+    """An argparse type: the name of a file or a directory. (`--json "$FILE"` without a FILE would write nowhere.)"""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got an empty one")
+    return text
+
+
+def add_json(add: Callable[..., Any]) -> None:
+    """`--json`. add: a parser's `add_argument`."""
+    add("--json", type=path_of, metavar="FILE", help="write all figures and the environment to FILE")
+
+
+def add_report_outputs(add: Callable[..., Any]) -> None:
+    """`--html` and `--plots`. add: a parser's `add_argument`."""
+    add("--html", type=path_of, metavar="FILE", help="write one page with tables and pictures to FILE")
+    add("--plots", type=path_of, metavar="DIR", help="write the pictures as PNG to DIR")

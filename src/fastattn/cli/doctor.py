@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from .._compat.versions import newer_than_tested, numbers
-from ..bench.results import ask, cudnn_text, driver_version, switches, version_of
+from ..common.machine import ask, cudnn_text, driver_version, switches, version_of
 
 CUDNN_FRONTEND = (1, 28)  #: before it, building a plan held Python's lock and ragged backward graphs did not build
 TRANSFORMERS = (5, 4)
@@ -109,7 +109,7 @@ def _guard(subject: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding
 
 def _fastattn() -> Iterator[Finding]:
     from .. import __version__
-    from ..bench.results import commit
+    from ..common.machine import commit
 
     where = commit()
     yield Finding("fastattn", "ok", __version__ + (f", commit {where}" if where else ""))

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..bench.command import add_command as add_benchmark
-from ..bench.report_html import add_command as add_report
-from ..bench.sweep import add_command as add_sweep
 from .arguments import DTYPES, add_dtype_and_device, numbers
+from .benchmark import add_command as add_benchmark
 from .generate import add_command as add_generate
+from .report import add_command as add_report
+from .sweep import add_command as add_sweep
 from .terminal import complain, guarded
 from .warmup import add_command as add_warmup
 

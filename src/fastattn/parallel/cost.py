@@ -1,6 +1,6 @@
 """What each strategy costs: bytes moved, time computed, how much of the one hides behind the other.
 
-Arithmetic on a few rates, so that it can be checked against measurements (`fastattn.bench.parallel`) and applied to
+Arithmetic on a few rates, so that it can be checked against measurements (`benchmarks.parallel`) and applied to
 machines that are not at hand. `ContextParallel(strategy="auto")` takes the strategy with the least total.
 """
 

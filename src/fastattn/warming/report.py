@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bench.table import table
+from ..common.table import table
 
 
 @dataclass(frozen=True)

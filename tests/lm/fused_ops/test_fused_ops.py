@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 
 import fastattn
+from benchmarks import train
 from fastattn._compat import liger
 from fastattn._compat.functions import with_globals
 from fastattn._compat.transformers import activation as known_activation
 from fastattn.bench import model as model_benchmark
-from fastattn.bench import train
 from fastattn.cli import main as cli
 from fastattn.lm import Engine, load, make_runner
 from fastattn.lm.fused_ops import FusedOps, check_fused_ops, choose_fused_ops, find_fused_ops, rotary, use_fused_ops
@@ -727,9 +727,6 @@ def test_training_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for line, text in {
         "--attn sdpa --fused-ops on": "fused_ops: only fastattn uses them",
-        "--train --attn sdpa --fused-ops on": "fused_ops: only fastattn uses them",
-        "--train --fused-loss": "fused_loss: only with fused_ops",
-        "--fused-loss": "--fused-loss: only with --train",
         "--fused-ops maybe": "invalid choice: 'maybe'",
     }.items():
         try:

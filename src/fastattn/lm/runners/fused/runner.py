@@ -108,15 +108,15 @@ class FusedRunner:
             layer.out(h.new_zeros((tokens, inner)), h)
             layer.down(layer.gate_up(h), h)
 
-    def _forward(self, ids: Tensor, rows: slice, known: int | None, count: int) -> Tensor:
+    def _forward(self, ids: Tensor, lengths: Lengths, known: int | None, count: int) -> Tensor:
         """Returns the output of the last layer, `[N * S, hidden]`.
 
         ids: int64 `[N, S]`. The first `count` of each row are appended; the rest is padding, which those do not see and
         which is overwritten later. known: the length of the one row, if the host knows it.
         """
         tokens, reach = ids.shape[1], self.capacity
-        lengths = self._lengths[rows]
-        ends = (lengths + tokens).clamp_(max=self.capacity)
+        lengths.begin(tokens)
+        ends = lengths.tokens
         if known is None and self.device.type == "cpu":  # lengths are on the host, and time grows with the capacity
             reach = int(ends.max())
             if ids.shape[0] == 1 and reach < self.capacity:
