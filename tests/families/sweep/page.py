@@ -33,8 +33,8 @@ every family in transformers' auto classes, and runs it in float32 with eager at
 - the gradients of all parameters, without and with padding;
 - image, audio and video towers, alone and amid text.
 
-"Equal" means that no output differs by more than {tolerance:g} of its largest value (without positions of padding), and no
-gradient by more than that of its norm. Where eager attention's own rounding error is larger, it is the tolerance.
+"Equal" means that no output differs by more than {tolerance:g} of its largest value (without positions of padding), and
+no gradient by more than that of its norm. Where eager attention's own rounding error is larger, it is the tolerance.
 
 Versions: {versions}.
 """
