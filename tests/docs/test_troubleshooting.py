@@ -28,6 +28,8 @@ INTERNAL = {
     ("bench/peers.py", "*"): "the same",
     ("bench/case.py", "*"): "cases are written in our own modules",
     ("__main__.py", HOLE): "an exit status",
+    ("call.py", "*"): "raised at import: a field of `Call` that the operators cannot have",
+    ("dispatch/fast_path.py", "Call has other fields *"): "the same",
 }
 
 
@@ -52,7 +54,7 @@ FOUND = sorted({(text, where) for where, text in EVERY if words(text) and not in
 def test_there_is_something_to_test():
     assert len(FOUND) > 150
     assert len(ENTRIES) > 100
-    assert any(where.startswith("dispatch.py") and "slow reference" in text for text, where in FOUND)
+    assert any(where.startswith("dispatch/") and "slow reference" in text for text, where in FOUND)
 
 
 @pytest.mark.parametrize("text, where", FOUND, ids=[f"{where}: {text[:50]}" for text, where in FOUND])

@@ -24,14 +24,17 @@ _MEANING = {
 
 _HEAD = """# Model families
 
-Every model family of transformers, swept by `make families`: a tiny model with random weights, run with eager attention
-and with `attn_implementation="fastattn"` in float32. Which families there are is read from transformers' auto classes.
-Compared are, wherever the model can do it: a forward without a mask, with a mask of ones, with padding on the left, on
-the right and with holes; one row alone; tokens over a cache, 8, 1 and 5 at a time; greedy generation; the gradients of
-all parameters, without and with padding; image, audio and video towers, alone and amid text.
+Which models of transformers give eager attention's result? `make families` builds a tiny model with random weights of
+every family in transformers' auto classes, and runs it in float32 with eager attention and with
+`attn_implementation="fastattn"`. Where a model can do it, these are compared:
 
-"Equal" means that no output differs by more than {tolerance:g} of its largest value (real positions only), gradients by
-their norm; where more than that is lost to eager's own rounding, that rounding is the measure.
+- a forward without a mask, with a mask of ones, with padding on the left, on the right and with holes, and of one row;
+- tokens over a cache, 8, 1 and 5 at a time, and greedy generation;
+- the gradients of all parameters, without and with padding;
+- image, audio and video towers, alone and amid text.
+
+"Equal" means that no output differs by more than {tolerance:g} of its largest value (without positions of padding), and
+no gradient by more than that of its norm. Where eager attention's own rounding error is larger, it is the tolerance.
 
 Versions: {versions}.
 """
