@@ -1,4 +1,4 @@
-"""Plans on disk beside other users: what another user could have put there is neither read, overwritten, written through
+"""Plans on disk beside other users: what they could have put there is neither read, overwritten, written through
 nor removed."""
 
 from __future__ import annotations
