@@ -18,6 +18,7 @@ INTERNAL = {
     ("backends/cudnn/folder.py", "*"): "the same",
     ("bench/report/sections.py", "*"): "shown behind the result file's name, by bench/reading.py",
     ("bench/report/charts.py", "*"): "the same",
+    ("bench/report/sweep_section.py", "*"): "the same",
     ("bench/reading.py", "larger than *"): "the same",
     ("bench/reading.py", "* is no number *"): "the same",
     ("parallel/plan.py", "* is not in *"): "a mistake of ours",
