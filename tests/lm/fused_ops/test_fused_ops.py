@@ -471,7 +471,7 @@ def test_an_attention_that_uses_its_queries_otherwise_is_left_alone(what: str, m
 
     # As if it had been written in transformers' module: the names it uses are that module's globals.
     scope = {"modeling_rope": modeling.apply_rotary_pos_emb, "apply_rotary_pos_emb": modeling.apply_rotary_pos_emb}
-    assert rotary.recognise(model.model.layers[0].self_attn) is False
+    assert rotary.recognise(model.model.layers[0].self_attn) is rotary.ROPES[0]
     source = with_globals(forward, scope)
     monkeypatch.setattr(kind, "forward", source)
     assert rotary.recognise(model.model.layers[0].self_attn) is None
@@ -594,7 +594,7 @@ def test_rotary_embedding_of_several_rows(lies: str, tokens_per_row: int, calls:
     """A token of each row, as in decode: what a head norm returns lies so that its rows are as near as its heads."""
     model = model_of("gemma3", "fastattn")
     own = sys.modules[type(model).__module__].apply_rotary_pos_emb
-    fused = rotary.fused_rope(liger.operations().LigerRopeFunction, own, once=False)
+    fused = rotary.fused_rope(liger.operations().LigerRopeFunction, own, rotary.ROPES[0])
     q, k = torch.randn(3, 4, tokens_per_row, 8), torch.randn(3, 2, tokens_per_row, 8)
     if lies == "token-major":
         q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))

@@ -125,9 +125,9 @@ def _replacement(module: nn.Module, kernels: Any) -> _Found:
     gate = mlps.gate_function(kernels, module)
     if gate is not None:
         return mlps.fused_mlp(gate), name
-    once = rotary.recognise(module)
-    if once is not None:
-        return rotary.fused_attention(kernels.LigerRopeFunction, type(module), once), f"rope in {name}"
+    rope = rotary.recognise(module)
+    if rope is not None:
+        return rotary.fused_attention(kernels.LigerRopeFunction, type(module), rope), f"rope in {name}"
     return None
 
 

@@ -12,6 +12,7 @@ liger-kernel's does, so that a forward that uses the unrotated queries or keys f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -27,29 +28,41 @@ from .trial import close, equal, fits_kernels, is_differentiable, random
 ROPE = "apply_rotary_pos_emb"  #: its name in every modeling module of transformers
 _NAME = "fastattn-trial"
 _BATCH, _TOKENS = 2, 3
+#: Of queries and keys, and of angles. Functions that round differently differ where the two do.
+_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 
-Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]  #: of a head `[B, H, S, D]`, cos and sin
 
 
-def _rotate_full(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first entries of each head, as many as cos has, half by half. cos and sin contain each angle twice."""
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    half = turned.shape[-1] // 2
-    other = torch.cat((-turned[..., half:], turned[..., :half]), -1)
-    found = (turned * cos.unsqueeze(1)) + (other * sin.unsqueeze(1))
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding that liger-kernel computes."""
+
+    rotate: Rotation
+    angles_once: bool  #: whether cos and sin contain each angle once, not twice
+
+
+def _rotate_by_all_angles(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first entries of each head, as many as cos has. cos and sin contain each angle twice."""
+    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    half = rotated.shape[-1] // 2
+    other = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
+    found = (rotated * cos.unsqueeze(1)) + (other * sin.unsqueeze(1))
     return torch.cat([found, rest], -1) if rest.shape[-1] else found
 
 
-def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for whole heads, where cos and sin contain each angle once."""
+def _rotate_by_half_angles(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates whole heads. cos and sin contain each angle once."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def recognise(module: Any) -> bool | None:
-    """Whether cos and sin of an attention module contain each angle once; None if liger-kernel cannot replace its
-    rotary embedding."""
+ROPES = (Rope(_rotate_by_all_angles, False), Rope(_rotate_by_half_angles, True))
+
+
+def recognise(module: Any) -> Rope | None:
+    """The rotary embedding of an attention module; None if liger-kernel cannot compute it."""
     kind: Any = type(module)
     dim = getattr(module, "head_dim", None)
     children = {name for name, _ in module.named_children()}
@@ -58,38 +71,37 @@ def recognise(module: Any) -> bool | None:
     if not children & {"q_proj", "qkv_proj"}:
         return None
     function = innermost(kind.forward).__globals__.get(ROPE)
-    if not callable(function):
+    rope = next((rope for rope in ROPES if callable(function) and _computes(function, rope)), None)
+    if rope is None:
         return None
-    for once, rotate in ((False, _rotate_full), (True, _rotate_halves)):
-        if _computes(function, rotate, once):
-            try:
-                return once if _uses_nothing_else(without_hooks(module), rotate, dim // 2 if once else dim) else None
-            except NotCopied as error:
-                warn_once(f"its rotary embedding is not fused, which is slower: {error}", f"rope of {kind.__name__}")
-            except Exception:  # a forward that takes other inputs
-                pass
-            return None
+    try:
+        return rope if _uses_nothing_else(without_hooks(module), rope, dim // 2 if rope.angles_once else dim) else None
+    except NotCopied as error:
+        warn_once(f"its rotary embedding is not fused, which is slower: {error}", f"rope of {kind.__name__}")
+    except Exception:  # a forward that takes other inputs
+        pass
     return None
 
 
-def _computes(function: Any, rotate: Rotation, once: bool) -> bool:
-    """Whether a rotary function computes a rotation, bit for bit: of whole heads, and of a part of each if it takes
-    that."""
-    found = []
-    for size in (8,) if once else (16, 8):
-        same = True
-        for dtype, angle_dtype in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)):
-            like, angles = torch.empty(0, dtype=dtype), torch.empty(0, dtype=angle_dtype)
-            q, k = random((_BATCH, 4, _TOKENS, 16), like), random((_BATCH, 2, _TOKENS, 16), like, seed=1)
-            cos, sin = (random((_BATCH, _TOKENS, size), angles, seed=seed) for seed in (2, 3))
-            try:
-                pair = function(q.clone(), k.clone(), cos, sin)
-            except Exception:  # it does not take such angles
-                same = size == 8 and not once
-                break
-            same = same and len(pair) == 2 and all(equal(x, rotate(y, cos, sin)) for x, y in zip(pair, (q, k)))
-        found.append(same)
-    return all(found)
+def _computes(function: Any, rope: Rope) -> bool:
+    """Whether a rotary function computes an embedding, bit for bit, in each combination of dtypes.
+
+    Also of a part of each head, if the function takes fewer angles.
+    """
+    whole = all(_agree(function, rope, 8 if rope.angles_once else 16, *dtypes) for dtypes in _DTYPES)
+    return whole and (rope.angles_once or all(_agree(function, rope, 8, *dtypes) is not False for dtypes in _DTYPES))
+
+
+def _agree(function: Any, rope: Rope, size: int, dtype: torch.dtype, angle_dtype: torch.dtype) -> bool | None:
+    """Whether a rotary function of heads of 16 gives what an embedding gives; None if it refuses so many angles."""
+    like, angles = torch.empty(0, dtype=dtype), torch.empty(0, dtype=angle_dtype)
+    q, k = random((_BATCH, 4, _TOKENS, 16), like), random((_BATCH, 2, _TOKENS, 16), like, seed=1)
+    cos, sin = (random((_BATCH, _TOKENS, size), angles, seed=seed) for seed in (2, 3))
+    try:
+        pair = function(q.clone(), k.clone(), cos, sin)
+    except Exception:
+        return None
+    return len(pair) == 2 and all(equal(x, rope.rotate(y, cos, sin)) for x, y in zip(pair, (q, k)))
 
 
 class _InPlace(torch.autograd.Function):
@@ -111,13 +123,13 @@ class _InPlace(torch.autograd.Function):
         return found, None, None, None
 
 
-def _uses_nothing_else(module: Any, rotate: Rotation, size: int) -> bool:
+def _uses_nothing_else(module: Any, rope: Rope, size: int) -> bool:
     """Whether a forward with an in-place rotation computes the same, gradients included, and calls it once."""
     calls: list[int] = []
 
     def in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        return _InPlace.apply(q, cos, sin, rotate), _InPlace.apply(k, cos, sin, rotate)  # type: ignore[no-untyped-call]
+        return _InPlace.apply(q, cos, sin, rope.rotate), _InPlace.apply(k, cos, sin, rope.rotate)  # type: ignore[no-untyped-call]
 
     forward = type(module).forward
     copy = with_globals(forward, {ROPE: in_place})
@@ -159,14 +171,14 @@ def _attention(
     return ((q * k).sum(-1, keepdim=True) * v).transpose(1, 2), None
 
 
-def fused_attention(function: Any, kind: type, once: bool) -> FunctionType:
+def fused_attention(function: Any, kind: type, rope: Rope) -> FunctionType:
     """An attention module's forward with liger-kernel's rotary function."""
     forward: Any = kind.forward  # type: ignore[attr-defined]
-    return with_globals(forward, {ROPE: fused_rope(function, innermost(forward).__globals__[ROPE], once)})
+    return with_globals(forward, {ROPE: fused_rope(function, innermost(forward).__globals__[ROPE], rope)})
 
 
-def fused_rope(function: Any, original: Callable[..., Any], once: bool) -> Callable[..., Any]:
-    """A rotary function that calls liger-kernel's. once: cos and sin contain each angle once, not twice."""
+def fused_rope(function: Any, original: Callable[..., Any], rope: Rope) -> Callable[..., Any]:
+    """A rotary function that calls liger-kernel's, or the original one for tensors that liger-kernel does not take."""
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         if unsqueeze_dim != 1 or not fits_kernels(q, k, cos, sin):
@@ -175,7 +187,7 @@ def fused_rope(function: Any, original: Callable[..., Any], once: bool) -> Calla
             # liger-kernel takes the stride from token to token for that from row to row as well. A dim of one token
             # may have any stride: here the one that is right for both.
             q, k = (x.flatten(1).unflatten(1, (1, *x.shape[1::2])).transpose(1, 2) for x in (q, k))
-        if once:
+        if rope.angles_once:
             return function.apply(q, k, cos, sin, None, 1, q.shape[-1])
         return function.apply(q, k, cos, sin)
 
