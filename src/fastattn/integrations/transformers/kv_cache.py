@@ -121,7 +121,7 @@ class StaticCache(Cache):
         (self._rows if row is None else self.view(row, 1)._rows).empty()
 
     def forget(self) -> None:
-        """Leaves the lengths to the device from now on, as a captured step does: a graph or the caller may write them."""
+        """Leaves the lengths to the device from now on, as a captured step does: graphs and callers may write them."""
         self._rows.forget()
 
     def move(self, source: int, target: int) -> None:
