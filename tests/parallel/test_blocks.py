@@ -70,7 +70,7 @@ def inputs(length: int, heads: tuple[int, int], dim: int, **kind: Any) -> list[T
     return [torch.randn(1, h, length, dim, **kind) for h in (hq, hkv, hkv, hq)]
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, do: Tensor, pattern: Pattern) -> tuple[Tensor, ...]:
+def expected(q: Tensor, k: Tensor, v: Tensor, do: Tensor, pattern: Pattern) -> tuple[Tensor, ...]:
     """From the exact reference in float64, with a dense mask."""
     lo, hi = pattern.bounds()
     at = torch.arange(pattern.length)
@@ -86,7 +86,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, do: Tensor, pattern: Pattern) -> tupl
 def test_blocks_add_up(name: str, ranks: int, ring: bool) -> None:
     pattern = Pattern(130, 1, **PATTERNS[name])
     q, k, v, do = inputs(130, (4, 2), 8, dtype=torch.float64)
-    for got, want in zip(spread(q, k, v, do, pattern, ranks, ring), truth(q, k, v, do, pattern)):
+    for got, want in zip(spread(q, k, v, do, pattern, ranks, ring), expected(q, k, v, do, pattern)):
         assert relative_error(got, want) < 1e-12
 
 
@@ -129,7 +129,7 @@ def test_a_backward_that_reads_the_log_sum_exp_is_given_the_whole_rows(
     found = spread(q, k, v, do, pattern, 3, ring)
     monkeypatch.undo()
     assert calls
-    for got, want in zip(found, truth(q, k, v, do, pattern)):
+    for got, want in zip(found, expected(q, k, v, do, pattern)):
         assert relative_error(got, want) < 1e-12
 
 
@@ -219,7 +219,7 @@ def test_blocks_on_a_gpu(name: str, ring: bool) -> None:
     q, k, v, do = inputs(length, (8, 2), 64, dtype=torch.bfloat16, device="cuda")
     found = spread(q, k, v, do, pattern, 4, ring)
     limits = (4e-3, 4e-3, 8e-3, 8e-3, 8e-3)
-    for got, want, limit in zip(found, truth(q, k, v, do, pattern), limits):
+    for got, want, limit in zip(found, expected(q, k, v, do, pattern), limits):
         finite = torch.isfinite(want)
         assert torch.equal(got.double()[~finite], want[~finite])
         assert float((got.double() - want)[finite].norm() / want[finite].norm()) < limit

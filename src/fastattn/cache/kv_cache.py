@@ -29,8 +29,8 @@ class KVCache:
 
     The memory of a layer is `[B, Hkv, C, D]`: the keys of one head lie together, so a decode kernel reads them end to
     end, and cuDNN takes the filled part as a slice, without a copy. Lengths are read on the device alone, so one CUDA
-    graph of a step serves every length: rows of 100 tokens in a cache of 8192 cost what 100 tokens cost. What memory
-    past a row's length holds reaches nothing.
+    graph of a step serves every length: rows of 100 tokens in a cache of 8192 cost what 100 tokens cost. Memory past a
+    row's length affects no output.
 
     Args:
         layers, batch, kv_heads, head_dim, value_dim: L, B, Hkv, D and Dv (default D).
@@ -157,7 +157,7 @@ class KVCache:
     ) -> Tensor:
         """Stores the keys and values of the step's tokens and attends to all tokens so far, causally.
 
-        q: `[B, Hq, S, D]`; k, v: `[B, Hkv, S, D]`, `[B, Hkv, S, Dv]`; S as told to `step`. scale, sinks, softcap,
+        q: `[B, Hq, S, D]`; k, v: `[B, Hkv, S, D]`, `[B, Hkv, S, Dv]`; S as passed to `step`. scale, sinks, softcap,
         backend: as in `scaled_dot_product_attention`. Returns `[B, Hq, S, Dv]`; 0 for tokens that a row did not get.
         """
         self._check(layer, q, k, v)
@@ -205,7 +205,7 @@ class KVCache:
         self._lengths.empty(chosen)
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row i what row `rows[i]` was: beams that swap, rows that are dropped or doubled.
+        """Replaces row i by row `rows[i]`: for beams that swap, rows that are dropped or doubled.
 
         rows: int64 or int32 `[N]`, each of 0..B-1, as often as wanted; the batch has N rows then, in new memory unless
             N == B. On the CPU or on the cache's device; there they are not read on the host, and clamped

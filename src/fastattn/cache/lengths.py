@@ -157,12 +157,12 @@ class Lengths:
         self.set_known(known)
 
     def copy_from(self, other: Lengths) -> None:
-        """Makes this row what a row of the same cache is."""
+        """Gives this row the length of another row of the same cache."""
         self.tokens.copy_(other.tokens)
         self.set_known(other.known)
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row i what row `rows[i]` was: int `[N]` on the device. In place where N is the number of rows."""
+        """Replaces row i by row `rows[i]`: int `[N]` on the device. In place where N is the number of rows."""
         agreed, batch, host = self.agreed, rows.shape[0], self._host
         tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
         self._counts = None

@@ -72,7 +72,7 @@ class KVMemory:
         host knows it of all rows.
 
         Returns keys and values of `min(start, C - 1) + S` tokens. Without `start`, of `C - 1 + S`, of which those
-        before a row's first token are nothing's.
+        before a row's first token hold no tokens.
         """
         window, before = self.size, self.size - 1
         k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
@@ -109,7 +109,7 @@ class KVMemory:
         self.keys, self.values = (torch.cat([x, x.new_zeros((count, *x.shape[1:]))]) for x in (self.keys, self.values))
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row i what row `rows[i]` was: int `[N]` on the device. In place where N is the number of rows."""
+        """Replaces row i by row `rows[i]`: int `[N]` on the device. In place where N is the number of rows."""
         same = rows.shape[0] == self.keys.shape[0]
         with torch.no_grad():
             self.keys, self.values = (
@@ -117,7 +117,7 @@ class KVMemory:
             )
 
     def copy_row(self, source: int, target: int) -> None:
-        """Makes one row what another one is."""
+        """Copies the row `source` to the row `target`."""
         with torch.no_grad():
             for x in (self.keys, self.values):
                 x[target] = x[source]

@@ -46,8 +46,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, expected: dict[s
     assert weights is None
     assert out.shape == (B, q.shape[2], HQ, D)
     assert out.is_contiguous()
-    truth = naive.attention(q.double(), k.double(), v.double(), **expected).out.transpose(1, 2)
-    torch.testing.assert_close(out.double(), truth, rtol=0, atol=1e-5)
+    reference = naive.attention(q.double(), k.double(), v.double(), **expected).out.transpose(1, 2)
+    torch.testing.assert_close(out.double(), reference, rtol=0, atol=1e-5)
 
 
 def of_intervals(rows: list[list[int]], queries: int | None = None) -> Tensor:
@@ -124,8 +124,8 @@ def test_a_batch_of_one_broadcasts() -> None:
     q, k, v = inputs()
     check(q, k[:1], v[:1], None, {"mask": "causal"})
     out, _ = attention_forward(Layer(), q[:1], k, v, None)
-    truth = naive.attention(q[:1].expand(B, -1, -1, -1).double(), k.double(), v.double(), mask="causal").out
-    torch.testing.assert_close(out.double(), truth.transpose(1, 2), rtol=0, atol=1e-5)
+    reference = naive.attention(q[:1].expand(B, -1, -1, -1).double(), k.double(), v.double(), mask="causal").out
+    torch.testing.assert_close(out.double(), reference.transpose(1, 2), rtol=0, atol=1e-5)
 
 
 def test_a_band_slices_the_keys() -> None:
@@ -263,8 +263,8 @@ def test_mixed_dtypes_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = attention_forward(Layer(), q, k, v.bfloat16(), None)
     assert out.dtype == torch.bfloat16
-    truth = naive.attention(q.double(), k.double(), v.double(), mask="causal").out.transpose(1, 2)
-    assert (out.double() - truth).norm() / truth.norm() < 1e-2
+    reference = naive.attention(q.double(), k.double(), v.double(), mask="causal").out.transpose(1, 2)
+    assert (out.double() - reference).norm() / reference.norm() < 1e-2
 
 
 def test_registered_names() -> None:

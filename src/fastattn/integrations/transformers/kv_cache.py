@@ -121,12 +121,11 @@ class StaticCache(Cache):
         (self._rows if row is None else self.view(row, 1)._rows).empty()
 
     def forget(self) -> None:
-        """Leaves the lengths to the device from now on, as a captured step does: whatever writes them then, a graph or
-        the caller, is right."""
+        """Leaves the lengths to the device from now on, as a captured step does: graphs and callers may write them."""
         self._rows.forget()
 
     def move(self, source: int, target: int) -> None:
-        """Makes row `target` what row `source` is, and empties `source`."""
+        """Copies row `source` to row `target`, and empties `source`."""
         if source == target:
             return
         here, there = self.view(source, 1), self.view(target, 1)
@@ -136,7 +135,7 @@ class StaticCache(Cache):
         here.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes row i what row `beam_idx[i]` was: int64 `[B]`."""
+        """Replaces row i by row `beam_idx[i]`: int64 `[B]`."""
         check_tensor("beam_idx", beam_idx)
         if beam_idx.shape != self.lengths.shape:
             raise ValueError(f"beam_idx: expected [{self._rows.batch}], as many rows, got {list(beam_idx.shape)}")
