@@ -34,37 +34,18 @@ LAYERS = (
 #: Who looks one up through it is counted as an importer of the module that defines the name.
 LAYER = {"fastattn": 0} | {f"fastattn.{name}": n for n, names in enumerate(LAYERS, 1) for name in names}
 
-#: What is wrong and known. Exactly this: whoever mends one takes it off the list.
-KNOWN_CIRCLES: set[tuple[str, ...]] = {
-    ("bench.chapters", "bench.chapters_sweep"),
-    ("bench.command", "bench.train"),
-    ("lm.load", "lm.parallel"),
-    ("parallel.context", "parallel.transformers"),
-}
-KNOWN_UPWARD: set[tuple[str, str]] = {
-    ("bench.command", "cli.arguments"),
-    ("bench.command", "cli.generate"),
-    ("bench.parallel_model", "cli.arguments"),
-    ("bench.profile_model", "cli.arguments"),
-    ("warming.report", "bench.table"),
-}
-
 
 @pytest.fixture(scope="module")
 def graph() -> dict[str, list[Import]]:
     return read(ROOT)
 
 
-def short(name: str) -> str:
-    return name.removeprefix("fastattn.")
-
-
 def test_no_circles(graph: dict[str, list[Import]]) -> None:
-    assert {tuple(map(short, group)) for group in circles(graph)} == KNOWN_CIRCLES
+    assert circles(graph) == []
 
 
 def test_nothing_imports_a_higher_layer(graph: dict[str, list[Import]]) -> None:
-    assert {(short(edge.importer), short(edge.imported)) for edge in upward(graph, LAYER)} == KNOWN_UPWARD
+    assert upward(graph, LAYER) == []
 
 
 def test_every_module_has_a_layer(graph: dict[str, list[Import]]) -> None:
@@ -73,7 +54,7 @@ def test_every_module_has_a_layer(graph: dict[str, list[Import]]) -> None:
 
 
 def test_every_layer_has_modules(graph: dict[str, list[Import]]) -> None:
-    assert {short(name) for name in LAYER if name not in graph} == set()
+    assert [name for name in LAYER if name not in graph] == []
 
 
 def test_lazy_names_are_annotated() -> None:
@@ -84,7 +65,7 @@ def test_lazy_names_are_annotated() -> None:
 
 
 #: Directories and files of tests that no module stands for.
-ACROSS = {"helpers", "differential", "docs", "families", "faults", "gpu", "gpuless", "mutations"}
+ACROSS = {"helpers", "benchmarks", "differential", "docs", "families", "faults", "gpu", "gpuless", "mutations"}
 ACROSS_FILES = {"test_examples.py", "test_import.py", "test_layers.py", "test_wheel.py"}
 TESTS = Path(__file__).parent
 

@@ -57,7 +57,7 @@ def test_torch_serves_no_gradients_without_its_guard(monkeypatch: pytest.MonkeyP
 
 
 def test_every_private_name_is_there() -> None:
-    """In the version that the tests run on: a fallback that nobody notices would be slow for ever."""
+    """In the version that the tests run on: a fallback that is not noticed stays slow."""
     assert torch_internals.HAS_AUTOGRAD_WITHIN
     for found in (torch_internals._modes, torch_internals._transforms, torch_internals._keys):
         assert found is not None

@@ -1,4 +1,4 @@
-"""Which versions are promised, pinned and tested: said in several files, the same in each."""
+"""The versions that are promised, pinned and tested are the same in each file that names them."""
 
 from __future__ import annotations
 

@@ -70,16 +70,16 @@ def test_the_end_token_ends_it(capsys, speaker):
     model.save_pretrained(speaker.parent / "ended")
     load(speaker, attn="eager").tokenizer.save_pretrained(speaker.parent / "ended")
     _, out, err = generate(capsys, speaker.parent / "ended", "-g", "9")
-    place = words.index(f"w{end}", 3)
-    assert out.split() == words[:place]
-    assert f"generation: {place + 1 - 3} token" in err  # it was generated, but is no part of the text
+    index = words.index(f"w{end}", 3)
+    assert out.split() == words[:index]
+    assert f"generation: {index + 1 - 3} token" in err  # it was generated, but is no part of the text
 
 
 def test_a_stop_string_ends_it(capsys, speaker):
     words = generate(capsys, speaker, "-g", "9")[1].split()
     status, out, err = generate(capsys, speaker, "-g", "9", "--stop", "nowhere", "--stop", " ".join(words[6:8]))
-    place = " ".join(words).index(" ".join(words[6:8]))
-    assert (status, out) == (0, " ".join(words)[:place] + "\n")
+    index = " ".join(words).index(" ".join(words[6:8]))
+    assert (status, out) == (0, " ".join(words)[:index] + "\n")
 
 
 def test_the_seed_decides_what_is_drawn(capsys, speaker):

@@ -176,9 +176,9 @@ def test_lost_output_ends_what_tries_one_thing_after_another(capsys, monkeypatch
 )
 def test_characters_that_the_terminal_does_not_have(monkeypatch, sink, encoding, errors, expected):
     monkeypatch.setattr("fastattn.cli.main._doctor", lambda _: print("café ☃ 😀 \udcff") or 0)
-    place = sink(0, encoding=encoding, errors=errors)
+    stdout = sink(0, encoding=encoding, errors=errors)
     assert status_of("doctor") == 0
-    assert place.taken == expected
+    assert stdout.taken == expected
 
 
 def test_text_of_arguments_is_utf8_whatever_the_locale_says(monkeypatch):
@@ -273,6 +273,6 @@ def test_debugging_shows_the_traceback_of_anything(monkeypatch):
 
 
 def test_json_on_an_ascii_terminal_is_json(monkeypatch, sink):
-    place = sink(0, encoding="ascii")
+    stdout = sink(0, encoding="ascii")
     assert status_of("doctor --json") == 0
-    assert json.loads(place.taken)
+    assert json.loads(stdout.taken)

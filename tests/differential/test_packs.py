@@ -1,4 +1,4 @@
-"""Packs drawn at random: `varlen_attention` on every backend that accepts one, against the truth with a dense mask."""
+"""Packs drawn at random: `varlen_attention` on every backend that accepts one, against the reference with a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems drawn at random: every backend that accepts one against the naive truth, outputs and gradients.
+"""Problems drawn at random: every backend that accepts one against the plain reference, outputs and gradients.
 
 The suite draws the same 2,000 problems each time: a change that breaks a test has broken it, and not luck; another
 FASTATTN_TEST_SEED draws others. FASTATTN_EXAMPLES=N (`make fuzz`) draws N new ones each time and keeps what fails in
@@ -26,12 +26,12 @@ KEPT: tuple[Drawn, ...] = (
     Drawn(Case(dtype=BF16, mask="finfo:b1qk", mask_dtype=FP32), mask_layout="key-major"),
     # only the very first row sees nothing, and its memory is shared with rows that see something
     Drawn(Case(q_len=14, mask="causal", dtype=FP32, grads="qkv"), layouts=("one token", "bhsd", "one head")),
-    # lengths of 0 beside full ones: what is remembered of the first call is wrong for the second
+    # lengths of 0 beside full ones: what is cached of the first call is wrong for the second
     Drawn(Case(kv_lengths=(0, 13), q_lengths=(9, 0), mask="causal", dtype=FP32)),
     # an expanded mask has a gradient of its full shape
     Drawn(Case(dtype=FP64, mask="additive:k", mask_dtype=FP64, grads="m"), mask_layout="expanded", chunk=1),
-    Drawn(Case(batch=0, dtype=FP16, mask="bool:b1qk", grads="qk", return_lse=True), way="operator"),
-    Drawn(Case(kv_len=0, dtype=FP32, sinks=FP64, grads="s", return_lse=True), way="list"),
+    Drawn(Case(batch=0, dtype=FP16, mask="bool:b1qk", grads="qk", return_lse=True), entry="operator"),
+    Drawn(Case(kv_len=0, dtype=FP32, sinks=FP64, grads="s", return_lse=True), entry="list"),
 )
 KEPT_FOR_DECODE: tuple[Drawn, ...] = (
     Drawn(Case(q_len=4, kv_len=70, mask="additive:1h1k", kv_lengths=(70, 3)), layouts=("one head", "sliced", "cache")),
@@ -82,7 +82,7 @@ def test_problems_on_a_gpu(shard: int, seed: int) -> None:
         c = drawn.case
         dims = {"head_dim": 64 if c.head_dim % 8 == 0 else c.head_dim, "value_dim": None}
         return Drawn(
-            c.but(q_heads=4, kv_heads=2, **dims), drawn.layouts, drawn.mask_layout, drawn.way, 1 << 21, drawn.seed
+            c.but(q_heads=4, kv_heads=2, **dims), drawn.layouts, drawn.mask_layout, drawn.entry, 1 << 21, drawn.seed
         )
 
     def check(drawn: Drawn) -> None:
@@ -111,8 +111,8 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drawing_reaches_everything() -> None:
-    """Each kind of mask, layout and way, and every backend's own ground, is among a few hundred problems."""
-    seen: dict[str, set[Any]] = {name: set() for name in ("mask", "layout", "mask_layout", "way", "grads", "long")}
+    """Each kind of mask, layout and entry, and every backend's own ground, is among a few hundred problems."""
+    seen: dict[str, set[Any]] = {name: set() for name in ("mask", "layout", "mask_layout", "entry", "grads", "long")}
 
     @hypothesis.settings(
         max_examples=400, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SLOW
@@ -123,13 +123,13 @@ def test_drawing_reaches_everything() -> None:
         seen["mask"].add(drawn.case.mask.partition(":")[0])
         seen["layout"].update(drawn.layouts)
         seen["mask_layout"].add(drawn.mask_layout)
-        seen["way"].add(drawn.way)
+        seen["entry"].add(drawn.entry)
         seen["grads"].add(drawn.case.grads)
         seen["long"].add(drawn.case.kv_len > 200)
 
     look()
     assert seen["mask"] == {"none", "causal", "bool", "additive", "finfo", "intervals", "segments"}
     assert {kind: len(values) for kind, values in seen.items() if kind != "mask"} == {
-        "layout": 13, "mask_layout": 4, "way": 3, "grads": len(seen["grads"]), "long": 2,
+        "layout": 13, "mask_layout": 4, "entry": 3, "grads": len(seen["grads"]), "long": 2,
     }  # fmt: skip
     assert len(seen["grads"]) >= 10 and set("".join(seen["grads"])) == set("qkvms")

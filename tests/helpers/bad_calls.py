@@ -17,11 +17,11 @@ import fastattn
 from fastattn import KVCache, Segments
 
 
-class Stranger:
+class Foreign:
     """Of no use as any argument."""
 
     def __repr__(self) -> str:
-        return "a stranger"
+        return "a foreign object"
 
 
 #: Values of every type but a tensor's: (the kinds of arguments for which it would do, value).
@@ -30,7 +30,7 @@ JUNK: list[tuple[str, Any]] = [
     ("number int", 0), ("number int", -1), ("number int", 3), ("", 1j), ("", ""),
     ("text", "causal"), ("text", "torch"), ("", "no such thing"), ("", b"torch"), ("sequence", []), ("sequence", ()),
     ("sequence", [1, 2]), ("sequence pair", (1, 2)), ("", {}), ("", {1, 2}), ("", object()), ("", int),
-    ("", lambda: None), ("", Stranger()), ("", [[1.0]]), ("", Fraction(1, 2)), ("", range(2)),
+    ("", lambda: None), ("", Foreign()), ("", [[1.0]]), ("", Fraction(1, 2)), ("", range(2)),
 ]  # fmt: skip
 
 

@@ -277,9 +277,9 @@ def _settings() -> Iterator[Kind]:
         yield Kind(f"quantization_config {value!r}", config(quantization_config=value), EITHER)
     yield Kind("an unknown quantization", config(quantization_config={"quant_method": "nope"}))
     yield Kind("biases that the files do not have", config(attention_bias=True))
-    yield Kind("attention of a stranger", config(attn_implementation="evil/kernel"), HARMLESS)
-    yield Kind("attention of a stranger, inside", config(_attn_implementation_internal="evil/kernel"), HARMLESS)
-    yield Kind("experts of a stranger", config(experts_implementation="evil/kernel"), EITHER)
+    yield Kind("attention of an unknown kernel", config(attn_implementation="evil/kernel"), HARMLESS)
+    yield Kind("attention of an unknown kernel, inside", config(_attn_implementation_internal="evil/kernel"), HARMLESS)
+    yield Kind("experts of an unknown kernel", config(experts_implementation="evil/kernel"), EITHER)
     yield Kind("weights elsewhere", config(transformers_weights="../../secret.safetensors"))
     yield Kind("weights elsewhere, a pickle", config(transformers_weights="adapter_model.bin"))
     for name in (
@@ -326,7 +326,7 @@ def _weights() -> Iterator[Kind]:
         yield Kind(f"{name} as float64", set_to(name, lambda x: x.double()), HARMLESS)
     yield Kind("transposed", set_to("model.layers.0.mlp.up_proj.weight", lambda x: x.T))
     yield Kind("no tensors", weights(lambda w: w.clear()))
-    yield Kind("a weight that nobody knows", weights(lambda w: w.update({"v_head.summary.weight": torch.ones(3)})))
+    yield Kind("an unknown weight", weights(lambda w: w.update({"v_head.summary.weight": torch.ones(3)})))
     yield Kind("a weight of a layer too many", weights(lambda w: w.update({"model.layers.5.foo": torch.ones(3)})))
     yield Kind("a bias too many", weights(lambda w: w.update({Q.replace("weight", "bias"): torch.ones(16)})))
     yield Kind(

@@ -1,4 +1,4 @@
-"""Whole problems drawn at random, the memory that their tensors lie in included."""
+"""Calls drawn at random, with the memory layouts of their tensors."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastattn import reference
 LONGEST = 300
 DTYPES = (BF16, FP16, FP32, FP64)
 
-#: Layouts in which several numbers of a tensor are one in memory: x -> a tensor of its shape, with some of its numbers.
+#: Layouts in which several elements share memory: x -> a tensor of its shape, with some of its elements.
 SHARED: dict[str, Callable[[Tensor], Tensor]] = {
     "one entry": lambda x: x[:1].expand_as(x),
     "one head": lambda x: x[:, :1].expand_as(x),
     "one token": lambda x: x[:, :, :1].expand_as(x),
-    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
-    "overlapping": lambda x: _memory(x).unfold(2, x.shape[3], 1),  # each token begins one number after the last one
+    "one element": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "overlapping": lambda x: _memory(x).unfold(2, x.shape[3], 1),  # each token begins one element after the last one
 }
-#: Layouts in which each number has its own place. (`cases` has "expanded", which `SHARED` calls "one entry".)
-OWN = {name: place for name, place in LAYOUTS.items() if name != "expanded"} | {
+#: Layouts in which no elements share memory. (`cases` has "expanded", which `SHARED` calls "one entry".)
+OWN = {name: layout for name, layout in LAYOUTS.items() if name != "expanded"} | {
     "shifted": lambda s, fill: fill(math.prod(s) + 1)[1:].view(s),  # packed, at no address that is a multiple of 16
 }
-#: How a tensor mask may lie.
+#: Layouts of a mask tensor.
 MASK_LAYOUTS = ("packed", "expanded", "key-major", "gaps")
-#: How a call may come: on its own; seen by torch's dispatcher, as a compiled model's; with a list of backends.
-WAYS = ("alone", "operator", "list")
+#: Entries of a call: the function; torch's dispatcher, as in a compiled model; a list of allowed backends.
+ENTRIES = ("alone", "operator", "list")
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Drawn:
     case: Case
     layouts: tuple[str, str, str] = ("bhsd", "bhsd", "bhsd")  #: of q, k, v: of `OWN` or `SHARED`
     mask_layout: str = "packed"
-    way: str = "alone"
+    entry: str = "alone"
     chunk: int = 1 << 21  #: scores that the reference holds at a time
     seed: int = 0  #: of the data
 
 
 def inputs_of(drawn: Drawn, device: str = "cpu", seed: int | None = None) -> Inputs:
-    """The problem's tensors, NaN in all that nobody may see and around what lies in bigger memory."""
+    """The problem's tensors, with NaN in all that no query sees and in the memory around the tensors."""
     case = drawn.case
     found = make(case.but(layout="bhsd", grads=""), device, drawn.seed if seed is None else seed)
     tensors, clean = [], []
     for x, whole, layout in zip((found.q, found.k, found.v), found.clean, drawn.layouts, strict=True):
-        if layout in SHARED:  # what one may not see another may: no poison
+        if layout in SHARED:  # an element that one query must not see another one may: no NaN
             x = SHARED[layout](whole) if x.numel() else x
             whole = x.clone()
         else:
@@ -78,7 +78,7 @@ def inputs_of(drawn: Drawn, device: str = "cpu", seed: int | None = None) -> Inp
 
 
 def another(drawn: Drawn) -> Drawn:
-    """The same kind of call with other data: all that a call may remember of the last one is wrong for it."""
+    """The same kind of call with other data: all that could be cached of the first call is wrong for it."""
     case = drawn.case
     turned = {
         name: None if lengths is None else tuple((n + 3) % (most + 1) for n in reversed(lengths))
@@ -91,14 +91,14 @@ def another(drawn: Drawn) -> Drawn:
 
 
 def results(drawn: Drawn, inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """What a backend makes of the problem, in the way that was drawn."""
+    """A backend's results for the problem, by the entry that was drawn."""
     with _chunks(drawn.chunk):
-        if drawn.way == "operator":
+        if drawn.entry == "operator":
             with Watcher() as watcher:
                 found = run(inputs, backend)
             assert "fastattn.attention.default" in watcher.seen
             return found
-        if drawn.way == "list":
+        if drawn.entry == "list":
             with fastattn.use_backend(backend, *(name for name in ("reference", "torch") if name != backend)):
                 before = fastattn.stats()["calls"].get(backend, 0)
                 found = run(inputs)
@@ -173,7 +173,7 @@ def problems(
         | st.builds("intervals:{}".format, st.sampled_from(["bq", "b1", "1q", "11"]))
         | st.builds("segments:{}".format, st.sampled_from(["p", "pc", "5", "5c", *square]))
     )
-    said = not mask.startswith("segments")  # which say the lengths themselves
+    takes_lengths = not mask.startswith("segments")  # segments have lengths of their own
     side = st.integers(-1, max(q_len, kv_len) + 5)
     case = Case(
         batch=batch,
@@ -192,8 +192,8 @@ def problems(
         window=rarely(st.tuples(side, side)),
         softcap=rarely(st.sampled_from([0.5, 3.0, 50.0])),
         scale=rarely(st.sampled_from([0.0, 0.01, 0.2, -0.1])),
-        q_lengths=rarely(st.tuples(*[st.integers(-2, q_len + 2)] * batch)) if said else None,
-        kv_lengths=rarely(st.tuples(*[st.integers(-2, kv_len + 2)] * batch)) if said else None,
+        q_lengths=rarely(st.tuples(*[st.integers(-2, q_len + 2)] * batch)) if takes_lengths else None,
+        kv_lengths=rarely(st.tuples(*[st.integers(-2, kv_len + 2)] * batch)) if takes_lengths else None,
         return_lse=draw(st.integers(0, 3)) == 3,
     )
     wanted = draw(st.sets(st.sampled_from("qkv")) | st.sets(st.sampled_from(case.leaves))) if gradients else set()
@@ -202,7 +202,7 @@ def problems(
         case.but(grads="".join(name for name in case.leaves if name in wanted)),
         layouts=(draw(layout), draw(layout), draw(layout)),
         mask_layout=draw(st.sampled_from(MASK_LAYOUTS)),
-        way=draw(st.sampled_from(WAYS)),
+        entry=draw(st.sampled_from(ENTRIES)),
         chunk=draw(st.sampled_from([1 << 21, 1 << 21, 700, 1])),
         seed=draw(st.integers(0, 2**31)),
     )

@@ -1,4 +1,4 @@
-"""How problems drawn at random are run and judged."""
+"""Runs and checks problems drawn at random."""
 
 from __future__ import annotations
 

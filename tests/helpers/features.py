@@ -15,7 +15,7 @@ FEATURES: dict[str, Case] = {
     "causal": _SQUARE.but(mask="causal"),
     "causal-short-q": _TINY.but(mask="causal"),
     "causal-long-q": _TINY.but(mask="causal", q_len=13, kv_len=5),  # the first rows see nothing
-    "causal-one-blind": _TINY.but(mask="causal", q_len=14),  # only the very first row
+    "causal-one-row-masked": _TINY.but(mask="causal", q_len=14),  # only the very first row
     "window": _TINY.but(window=(3, 2)),
     "window-left": _TINY.but(window=(4, -1)),
     "window-right": _TINY.but(window=(-1, 1)),

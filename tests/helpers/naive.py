@@ -1,6 +1,6 @@
 """Attention written down plainly in float64: every score in memory, every rule of the contract on a line of its own.
 
-The truth of the CPU tests. It shares no code with the package, and its gradients are autograd's.
+The reference of the CPU tests. It shares no code with the package, and its gradients are autograd's.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def attention(
         scores = scores + mask.double().masked_fill(mask == -math.inf, 0.0)
     # One more column, the sink; without sinks its logit is -inf in rows that see something, and 0 in rows that do not,
     # so that no softmax is taken over nothing but -inf (whose gradient is NaN).
-    blind = ~seen.any(-1)
+    fully_masked = ~seen.any(-1)
     if sinks is None:
-        sink = torch.where(blind, 0.0, -math.inf).to(scores)
+        sink = torch.where(fully_masked, 0.0, -math.inf).to(scores)
     else:
         sink = sinks.double()[:, None].expand(batch, heads, rows)
     logits = torch.cat([scores.masked_fill(~seen, -math.inf), sink[..., None]], -1)
@@ -108,5 +108,5 @@ def attention(
     probabilities = (weights / total)[..., :-1].masked_fill(~seen, 0.0)
     lse = (top + torch.log(total)).squeeze(-1)  # torch.logsumexp's gradient is exp(s - lse): wrong where s is finfo.min
     if sinks is None:
-        lse = lse.masked_fill(blind, -math.inf)
+        lse = lse.masked_fill(fully_masked, -math.inf)
     return Result(probabilities @ v.repeat_interleave(group, 1), lse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-#: Results that nobody may be left with.
+#: Results that must not remain.
 BAD = ("differs", "crashes", "not done", "falls back in silence")
 
 _MEANING = {
