@@ -37,7 +37,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class PlanKey:
-    """Names one plan. The one key of every graph: forward or backward, exact or for any length.
+    """Names one plan. The one key of every graph: forward or backward, static or dynamic.
 
     Operands `seq_q` and `seq_kv` make the lengths data; operands `ragged_x` make the place of x data.
     """
