@@ -28,7 +28,7 @@ LEAST_CHECKED = 16  #: of fewer keys the gradients of q and k cancel, of one key
 HEADS, KV_HEADS, DIM = 8, 2, 128
 PADDED = 4  #: sequences in a batch with padding
 METHOD = (
-    "FASTATTN_PLANS=any; each call once, synchronized before and after, its mask made before. warm: what had been "
+    "FASTATTN_PLANS=dynamic; each call once, synchronized before and after, its mask made before. warm: what had been "
     "built or loaded ahead: for the first two rows by one call of the largest length; for packed batches by "
     "fastattn.warmup (phases packed and training) for every power of two of sequences from 16 and of tokens from 1024; "
     "for chunks by fastattn.warmup (phases chunked and decode: few queries go to a Triton kernel, which is compiled at "

@@ -30,17 +30,8 @@ from . import command
 
 #: What a kernel does -> parts of the names of those that do it; the first group that fits counts.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "GEMMs": ("row_kernel", "nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas"),
-    "attention": (
-        "attend_kernel",
-        "combine_kernel",
-        "places_kernel",
-        "offsets_kernel",
-        "sdpa",
-        "flash",
-        "fmha",
-        "cudnn",
-    ),
+    "GEMMs": ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas"),
+    "attention": ("attend_kernel", "combine_kernel", "offsets_kernel", "sdpa", "flash", "fmha", "cudnn"),
     "norms": ("layer_norm", "rms_norm", "reduce_kernel"),
     "positions and cache": ("rotary_kernel", "catarray", "sin", "cos"),
     "gate": ("gate_kernel", "silu"),

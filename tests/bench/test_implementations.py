@@ -126,12 +126,12 @@ def test_lengths_are_for_one_query_and_each_entry(change):
 def test_switches_are_set_while_called_and_only_then(monkeypatch):
     monkeypatch.setenv("FASTATTN_PLANS", "before")
     with IMPLEMENTATIONS["fastattn-static"].active():
-        assert os.environ["FASTATTN_PLANS"] == "exact"
+        assert os.environ["FASTATTN_PLANS"] == "static"
         assert torch.is_inference_mode_enabled()
     assert os.environ["FASTATTN_PLANS"] == "before"
     monkeypatch.delenv("FASTATTN_PLANS")
     with IMPLEMENTATIONS["fastattn-dynamic"].active(gradients=True):
-        assert os.environ["FASTATTN_PLANS"] == "any"
+        assert os.environ["FASTATTN_PLANS"] == "dynamic"
         assert not torch.is_inference_mode_enabled()
     assert "FASTATTN_PLANS" not in os.environ
     with IMPLEMENTATIONS["torch-flash"].active():

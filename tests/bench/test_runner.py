@@ -117,7 +117,7 @@ def test_settling_builds_the_static_plan(monkeypatch):
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     seen = []
     runner.build_static_plan(lambda: seen.append(os.environ["FASTATTN_PLANS"]))
-    assert seen == ["exact"]
+    assert seen == ["static"]
     assert "FASTATTN_PLANS" not in os.environ
 
 

@@ -207,8 +207,8 @@ IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
         Implementation("fastattn", bind_fastattn, plans="auto", softcap=True),
-        Implementation("fastattn-dynamic", bind_fastattn, plans="any", softcap=True),
-        Implementation("fastattn-static", bind_fastattn, plans="exact", softcap=True),
+        Implementation("fastattn-dynamic", bind_fastattn, plans="dynamic", softcap=True),
+        Implementation("fastattn-static", bind_fastattn, plans="static", softcap=True),
         Implementation("torch-cudnn", _bind_torch, backend=SDPBackend.CUDNN_ATTENTION),
         Implementation("torch-flash", _bind_flash, backend=SDPBackend.FLASH_ATTENTION),
         Implementation("torch-efficient", _bind_efficient, backend=SDPBackend.EFFICIENT_ATTENTION),

@@ -241,7 +241,7 @@ def summary(row: Row) -> str:
 
 def build_static_plan(call: Callable[[], Any]) -> None:
     """Builds the static plan that the call would get if it were repeated often enough."""
-    with variable("FASTATTN_PLANS", "exact"):
+    with variable("FASTATTN_PLANS", "static"):
         call()
 
 
