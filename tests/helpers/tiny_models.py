@@ -189,7 +189,7 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
     return torch.randint(5, VOCABULARY, (tokens,), generator=generator).tolist()
 
 
-def said(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+def tokens_of(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
     """The engine's tokens."""
     found: list[list[int]] = [[] for _ in prompts]
     for event in engine.generate(prompts, count):

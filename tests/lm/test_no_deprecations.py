@@ -16,7 +16,7 @@ AMONG_OTHERS = re.compile(r"site-packages/(?!transformers/|fastattn/)\S+: (Pendi
 TINY = ["--model", "tiny", "-p", "40", "-n", "1", "--device", "cpu"]
 
 
-def said(*arguments: str, module: str = "fastattn") -> list[str]:
+def deprecation_lines(*arguments: str, module: str = "fastattn") -> list[str]:
     """The lines about deprecation that the command writes, with every warning shown."""
     done = subprocess.run(
         [sys.executable, "-W", "default", "-m", module, *arguments],
@@ -38,18 +38,18 @@ def said(*arguments: str, module: str = "fastattn") -> list[str]:
 def test_generate(saved_model: Path, attn: str) -> None:
     """Through the fused layers, through transformers' modules row by row."""
     options = ["--model", str(saved_model), "--prompt", "a b a", "-g", "4", "--device", "cpu", "--attn", attn]
-    assert said("generate", *options) == []
+    assert deprecation_lines("generate", *options) == []
 
 
 @pytest.mark.slow
 def test_benchmark() -> None:
-    assert said("benchmark", *TINY, "-g", "4", "--attn", "fastattn,sdpa") == []
+    assert deprecation_lines("benchmark", *TINY, "-g", "4", "--attn", "fastattn,sdpa") == []
 
 
 @pytest.mark.slow
 def test_training_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert said(*TINY, "--gradient-checkpointing", module="benchmarks.train") == []
+    assert deprecation_lines(*TINY, "--gradient-checkpointing", module="benchmarks.train") == []
 
 
 def test_it_would_be_seen(saved_model: Path, tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_it_would_be_seen(saved_model: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         options = ["--model", str(saved_model), "--prompt", "a b a", "-g", "4", "--device", "cpu", "--attn", "eager"]
-        assert any("`x` is deprecated" in line for line in said("generate", *options))
+        assert any("`x` is deprecated" in line for line in deprecation_lines("generate", *options))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from tiny_models import SIZES, generated, loaded, made, prompt, said
+from tiny_models import SIZES, generated, loaded, made, prompt, tokens_of
 
 from fastattn.common.notice import FastattnWarning, _given
 from fastattn.lm import Loaded, Sampling, make_engine, stream_generate
@@ -51,7 +51,7 @@ def test_it_is_done_as_generate_does_it(settings: dict[str, Any]) -> None:
     expected = generated(made_eager(settings), ids, 12)
     if settings != {"remove_invalid_values": True}:
         assert expected != PLAIN
-    assert said(engine, [ids, prompt(3, 5)], 12)[0] == expected
+    assert tokens_of(engine, [ids, prompt(3, 5)], 12)[0] == expected
 
 
 def made_eager(settings: dict[str, Any]) -> Any:

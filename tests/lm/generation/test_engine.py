@@ -50,7 +50,7 @@ def test_a_stop_token_ends_a_text_and_its_row_goes_to_another(ahead):
 
 
 @AHEAD
-def test_the_surplus_step_after_a_stop_is_not_seen_and_changes_nobody(ahead):
+def test_the_surplus_step_after_a_stop_changes_no_other_row(ahead):
     runner = FakeRunner(2)
     end = runner.greedy([1], 1)[0]
     prompt = next([i] for i in range(2, 61) if end not in runner.greedy([i], 6))

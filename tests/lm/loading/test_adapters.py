@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_models import SIZES, VOCABULARY, generated, made, prompt, said
+from tiny_models import SIZES, VOCABULARY, generated, made, prompt, tokens_of
 
 from fastattn.cli import main as cli
 from fastattn.lm import load, make_engine
@@ -57,7 +57,7 @@ def test_it_says_what_peft_says(kind: str, base: Path, tmp_path: Path) -> None:
     assert expected != generated(made(hf.LlamaConfig(**SIZES), "eager"), ids, 10)
     engine = make_engine(load(base, dtype=torch.float32, adapter_path=tmp_path / "adapter"), 1, 64)
     assert type(engine.runner).__name__ == "FusedRunner"  # its weights are a plain model's
-    assert said(engine, [ids], 10) == [expected]
+    assert tokens_of(engine, [ids], 10) == [expected]
 
 
 def test_one_beside_the_model_is_applied(base: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_one_beside_the_model_is_applied(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, both)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, both)
-    # What it says of its base is a stranger's word, and not followed.
+    # The name of its base model is untrusted, and ignored.
     config = json.loads((both / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/nowhere/else"}
     (both / "adapter_config.json").write_text(json.dumps(config))
     if hf.__version__.startswith("5.4."):  # it cannot be told to leave the adapter to us: refused, not ignored
@@ -74,7 +74,7 @@ def test_one_beside_the_model_is_applied(base: Path, tmp_path: Path) -> None:
             load(both, dtype=torch.float32)
         return
     ids = prompt(12)
-    assert said(make_engine(load(both, dtype=torch.float32), 1, 64), [ids], 10) == [generated(model, ids, 10)]
+    assert tokens_of(make_engine(load(both, dtype=torch.float32), 1, 64), [ids], 10) == [generated(model, ids, 10)]
     with pytest.raises(ValueError, match="expected one of the two"):
         load(both, adapter_path=tmp_path / "adapter")
 

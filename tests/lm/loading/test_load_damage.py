@@ -30,7 +30,7 @@ IDS = torch.tensor([[3, 7, 5, 2]])
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """The undamaged directory, and what its model says to IDS."""
+    """The undamaged directory, and the logits of its model for IDS."""
     path = make(tmp_path_factory.mktemp("good") / "model")
     with torch.no_grad():
         return path, load(path, attn="eager", device="cpu").model(IDS).logits
@@ -75,7 +75,7 @@ def test_damage(kind: Kind, copy: Path, good: tuple[Path, torch.Tensor]):
         assert len(refusal) < 1000, refusal
 
 
-def test_quantized_weights_that_nobody_understands(copy: Path):
+def test_quantized_weights_of_an_unknown_kind(copy: Path):
     """Whole numbers of the right shape would be taken for weights."""
     weights(lambda found: found.update({Q: found[Q].to(torch.int8)}))(copy)
     config(quantization_config={"quant_method": "nope"})(copy)
@@ -194,7 +194,7 @@ def test_a_link_to_the_directory_and_a_relative_path(copy: Path, tmp_path: Path,
     ],
 )
 def test_from_the_shell(copy: Path, kind: str, options: tuple[str, ...]):
-    """In a process of its own, with a terminal's yes waiting on stdin for whoever would ask."""
+    """In a process of its own, with "yes" on stdin in case it prompts."""
     next(one for one in KINDS if one.name == kind).damage(copy)
     done = subprocess.run(
         [sys.executable, "-m", "fastattn", *options, str(copy), "--device", "cpu"],

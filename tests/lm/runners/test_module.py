@@ -1,4 +1,4 @@
-"""Any model of transformers as a Runner: every row says what it would say alone."""
+"""`ModuleRunner`: every row of a batch has the logits that it has by itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def greedy(eager: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
 
 
 class Rows:
-    """Greedy generation on a runner, row by row, and what eager says to it."""
+    """Greedy generation on a runner, row by row, compared with eager attention."""
 
     def __init__(self, runner: Runner, eager: PreTrainedModel) -> None:
         self.runner, self.eager = runner, eager
@@ -61,7 +61,7 @@ class Rows:
 
     def decode(self, rows: int, steps: int = 1) -> None:
         for _ in range(steps):
-            # rows that nobody uses get a token as well
+            # unused rows get a token as well
             ids = torch.tensor([self.found[row][-1] if row in self.found else 5 for row in range(rows)])
             logits = self.runner.decode(ids.to(self.runner.device))
             assert logits.shape == (rows, self.runner.vocab_size)
@@ -108,7 +108,7 @@ def test_rows_are_independent(family: str) -> None:
     rows.move(2, 0)  # ends row 0
     rows.decode(2, 3)
     rows.prefill(2, tokens(1, 9)[0])
-    rows.decode(4, 3)  # row 3 is nobody's
+    rows.decode(4, 3)  # row 3 is unused
     rows.clear(1)
     rows.decode(1, 2)
     rows.prefill(1, tokens(1, 12)[0])

@@ -1,4 +1,4 @@
-"""Every model runs as its own forward pass says, on whichever runner, or is refused before its first token."""
+"""Every kind of model has the tokens of its own forward passes, on the runner it gets, or is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_models import SIZES, VOCABULARY, generated, loaded, made, prompt, said, whole
+from tiny_models import SIZES, VOCABULARY, generated, loaded, made, prompt, tokens_of, whole
 from torch import nn
 
 from fastattn.lm import make_engine, make_runner
@@ -107,7 +107,7 @@ MODELS: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_batch_says_what_forward_passes_say(name: str) -> None:
+def test_a_batch_has_the_tokens_of_forward_passes(name: str) -> None:
     """Prompts of very different lengths in two rows, the third in one that held another: over windows and lengths."""
     make, attn, runner = MODELS[name]
     prompts = [prompt(14, 1), prompt(3, 2), prompt(40, 3)]
@@ -116,14 +116,14 @@ def test_a_batch_says_what_forward_passes_say(name: str) -> None:
     allowed = {runner, "RecomputeRunner"} if hf.__version__.startswith("5.4.") else {runner}
     assert type(engine.runner).__name__ in allowed
     eager = made(make(), "eager")
-    assert said(engine, prompts, 18) == [whole(eager, ids, 18) for ids in prompts]
+    assert tokens_of(engine, prompts, 18) == [whole(eager, ids, 18) for ids in prompts]
 
 
 @pytest.mark.parametrize("step", [4, 1000])
 def test_a_prompt_in_steps_crosses_the_original_length(step: int) -> None:
     config = hf.Phi3Config(**SIZES, original_max_position_embeddings=24, rope_parameters=LONGROPE)
     ids = prompt(50, 7)
-    found = said(make_engine(loaded(made(config)), 1, 64, prefill_step=step), [ids], 8)
+    found = tokens_of(make_engine(loaded(made(config)), 1, 64, prefill_step=step), [ids], 8)
     assert found == [generated(made(config, "eager"), ids, 8)]
 
 
@@ -140,7 +140,7 @@ def test_dynamic_positions_in_a_batch_are_those_of_each_row_alone() -> None:
     prompts = [prompt(60, 1), prompt(5, 2), prompt(30, 3)]
     engine = make_engine(loaded(made(config)), 2, 96)
     for _ in range(2):  # what the first turn left in the model is not seen by the second
-        assert said(engine, prompts, 25) == [generated(made(config, "eager"), ids, 25) for ids in prompts]
+        assert tokens_of(engine, prompts, 25) == [generated(made(config, "eager"), ids, 25) for ids in prompts]
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ class _Wrong(nn.Module):
         )
 
 
-def test_a_state_that_is_kept_wrong_is_found_out() -> None:
-    """Whoever is to blame: without a cache the model is right, and so it is run without."""
+def test_a_wrong_state_is_detected() -> None:
+    """Without a cache the model is right, so it runs without one."""
     model = made(hf.Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8))
     model.model.layers[1] = _Wrong(model.model.layers[1])
     engine = make_engine(loaded(model), 2, 64)
     assert type(engine.runner).__name__ == "RecomputeRunner"
     ids = prompt(9)
-    assert said(engine, [ids], 6) == [whole(model, ids, 6, use_cache=False)]
+    assert tokens_of(engine, [ids], 6) == [whole(model, ids, 6, use_cache=False)]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_factors_count_in_the_models_length(rope: dict[str, Any], most: int) -> 
     engine = make_engine(loaded(made(make())), 1, 10**6)
     assert engine.runner.capacity == most
     ids = prompt(most - 8)
-    assert said(engine, [ids], 6) == [generated(made(make(), "eager"), ids, 6)]
+    assert tokens_of(engine, [ids], 6) == [generated(made(make(), "eager"), ids, 6)]
 
 
 @pytest.mark.parametrize("attn", ["fastattn", "eager"])
@@ -236,7 +236,7 @@ def test_the_prefill_step_is_obeyed(attn: str, step: int, widest: int, monkeypat
 
     monkeypatch.setattr(torch.nn.functional, "embedding", spy)
     ids = prompt(180)
-    tokens = said(engine, [ids], 2)
+    tokens = tokens_of(engine, [ids], 2)
     monkeypatch.undo()
     assert tokens == [whole(made(hf.LlamaConfig(**SIZES), "eager"), ids, 2)]
     assert step <= max(seen) <= widest

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_models import SIZES, loaded, made, prompt, said, whole
+from tiny_models import SIZES, loaded, made, prompt, tokens_of, whole
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -91,7 +91,7 @@ def _replace(where: str) -> Callable[[Any], None]:
     return change
 
 
-#: Each changes what the model says; most leave the first layer as it was.
+#: Each changes the logits of the model; most leave the first layer unchanged.
 CHANGES: dict[str, Callable[[Any], None]] = {
     **{f"adapter on {name}": _wrap(f"model.layers.1.self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")},
     "adapter on o_proj": _wrap("model.layers.1.self_attn.o_proj"),
@@ -128,7 +128,7 @@ def test_a_change_anywhere_counts(name: str) -> None:
     if name != "another scale":  # a scale is read from the layer that has it
         with pytest.raises(ValueError, match=r"^model: "):
             FusedRunner(changed, rows=1, capacity=64)
-    assert said(make_engine(loaded(changed), 1, 64), [ids], 10) == [expected]
+    assert tokens_of(make_engine(loaded(changed), 1, 64), [ids], 10) == [expected]
 
 
 def test_what_says_nothing_but_could_is_refused() -> None:
@@ -159,11 +159,11 @@ def test_a_change_after_the_runner_was_made_is_noticed(name: str) -> None:
     model = made(hf.LlamaConfig(**SIZES))
     engine = make_engine(loaded(model), 1, 64)
     ids = prompt(12)
-    said(engine, [ids], 3)
+    tokens_of(engine, [ids], 3)
     CHANGES[name](model)
     with pytest.raises(RuntimeError, match="the model was changed while a runner of its weights lives"):
-        said(engine, [ids], 3)
-    assert said(make_engine(loaded(model), 1, 64), [ids], 6) == [whole(model, ids, 6)]
+        tokens_of(engine, [ids], 3)
+    assert tokens_of(make_engine(loaded(model), 1, 64), [ids], 6) == [whole(model, ids, 6)]
 
 
 def test_a_model_that_was_moved_or_cast_is_noticed() -> None:
@@ -181,4 +181,4 @@ def test_weights_loaded_in_place_are_seen() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.7)
     ids = prompt(12)
-    assert said(engine, [ids], 6) == [whole(model, ids, 6)]
+    assert tokens_of(engine, [ids], 6) == [whole(model, ids, 6)]
