@@ -79,10 +79,10 @@ def page(rows: dict[str, tuple[Row, ...]], answered: bool) -> str:
     gpus = " | ".join(f"{gpu}<br>{name.removeprefix('NVIDIA ').split('-')[0]}" for gpu, name in GPUS.items())
     head = f" | {gpus} |\n|{'---|' * (len(GPUS) + 1)}"
     sections = [
-        f"# What cuDNN serves\n\nWritten by `python tests/gpuless/support_page.py`, for cuDNN {version_text(version)}: "
-        "do not edit. A call that is\nrefused here is served by another backend; `fastattn.explain` says by which, "
-        "and why. **both**: forward and backward;\n**forward**: without gradients. One query against one key is never "
-        "served with gradients, and left out below.\n",
+        f"# What cuDNN serves\n\nWhich calls does cuDNN {version_text(version)} serve on which GPU? A call that is "
+        "refused here runs on another backend, which\n`fastattn.explain` names. **both**: forward and backward; "
+        "**forward**: without gradients. One query against one key is\nnever served with gradients, and left out "
+        "below. (`python tests/gpuless/support_page.py` writes this page.)\n",
         f"## Kinds of calls\n\nbfloat16, head dim 128, 8 query heads on 2 K/V heads, batch 2;\n{_sizes()}.\n\n"
         f"| call{head}\n" + _lines(FAMILIES, lambda name: lambda q: q["family"] == name and _is_plain(q), rows),
         f"## Head dims\n\nCausal, bfloat16; of queries and keys / of values.\n\n| dims{head}\n"
@@ -95,8 +95,8 @@ def page(rows: dict[str, tuple[Row, ...]], answered: bool) -> str:
             ),
             rows,
         ),
-        f"## Plans\n\nWhich plans the same calls ask for, forward and backward ([plans.md](plans.md)); of `dynamic` "
-        f"and `static`, whichever is there.\n\n| call{head}\n" + _plan_lines(rows),
+        "## Plans\n\nWhich [plans](plans.md) the same calls use, forward and backward. Where both kinds are named, the "
+        f"static plan serves as\nsoon as it is built.\n\n| call{head}\n" + _plan_lines(rows),
         "## Refusals\n\nThe rows of `backends/cudnn/support.py`.\n\n| refusal | GPUs | cuDNN |\n|---|---|---|\n"
         + "".join(_limit(limit) for limit in support.LIMITS),
     ]
@@ -191,9 +191,9 @@ def _answered(rows: dict[str, tuple[Row, ...]], head: str) -> str:
     reasons = Counter(r for gpu in GPUS for row in own(rows[gpu]) for r in OUR_OWN if any(r in t for t in row["ours"]))
     why = "".join(f'- "{reason}" ({reasons[reason]}): {text}\n' for reason, text in OUR_OWN.items() if reasons[reason])
     return (
-        f"{ANSWERED}\n\nOf each kind of call (also in float16, with other numbers of heads, and under torch's "
-        f"deterministic algorithms) every\nplan was put to cuDNN's `check_support`, for described devices.\n\n"
-        f"| {head}\n{lines}\nRefused by our table alone:\n{why}"
+        f"{ANSWERED}\n\nFor described devices cuDNN's `check_support` was asked about every plan of each kind of call, "
+        "also in float16, with other\nnumbers of heads, and under torch's deterministic algorithms.\n\n"
+        f"| {head}\n{lines}\nRefused by our table alone:\n\n{why}"
     )
 
 
