@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from ranks import Ranks
+from served import Served
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,9 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 
-import fastattn
 from fastattn import Segments
-from fastattn.dispatch import serve
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -218,9 +217,9 @@ def test_checkpointing_computes_attention_again(
     """Else the tests with checkpoints would be the tests without."""
     totals = []
     for kind in (None, use_reentrant):
-        monkeypatch.setattr(serve, "_calls", type(serve._calls)())
+        served = Served()
         train(Run(model, "left", "none", kind))
-        calls = fastattn.stats()["calls"]
+        calls = served()
         backwards = sum(n for name, n in calls.items() if name.endswith(".backward"))
         totals.append((sum(calls.values()) - backwards, backwards))
     layers = 2 * len(STEPS)

@@ -13,6 +13,7 @@ import torch
 from caches import own_caches
 from cases import BF16, Case, assert_right, make, truth
 from cases import run as run_case
+from cudnn_library import use_library
 from torch import Tensor
 
 import fastattn
@@ -26,7 +27,6 @@ from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.cudnn.plan import Plan, PlanError
 from fastattn.backends.cudnn.plan_policy import State
 from fastattn.backends.cudnn.plans import Plans
-from fastattn.common import notice
 from fastattn.dispatch import refusals, registry, routes, serve
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
@@ -45,9 +45,8 @@ MEMORY = [
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_warnings: None) -> None:
     own_caches(monkeypatch)
-    monkeypatch.setattr(notice, "_given", set())
 
 
 class Clock:
@@ -319,10 +318,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(plan_module.graphs, "build", build)
     library = SimpleNamespace(cudnnGraphNotSupportedError=_NotSupported, create_handle=lambda: 1)
-    monkeypatch.setattr(runtime, "frontend", lambda: runtime.Frontend(library, 91900, ""))
-    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=1))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    use_library(monkeypatch, library)
     return state
 
 
@@ -366,9 +362,7 @@ def test_a_plan_file_survives_a_lack_of_memory(building: SimpleNamespace, monkey
         def pygraph(handle: Any, text: str = text) -> Any:
             raise RuntimeError(text)
 
-        monkeypatch.setattr(
-            runtime, "frontend", lambda pygraph=pygraph: runtime.Frontend(SimpleNamespace(pygraph=pygraph), 91900, "")
-        )
+        use_library(monkeypatch, SimpleNamespace(pygraph=pygraph))
         assert Plan.load(PlanKey("forward", 0, ())) is None
         assert len(gone) == expected
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
-from fastattn.common import notice
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -179,8 +178,7 @@ def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert_right(BASE, inputs, run(inputs))
 
 
-def test_the_reference_warns_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "_given", set())
+def test_the_reference_warns_once_on_a_gpu(fresh_warnings: None) -> None:
     q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16, requires_grad=True)
     with pytest.warns(fastattn.FastattnWarning, match="softcap"):
         attend(q, q, q, softcap=1.0)
