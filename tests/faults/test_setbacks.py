@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from caches import own_caches
 from cases import BF16, Case, assert_right, make, truth
 from cases import run as run_case
 from cudnn_library import use_library
@@ -44,9 +43,7 @@ MEMORY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, fresh_warnings: None) -> None:
-    own_caches(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_caches", "fresh_warnings")
 
 
 class Clock:
