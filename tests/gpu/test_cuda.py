@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP32, Case, assert_right, make, refusals, relative_error, run, truth
+from cases import BF16, FP32, Case, assert_right, make, reference_results, refusals, relative_error, run
 from torch import Tensor
 
 import fastattn
@@ -88,7 +88,7 @@ def test_autocast() -> None:
 def test_deterministic_algorithms(case: Case, backend: str, seed: int) -> None:
     case = case.but(q_len=1) if backend == "decode" else case.but(grads="qkv")
     inputs = make(case, "cuda", seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     torch.use_deterministic_algorithms(True)
     try:
         first = run(inputs, backend)
