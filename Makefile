@@ -49,10 +49,11 @@ test: $(DEV_STAMP) ## run the tests; those that need a GPU are skipped and count
 	$(if $(TEST_ENV),$(TEST_ENV) )$(PY) -m pytest $(PYTEST_ARGS) $(TESTS)
 
 # The operator, its reference, validation, dispatch, the keys of plans, the layers, a quarter of the random problems.
-QUICK := tests/test_layers.py tests/test_import.py tests/test_debug.py tests/test_reference.py tests/test_validation.py \
-  tests/test_varlen.py tests/test_shape_cache.py tests/dispatch/test_operators.py tests/dispatch/test_routing.py \
-  tests/dispatch/test_fast_path.py tests/dispatch/test_layouts_and_modes.py tests/dispatch/test_use_backend.py \
-  tests/dispatch/test_eager_gradients.py tests/backends/test_torch.py tests/backends/cudnn/test_keys.py
+QUICK := tests/test_call.py tests/test_layers.py tests/test_import.py tests/test_debug.py tests/test_reference.py \
+  tests/test_validation.py tests/test_varlen.py tests/test_shape_cache.py tests/dispatch/test_operators.py \
+  tests/dispatch/test_routes.py tests/dispatch/test_fast_path.py tests/dispatch/test_layouts_and_modes.py \
+  tests/dispatch/test_use_backend.py tests/dispatch/test_eager_gradients.py tests/backends/test_torch.py \
+  tests/backends/cudnn/test_keys.py
 PROBLEMS := tests/differential/test_problems.py::test_problems
 
 quick: $(DEV_STAMP) ## run the core tests, about a minute on two cores

@@ -51,6 +51,14 @@ def fresh_caches() -> Iterator[None]:
     shape_cache.clear()
 
 
+@pytest.fixture
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every warning is given once more: those that earlier tests were given do not count."""
+    from fastattn.common import notice
+
+    monkeypatch.setattr(notice, "_given", set())
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds torch's and Python's generators by the test's id; another FASTATTN_TEST_SEED gives other inputs.

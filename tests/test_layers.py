@@ -5,6 +5,7 @@ The tests mirror the modules.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_tests_mirror_the_modules(graph: dict[str, list[Import]]) -> None:
     beside = {str(path) for path in files if len(path.parts) == 1} - ACROSS_FILES
     assert [name for name in beside if f"fastattn.{name[5:-3]}" not in graph] == []
     assert [name for name in ACROSS | ACROSS_FILES if not (TESTS / name).exists()] == []
+
+
+def test_make_runs_tests_that_exist() -> None:
+    """Also those that `make quick` and the like name one by one."""
+    for file in (TESTS.parent / name for name in ("Makefile", "pyproject.toml", ".ci/run")):
+        text = file.read_text(encoding="utf-8") if file.exists() else ""  # a copy may come without
+        paths = {path.rstrip(".") for path in re.findall(r"\btests/[\w./-]+", text)}
+        assert [path for path in sorted(paths) if not (TESTS.parent / path).exists()] == []
 
 
 # The checker itself, on packages that are made up.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, Case, assert_right, check, make, run, truth
+from cases import BF16, FP16, FP32, FP64, Case, assert_right, check, make, reference_results, run
 from features import FEATURES
 from prepared import prepared
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,7 +109,7 @@ def test_memory_grows_with_the_length_not_its_square(case: Case) -> None:
 def test_gradient_of_a_broadcast_mask_is_summed() -> None:
     case = Case(mask="additive:h11", dtype=FP64, grads="m")
     inputs = make(case)
-    got, want = run(inputs, "reference")["dm"], truth(inputs)["dm"]
+    got, want = run(inputs, "reference")["dm"], reference_results(inputs)["dm"]
     assert got.shape == (case.q_heads, 1, 1)
     torch.testing.assert_close(got, want)
 
@@ -124,9 +124,9 @@ def test_only_the_log_sum_exp_differentiated() -> None:
 def test_upstream_garbage_in_blind_rows_reaches_nothing() -> None:
     case = FEATURES["lengths-causal"].but(dtype=FP32, grads="qkv")
     inputs = make(case)
-    want = truth(inputs)
-    blind = ~inputs.seen.any(-1)
-    inputs.grad_out.masked_fill_(blind[..., None], torch.nan)
+    want = reference_results(inputs)
+    fully_masked = ~inputs.seen.any(-1)
+    inputs.grad_out.masked_fill_(fully_masked[..., None], torch.nan)
     assert_right(case, inputs, run(inputs, "reference"), want)
 
 
@@ -143,7 +143,7 @@ def test_gradients_of_rows_under_nothing_but_finfo_min() -> None:
 def test_infinity_in_a_hidden_key(where: str) -> None:
     """0 * inf is NaN just as 0 * NaN is."""
     inputs = make(Case(dtype=FP32, kv_lengths=(4, 11), grads="qkv"))
-    want = truth(inputs)
+    want = reference_results(inputs)
     with torch.no_grad():
         for x in (inputs.k, inputs.v):
             x.copy_(x.nan_to_num(0.0) if x is not getattr(inputs, where) else x.nan_to_num(torch.inf))

@@ -13,10 +13,7 @@ from fastattn.backends.base import Refusal
 from fastattn.backends.torch import TorchBackend
 from fastattn.common import notice
 
-
-@pytest.fixture(autouse=True)
-def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "_given", set())
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def test_a_warning_is_given_once_per_kind() -> None:

@@ -1,7 +1,7 @@
 """Training spread over processes: a step of DDP or FSDP2 through fastattn is the step of one process.
 
-The truth has no padding, no packing and no fastattn in it: one process, plain attention, each sequence by itself. Two
-processes on the CPU (gloo) serve all tests of this file; one that hangs or dies fails its test and is replaced.
+The reference has no padding, no packing and no fastattn in it: one process, plain attention, each sequence by itself.
+Two processes on the CPU (gloo) serve all tests of this file; one that hangs or dies fails its test and is replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from ranks import Ranks
+from served import Served
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,9 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plainly
 
-import fastattn
 from fastattn import Segments
-from fastattn.dispatch import serve
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -166,7 +165,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 @cache
-def truth(model: str) -> dict[str, Tensor]:
+def one_process(model: str) -> dict[str, Tensor]:
     return train(Run(model, "alone", "none"))
 
 
@@ -186,7 +185,7 @@ RUNS += [Run(m, "packed", "fsdp", False) for m in MODELS]
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_two_processes_step_as_one(run: Run, team: Ranks) -> None:
-    want = truth(run.model)
+    want = one_process(run.model)
     for got in team.run(train_here, run):
         assert_moved_alike(got, want)
 
@@ -194,20 +193,20 @@ def test_two_processes_step_as_one(run: Run, team: Ranks) -> None:
 @pytest.mark.parametrize("model", ["plain", "llama"])  # gpt_oss may choose other experts when it is rounded
 def test_mixed_precision_of_fsdp(model: str, team: Ranks) -> None:
     for got in team.run(train_here, Run(model, "packed", "fsdp", bf16=True)):
-        assert_moved_alike(got, truth(model), tolerance=0.1)
+        assert_moved_alike(got, one_process(model), tolerance=0.1)
 
 
 @pytest.mark.parametrize("layout", ["left", "right", "packed"])
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_with_all_sequences(model: str, layout: str) -> None:
-    assert_moved_alike(train(Run(model, layout, "none")), truth(model))
+    assert_moved_alike(train(Run(model, layout, "none")), one_process(model))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_share_of_one_process_is_another_step(model: str) -> None:
     """What the tests above would not notice if their sequences, or the differences they look at, were too small."""
     with pytest.raises(AssertionError):
-        assert_moved_alike(train(Run(model, "left", "none"), rank=0, world=WORLD), truth(model), tolerance=0.1)
+        assert_moved_alike(train(Run(model, "left", "none"), rank=0, world=WORLD), one_process(model), tolerance=0.1)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -218,9 +217,9 @@ def test_checkpointing_computes_attention_again(
     """Else the tests with checkpoints would be the tests without."""
     totals = []
     for kind in (None, use_reentrant):
-        monkeypatch.setattr(serve, "_calls", type(serve._calls)())
+        served = Served()
         train(Run(model, "left", "none", kind))
-        calls = fastattn.stats()["calls"]
+        calls = served()
         backwards = sum(n for name, n in calls.items() if name.endswith(".backward"))
         totals.append((sum(calls.values()) - backwards, backwards))
     layers = 2 * len(STEPS)

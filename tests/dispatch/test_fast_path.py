@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 from cases import BF16, FP16, FP32, FP64, Watcher, make
 from features import FEATURES
 from op_arguments import BAD, good
+from served import Served
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
@@ -29,8 +30,7 @@ import fastattn
 from fastattn import Intervals, Segments, debug
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
-from fastattn.common import notice
-from fastattn.dispatch import fast_path, registry, routes, serve
+from fastattn.dispatch import fast_path, registry, routes
 from fastattn.dispatch import operators as ops
 from fastattn.shape_cache import Section
 from fastattn.validation import Arguments
@@ -41,13 +41,11 @@ PARAMETERS = list(inspect.signature(attend).parameters)
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None, fresh_warnings: None) -> None:
     """No settings of the machine's, nothing cached by other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(debug, "ENABLED", False)
-    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
-    monkeypatch.setattr(notice, "_given", set())
 
 
 @pytest.fixture
@@ -245,6 +243,7 @@ def test_the_allowed_backends_are_in_the_name(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_switch_reaches_a_call_that_was_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served()
     arguments = good()
     for _ in range(2):
         attend(**arguments)
@@ -255,7 +254,7 @@ def test_a_switch_reaches_a_call_that_was_cached(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("FASTATTN_BACKENDS")
     attend(**arguments, backend="reference")
     attend(**arguments)
-    assert fastattn.stats()["calls"] == {"torch": 3, "reference": 3}
+    assert served() == {"torch": 3, "reference": 3}
 
 
 # Bad calls after good ones.
@@ -582,9 +581,10 @@ def test_calls_of_other_strides_are_bound_anew(which: str, monkeypatch: pytest.M
 
 
 def test_the_fast_path_is_counted() -> None:
+    served = Served()
     for _ in range(5):
         attend(**good())
-    assert fastattn.stats()["calls"] == {"torch": 5}
+    assert served() == {"torch": 5}
 
 
 def test_what_is_cached_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
-from fastattn.common import notice
 
 attend = fastattn.scaled_dot_product_attention
 
@@ -75,10 +74,9 @@ def test_the_log_sum_exp_that_nobody_wants_is_as_the_fake_says() -> None:
 
 
 def test_a_backend_that_refuses_when_it_is_called_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, fresh_caches: None
+    monkeypatch: pytest.MonkeyPatch, fresh_caches: None, fresh_warnings: None
 ) -> None:
     q, k, v = qkv()
-    monkeypatch.setattr(notice, "_given", set())
     calls = []
 
     def forward(call: Any) -> Any:

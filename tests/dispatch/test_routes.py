@@ -16,22 +16,21 @@ import torch
 from cases import FP32, make
 from features import FEATURES
 from prepared import prepared
+from served import Served
 
 import fastattn
 from fastattn.call import Problem
 from fastattn.common import notice
-from fastattn.dispatch import registry, routes, serve
+from fastattn.dispatch import registry, routes
 
 NAMES = ("decode", "cudnn", "torch", "reference")
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None, fresh_warnings: None) -> None:
     """No settings of the machine's, no counts and warnings of other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(notice, "_given", set())
-    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
 
 
 @dataclasses.dataclass
@@ -85,9 +84,10 @@ def test_backend_error_lists_every_refusal(fakes: Any) -> None:
 
 
 def test_a_refused_call_raises_before_anything_is_launched() -> None:
+    served = Served()
     with pytest.raises(fastattn.BackendError, match=r"torch: .*softcap"):
         fastattn.scaled_dot_product_attention(*qkv(), softcap=1.0, backend="torch")
-    assert fastattn.stats()["calls"] == {}
+    assert served() == {}
 
 
 def test_explain_is_a_table(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,9 @@ def test_explain_when_nobody_can(fakes: Any) -> None:
 
 
 def test_explain_computes_nothing() -> None:
+    served = Served()
     fastattn.explain(*qkv())
-    assert fastattn.stats()["calls"] == {}
+    assert served() == {}
 
 
 def test_explain_tells_about_gradients() -> None:
@@ -173,28 +174,31 @@ def test_does_not_warn(quiet: str, fakes: Any) -> None:
 
 
 def test_stats_count_forward_and_backward() -> None:
+    served = Served()
     q, k, v = qkv()
     q.requires_grad_()
     for _ in range(2):
         fastattn.scaled_dot_product_attention(q, k, v, backend="torch").sum().backward()
     fastattn.scaled_dot_product_attention(q, k, v, softcap=1.0)
-    assert fastattn.stats()["calls"] == {"torch": 2, "torch.backward": 2, "reference": 1}
+    assert served() == {"torch": 2, "torch.backward": 2, "reference": 1}
 
 
 def test_stats_are_a_copy() -> None:
+    served = Served()
     fastattn.scaled_dot_product_attention(*qkv(), backend="torch")
     fastattn.stats()["calls"]["torch"] = 99
-    assert fastattn.stats()["calls"] == {"torch": 1}
+    assert served() == {"torch": 1}
 
 
 def test_the_backward_keeps_to_the_backends_of_the_forward() -> None:
+    served = Served()
     q, k, v = qkv()
     q.requires_grad_()
     with fastattn.use_backend("reference"):
         out = fastattn.scaled_dot_product_attention(q, k, v)
     with fastattn.use_backend("torch"):
         out.sum().backward()
-    assert fastattn.stats()["calls"] == {"reference": 1, "reference.backward": 1}
+    assert served() == {"reference": 1, "reference.backward": 1}
 
 
 def test_routes_are_remembered_for_the_right_problem() -> None:

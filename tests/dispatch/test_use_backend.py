@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from served import Served
 
 import fastattn
-from fastattn.dispatch import fast_path, registry, routes, serve
+from fastattn.dispatch import registry
 
 NAMES = ("decode", "cudnn", "torch", "reference")
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings of the machine's, no counts and routes of other tests."""
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """No settings of the machine's, nothing cached by other tests."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(routes, "_routes", {})
-    monkeypatch.setattr(fast_path, "_cached", {})
-    monkeypatch.setattr(serve, "_calls", type(serve._calls)())
 
 
 def qkv() -> tuple[torch.Tensor, ...]:
@@ -47,16 +45,18 @@ def test_use_backend_ends_with_an_exception() -> None:
 
 
 def test_use_backend_serves_the_calls_of_its_block() -> None:
+    served = Served()
     with fastattn.use_backend("reference"):
         fastattn.scaled_dot_product_attention(*qkv())
     fastattn.scaled_dot_product_attention(*qkv())
-    assert fastattn.stats()["calls"] == {"reference": 1, "torch": 1}
+    assert served() == {"reference": 1, "torch": 1}
 
 
 def test_the_backend_argument_wins_over_use_backend() -> None:
+    served = Served()
     with fastattn.use_backend("torch"):
         fastattn.scaled_dot_product_attention(*qkv(), backend="reference")
-    assert fastattn.stats()["calls"] == {"reference": 1}
+    assert served() == {"reference": 1}
 
 
 def test_use_backend_is_of_its_thread() -> None:

@@ -11,7 +11,7 @@ import torch
 from caches import own_caches
 from cases import BF16, FP32, Case, make
 from cases import run as run_case
-from injected import broken, each_place, may_interrupt, may_run_out, out_of_memory, places
+from injected import broken, each_point, may_interrupt, may_run_out, out_of_memory, points
 from pretended_gpu import pretend
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from fastattn.backends.cudnn.plans import Plans
 from fastattn.common import notice
 from fastattn.dispatch import fast_path, registry, routes, serve
 
-MOST = 150  #: places tried of one call
+MOST = 150  #: points tried of one call
 ERRORS = {"interrupt": (may_interrupt, KeyboardInterrupt), "memory": (may_run_out, out_of_memory)}
 
 _BASE = Case(dtype=FP32, q_len=9, kv_len=9, mask="causal")
@@ -75,14 +75,14 @@ def test_broken_calls(kind: str, name: str, remembered: bool, seed: int, monkeyp
         return run_case(inputs, backend, poison=False)
 
     want = call()
-    total = places(call, counts) if remembered else 0
+    total = points(call, counts) if remembered else 0
     if not remembered:
         forget()
-        total = places(call, counts)
+        total = points(call, counts)
     assert total >= 3, "nothing to break"
     stopped = 0
     most = 12 if backend == "decode" else MOST  # the interpreter takes its time
-    for at in each_place(total, most):
+    for at in each_point(total, most):
         if not remembered:
             forget()
         stopped += broken(call, counts, at, error())
@@ -134,8 +134,8 @@ def test_broken_calls_of_cudnn(kind: str, mask: str, counted: CountingPlans, see
     want = counted.built
     assert {key.direction for key in want} == {"forward", "backward"}
     anew()
-    total = places(call, counts)
-    for at in each_place(total, MOST):
+    total = points(call, counts)
+    for at in each_point(total, MOST):
         anew()
         broken(call, counts, at, error())
         locks_are_free()
@@ -166,7 +166,7 @@ def test_a_broken_step_of_a_cache(kind: str, windows: int | None, seed: int) -> 
         return found
 
     want = steps()
-    for at in each_place(places(steps, counts), MOST):
+    for at in each_point(points(steps, counts), MOST):
         broken(steps, counts, at, error())
         locks_are_free()
         assert all(torch.equal(x, y) for x, y in zip(steps(), want)), at

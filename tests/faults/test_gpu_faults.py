@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BF16, Case, assert_right, make, refusals, run, truth
+from cases import BF16, Case, assert_right, make, reference_results, refusals, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
 
@@ -47,7 +47,7 @@ def test_tensors_on_another_device_than_the_current_one(name: str, backend: str,
             if refusals(inputs, backend):
                 assert name not in SERVES[backend]
                 pytest.skip(f"{backend} refuses it")
-            assert_right(case, inputs, run(inputs, backend), truth(inputs))
+            assert_right(case, inputs, run(inputs, backend), reference_results(inputs))
             assert torch.cuda.current_device() == 0
     torch.cuda.synchronize(1)
 
@@ -57,12 +57,12 @@ PROGRAM = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import torch
-from cases import assert_right, make, run, truth
+from cases import assert_right, make, run, reference_results
 from test_gpu_faults import CASES
 name, backend = sys.argv[2:]
 case, found = CASES[name], {}
 inputs = make(case, "cuda", 7)
-want = truth(inputs)
+want = reference_results(inputs)
 torch.cuda.synchronize()
 
 def attempt():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import itertools
@@ -17,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from cudnn_library import use_library
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastattn.backends.cudnn import disk, runtime
+from fastattn.backends.cudnn import disk
 from fastattn.backends.cudnn import folder as folders
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.plan import Plan
@@ -57,9 +57,7 @@ def cudnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cudnn:
     found = Cudnn()
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(tmp_path / "plans"))
     monkeypatch.setattr(disk, "_environment", lambda device: "machine A")
-    monkeypatch.setattr(runtime, "frontend", lambda: SimpleNamespace(cudnn=found))
-    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=None))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    use_library(monkeypatch, found)
     monkeypatch.setattr(Plan, "build", staticmethod(found.build))
     return found
 

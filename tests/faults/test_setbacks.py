@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from caches import own_caches
-from cases import BF16, Case, assert_right, make, truth
+from cases import BF16, Case, assert_right, make, reference_results
 from cases import run as run_case
+from cudnn_library import use_library
 from torch import Tensor
 
 import fastattn
@@ -26,7 +26,6 @@ from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.cudnn.plan import Plan, PlanError
 from fastattn.backends.cudnn.plan_policy import State
 from fastattn.backends.cudnn.plans import Plans
-from fastattn.common import notice
 from fastattn.dispatch import refusals, registry, routes, serve
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
@@ -44,10 +43,7 @@ MEMORY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    own_caches(monkeypatch)
-    monkeypatch.setattr(notice, "_given", set())
+pytestmark = pytest.mark.usefixtures("fresh_caches", "fresh_warnings")
 
 
 class Clock:
@@ -161,7 +157,7 @@ def test_another_backend_serves_and_the_first_one_later(
 ) -> None:
     case = CASE.but(grads=grads)
     inputs = make(case, seed=seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     for _ in range(2):
         assert_right(case, inputs, served(inputs)[0], want)
     moody.error = RuntimeError(text)
@@ -186,7 +182,7 @@ def test_another_backend_serves_and_the_first_one_later(
 def test_alone_it_is_out_of_memory_and_tried_each_time(moody: Moody, clock: Clock, seed: int) -> None:
     """Never "no allowed backend": the next call may go well."""
     inputs = make(CASE, seed=seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     moody.error = RuntimeError(MEMORY[0])
     for turn in (1, 2, 3):
         with pytest.raises(torch.OutOfMemoryError, match="CUDNN_STATUS_ALLOC_FAILED"):
@@ -248,22 +244,22 @@ def test_torchs_unused_memory_is_given_back_first(moody: Moody, seed: int, monke
         return True
 
     monkeypatch.setattr(serve, "give_back", give_back)
-    for turn in (1, 2):  # the second time by the short way
+    for turn in (1, 2):  # the second time by the fast path
         moody.error = RuntimeError(MEMORY[2])
         assert served(inputs)[1] == ["torch"]
         assert len(given) == turn
     assert not refusals._refusals
 
 
-@pytest.mark.parametrize("way", ["eager", "operator"])
+@pytest.mark.parametrize("entry", ["eager", "operator"])
 @pytest.mark.parametrize("forgotten", ["waited", "cleared"])
 def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_not_there(
-    way: str, forgotten: str, moody: Moody, clock: Clock, seed: int, monkeypatch: pytest.MonkeyPatch
+    entry: str, forgotten: str, moody: Moody, clock: Clock, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The forward of a call is torch's, which gives none, in place of one whose backward reads it."""
     case = CASE.but(grads="qkv")
     inputs = make(case, seed=seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     told: list[Tensor] = []
 
     def forward(call: Any) -> Any:
@@ -281,7 +277,7 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     fake = SimpleNamespace(name="cudnn", reads_lse=True, reasons=lambda p: [], bind=bind)
     backend = registry.backend
     monkeypatch.setattr(registry, "backend", lambda name: fake if name == "cudnn" else backend(name))
-    if way == "operator":
+    if entry == "operator":
         monkeypatch.setattr("fastattn.dispatch.operators.plain", lambda *tensors: False)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     with fastattn.use_backend("cudnn", "torch"):
@@ -296,7 +292,7 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     for name, x in found.items():
         assert x is not None
         torch.testing.assert_close(x.double(), want[name].double(), rtol=1e-4, atol=1e-5)
-    assert len(told) == (way == "operator")
+    assert len(told) == (entry == "operator")
     for lse in told:
         expected = fastattn.scaled_dot_product_attention(q, k, v, mask="causal", return_lse=True)[1]
         torch.testing.assert_close(lse, expected.detach())
@@ -319,10 +315,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(plan_module.graphs, "build", build)
     library = SimpleNamespace(cudnnGraphNotSupportedError=_NotSupported, create_handle=lambda: 1)
-    monkeypatch.setattr(runtime, "frontend", lambda: runtime.Frontend(library, 91900, ""))
-    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=1))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    use_library(monkeypatch, library)
     return state
 
 
@@ -366,9 +359,7 @@ def test_a_plan_file_survives_a_lack_of_memory(building: SimpleNamespace, monkey
         def pygraph(handle: Any, text: str = text) -> Any:
             raise RuntimeError(text)
 
-        monkeypatch.setattr(
-            runtime, "frontend", lambda pygraph=pygraph: runtime.Frontend(SimpleNamespace(pygraph=pygraph), 91900, "")
-        )
+        use_library(monkeypatch, SimpleNamespace(pygraph=pygraph))
         assert Plan.load(PlanKey("forward", 0, ())) is None
         assert len(gone) == expected
 
@@ -442,7 +433,7 @@ def test_a_full_gpu(backend: str | None, seed: int) -> None:
     fastattn.clear_plans()
     case = Case(batch=1, q_heads=8, kv_heads=2, q_len=777, kv_len=777, head_dim=128, dtype=BF16, mask="causal")
     inputs = make(case, "cuda", seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     torch.cuda.synchronize()
     taken = []
     for size in (1 << 30, 64 << 20, 2 << 20):

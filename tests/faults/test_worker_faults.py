@@ -53,9 +53,8 @@ class Made(Plans):
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch) -> Made:
+def cache(monkeypatch: pytest.MonkeyPatch, fresh_warnings: None) -> Made:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(notice, "_given", set())
     monkeypatch.delenv("FASTATTN_PLANS", raising=False)
     return Made()
 

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # as pytest does
 
 import torch
-from cases import Case, errors, make, refusals, run, truth
+from cases import Case, errors, make, reference_results, refusals, run
 from grid_cases import GRID
 
 
@@ -38,7 +38,7 @@ def compare(case: Case, backend: str, device: str, seed: int) -> dict[str, Any]:
     why = refusals(inputs, backend)
     if why:
         return {"refused": why}
-    return {"errors": errors(case, inputs, run(inputs, backend), truth(inputs, reference=True))}
+    return {"errors": errors(case, inputs, run(inputs, backend), reference_results(inputs, reference=True))}
 
 
 def outcome(case: Case, backend: str, device: str) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP32, Case, assert_right, make, refusals, relative_error, run, truth
+from cases import BF16, FP32, Case, assert_right, make, reference_results, refusals, relative_error, run
 from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
-from fastattn.common import notice
 
 # Here the reference is asked for on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")]
@@ -89,7 +88,7 @@ def test_autocast() -> None:
 def test_deterministic_algorithms(case: Case, backend: str, seed: int) -> None:
     case = case.but(q_len=1) if backend == "decode" else case.but(grads="qkv")
     inputs = make(case, "cuda", seed)
-    want = truth(inputs)
+    want = reference_results(inputs)
     torch.use_deterministic_algorithms(True)
     try:
         first = run(inputs, backend)
@@ -179,8 +178,7 @@ def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert_right(BASE, inputs, run(inputs))
 
 
-def test_the_reference_warns_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "_given", set())
+def test_the_reference_warns_once_on_a_gpu(fresh_warnings: None) -> None:
     q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16, requires_grad=True)
     with pytest.warns(fastattn.FastattnWarning, match="softcap"):
         attend(q, q, q, softcap=1.0)

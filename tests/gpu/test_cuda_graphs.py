@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from caches import own_caches
-from cases import BF16, Case, Inputs, assert_right, errors, make, relative_error, run, truth
+from cases import BF16, Case, Inputs, assert_right, errors, make, reference_results, relative_error, run
 from torch import Tensor
 
 import fastattn
@@ -99,7 +99,7 @@ def test_works_on_the_current_stream(grads: str, backend: str, seed: int) -> Non
         pytest.skip("decode has no gradients")
     inputs = make(case, "cuda", seed)
     values = [x.detach().clone() for x in (inputs.q, inputs.k, inputs.v)]
-    want = truth(inputs)
+    want = reference_results(inputs)
     run(inputs, backend)  # builds plans and kernels, so that nothing but the stream holds the next call up
     with torch.no_grad():
         for x in (inputs.q, inputs.k, inputs.v):
@@ -121,7 +121,7 @@ def test_threads_with_streams_of_their_own(backend: str, seed: int) -> None:
     base = DECODE if backend == "decode" else BASE.but(grads="qkv")
     cases = [base.but(kv_len=base.kv_len + n, q_len=1 if backend == "decode" else 129 + n) for n in range(4)]
     prepared = [(case, make(case, "cuda", seed + n)) for n, case in enumerate(cases)]
-    wants = [truth(inputs) for _, inputs in prepared]
+    wants = [reference_results(inputs) for _, inputs in prepared]
     torch.cuda.synchronize()
     failures: list[str] = []
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import BF16, FP32, TOLERANCE, Case, Inputs, make, refusals, run, truth
+from cases import BF16, FP32, TOLERANCE, Case, Inputs, make, reference_results, refusals, run
 from torch import Tensor
 
 import fastattn
@@ -84,7 +84,9 @@ class Prepared:
         for n, (name, case) in enumerate(CASES.items()):
             case = case if self.on_gpu else small(case)
             inputs = make(case, device, seed + n)
-            self.cases[name] = Ready(case, inputs, {result: x.float() for result, x in truth(inputs).items()})
+            self.cases[name] = Ready(
+                case, inputs, {result: x.float() for result, x in reference_results(inputs).items()}
+            )
             backends = [None] if self.on_gpu else [b for b in ("torch", "reference") if not refusals(inputs, b)]
             self.turns += [(name, backend) for backend in backends]
         if self.on_gpu:

@@ -1,4 +1,4 @@
-"""Whole attention calls as data: how to make one, what is true for it, and how far a result is from the truth."""
+"""Whole attention calls as data: how to make one, the reference results, and how far results are from them."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def run(inputs: Inputs, backend: str | None = None, poison: bool = True) -> dict
     return _results(inputs, inputs.leaves, found, inputs.grad_out, inputs.grad_lse)
 
 
-def truth(inputs: Inputs, reference: bool = False) -> dict[str, Tensor]:
+def reference_results(inputs: Inputs, reference: bool = False) -> dict[str, Tensor]:
     """The same in float64, by `naive.attention` or, where its memory would not do, by the package's reference."""
     # Additive masks and sinks: float64 copies too, so that their gradients are not rounded.
     q, k, v = (x.detach().double() for x in inputs.clean)
@@ -266,10 +266,10 @@ ROW_ALLOWANCE = 10
 
 
 def relative_error(x: Tensor, ref: Tensor, floor: float = 0.0) -> float:
-    """The norm of the difference over the norm of the truth; inf for NaN and the like.
+    """The norm of the difference over the norm of the reference; inf for NaN and the like.
 
-    floor: at least this norm is taken for the truth's, for where terms cancel to nothing. A single row that is off by
-    more than ROW_ALLOWANCE times as much as the whole may be counts too.
+    floor: the least norm that is taken for the reference's, for results whose terms cancel. A single row that is off
+    by more than ROW_ALLOWANCE times as much as the whole may be counts too.
     """
     x, ref = x.detach().double(), ref.detach().double().to(x.device)
     if x.shape != ref.shape or not bool(torch.isfinite(x).all()):
@@ -287,7 +287,7 @@ def relative_error(x: Tensor, ref: Tensor, floor: float = 0.0) -> float:
 
 
 def lse_error(x: Tensor, ref: Tensor) -> float:
-    """The largest difference over 1 + |truth|; -inf has to be where it is in the truth."""
+    """The largest difference over 1 + |reference|; -inf must be where it is in the reference."""
     x, ref = x.detach().double(), ref.detach().double()
     if x.shape != ref.shape or not torch.equal(x == -math.inf, ref == -math.inf) or bool(x.isnan().any()):
         return math.inf
@@ -334,7 +334,7 @@ def _floor(case: Case, inputs: Inputs, name: str) -> float:
 
 
 def assert_right(case: Case, inputs: Inputs, got: dict[str, Tensor], want: dict[str, Tensor] | None = None) -> None:
-    found = errors(case, inputs, got, truth(inputs) if want is None else want)
+    found = errors(case, inputs, got, reference_results(inputs) if want is None else want)
     assert max(found.values()) <= 1, f"{case}: shares of the accepted error: {found}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
-from cases import FP32, FP64, errors, refusals, truth
+from cases import FP32, FP64, errors, reference_results, refusals
 from drawn import Drawn, another, inputs_of, results
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def wrong(drawn: Drawn, backends: Sequence[str], device: str) -> list[str]:
     found = []
     for turn, one in (("first", drawn), ("second", another(drawn))):
         inputs = inputs_of(one, device)
-        want = truth(inputs)
+        want = reference_results(inputs)
         for backend in backends:
             if refusals(inputs, backend):
                 assert backend != "reference"

@@ -129,8 +129,8 @@ class EmulatedPlan:
         scores = scores.masked_fill(~self._seen(at), -math.inf)
         if self.key.direction == "forward":
             lse = torch.logsumexp(scores, -1, keepdim=True)
-            blind = lse == -math.inf
-            weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+            fully_masked = lse == -math.inf
+            weights = torch.softmax(scores.masked_fill(fully_masked, 0.0), -1).masked_fill(fully_masked, 0.0)
             at.write("o", weights @ v)  # (0 * NaN is NaN here as it is there)
             if "stats" in self.by_role:
                 at.write("stats", lse)

@@ -1,4 +1,4 @@
-"""Random calls of the Hopper forward against the truth, on a GPU; a program, run by test_hopper_forward.py and by hand.
+"""Random calls of the Hopper forward against the reference, on a GPU: a program for test_forward.py, or to run by hand.
 
     python hopper_cases.py                    every kind, in processes of their own: a CUDA error spoils only one
     python hopper_cases.py KIND [COUNT] [I]   one kind, in this process, from its case I on
@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the truth would not be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the reference would not be deterministic
 
 LIMIT = 60.0  #: seconds a case may take, the compiler's not counted
 COUNT = 10  #: cases of a kind
 AT_A_TIME = 6  #: kinds, on one GPU: each disturbs the others, as it should
 REPEATS = 3
-WORST = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  #: norm of the error over the norm of the truth
+WORST = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  #: norm of the error over the norm of the reference
 OTHER_WORK = 2048  #: a product of that size runs beside every call, on another stream
 
 
@@ -168,7 +168,7 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     softcap, scale = case["softcap"], case["scale"] or dim**-0.5
     if softcap:
         q *= 8  # scores that the cap bends
-    truth = naive.attention(
+    expected = naive.attention(
         q.double(),
         k.double(),
         v.double(),
@@ -199,16 +199,16 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
         results.append(forward(call))
         torch.cuda.synchronize()
     out, lse = results[0]
-    error = ((out.double() - truth.out).norm() / truth.out.norm().clamp(min=1e-9)).item()
-    fine = error < WORST[kind.dtype] and out.shape == truth.out.shape
+    error = ((out.double() - expected.out).norm() / expected.out.norm().clamp(min=1e-9)).item()
+    fine = error < WORST[kind.dtype] and out.shape == expected.out.shape
     # A row at a time too, so that a wrong one does not drown in many right ones.
-    row = ((out.double() - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp(min=0.05)).max().item()
+    row = ((out.double() - expected.out).norm(dim=-1) / expected.out.norm(dim=-1).clamp(min=0.05)).max().item()
     fine &= row < 0.05
     same = all(torch.equal(out.view(torch.int16), o.view(torch.int16)) for o, _ in results)
     text = f"error {error:.1e}, worst row {row:.1e}"
     if kind.lse:
-        seen = truth.lse > -torch.inf
-        apart = (lse.double() - truth.lse)[seen].abs().max().item() if seen.any() else 0.0
+        seen = expected.lse > -torch.inf
+        apart = (lse.double() - expected.lse)[seen].abs().max().item() if seen.any() else 0.0
         fine &= apart < 2e-3 and torch.equal(lse > -torch.inf, seen)
         same &= all(torch.equal(lse.view(torch.int32), x.view(torch.int32)) for _, x in results)
         text += f", lse {apart:.1e}"

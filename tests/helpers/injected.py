@@ -1,4 +1,4 @@
-"""Errors at the n-th place of a call at which Python could be interrupted, or at which memory could run out."""
+"""Errors at the n-th point of a call at which Python could be interrupted, or at which memory could run out."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def may_run_out(frame: FrameType, event: str, argument: Any) -> bool:
     if event != "c_call" or not frame.f_code.co_filename.startswith(HOME):
         return False
     owner = getattr(argument, "__self__", None)
-    # (A tensor is looked at by its type alone: to ask for its truth would be a call as well.)
+    # (A tensor is looked at by its type alone: bool() of it would be a call as well.)
     is_torchs = isinstance(owner, Tensor) or "torch" in (getattr(argument, "__module__", None) or "").split(".")
     is_torchs = is_torchs or getattr(owner, "__name__", "").startswith("torch")
     return is_torchs and getattr(argument, "__name__", "") not in FREE
 
 
-def places(call: Callable[[], Any], counts: Callable[[FrameType, str, Any], bool]) -> int:
-    """At how many places of a call an error may come."""
+def points(call: Callable[[], Any], counts: Callable[[FrameType, str, Any], bool]) -> int:
+    """At how many points of a call an error may come."""
     found = 0
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -65,7 +65,7 @@ def places(call: Callable[[], Any], counts: Callable[[FrameType, str, Any], bool
 def broken(
     call: Callable[[], Any], counts: Callable[[FrameType, str, Any], bool], at: int, error: BaseException
 ) -> bool:
-    """Makes the call, with an error at its place number `at`. True if that is what came of it."""
+    """Makes the call, with an error at its point number `at`. True if that is what came of it."""
     left = at
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -86,8 +86,8 @@ def broken(
     return False
 
 
-def each_place(total: int, most: int) -> Iterator[int]:
-    """All places of so many, or evenly spread ones among them, `most` at the most."""
+def each_point(total: int, most: int) -> Iterator[int]:
+    """All points of so many, or evenly spread ones among them, `most` at the most."""
     yield from range(0, total, max(1, -(-total // most)))
 
 

@@ -326,11 +326,11 @@ MUTATIONS = (
         ("tests/faults/test_worker_faults.py", "-k", "reported_once"),
     ),
     Mutation(
-        "what routes calls stays when a backend has refused",
-        "dispatch/routes.py",
+        "cached calls stay when a backend has refused",
+        "dispatch/fast_path.py",
         "dropped_for=[Reason.BACKEND_REFUSED]",
         "dropped_for=[]",
-        ("tests/faults/test_setbacks.py", "tests/dispatch/test_fast_path.py", "-k", "refus or later"),
+        ("tests/faults/test_setbacks.py", "-k", "doubles_the_wait"),
     ),
     Mutation(
         "clear_plans leaves what is cached for other reasons",

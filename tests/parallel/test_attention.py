@@ -103,7 +103,7 @@ def seen(case: Case) -> Tensor:
     return mask
 
 
-def truth(case: Case) -> dict[str, Tensor]:
+def reference_results(case: Case) -> dict[str, Tensor]:
     tensors, do, dlse = inputs(case)
     leaves = {n: x.double().requires_grad_() for n, x in tensors.items()}
     sinks = leaves.get("sinks")
@@ -137,7 +137,7 @@ def on_a_rank(case: Case, strategy: str, order: str) -> dict[str, Tensor]:
 
 
 def compare(case: Case, answers: list[dict[str, Tensor]]) -> None:
-    want = truth(case)
+    want = reference_results(case)
     tolerance = 1e-10 if case.dtype == torch.float64 else 2e-5
     for rank, found in enumerate(answers):
         if "dsinks" in found:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cudnn_library import use_library
 from plan_files import PAYLOAD, key
 
 from fastattn._compat import torch as torch_internals
-from fastattn.backends.cudnn import disk, runtime
+from fastattn.backends.cudnn import disk
 from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.cudnn.plan_cache import PlanCache
@@ -240,9 +241,7 @@ def test_a_plan_that_cudnn_will_not_have_is_built(monkeypatch: pytest.MonkeyPatc
         built.append(key)
         return SimpleNamespace(store=lambda: disk.store(key, b"new"))
 
-    monkeypatch.setattr(runtime, "frontend", lambda: SimpleNamespace(cudnn=SimpleNamespace(pygraph=Graph)))
-    monkeypatch.setattr(runtime, "context", lambda index: SimpleNamespace(handle=None))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: __import__("contextlib").nullcontext())
+    use_library(monkeypatch, SimpleNamespace(pygraph=Graph))
     disk.store(key(), PAYLOAD)
     cache = PlanCache(build=build)
     cache.get(key())

@@ -412,11 +412,12 @@ def test_a_tilde_is_the_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("chosen", ["plans", "./plans", "../plans", "~nobody-of-this-name/plans", " /plans"])
-def test_a_relative_folder_is_refused_with_a_warning(chosen: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_folder_is_refused_with_a_warning(
+    chosen: str, place: Path, monkeypatch: pytest.MonkeyPatch, fresh_warnings: None
+) -> None:
     """It would be another one in each directory that a program is started in."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", chosen)
-    monkeypatch.setattr(notice, "_given", set())
     with pytest.warns(notice.FastattnWarning, match="expected an absolute path"):
         disk.store(key(), PAYLOAD)
     assert disk.load(key()) is None

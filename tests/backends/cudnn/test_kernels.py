@@ -198,4 +198,8 @@ def test_what_a_mask_hides(
     for name in ("bias", "q", "k", "v"):
         one, other = torch.broadcast_tensors(getattr(found, name), getattr(want, name))
         assert torch.equal(one, other), name
-    assert torch.equal(*torch.broadcast_tensors(found.blind, want.blind)) and found.blind.any() and (found.k == 0).any()
+    assert (
+        torch.equal(*torch.broadcast_tensors(found.fully_masked, want.fully_masked))
+        and found.fully_masked.any()
+        and (found.k == 0).any()
+    )

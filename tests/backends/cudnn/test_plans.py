@@ -169,8 +169,9 @@ def test_policy(policy: str, expected: list[int], plans: Made, monkeypatch: pyte
     assert plans.built == [key(length) for length in expected]
 
 
-def test_a_background_failure_is_reported_once_and_not_repeated(plans: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "_given", set())
+def test_a_background_failure_is_reported_once_and_not_repeated(
+    plans: Made, monkeypatch: pytest.MonkeyPatch, fresh_warnings: None
+) -> None:
     with pytest.warns(fastattn.FastattnWarning, match="could not be built in the background.*FASTATTN_PLANS=dynamic"):
         for _ in range(10):
             plans.best(key(13), key(0), trained=True)

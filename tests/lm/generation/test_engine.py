@@ -7,7 +7,6 @@ import torch
 from fake_runner import FakeRunner, collect, ragged
 
 from fastattn import FastattnWarning
-from fastattn.common import notice
 from fastattn.lm import load
 from fastattn.lm.generation.decode_step import CLEAR_EVERY, buckets
 from fastattn.lm.generation.engine import Engine, Event, make_engine, row_capacity
@@ -18,9 +17,7 @@ from fastattn.lm.runners.select import make_runner
 AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["looks", "ahead"])
 
 
-@pytest.fixture(autouse=True)
-def nothing_given(monkeypatch):
-    monkeypatch.setattr(notice, "_given", set())
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 @AHEAD

@@ -5,7 +5,6 @@ import torch
 from fake_runner import collect, ragged
 
 from fastattn import FastattnWarning
-from fastattn.common import notice
 from fastattn.lm import Engine, load, make_runner
 from fastattn.lm.runners.fused import FusedRunner
 from fastattn.lm.runners.module import ModuleRunner
@@ -13,10 +12,7 @@ from fastattn.lm.runners.per_row import PerRowRunner
 from fastattn.lm.runners.recompute import RecomputeRunner
 from fastattn.lm.runners.select import PER_ROW, Candidate, candidates, first_that_fits
 
-
-@pytest.fixture(autouse=True)
-def nothing_given(monkeypatch):
-    monkeypatch.setattr(notice, "_given", set())
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 @pytest.fixture(scope="module")

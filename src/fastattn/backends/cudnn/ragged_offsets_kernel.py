@@ -1,4 +1,4 @@
-"""The kernel behind `places.py`."""
+"""The kernel behind `ragged_offsets.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decode backend against the truth: on the CPU through Triton's interpreter, on a GPU natively; the same tests."""
+"""The decode backend against the reference: on the CPU through Triton's interpreter, on a GPU natively."""
 
 from __future__ import annotations
 
