@@ -201,7 +201,7 @@ def narrow_memories(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def remembered() -> list[int]:
     """Kinds of calls that are remembered."""
     # Two threads may both find the last place free.
-    assert all(len(memory) <= memory.limit + THREADS for memory in MEMORIES)
+    assert all(len(memory) <= memory.max_entries + THREADS for memory in MEMORIES)
     return [len(memory) for memory in MEMORIES]
 
 
