@@ -192,7 +192,7 @@ def narrow_memories(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for memory in MEMORIES:
             memory.clear()
-            patch.setattr(memory, "limit", NARROW)
+            patch.setattr(memory, "max_entries", NARROW)
         yield
         for memory in MEMORIES:
             memory.clear()
