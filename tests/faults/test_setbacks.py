@@ -400,6 +400,30 @@ def test_a_plan_file_survives_a_lack_of_memory(building: SimpleNamespace, monkey
         assert len(gone) == expected
 
 
+@pytest.mark.parametrize("text", [MEMORY[0], "something new"])
+def test_a_plan_that_was_not_built_keeps_no_frame_alive(
+    text: str, building: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """See `test_what_failed_keeps_no_tensor_alive`."""
+
+    def build(*arguments: Any) -> Any:
+        raise RuntimeError(text)
+
+    def use() -> weakref.ref[Tensor]:
+        mine = torch.ones(1)
+        with contextlib.suppress(Setback):
+            Plan.build(PlanKey("forward", 0, ()))
+        return weakref.ref(mine)
+
+    monkeypatch.setattr(plan_module.graphs, "build", build)
+    gc.collect()
+    gc.disable()
+    try:
+        assert use()() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("error", [OutOfMemory(), torch.OutOfMemoryError(), MemoryError(), Setback()], ids=repr)
 def test_a_background_build_without_memory_is_tried_again_ever_more_rarely(
     error: Exception, monkeypatch: pytest.MonkeyPatch
