@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pkgutil
+import signal
 import sys
 import threading
 from collections import OrderedDict
@@ -215,6 +217,48 @@ def test_a_refused_call_drops_its_route_and_its_offsets() -> None:
         assert Reason.BACKEND_REFUSED in sections[name].dropped_for, name
     for name in ("refusals", "plans", "launches", "scratch"):
         assert Reason.BACKEND_REFUSED not in sections[name].dropped_for, name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    """A thread of the parent may hold the lock as it forks; in the child nobody would release it."""
+    with shape_cache._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            shape_cache.clear()
+            shape_cache.stats()
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_holder_may_be_registered_while_others_are_counted() -> None:
+    """Modules are imported, and with them their sections made, when a call first needs them: in any thread."""
+    stop, wrong = threading.Event(), []
+
+    def count() -> None:
+        while not stop.is_set():
+            try:
+                shape_cache.stats()
+                shape_cache.invalidate(Reason.BACKEND_REFUSED)
+            except RuntimeError as error:
+                wrong.append(str(error))
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        kept = [shape_cache.section("kept", 10) for _ in range(30)]  # so that counting takes its time
+        for _ in range(300):
+            kept[-20:] = [shape_cache.section("kept", 10) for _ in range(20)]
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 def test_the_scratch_memory_of_all_threads_is_counted_and_forgotten() -> None:

@@ -15,6 +15,8 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
+from .common.forks import after_fork, renew_lock
+
 K = TypeVar("K")
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +55,7 @@ class ShapeCache:
         self._holders: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
         self._drops: Counter[Reason] = Counter()
         self._lock = threading.Lock()
+        after_fork(self, renew_lock)
 
     def register(self, holder: Holder) -> None:
         """Takes in a holder, for as long as it lives."""
@@ -80,7 +83,7 @@ class ShapeCache:
         """Drops the entries of all holders that name this reason."""
         with self._lock:
             self._drops[reason] += 1
-        for holder in list(self._holders.values()):
+        for holder in self._all():
             if reason is Reason.CLEARED or reason in holder.dropped_for:
                 holder.clear()
 
@@ -88,7 +91,7 @@ class ShapeCache:
         """ "sections": for each name the sizes and bounds (`Size`) of its holders together; "entries" and "bytes": of
         all of them; "drops": for each `Reason` how often entries were dropped for it."""
         sections: dict[str, Size] = {}
-        for holder in list(self._holders.values()):
+        for holder in self._all():
             total = sections.setdefault(holder.name, Size())
             for what, number in holder.size().items():
                 total[what] += number
@@ -96,6 +99,10 @@ class ShapeCache:
             drops = {reason.value: self._drops[reason] for reason in Reason}
         sums = {what: sum(size[what] for size in sections.values()) for what in ("entries", "bytes")}
         return {**sums, "drops": drops, "sections": dict(sorted(sections.items()))}
+
+    def _all(self) -> list[Holder]:
+        """The holders that live. (`values()` would fail where another thread imports a module with a section.)"""
+        return [holder for reference in self._holders.valuerefs() if (holder := reference()) is not None]
 
 
 class Section(dict[K, V], Generic[K, V]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -251,6 +253,40 @@ def test_torchs_unused_memory_is_given_back_first(moody: Moody, seed: int, monke
     assert not refusals._refusals
 
 
+def fails(kind: type[Exception], *arguments: Any) -> Any:
+    """Raises a new exception: one that a test holds would hold the frames that it went through."""
+    raise kind("out of luck")
+
+
+@pytest.mark.parametrize("pass_", ["forward", "cached forward", "backward"])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, ValueError, Refusal, Setback, OutOfMemory])
+def test_what_failed_keeps_no_tensor_alive(
+    kind: type[Exception], pass_: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller who catches the error tries a smaller batch: the memory of the larger one has to be free by then, and
+    not when the garbage collector runs next."""
+    attend, kernel = fastattn.scaled_dot_product_attention, torch_sdpa._TorchKernel
+
+    def use() -> list[weakref.ref[Tensor]]:
+        tensors = [torch.randn(1, 2, 5, 8).requires_grad_(pass_ == "backward") for _ in range(3)]
+        if pass_ == "cached forward":
+            attend(*tensors)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch, contextlib.suppress(torch.OutOfMemoryError, ValueError):
+            patch.setattr(kernel, pass_.split()[-1], lambda self, *arguments: fails(kind, *arguments))
+            out = attend(*tensors)  # type: ignore[arg-type]
+            tensors.append(out)  # type: ignore[arg-type]
+            if pass_ == "backward":
+                out.sum().backward()  # type: ignore[union-attr]
+        return [weakref.ref(x) for x in tensors]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [x() is None for x in use()].count(False) == 0
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("entry", ["eager", "operator"])
 @pytest.mark.parametrize("forgotten", ["waited", "cleared"])
 def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_not_there(
@@ -362,6 +398,30 @@ def test_a_plan_file_survives_a_lack_of_memory(building: SimpleNamespace, monkey
         use_library(monkeypatch, SimpleNamespace(pygraph=pygraph))
         assert Plan.load(PlanKey("forward", 0, ())) is None
         assert len(gone) == expected
+
+
+@pytest.mark.parametrize("text", [MEMORY[0], "something new"])
+def test_a_plan_that_was_not_built_keeps_no_frame_alive(
+    text: str, building: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """See `test_what_failed_keeps_no_tensor_alive`."""
+
+    def build(*arguments: Any) -> Any:
+        raise RuntimeError(text)
+
+    def use() -> weakref.ref[Tensor]:
+        mine = torch.ones(1)
+        with contextlib.suppress(Setback):
+            Plan.build(PlanKey("forward", 0, ()))
+        return weakref.ref(mine)
+
+    monkeypatch.setattr(plan_module.graphs, "build", build)
+    gc.collect()
+    gc.disable()
+    try:
+        assert use()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [OutOfMemory(), torch.OutOfMemoryError(), MemoryError(), Setback()], ids=repr)

@@ -16,12 +16,11 @@ from torch.nn import Parameter
 from .. import debug
 from .._compat import torch as torch_internals
 from ..backends.base import OutOfMemory
-from ..backends.errors import failure_of
 from ..call import CALL, Call
 from ..masks import Intervals, Segments
 from ..shape_cache import Reason, shape_cache
 from ..validation import Arguments, default_scale, is_plain_scale
-from . import refusals, registry, routes, serve
+from . import registry, routes, serve
 
 _cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Cached` by key
 
@@ -71,12 +70,9 @@ def attention(key: Any, arguments: Arguments, scale: float | None) -> tuple[Tens
     try:
         found = route.kernel.forward(call)
     except Exception as error:
-        failure = failure_of(error, call.q.device)
-        if failure is None:
-            raise
-        if not isinstance(failure, OutOfMemory):  # else the full path tries it once more
-            refusals.record(route.backend.name, route.problem, failure)
-        return None
+        if serve.refused(route, error, but_for=(OutOfMemory,)):  # after one the full path tries it once more
+            return None
+        raise
     serve.count(route.backend.name)
     return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import debug
-from ..backends.base import OutOfMemory, Setback
+from ..backends.base import OutOfMemory, Refusal, Setback
 from ..backends.errors import failure_of, give_back
 from ..call import Call, Gradients, Problem
 from ..common.forks import after_fork, renew_lock
@@ -41,17 +41,21 @@ def forward(call: Call, names: tuple[str, ...]) -> Served:
     attempts = Attempts(call, names)
     if debug.ENABLED:
         debug.check_call(call)
-    while True:
-        found = attempts.route()
-        try:
-            out, lse = found.kernel.forward(call)
-        except Exception as error:
-            attempts.failed(found, error)
-            continue
-        if debug.ENABLED:
-            debug.check_result(call, found.backend.name, out, lse)
-        count(found.backend.name)
-        return Served(out, lse, found)
+    try:
+        while True:
+            found = attempts.route()
+            try:
+                out, lse = found.kernel.forward(call)
+            except Exception as error:
+                if attempts.goes_on(found, error):
+                    continue
+                raise
+            if debug.ENABLED:
+                debug.check_result(call, found.backend.name, out, lse)
+            count(found.backend.name)
+            return Served(out, lse, found)
+    finally:
+        del attempts  # see `Attempts`
 
 
 def backward(
@@ -62,19 +66,28 @@ def backward(
     Raises what `forward` raises.
     """
     attempts = Attempts(call, names)
-    while True:
-        found = attempts.route()
-        try:
-            gradients = found.kernel.backward(call, out, lse, grad_out, grad_lse)
-        except Exception as error:
-            attempts.failed(found, error)
-            continue
-        count(f"{found.backend.name}.backward")
-        return gradients
+    try:
+        while True:
+            found = attempts.route()
+            try:
+                gradients = found.kernel.backward(call, out, lse, grad_out, grad_lse)
+            except Exception as error:
+                if attempts.goes_on(found, error):
+                    continue
+                raise
+            count(f"{found.backend.name}.backward")
+            return gradients
+    finally:
+        del attempts  # see `Attempts`
 
 
 class Attempts:
-    """The routes of one call: the next one where a backend turns out not to be able to serve it."""
+    """The routes of one call: the next one where a backend turns out not to be able to serve it.
+
+    It holds the error of a setback, and with it the frames that the error went through. A frame that is left must not
+    hold it in turn, nor an error: such a cycle keeps the call's tensors alive until the garbage collector runs, so that
+    a caller who catches the error to try a smaller batch has no memory for that one.
+    """
 
     __slots__ = ("_call", "_gave_back", "_left", "_names", "_setback")
 
@@ -99,19 +112,30 @@ class Attempts:
             found = found._replace(until=time.monotonic())
         return found
 
-    def failed(self, found: Route, error: Exception) -> None:
-        """Takes what the backend of a route raised. Raises it again where the backend is not to blame."""
+    def goes_on(self, found: Route, error: Exception) -> bool:
+        """Takes what the backend of a route raised. False where the error is the caller's."""
         device = self._call.q.device
         failure = failure_of(error, device)
         if failure is None:
-            raise error
+            return False
         if isinstance(failure, OutOfMemory) and not self._gave_back and give_back(device):
             self._gave_back = True
-            return
+            return True
         name = found.backend.name
         record(name, found.problem, failure)
         if isinstance(failure, Setback):
             self._setback, self._left = failure, tuple(other for other in self._left if other != name)
+        return True
+
+
+def refused(found: Route, error: Exception, but_for: tuple[type[Refusal], ...] = ()) -> bool:
+    """Takes what the backend of a route raised, and records what it says of the backend, but for these kinds of
+    refusals. False where the error is the caller's."""
+    problem = found.problem
+    failure = failure_of(error, torch.device(problem.device, max(problem.index, 0)))
+    if failure is not None and not isinstance(failure, but_for):
+        record(found.backend.name, problem, failure)
+    return failure is not None
 
 
 def backward_by_lse(call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients | None:
@@ -123,11 +147,9 @@ def backward_by_lse(call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor
     try:
         gradients = found.kernel.backward(call, out, lse, grad_out, None)
     except Exception as error:
-        failure = failure_of(error, call.q.device)
-        if failure is None:
-            raise
-        record(found.backend.name, found.problem, failure)
-        return None
+        if refused(found, error):
+            return None
+        raise
     count(f"{found.backend.name}.backward")
     return gradients
 

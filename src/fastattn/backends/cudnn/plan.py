@@ -57,8 +57,10 @@ class Plan:
                 if torch.cuda.is_current_stream_capturing():
                     raise
                 unsupported = isinstance(error, cudnn.cudnnGraphNotSupportedError)
-                setback = setback_of(error, key.device, unsupported)
-                raise setback or PlanError(f"cuDNN builds no plan: {error}") from error
+                # (Not by a name: the frame would hold its own error, and with it the tensors of the call.)
+                raise setback_of(error, key.device, unsupported) or PlanError(
+                    f"cuDNN builds no plan: {error}"
+                ) from error
         return Plan(key, graph)
 
     @staticmethod
