@@ -6,19 +6,15 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastattn.bench import output, results
+from fastattn.bench import results
 from fastattn.cli.arguments import add_json
 from fastattn.common.printable import printable
-from fastattn.common.table import table
 from fastattn.config import is_on
-
-Rows = list[dict[str, Any]]
 
 
 def end(main: Callable[[], int]) -> None:
@@ -57,31 +53,3 @@ def write(
         command = f"{program} -m benchmarks.{name} {shlex.join(argv)}".rstrip()
         results.write_json(path, results.header(name, command, device) | found)
         print(printable(f"Wrote {path}"))
-
-
-def tune(
-    name: str,
-    description: str | None,
-    method: str,
-    head: Sequence[str],
-    measure: Callable[[torch.device], Rows],
-    cells: Callable[[dict[str, Any]], Sequence[str]],
-    argv: Sequence[str] | None,
-) -> int:
-    """A command that measures, on this GPU, what the package keeps as data. Returns the exit status.
-
-    measure: returns rows; the current stream can be captured. head, cells: the table of them.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser_of(name, description).parse_args(argv)
-    if not torch.cuda.is_available():
-        print(f"{name}: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        return 2
-    output.check([arguments.json])
-    device = torch.device("cuda", torch.cuda.current_device())
-    begin = time.perf_counter()
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
-        rows = measure(device)
-    print(table(head, [cells(row) for row in rows]))
-    write(arguments.json, name, argv, device, {"method": method, "seconds": time.perf_counter() - begin, "rows": rows})
-    return 0

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from fastattn.bench.report.page import render
 from fastattn.common.table import ratio, table
 from fastattn.parallel import cost
-
-TEMPLATES = Path(__file__).with_name("templates")
 
 
 def show(section: dict[str, Any]) -> str:
@@ -55,7 +51,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return render("table.md", [TEMPLATES], head=head, rows=rows).strip()
+    cells = [[str(cell) for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in cells)
 
 
 #: What docs/parallel.md carries the model to: tokens, GPUs in hosts of eight, backward, window.

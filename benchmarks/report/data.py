@@ -8,7 +8,6 @@ from typing import Any
 
 #: Implementations as people know them.
 TITLES = {
-    "fastattn": "fastattn",
     "fastattn-dynamic": "fastattn, dynamic plan",
     "fastattn-static": "fastattn, static plan",
     "torch-cudnn": "torch cuDNN",
@@ -23,15 +22,7 @@ TITLES = {
     "mlx": "MLX",
 }
 MOST_COLUMNS = 100  #: a file with more would take all memory, and is none of ours
-_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One implementation in a chart."""
-
-    name: str  #: as in the file: it fixes the colour
-    points: list[tuple[float, float]]  #: (x, y); in bars x is the number of the category
+Points = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -41,17 +32,18 @@ class Chart:
     slug: str  #: names its file: letters, digits, points, hyphens and underscores
     title: str
     sentence: str  #: what it shows, and which direction is better
-    kind: str  #: "lines", "bars", or "pairs" (the first call filled, the second hollow)
+    kind: str  #: "lines", "bars", or "pairs" (NAME|first filled, NAME|second hollow)
     x: str
     y: str
-    series: list[Series]
-    categories: list[str] = field(default_factory=list)  #: of bars
+    series: Points  #: (x, y) by implementation; in bars x is the number of the category
+    categories: tuple[str, ...] = ("",)  #: of bars
     roof: tuple[str, float] | None = None  #: a line that nothing can pass: what it is, and where
-    log: bool = True  #: of y; x is logarithmic in lines
+    log: bool = False  #: of y; x is logarithmic in lines and pairs
 
     def __post_init__(self) -> None:
         """What a result file calls its sections leads to no other folder, and ends no tag and no link."""
-        object.__setattr__(self, "slug", _NO_NAME.sub("-", self.slug).strip(".-")[:100] or "chart")
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", self.slug).strip(".-")[:100]
+        object.__setattr__(self, "slug", slug or "chart")
 
 
 @dataclass(frozen=True)
