@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,20 +12,13 @@ import torch
 
 from fastattn.bench import results
 from fastattn.cli.arguments import add_json
+from fastattn.cli.terminal import guarded
 from fastattn.common.printable import printable
-from fastattn.config import is_on
 
 
 def end(main: Callable[[], int]) -> None:
-    """Runs a command and exits as `fastattn` does: 2 after a ValueError (bad input), 1 for a file not written."""
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        if is_on("FASTATTN_DEBUG", False):
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {printable(str(error))}", file=sys.stderr)
-        status = 2 if isinstance(error, ValueError) else 1
-    sys.exit(status)
+    """Runs a command and exits as `fastattn` does: with one line for an error, and its status."""
+    sys.exit(guarded(main))
 
 
 def parser_of(name: str, description: str | None, program: str = "python") -> argparse.ArgumentParser:
@@ -53,3 +45,18 @@ def write(
         command = f"{program} -m benchmarks.{name} {shlex.join(argv)}".rstrip()
         results.write_json(path, results.header(name, command, device) | found)
         print(printable(f"Wrote {path}"))
+
+
+def captured(call: Callable[[], Any], warmups: int = 3) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks events meanwhile
+        call()
+    return graph.replay

@@ -13,11 +13,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from fastattn.bench import output
-from fastattn.bench.reading import load
 
 from .command import end
 from .report import plots
 from .report.__main__ import render
+from .report.reading import load
 from .report.sections import drawn, sections_of
 
 HERE = Path(__file__).parent

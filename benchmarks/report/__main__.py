@@ -19,13 +19,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastattn.bench import output
-from fastattn.bench.reading import load
 from fastattn.cli.arguments import path_of
 from fastattn.cli.terminal import guarded
 from fastattn.common.printable import printable
 
 from . import plots
 from .data import Section
+from .reading import load
 from .sections import ABOUT, drawn, sections_of
 
 

@@ -13,10 +13,10 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastattn.bench.reading import reading, shown
 from fastattn.common.printable import printable
 
 from .data import Chart, Section, Table, few_columns, number, title_of
+from .reading import reading, shown
 from .sweep import fill as _sweep
 
 ABOUT = (

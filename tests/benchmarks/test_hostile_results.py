@@ -17,9 +17,9 @@ pytest.importorskip("jinja2", reason="pages need jinja2")
 
 from benchmarks.report import plots
 from benchmarks.report.__main__ import main, render
+from benchmarks.report.reading import load
 from benchmarks.report.sections import drawn, sections_of
 from fastattn.bench import case
-from fastattn.bench.reading import load
 from fastattn.common.printable import printable
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))

@@ -26,9 +26,9 @@ from benchmarks.report import plots
 from benchmarks.report import sweep as sweep_section
 from benchmarks.report.__main__ import main, page
 from benchmarks.report.data import Chart, Table
+from benchmarks.report.reading import load
 from benchmarks.report.sections import section_of, sections_of
 from fastattn.bench import plot
-from fastattn.bench.reading import load
 from fastattn.cli import sweep
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))

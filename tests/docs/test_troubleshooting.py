@@ -16,8 +16,6 @@ INTERNAL = {
     ("backends/cudnn/disk.py", "*"): "caught: the plan is built anew, with a line in the log",
     ("*", "unreachable: *"): "a mistake of ours",
     ("backends/cudnn/folder.py", "*"): "the same",
-    ("bench/reading.py", "larger than *"): "shown behind the result file's name",
-    ("bench/reading.py", "* is no number *"): "the same",
     ("parallel/plan.py", "* is not in *"): "a mistake of ours",
     ("__init__.py", "module * has no attribute *"): "Python's own message",
     ("bench/implementations.py", "torch's *"): "an entry of a result file: what an implementation cannot do",
