@@ -6,20 +6,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Implementations as people know them.
-TITLES = {
-    "fastattn-dynamic": "fastattn, dynamic plan",
-    "fastattn-static": "fastattn, static plan",
-    "torch-cudnn": "torch cuDNN",
-    "torch-flash": "torch flash",
-    "torch-efficient": "torch efficient",
-    "torch-math": "torch math",
-    "flex": "torch flex_attention",
-    "flash-attn": "flash-attn 2",
-    "flash-attn-4": "flash-attn 4",
-    "flashinfer": "FlashInfer",
-    "xformers": "xFormers",
-    "mlx": "MLX",
+#: Implementations as people know them, and their colours in pictures: ours strong, torch's in one family. Other names
+#: are shown as they are, in the colours left over.
+KNOWN = {
+    "fastattn": ("fastattn", "#c2410c"),
+    "fastattn-dynamic": ("fastattn, dynamic plan", "#f59e0b"),
+    "fastattn-static": ("fastattn, static plan", "#7c2d12"),
+    "torch-cudnn": ("torch cuDNN", "#1d4ed8"),
+    "torch-flash": ("torch flash", "#0891b2"),
+    "torch-efficient": ("torch efficient", "#60a5fa"),
+    "torch-math": ("torch math", "#94a3b8"),
+    "flex": ("torch flex_attention", "#7c3aed"),
+    "flash-attn": ("flash-attn 2", "#15803d"),
+    "flash-attn-4": ("flash-attn 4", "#4d7c0f"),
+    "flashinfer": ("FlashInfer", "#be185d"),
+    "xformers": ("xFormers", "#a16207"),
+    "mlx": ("MLX", "#334155"),
+    "sdpa": ("sdpa", "#1d4ed8"),
+    "eager": ("eager", "#94a3b8"),
 }
 MOST_COLUMNS = 100  #: a file with more would take all memory, and is none of ours
 Points = dict[str, list[tuple[float, float]]]
@@ -93,7 +97,7 @@ class Section:
 
 def title_of(name: str) -> str:
     """How a report calls an implementation."""
-    return TITLES.get(name, name)
+    return KNOWN[name][0] if name in KNOWN else name
 
 
 def few_columns(head: list[str]) -> list[str]:

@@ -10,26 +10,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from .data import Chart, number, title_of
+from .data import KNOWN, Chart, number, title_of
 
-#: Ours in strong colours, torch's in one family, others in others. Names that are not here get those left over.
-COLOURS = {
-    "fastattn": "#c2410c",
-    "fastattn-dynamic": "#f59e0b",
-    "fastattn-static": "#7c2d12",
-    "torch-cudnn": "#1d4ed8",
-    "sdpa": "#1d4ed8",
-    "torch-flash": "#0891b2",
-    "torch-efficient": "#60a5fa",
-    "torch-math": "#94a3b8",
-    "eager": "#94a3b8",
-    "flex": "#7c3aed",
-    "flash-attn": "#15803d",
-    "flash-attn-4": "#4d7c0f",
-    "flashinfer": "#be185d",
-    "xformers": "#a16207",
-    "mlx": "#334155",
-}
 SPARE = ("#0f766e", "#9f1239", "#3f6212", "#5b21b6", "#155e75")
 LONGEST_BAR = 6.0  #: times fastattn's: beyond that a bar is cut and labelled
 #: Ours thick and below, the others thin and above: equal lines are both visible.
@@ -77,9 +59,9 @@ def picture(chart: Chart, caption: str | None = None, **options: Any) -> bytes:
 
 def _colour(chart: Chart, name: str) -> str:
     name = name.partition("|")[0]
-    if name in COLOURS:
-        return COLOURS[name]
-    others = sorted({series.partition("|")[0] for series in chart.series} - set(COLOURS))
+    if name in KNOWN:
+        return KNOWN[name][1]
+    others = sorted({series.partition("|")[0] for series in chart.series} - set(KNOWN))
     return SPARE[others.index(name) % len(SPARE)]
 
 
