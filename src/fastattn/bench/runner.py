@@ -32,9 +32,6 @@ from .timing import Contender, Timing, Timings, text_of
 Row = dict[str, Any]
 T = TypeVar("T")
 
-#: The forward of inputs that require no gradients, and of some that do; the backward alone; forward and backward.
-KINDS = ("inference", "training", "backward", "step")
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,7 +40,8 @@ class Comparison:
     section: str
     case: Case
     names: Sequence[str]
-    kind: str = "inference"  #: one of `KINDS`
+    #: "inference", "training" (forwards, without and with gradients), "backward" alone, "step": forward and backward
+    kind: str = "inference"
     eager: bool = False  #: also without a CUDA graph, as "eager"
     timer: Callable[[Sequence[Contender], torch.device], Timings] = timing.race
     derive: bool = True  #: rates and ratios from the times; False also: one input set is enough
