@@ -117,7 +117,7 @@ docs: $(DEV_STAMP) ## build the documentation's site with its page of benchmarks
 
 report: $(DEV_STAMP) ## one page of all figures that are kept: out/report.html
 	mkdir -p out
-	$(VENV)/bin/fastattn report benchmarks/results/*/*.json --html out/report.html --plots out/plots
+	$(PY) -m benchmarks.report benchmarks/results/*/*.json --html out/report.html
 
 lint: $(DEV_STAMP) ## ruff and mypy, changing nothing
 	$(PY) -m ruff check .

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastattn.bench import output, results
+from fastattn.bench import results
 from fastattn.cli.arguments import add_json
+from fastattn.cli.terminal import guarded
 from fastattn.common.printable import printable
-from fastattn.common.table import table
-from fastattn.config import is_on
-
-Rows = list[dict[str, Any]]
 
 
 def end(main: Callable[[], int]) -> None:
-    """Runs a command and exits as `fastattn` does: 2 after a ValueError (bad input), 1 for a file not written."""
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        if is_on("FASTATTN_DEBUG", False):
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {printable(str(error))}", file=sys.stderr)
-        status = 2 if isinstance(error, ValueError) else 1
-    sys.exit(status)
+    """Runs a command and exits as `fastattn` does: with one line for an error, and its status."""
+    sys.exit(guarded(main))
 
 
 def parser_of(name: str, description: str | None, program: str = "python") -> argparse.ArgumentParser:
@@ -59,29 +47,16 @@ def write(
         print(printable(f"Wrote {path}"))
 
 
-def tune(
-    name: str,
-    description: str | None,
-    method: str,
-    head: Sequence[str],
-    measure: Callable[[torch.device], Rows],
-    cells: Callable[[dict[str, Any]], Sequence[str]],
-    argv: Sequence[str] | None,
-) -> int:
-    """A command that measures, on this GPU, what the package keeps as data. Returns the exit status.
-
-    measure: returns rows; the current stream can be captured. head, cells: the table of them.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser_of(name, description).parse_args(argv)
-    if not torch.cuda.is_available():
-        print(f"{name}: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        return 2
-    output.check([arguments.json])
-    device = torch.device("cuda", torch.cuda.current_device())
-    begin = time.perf_counter()
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
-        rows = measure(device)
-    print(table(head, [cells(row) for row in rows]))
-    write(arguments.json, name, argv, device, {"method": method, "seconds": time.perf_counter() - begin, "rows": rows})
-    return 0
+def captured(call: Callable[[], Any], warmups: int = 3) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks events meanwhile
+        call()
+    return graph.replay

@@ -41,9 +41,9 @@ ours = IMPLEMENTATIONS["fastattn-dynamic"]
 
 def rows(runner: Runner) -> Iterator[Figures]:
     """The section's rows."""
-    measures: dict[str, Callable[[Runner, random.Random], Row]] = {
-        "forward and backward": lambda *given: _steps(*given, *lengths(*given)),
-        "left-padded batches": lambda *given: _steps(*given, *padded_batches(*given)),
+    measures: dict[str, Callable[..., Row]] = {
+        "forward and backward": partial(_steps, lengths),
+        "left-padded batches": partial(_steps, padded_batches),
         "packed batches": _packed,
         "chunks over a cache": _chunks,
     }
@@ -82,7 +82,8 @@ def packed_batches(least: int, most: int, sequences: int, count: int, rng: rando
 def _packed(runner: Runner, rng: random.Random) -> Row:
     least, most, sequences, count = runner.pick((512, 8192, 60, 50), (512, 8192, 60, 10), (32, 64, 6, 3))
     fresh = packed_batches(least, most, sequences, count, rng)
-    return _measured(runner, rng, fresh, partial(warm_up_packed, runner, most, sequences))
+    train = partial(_train, runner, torch.Generator(runner.device).manual_seed(runner.seed))
+    return _measured(rng, fresh, partial(warm_up_packed, runner, most, sequences), train)
 
 
 def warm_up_packed(runner: Runner, tokens: int, sequences: int) -> None:
@@ -104,43 +105,51 @@ def warm_up(runner: Runner, phases: tuple[str, ...], layout: str, batch: int, lo
     warmup(**kind, batch_sizes=(batch,), max_length=longest, phases=phases, layouts=(layout,), progress=False)  # type: ignore[arg-type]
 
 
-def _steps(runner: Runner, rng: random.Random, first: Case, *fresh: Case) -> Row:
-    generator = torch.Generator(runner.device).manual_seed(runner.seed)
-    return _measured(runner, rng, fresh, lambda: _train(first, runner, generator, False))
+def _steps(cases: Callable[[Runner, random.Random], list[Case]], runner: Runner, rng: random.Random) -> Row:
+    """Forward and backward; the first of the cases warms up."""
+    first, *fresh = cases(runner, rng)
+    generators = [torch.Generator(runner.device).manual_seed(runner.seed) for _ in range(2)]
+    ahead, train = (partial(_train, runner, generator) for generator in generators)
+    return _measured(rng, fresh, partial(ahead, first, False), train)
 
 
-def _measured(runner: Runner, rng: random.Random, fresh: Sequence[Case], warm: Callable[[], object]) -> Row:
-    """Forward and backward of batches, one after another, after a warm-up."""
-    fit = [i for i, case in enumerate(fresh) if case.kv_len >= LEAST_CHECKED]
+Done = tuple[tuple[float, ...], tuple[float, ...]]  #: milliseconds, and the relative errors if they were checked
+
+
+def _measured(
+    rng: random.Random,
+    fresh: Sequence[Case],
+    warm: Callable[[], object],
+    run: Callable[[Case, bool], Done],
+    gradients: bool = True,
+) -> Row:
+    """Calls one after another, after a warm-up. run: takes a case, and whether to check it."""
+    fit = [i for i, case in enumerate(fresh) if case.kv_len >= LEAST_CHECKED or not gradients]
     checked = set(rng.sample(fit, min(CHECKED, len(fit))))
-    generator = torch.Generator(runner.device).manual_seed(runner.seed)
-    with ours.active(gradients=True):
+    with ours.active(gradients):
         counts = _PlanCounts()
         warm()
         counts.warm()
-        done = [_train(case, runner, generator, i in checked) for i, case in enumerate(fresh)]
-    forward, backward, errors = zip(*done, strict=True)
+        done = [run(case, i in checked) for i, case in enumerate(fresh)]
     figures = {"lengths": len(fresh), **counts.found()}
-    for name, times in (("forward", forward), ("backward", backward)):
+    for name, times in zip(("forward", "backward"), zip(*(times for times, _ in done), strict=True)):
         figures |= {f"{name}_{key}": value for key, value in spread(times).items()}
-    return with_errors(figures, errors)
+    return with_errors(figures, [errors for _, errors in done])
 
 
-def _train(
-    case: Case, runner: Runner, generator: torch.Generator, check: bool
-) -> tuple[float, float, tuple[float, ...]]:
-    """Milliseconds of the forward and the backward of a batch, and their relative errors if they are checked."""
+def _train(runner: Runner, generator: torch.Generator, case: Case, check: bool) -> Done:
+    """The forward and the backward of a batch."""
     (x,) = make_inputs(case, runner.device, generator, 1)
     x = with_gradients(x)
     out, forward_ms = timing.once(ours.bind(case, x), runner.device)
     backward = partial(torch.autograd.grad, out, (x.q, x.k, x.v), x.grad_out)
     gradients, backward_ms = timing.once(backward, runner.device)
     if not check:
-        return forward_ms, backward_ms, ()
+        return (forward_ms, backward_ms), ()
     expected = checks.reference(case, x, backward=True)
     found = (out.detach(),), gradients
     errors = (checks.relative_error(a, b) for a, b in zip(found, (expected[:1], expected[1:])))
-    return forward_ms, backward_ms, tuple(errors)
+    return (forward_ms, backward_ms), tuple(errors)
 
 
 def _chunks(runner: Runner, rng: random.Random) -> Row:
@@ -149,16 +158,12 @@ def _chunks(runner: Runner, rng: random.Random) -> Row:
     generator = torch.Generator(runner.device).manual_seed(runner.seed)
     (whole,) = make_inputs(_chunk_case(longest, longest), runner.device, generator, 1)
     cases = [_chunk_case(*pair) for pair in chunk_lengths(rng, longest, count)]
-    checked = set(rng.sample(range(len(cases)), min(CHECKED, len(cases))))
-    with ours.active():
-        counts = _PlanCounts()
+
+    def warm() -> None:
         warm_up(runner, ("chunked", "decode"), "cache", 1, longest)
         _chunk(runner, whole, _chunk_case(longest // 2, longest), False)
-        counts.warm()
-        done = [_chunk(runner, whole, case, i in checked) for i, case in enumerate(cases)]
-    times, errors = zip(*done, strict=True)
-    figures = {"lengths": len(cases), **counts.found()}
-    return with_errors(figures | {f"forward_{key}": value for key, value in spread(times).items()}, errors)
+
+    return _measured(rng, cases, warm, partial(_chunk, runner, whole), gradients=False)
 
 
 def chunk_lengths(rng: random.Random, longest: int, count: int) -> list[tuple[int, int]]:
@@ -174,11 +179,11 @@ def _chunk_case(q_len: int, kv_len: int) -> Case:
     return Case(q_len, kv_len, 1, HEADS, KV_HEADS, DIM, head_major=True)
 
 
-def _chunk(runner: Runner, whole: Inputs, case: Case, check: bool) -> tuple[float, tuple[float, ...]]:
+def _chunk(runner: Runner, whole: Inputs, case: Case, check: bool) -> Done:
     k, v = (x[:, :, : case.kv_len] for x in (whole.k, whole.v))
     x = whole._replace(q=whole.q[:, :, : case.q_len], k=k, v=v)
     out, ms = timing.once(ours.bind(case, x), runner.device)
-    return ms, (checks.relative_error((out,), checks.reference(case, x, backward=False)),) if check else ()
+    return (ms,), (checks.relative_error((out,), checks.reference(case, x, backward=False)),) if check else ()
 
 
 def with_errors(figures: dict[str, float], errors: Sequence[tuple[float, ...]]) -> Row:

@@ -10,7 +10,6 @@ begin later are left out, with a line.
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -23,26 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from fastattn.bench import output, results
+from fastattn.bench import output
+from fastattn.call import Call, Problem
 
-from .command import end, parser_of
+from .command import captured, end, parser_of, write
 
 BUDGET = 230.0  #: seconds
 FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
 
 # name: batch, query heads, K/V heads, queries, keys, head dim, value dim, and what else
 ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "causal 128": ((1, 32, 8, 128, 128, 128, 128), {"causal": True}),
-    "causal 256": ((1, 32, 8, 256, 256, 128, 128), {"causal": True}),
-    "causal 512": ((1, 32, 8, 512, 512, 128, 128), {"causal": True}),
-    "causal 1000": ((1, 32, 8, 1000, 1000, 128, 128), {"causal": True}),
-    "causal 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True}),
-    "causal 2049": ((1, 32, 8, 2049, 2049, 128, 128), {"causal": True}),
-    "causal 4096": ((1, 32, 8, 4096, 4096, 128, 128), {"causal": True}),
-    "causal 8192": ((1, 32, 8, 8192, 8192, 128, 128), {"causal": True}),
-    "causal 16384": ((1, 32, 8, 16384, 16384, 128, 128), {"causal": True}),
+    f"causal {n}": ((1, 32, 8, n, n, 128, 128), {"causal": True})
+    for n in (128, 256, 512, 1000, 2048, 2049, 4096, 8192, 16384)
+} | {
     "lse 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "lse": True}),
     "sinks 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "sinks": True}),
     "softcap 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "softcap": 50.0}),
@@ -74,8 +69,6 @@ def peers(q: Tensor, k: Tensor, v: Tensor, what: dict[str, Any], mask: Tensor | 
     plain = not any(x in what for x in ("left", "softcap", "sinks", "lengths"))
     near = "" if plain or mask is not None else "~"
     if q.shape[2] != k.shape[2] and causal:
-        from torch.nn.attention.bias import causal_lower_right
-
         mask, causal = causal_lower_right(q.shape[2], k.shape[2]), False
 
     def call(backend: SDPBackend) -> Callable[[], Any]:
@@ -88,25 +81,12 @@ def peers(q: Tensor, k: Tensor, v: Tensor, what: dict[str, Any], mask: Tensor | 
     return {near + "cudnn": call(SDPBackend.CUDNN_ATTENTION), near + "flash": call(SDPBackend.FLASH_ATTENTION)}
 
 
-def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    torch.cuda.synchronize()
-    return graph
-
-
-def between(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
-    """Microseconds of one replay."""
+def between(replay: Callable[[], None], times: int = 1) -> float:
+    """Microseconds of one replay of a graph."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(times):
-        graph.replay()
+        replay()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 1e3 / times
@@ -114,7 +94,7 @@ def between(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
 
 def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     """Cold, hot and host microseconds of each, in turns."""
-    graphs, found = {}, {}
+    graphs: dict[str, Callable[[], None]] = {}
     for name, run in runs.items():
         try:
             graphs[name] = captured(run)
@@ -122,30 +102,24 @@ def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> d
             if "out of memory" in str(error) or name == "ours":
                 raise
             torch.cuda.synchronize()
-    cold: dict[str, list[float]] = {name: [] for name in graphs}
-    hot: dict[str, list[float]] = {name: [] for name in graphs}
+    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
     times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
     for _ in range(rounds):
         for name, graph in graphs.items():
             flush.zero_()
-            cold[name].append(between(graph))
-            hot[name].append(between(graph, times[name]))
+            samples[name]["cold"].append(between(graph))
+            samples[name]["hot"].append(between(graph, times[name]))
     for name in graphs:
-        host = []
         for _ in range(20):
             start = time.perf_counter()
             runs[name]()
-            host.append((time.perf_counter() - start) * 1e6)
+            samples[name]["host"].append((time.perf_counter() - start) * 1e6)
             torch.cuda.synchronize()
-        medians = {"cold": statistics.median(cold[name]), "hot": statistics.median(hot[name])}
-        found[name] = {n: round(x, 1) for n, x in (medians | {"host": statistics.median(host)}).items()}
-    return found
+    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
 
 
 def prepared(name: str) -> Any:
     """What our kernel needs for a row: its call and its problem, and torch's mask for the same lengths."""
-    from fastattn.call import Call, Problem
-
     (batch, heads, kv_heads, q_len, kv_len, dim, value_dim), what = ROWS[name]
 
     def made(heads: int, length: int, dim: int) -> Tensor:
@@ -195,36 +169,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(_compile, wanted))
     print(f"{len(wanted)} binaries after {time.monotonic() - begun:.0f} s", flush=True)
-    command = f"python -m benchmarks.hopper_forward {shlex.join(argv)}".rstrip()
-    result: dict[str, Any] = results.header("hopper forward", command, torch.device("cuda"))
-    result |= {"unit": "us", "rows": {}}
+    found: dict[str, Any] = {"benchmark": "hopper forward", "unit": "us", "rows": {}}
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     print(f"{'':24}" + "".join(f"{x:>22}" for x in ("ours cold/hot/host", "cudnn", "flash")) + "  to the best")
-    for name in ROWS:
-        if time.monotonic() - begun > BUDGET:
-            print(f"{name:24} left out: no time")
-            result["rows"][name] = None
-            continue
-        call, problem, what, mask = prepared(name)
-        forward = Forward(problem, call)
-        runs: dict[str, Callable[[], Any]] = {
-            "ours": partial(forward, call),
-            **peers(call.q, call.k, call.v, what, mask),
-        }
-        row = measure(runs, flush, 5 if arguments.quick else 15)
-        result["rows"][name] = row
-        cells = []
-        for peer in ("ours", "cudnn", "flash"):
-            near, times = ("", row[peer]) if peer in row else ("~", row.get("~" + peer))
-            three = [] if times is None else [times[x] for x in ("cold", "hot", "host")]
-            cells.append(near + "/".join(f"{x:.0f}" if x >= 100 else f"{x:.1f}" for x in three) if three else "-")
-        best = min((row[x]["cold"] for x in row if x != "ours"), default=float("nan"))
-        print(f"{name:24}" + "".join(f"{x:>22}" for x in cells) + f"  {row['ours']['cold'] / best:.2f}", flush=True)
-        del call, forward, runs
-        if arguments.json:  # what there is, should the next row fail
-            results.write_json(arguments.json, result)
+    try:
+        for name in ROWS:
+            if time.monotonic() - begun > BUDGET:
+                print(f"{name:24} left out: no time")
+                found["rows"][name] = None
+                continue
+            call, problem, what, mask = prepared(name)
+            runs: dict[str, Callable[[], Any]] = {"ours": partial(Forward(problem, call), call)}
+            runs |= peers(call.q, call.k, call.v, what, mask)
+            found["rows"][name] = measure(runs, flush, 5 if arguments.quick else 15)
+            print(line_of(name, found["rows"][name]), flush=True)
+            del call, runs
+    finally:  # what there is, should a row fail
+        write(arguments.json, "hopper_forward", argv, torch.device("cuda"), found)
     print(f"{time.monotonic() - begun:.0f} s")
     return 0
+
+
+def line_of(name: str, row: dict[str, dict[str, float]]) -> str:
+    """A row of the table that is printed."""
+    cells = []
+    for peer in ("ours", "cudnn", "flash"):
+        near, times = ("", row[peer]) if peer in row else ("~", row.get("~" + peer, {}))
+        three = "/".join(f"{times[x]:.0f}" if times[x] >= 100 else f"{times[x]:.1f}" for x in times)
+        cells.append(f"{near + three if three else '-':>22}")
+    best = min((row[x]["cold"] for x in row if x != "ours"), default=float("nan"))
+    return f"{name:24}{''.join(cells)}  {row['ours']['cold'] / best:.2f}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fastattn.lm import Loaded, load
 from fastattn.parallel import ContextParallel
 
 from .command import end
-from .parallel_ranks import meet, rank_parser, under_torchrun
+from .ranks import meet, rank_parser, relative_error, under_torchrun
 
 METHOD = {
     "prompt": "from a barrier until the slowest rank has its part of the last layer, and the logits of the last token; "
@@ -81,8 +81,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     spread.decode(logits, cache, 2)
     error = torch.zeros(1, device=device)
     if dist.get_rank() == 0:
-        alone = loaded.model(input_ids=short, logits_to_keep=1).logits[:, -1].double()
-        error += (logits.double() - alone).norm() / alone.norm()
+        error += relative_error(logits, loaded.model(input_ids=short, logits_to_keep=1).logits[:, -1])
     dist.broadcast(error, 0)
     del cache
     release()

@@ -1,61 +1,50 @@
-"""What `benchmarks.parallel` found, as tables."""
+"""What `benchmarks.parallel` found, as tables: of a terminal, and those of docs/parallel.md."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from fastattn.bench.report.page import render
-from fastattn.common.table import ratio, table
+from fastattn.common.table import table
 from fastattn.parallel import cost
 
-TEMPLATES = Path(__file__).with_name("templates")
+HEAD = ("tokens", "", "strategy", "predicted ms", "measured ms", "speed-up", "error")
 
 
-def show(section: dict[str, Any]) -> str:
-    """A section of prefill or training as a table."""
-    kind = "forward and backward" if section["backward"] else "forward"
-    head = (f"causal {kind}, {section['length']} tokens", "ms", "speed-up", "predicted ms", "of it sent", "error")
-    rows = [["one GPU", f"{section['one_ms']:.2f}", "1.00x", "-", "-", "-"]]
+def section_rows(section: dict[str, Any], ranks: int) -> list[list[str]]:
+    """Prediction beside measurement."""
+    kind = "forward + backward" if section["backward"] else "forward"
+    rows = [["one GPU", "", f"{section['one_ms']:.2f}", "1.00x", ""]]
     for row in section["rows"]:
-        if "refusal" in row:
-            rows.append([row["strategy"], "-", "-", "-", "-", "refused"])
-            continue
-        name = row["strategy"] if row["chosen"] == row["strategy"] else f"{row['strategy']} ({row['chosen']})"
-        speedup = ratio(section["one_ms"], row["ms"])
-        sent, worst = row["prediction"]["exposed"] * 1e3, max(row["errors"].values())
-        rows.append([name, f"{row['ms']:.2f}", speedup, f"{row['predicted_ms']:.2f}", f"{sent:.2f}", f"{worst:.1e}"])
-    return table(head, rows)
+        if "refusal" not in row:
+            name = row["strategy"] if row["chosen"] == row["strategy"] else f"{row['strategy']}: {row['chosen']}"
+            figures = [f"{row['predicted_ms']:.2f}", f"{row['ms']:.2f}", f"{row['speedup']:.2f}x"]
+            rows.append([f"{name}, {ranks} ranks", *figures, f"{max(row['errors'].values()):.1e}"])
+    return [[str(section["length"]), kind, *row] for row in rows]
+
+
+def show(section: dict[str, Any], ranks: int) -> str:
+    """A section of prefill or training, as a table for a terminal."""
+    refused = [f"\n{row['strategy']}: {row['refusal']}" for row in section["rows"] if "refusal" in row]
+    return table(HEAD, section_rows(section, ranks)) + "".join(refused)
 
 
 def show_decode(rows: Sequence[dict[str, Any]]) -> str:
     head = ("decode, tokens in the cache", "one GPU us", "sharded us", "graph: one", "graph: sharded", "error")
-
-    def us(row: dict[str, Any], name: str) -> str:
-        return f"{row[name]:.1f}" if name in row else "-"
-
-    names = ("one_us", "us", "graph_one_us", "graph_us")
-    return table(head, [[str(r["length"]), *(us(r, name) for name in names), f"{r['error']:.1e}"] for r in rows])
+    times = [[f"{r[n]:.1f}" if n in r else "-" for n in ("one_us", "us", "graph_one_us", "graph_us")] for r in rows]
+    return table(head, [[str(r["length"]), *us, f"{r['error']:.1e}"] for r, us in zip(rows, times)])
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Prediction beside measurement, from a result file's content: the table of docs/parallel.md."""
-    rows = []
-    for section in report["sections"]:
-        kind = "forward + backward" if section["backward"] else "forward"
-        rows.append([section["length"], kind, "one GPU", "", f"{section['one_ms']:.2f}", "1.00x", ""])
-        for row in section["rows"]:
-            if "refusal" not in row:
-                name = row["strategy"] if row["chosen"] == row["strategy"] else f"{row['strategy']}: {row['chosen']}"
-                figures = [f"{row['predicted_ms']:.2f}", f"{row['ms']:.2f}", f"{row['speedup']:.2f}x"]
-                error = f"{max(row['errors'].values()):.1e}"
-                rows.append([section["length"], kind, f"{name}, {report['ranks']} ranks", *figures, error])
-    return _markdown_table(["tokens", "", "strategy", "predicted ms", "measured ms", "speed-up", "error"], rows)
+    """The sections of a result file's content: the table of docs/parallel.md."""
+    rows = [row for section in report["sections"] for row in section_rows(section, report["ranks"])]
+    return _markdown_table(HEAD, rows)
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return render("table.md", [TEMPLATES], head=head, rows=rows).strip()
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    text = "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
+    return text.replace("| --- ", "|---")
 
 
 #: What docs/parallel.md carries the model to: tokens, GPUs in hosts of eight, backward, window.
@@ -79,7 +68,7 @@ def paper() -> str:
         kind = ("forward + backward" if backward else "forward") + (f", window {window}" if window else "")
         cells = [f"{_seconds(p.total)} ({one / p.total:.1f}x)" for p in found]
         received = ", ".join(f"{p.received / 1e9:.2f}" for p in found)
-        rows.append([length, ranks, kind, _seconds(one), *cells, received])
+        rows.append([str(length), str(ranks), kind, _seconds(one), *cells, received])
     return _markdown_table(["tokens", "GPUs", "", "one GPU", *cost.STRATEGIES, "received per GPU, GB"], rows)
 
 

@@ -10,13 +10,18 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice
+
+import torch
 
 from fastattn.bench import output, results, sweeps
 from fastattn.bench.case import Case
 from fastattn.bench.runner import Comparison, Figures, Row, Runner
 from fastattn.bench.sweeps import Sweep
+from fastattn.bench.timing import Contender, Timing, Timings, synchronize
 from fastattn.lm.loading.device import pick_device
 
 from . import fresh_lengths
@@ -24,6 +29,8 @@ from .command import end, parser_of
 
 NAMES = ("fastattn-dynamic", "fastattn-static", "torch-cudnn", "torch-flash")
 CHILD_SECONDS = 60
+HOST_CALLS = 100  #: timed at a time, without waiting for results
+HOST_BATCHES = 9
 METHOD = {
     "causal forward, causal backward": "GPU time: a CUDA graph of many calls on input sets that together exceed the L2 "
     "cache, replayed in turns. In a graph a call of a dynamic plan computes its offsets each time, which outside it "
@@ -42,8 +49,10 @@ def rows(runner: Runner) -> Iterator[Comparison | Figures]:
     for n in runner.pick((1000, 2048, 2049, 4096, 8192), (2049,), (20,)):
         yield Comparison("causal backward", Case(n, n, batch=2), NAMES, "backward", eager=True)
     n = runner.pick(128, 128, 16)
-    yield Comparison("host", Case(n, n), NAMES, host=True)
-    yield Comparison("host", Case(1, n, head_major=True), ("fastattn", "torch-cudnn", "torch-flash"), host=True)
+    yield Comparison("host", Case(n, n), NAMES, timer=host_cost, derive=False)
+    yield Comparison(
+        "host", Case(1, n, head_major=True), ("fastattn", "torch-cudnn", "torch-flash"), timer=host_cost, derive=False
+    )
     yield from fresh_lengths.rows(runner)
     with tempfile.TemporaryDirectory() as folder:
         for label, name, plan_cache in (
@@ -54,6 +63,42 @@ def rows(runner: Runner) -> Iterator[Comparison | Figures]:
         ):
             if runner.can_run(name):
                 yield Figures("first call", label, partial(first_call, runner, name, plan_cache))
+
+
+def host_cost(contenders: Sequence[Contender], device: torch.device, batches: int = HOST_BATCHES) -> Timings:
+    """The host's time per call while the GPU works by itself, or what a contender raised.
+
+    The best of the batches: whatever else the host does only adds to it.
+    """
+    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    found: Timings = {}
+    for i in range(batches + 1):
+        for contender in contenders:
+            if contender.name in found:
+                continue
+            try:
+                us = _host_sample(contender, device)
+            except Exception as error:
+                found[contender.name] = error
+                continue
+            if i:
+                samples[contender.name].append(us)
+    for name, values in samples.items():
+        if name not in found:
+            found[name] = Timing(min(values), min(values), max(values), "host")
+    return found
+
+
+def _host_sample(contender: Contender, device: torch.device) -> float:
+    turn = list(islice(cycle(contender.calls), HOST_CALLS if device.type == "cuda" else 3))
+    with contender.context():
+        synchronize(device)
+        begin = time.perf_counter()
+        for call in turn:
+            call()
+        seconds = time.perf_counter() - begin
+        synchronize(device)
+    return seconds * 1e6 / len(turn)
 
 
 def first_call(runner: Runner, name: str, plan_cache: str) -> Row:

@@ -27,8 +27,8 @@ from torch import Tensor
 from fastattn._compat.transformers import enable_checkpointing
 from fastattn.bench import output, results
 from fastattn.bench.loaded import (
+    CommonSettings,
     Progress,
-    check_settings,
     clock,
     counted,
     default_model,
@@ -55,34 +55,24 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure. Raises ValueError, naming the field, for a value that makes no sense."""
+class Settings(CommonSettings):
+    """What to measure: timed steps are its trials. None as dtype: bfloat16 on a GPU, else as in `fastattn.lm.load`."""
 
-    model: str
-    prompt_tokens: int = 512  #: tokens of each sequence, unless variable_lengths is given
-    batch_size: int = 1
-    num_trials: int = 10  #: timed steps of each implementation
+    num_trials: int = 10
     warmup_steps: int = 3
     variable_lengths: tuple[int, int] | None = None  #: least and most tokens: each step its own length
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
-    delay: float = 0.0  #: seconds to rest before each step
-    attn: tuple[str, ...] = ("fastattn",)
-    dtype: str | None = None  #: one of `loaded.DTYPES`; None: bfloat16 on a GPU, else as in `fastattn.lm.load`
-    device: str | None = None
-    seed: int = 0
-    fused_ops: bool | None = None  #: True: fastattn's steps use liger-kernel's operations (None is False here)
-    fused_loss: bool = False  #: and its loss, which never holds all logits
-    trust_remote_code: bool = False  #: see `fastattn.lm.load`
+    fused_loss: bool = False  #: with fused_ops (of which None is False here): a loss that never holds all logits
+
+    counts = (*CommonSettings.counts, "warmup_steps")
 
     def __post_init__(self) -> None:
-        check_settings(self, ("batch_size", "num_trials", "warmup_steps"), ("delay", "seed"))
+        super().__post_init__()
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.fused_loss and not self.fused_ops:
             raise ValueError("fused_loss: only with fused_ops")
-        if self.fused_ops and "fastattn" not in self.attn:
-            raise ValueError("fused_ops: only fastattn uses them, which is not among the implementations")
         if self.prompt_tokens < 2:
             raise ValueError(f"prompt_tokens: expected at least 2 to train on, got {self.prompt_tokens}")
         if self.variable_lengths is not None:

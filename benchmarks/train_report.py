@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastattn.bench.model_report import Outcome, as_dict
+from fastattn.bench.model_report import Outcome, Run, figure
 from fastattn.common.table import ratio, table
 
 #: How far losses and norms of gradients of two implementations may lie apart, relatively, by the weights' dtype. All
@@ -78,7 +78,7 @@ class Result(Outcome):
         return (
             f"tokens_per_second={self.tokens_per_second:.3f}, median_step={self.median:.3f}, "
             f"peak_memory={self.peak_memory:.3f}, last_loss={last.loss:.4f}, "
-            f"last_gradient_norm={_text(last.gradient_norm, 4)}"
+            f"last_gradient_norm={figure(last.gradient_norm, 4)}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,27 +86,20 @@ class Result(Outcome):
         return {"steps": steps, "averages": self.averages()} | self.rest()
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Run):
     """A finished run."""
 
-    arguments: dict[str, Any]  #: the settings, dtype and device as they turned out
-    model: dict[str, Any]  #: name, parameters and what else identifies it
-    results: list[Result]
+    kind = "train"
 
     def as_dict(self, command: str) -> dict[str, Any]:
-        """All of it for a JSON file."""
-        found = as_dict("train", command, self.arguments, self.model, self.results)
-        return found | {"disagreements": self.disagreements()}
+        return super().as_dict(command) | {"disagreements": self.disagreements()}
 
     def disagreements(self) -> list[str]:
         """A line for each implementation whose losses or last gradients are not the base's, or not finite."""
         loss_tolerance, norm_tolerance = TOLERANCES[self.arguments["dtype"]]
-        base = self._base()
+        base = self.base
         lines: list[str] = []
-        for result in self.results:
-            if not result.done or not base.done:
-                continue
+        for result in (result for result in self.results if result.done and base.done):
             losses = [(s.loss, b.loss) for s, b in zip(result.steps, base.steps)]
             last, base_last = result.steps[-1], base.steps[-1]
             norms = [(last.gradient_norm, base_last.gradient_norm)] if last.gradient_norm is not None else []
@@ -115,19 +108,15 @@ class Report:
         return lines
 
     def comparison(self) -> str:
-        """A table of the implementations, with ratios to sdpa if it was measured, else to the first one."""
-        base = self._base()
-        against = f"/ {base.attn}"
+        """A table of the implementations, with ratios to the base."""
+        against = f"/ {self.base.attn}"
         head = ["attention", "tokens/s", against, "median step", against, "peak_memory", "last loss", "gradient norm"]
         rows = []
         for r in self.results:
-            all_steps, median, memory, loss, norm = r.averages().values()
-            speeds = [_text(all_steps), ratio(all_steps, base.tokens_per_second), _text(median)]
-            rows.append([r.attn, *speeds, ratio(median, base.median), _text(memory), _text(loss, 4), _text(norm, 4)])
+            speed, median, memory, loss, norm = r.averages().values()
+            rows.append([r.attn, figure(speed), ratio(speed, self.base.tokens_per_second), figure(median)])
+            rows[-1] += [ratio(median, self.base.median), figure(memory), figure(loss, 4), figure(norm, 4)]
         return table(head, rows)
-
-    def _base(self) -> Result:
-        return next((r for r in self.results if r.attn == "sdpa" and r.done), self.results[0])
 
 
 def _apart(name: str, base: str, what: str, pairs: list[tuple[float, Any]], tolerance: float) -> Iterator[str]:
@@ -143,7 +132,3 @@ def _apart(name: str, base: str, what: str, pairs: list[tuple[float, Any]], tole
 def _finite(value: float | None) -> float | None:
     """JSON knows no NaN."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _text(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from measured_cases import CASES, CPU, IDS, inputs_of, seen
 
+from benchmarks.report.sweep import case_of
 from fastattn.bench import check
 from fastattn.bench.case import Case
 from fastattn.bench.inputs import Part, torch_mask
@@ -58,4 +59,4 @@ def test_cases_that_mean_nothing_are_refused(more):
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_case_comes_back_from_a_file(case):
-    assert Case.of(json.loads(json.dumps(asdict(case) | {"kind": "inference"}))) == case
+    assert case_of({"case": json.loads(json.dumps(asdict(case) | {"kind": "inference"}))}) == case

@@ -49,7 +49,12 @@ def test_settings_that_make_no_sense(changes, message):
 @pytest.mark.parametrize("prompt, generation, count, step", [(2049, 128, 10, 2048), (8, 128, 5, 2048), (300, 1, 4, 64)])
 def test_fresh_lengths_are_met_by_nothing_else(prompt, generation, count, step):
     settings = Settings(
-        "tiny", prompt, generation, prefill_step_size=step, attn=("fastattn", "sdpa"), fresh_lengths=count
+        "tiny",
+        prompt,
+        generation_tokens=generation,
+        prefill_step_size=step,
+        attn=("fastattn", "sdpa"),
+        fresh_lengths=count,
     )
     lengths = fresh_lengths(settings, 100_000)
     assert [len(own) for own in lengths] == [count, count]
@@ -64,7 +69,7 @@ def test_fresh_lengths_are_met_by_nothing_else(prompt, generation, count, step):
 
 
 def test_fresh_lengths_for_a_model_that_is_too_short():
-    settings = Settings("tiny", 4, 10, attn=("sdpa",), fresh_lengths=50)
+    settings = Settings("tiny", 4, generation_tokens=10, attn=("sdpa",), fresh_lengths=50)
     with pytest.raises(ValueError, match="fresh_lengths: expected at most 8 for prompts of 4 tokens"):
         fresh_lengths(settings, 20)
 
@@ -278,7 +283,7 @@ def test_comparison_is_with_sdpa_or_else_the_first(names, base):
 
 @pytest.mark.gpu
 def test_on_a_gpu(capsys):
-    settings = Settings("tiny", 300, 5, num_trials=1, attn=("fastattn", "sdpa"), fresh_lengths=2)
+    settings = Settings("tiny", 300, generation_tokens=5, num_trials=1, attn=("fastattn", "sdpa"), fresh_lengths=2)
     report = run(settings)
     assert (report.arguments["dtype"], report.arguments["device"]) == ("bfloat16", "cuda:0")
     assert f"on {torch.cuda.get_device_name()}" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastattn
+from benchmarks.plans import host_cost
 from fastattn.bench import check, implementations, runner, sweeps, timing
 from fastattn.bench.case import Case
 from fastattn.bench.implementations import IMPLEMENTATIONS
@@ -172,7 +173,7 @@ def test_every_implementation_on_a_gpu():
             row = bench.compare(Comparison("s", Case(300, 300, batch=2), everyone, kind, eager=True))
             for entry in row["implementations"].values():
                 assert (entry["method"], entry["eager"]["method"]) == ("graph", "queue"), entry
-        bench.run([Comparison("host", Case(128, 128), everyone, host=True)])
+        bench.run([Comparison("host", Case(128, 128), everyone, timer=host_cost, derive=False)])
         ragged = Case(1, 512, 3, head_major=True, lengths=(512, 1, 100))
         window = Case(1, 512, 2, 64, 8, 64, head_major=True, left=127, sinks=True)
         for case in (Case(1, 512, head_major=True), Case(4, 512, head_major=True), ragged, window):

@@ -94,7 +94,7 @@ def test_an_interrupted_sweep_writes_nothing(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Runner, "compare", interrupt)
-    outputs = ["--json", f"{tmp_path}/x.json", "--html", f"{tmp_path}/x.html", "--plots", f"{tmp_path}/p"]
+    outputs = ["--json", f"{tmp_path}/x.json", "--plot", f"{tmp_path}/x.png"]
     assert cli.main(["sweep", "decode", "--device", "cpu", *outputs]) == 130
     assert capsys.readouterr().err == "fastattn: interrupted\n"
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from benchmarks.plans import host_cost
 from fastattn.bench import timing
 from fastattn.bench.timing import Contender, Timing
 
@@ -136,7 +137,7 @@ def test_host_cost_is_the_best_batch_of_calls_that_nobody_waits_for(monkeypatch)
     gpu = Gpu(monkeypatch)
     costs = iter([50.0] * 100 + [9.0] * 100 + [8.0] * 100 + [12.0] * 100)
     bad = Contender("bad", [lambda: 1 // 0])
-    found = timing.host_cost([bad, Contender("a", [lambda: gpu.launch(40.0, next(costs))])], CUDA, batches=3)
+    found = host_cost([bad, Contender("a", [lambda: gpu.launch(40.0, next(costs))])], CUDA, batches=3)
     assert found["a"] == Timing(pytest.approx(8.0), pytest.approx(8.0), pytest.approx(12.0), "host")
     assert isinstance(found["bad"], ZeroDivisionError)
 

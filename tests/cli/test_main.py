@@ -33,9 +33,7 @@ def test_help(capsys, line):
     assert out.startswith("usage: fastattn")
 
 
-@pytest.mark.parametrize(
-    "name, option", [("benchmark", "--prefill-step-size"), ("sweep", "--html"), ("report", "--html")]
-)
+@pytest.mark.parametrize("name, option", [("benchmark", "--prefill-step-size"), ("sweep", "--plot")])
 def test_subcommands_import_what_is_heavy(name, option):
     """The parser, and with it every --help, needs neither torch nor transformers of its own."""
     code = (

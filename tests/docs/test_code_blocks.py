@@ -152,7 +152,7 @@ def folder(model, tmp_path, monkeypatch):
 def test_there_is_something_to_test():
     assert len([block for found in PYTHON.values() for block in found]) >= 15
     assert {line.split()[1] for _, line in TYPED if line.startswith("fastattn ")} >= {
-        "benchmark", "doctor", "explain", "generate", "report", "sweep", "warmup",
+        "benchmark", "doctor", "explain", "generate", "sweep", "warmup",
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_the_site_builds_without_a_warning(docs):
 def test_the_page_of_benchmarks_is_made_from_the_result_files(docs):
     """Each table says machine, commit and command; no picture of a page before is left."""
     from benchmarks import site
-    from fastattn.bench.reading import load
+    from benchmarks.report.reading import load
 
     text = (docs / "benchmarks.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):

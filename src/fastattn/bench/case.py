@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 ITEM_BYTES = 2  #: of bfloat16, in which everything is measured
 
@@ -39,18 +37,6 @@ class Case:
             raise ValueError("lengths, padding, packed, additive: expected one of them")
         if self.softcap and self.additive:
             raise ValueError("softcap: expected no additive mask beside it")
-
-    @staticmethod
-    def of(found: Mapping[str, Any]) -> Case:
-        """The case that a row of a result file names; what it says beside is left out."""
-        names = {field.name for field in fields(Case)}
-        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
-        given = {key: value for key, value in given.items() if key in names}
-        for key, value in given.items():
-            for one in value if isinstance(value, tuple) else (value,):
-                if not isinstance(one, int | float | None):
-                    raise ValueError(f"case.{key}: expected numbers, got {one!r}")
-        return Case(**given)
 
     def label(self) -> str:
         parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={self.dim}"]

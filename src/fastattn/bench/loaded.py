@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,23 +17,43 @@ from ..lm import Loaded, load, set_attention
 from ..lm.generation.results import peak_memory as peak_memory
 from ..lm.loading.attention import check_attention
 from .model_report import Outcome
+from .timing import synchronize
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def check_settings(settings: Any, counts: Iterable[str], quantities: Iterable[str]) -> None:
-    """Raises ValueError, naming the field, for a count below 1, a quantity below 0, a bad dtype or list of names."""
-    for name in counts:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(settings, name)}")
-    for name in quantities:
-        if not 0 <= getattr(settings, name) < 2**63:
-            raise ValueError(f"{name}: expected 0 or more, got {getattr(settings, name)}")
-    if settings.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype!r}")
-    attn = settings.attn
-    if not attn or len(set(attn)) < len(attn):
-        raise ValueError(f"attn: expected one or more names, each once, got {','.join(attn) or 'none'}")
+@dataclass(frozen=True)
+class CommonSettings:
+    """What every benchmark of a model is told. Raises ValueError, naming the field, for a value that makes no sense."""
+
+    model: str
+    prompt_tokens: int = 512
+    batch_size: int = 1
+    num_trials: int = 5
+    delay: float = 0.0  #: seconds to rest before each trial
+    attn: tuple[str, ...] = ("fastattn",)
+    dtype: str | None = None  #: one of `DTYPES`; None as in `fastattn.lm.load`
+    device: str | None = None
+    seed: int = 0
+    fused_ops: bool | None = None  #: see `fastattn.lm.load`; fastattn alone uses them
+    trust_remote_code: bool = False  #: see `fastattn.lm.load`
+
+    counts: ClassVar[tuple[str, ...]] = ("batch_size", "num_trials")  #: fields that are at least 1
+    quantities: ClassVar[tuple[str, ...]] = ("delay", "seed")  #: fields that are at least 0
+
+    def __post_init__(self) -> None:
+        for name in self.counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in self.quantities:
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not self.attn or len(set(self.attn)) < len(self.attn):
+            raise ValueError(f"attn: expected one or more names, each once, got {','.join(self.attn) or 'none'}")
+        if self.fused_ops and "fastattn" not in self.attn:
+            raise ValueError("fused_ops: only fastattn uses them, which is not among the implementations")
 
 
 def default_model() -> str:
@@ -40,7 +61,7 @@ def default_model() -> str:
     return "llama-3.1-8b" if torch.cuda.is_available() else "tiny"
 
 
-def open_model(settings: Any, attentions: Sequence[str], dtype: torch.dtype | None, **more: Any) -> Loaded:
+def open_model(settings: CommonSettings, attentions: Sequence[str], dtype: torch.dtype | None, **more: Any) -> Loaded:
     """Loads the settings' model once, for several attention implementations. more: as for `fastattn.lm.load`.
 
     Raises ValueError before anything runs when the model, the device or an implementation is not usable.
@@ -86,8 +107,7 @@ def served_by(result: Outcome) -> str:
 
 def clock(device: torch.device) -> float:
     """The time when all that was queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -27,9 +27,9 @@ from ..lm import Loaded, set_attention
 from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
 from .loaded import (
+    CommonSettings,
     Held,
     Progress,
-    check_settings,
     counted,
     describe,
     dtype_text,
@@ -45,33 +45,20 @@ from .model_runners import STATIC, Runner, attention_of, make_runner, timed
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure. Raises ValueError, naming the field, for a value that makes no sense."""
+class Settings(CommonSettings):
+    """What to measure."""
 
-    model: str
-    prompt_tokens: int = 512
     generation_tokens: int = 1024
-    batch_size: int = 1
-    num_trials: int = 5
     prefill_step_size: int = 2048
-    delay: float = 0.0  #: seconds to rest before each trial
-    attn: tuple[str, ...] = ("fastattn",)
-    prompt_lengths: tuple[int, int] | None = (
-        None  #: (low, high): each prompt of a batch has its own length between them
-    )
+    prompt_lengths: tuple[int, int] | None = None  #: (low, high): each prompt of a batch has a length between them
     fresh_lengths: int = 0  #: how many never-seen prompt lengths to time, per implementation
-    dtype: str | None = None  #: one of `loaded.DTYPES`; None as in `fastattn.lm.load`
-    device: str | None = None
-    seed: int = 0
-    fused_ops: bool | None = None  #: see `fastattn.lm.load`; fastattn alone uses them
-    trust_remote_code: bool = False  #: see `fastattn.lm.load`
     adapter_path: str | None = None  #: see `fastattn.lm.load`
 
+    counts = (*CommonSettings.counts, "prompt_tokens", "generation_tokens", "prefill_step_size")
+    quantities = (*CommonSettings.quantities, "fresh_lengths")
+
     def __post_init__(self) -> None:
-        counts = ("prompt_tokens", "generation_tokens", "batch_size", "num_trials", "prefill_step_size")
-        check_settings(self, counts, ("delay", "fresh_lengths", "seed"))
-        if self.fused_ops and "fastattn" not in self.attn:
-            raise ValueError("fused_ops: only fastattn uses them, which is not among the implementations")
+        super().__post_init__()
         if self.prompt_lengths is not None:
             low, high = self.prompt_lengths
             if not 1 <= low <= high:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,13 +52,27 @@ class Outcome:
         return found | ({"error": self.error} if self.error else {})
 
 
-def as_dict(kind: str, command: str, arguments: dict[str, Any], model: dict[str, Any], results: Any) -> dict[str, Any]:
-    """A finished run for a JSON file, with the environment of this process and the command that was run."""
-    return header(kind, command, torch.device(arguments["device"])) | {
-        "arguments": arguments,
-        "model": model,
-        "implementations": {result.attn: result.as_dict() for result in results},
-    }
+@dataclass(frozen=True)
+class Run:
+    """A finished run, whatever it measured."""
+
+    arguments: dict[str, Any]  #: the settings, dtype and device as they turned out
+    model: dict[str, Any]  #: name, parameters and what else identifies it
+    results: list[Any]  #: an `Outcome` with `as_dict` for each implementation
+    kind: ClassVar[str]
+
+    def as_dict(self, command: str) -> dict[str, Any]:
+        """All of it for a JSON file, with the environment of this process and the command that was run."""
+        return header(self.kind, command, torch.device(self.arguments["device"])) | {
+            "arguments": self.arguments,
+            "model": self.model,
+            "implementations": {result.attn: result.as_dict() for result in self.results},
+        }
+
+    @property
+    def base(self) -> Any:
+        """What the others are compared with: sdpa if it was measured, else the first one."""
+        return next((r for r in self.results if r.attn == "sdpa" and r.error is None), self.results[0])
 
 
 @dataclass
@@ -91,33 +105,24 @@ class Result(Outcome):
         return found | self.rest()
 
 
-@dataclass(frozen=True)
-class Report:
-    """A finished run."""
+class Report(Run):
+    """A finished run of `fastattn benchmark`."""
 
-    arguments: dict[str, Any]  #: the settings, dtype and device as they turned out
-    model: dict[str, Any]  #: name, parameters and what else identifies it
-    results: list[Result]
-
-    def as_dict(self, command: str) -> dict[str, Any]:
-        """All of it for a JSON file."""
-        return as_dict("model", command, self.arguments, self.model, self.results)
+    kind = "model"
 
     def comparison(self) -> str:
-        """A table of the implementations, with ratios to sdpa if it was measured, else to the first one."""
-        base = next((r for r in self.results if r.attn == "sdpa"), self.results[0])
-        against = f"/ {base.attn}"
+        """A table of the implementations, with ratios to the base."""
+        against = f"/ {self.base.attn}"
         head = ["attention", "prompt_tps", against, "generation_tps", against, "peak_memory", "new length"]
         rows = []
         for r in self.results:
-            cells = [r.attn]
-            for key in ("prompt_tps", "generation_tps"):
-                value = r.average(key)
-                cells += [_number(value), ratio(value, base.average(key))]
-            cells += [_number(r.average("peak_memory")), "-" if r.fresh_ratio is None else f"{r.fresh_ratio:.2f}x"]
-            rows.append(cells)
+            prompt, generation, memory = (r.average(key) for key in KEYS)
+            rows.append([r.attn, figure(prompt), ratio(prompt, self.base.average("prompt_tps"))])
+            rows[-1] += [figure(generation), ratio(generation, self.base.average("generation_tps")), figure(memory)]
+            rows[-1].append("-" if r.fresh_ratio is None else f"{r.fresh_ratio:.2f}x")
         return table(head, rows)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number in a table, `-` for none."""
+    return "-" if value is None else f"{value:.{digits}f}"

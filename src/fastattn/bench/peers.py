@@ -105,13 +105,7 @@ def _bind_flash_attn(case: Case, x: Inputs) -> Call:
     if x.lengths is not None:
         options = {"cache_seqlens": x.lengths, "causal": True, "window_size": window}
         return lambda: package.flash_attn_with_kvcache(*_token_major(x), **options).transpose(1, 2)
-    if case.packed:
-        longest = max(case.packed)
-        sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        return lambda: _packed_out(
-            package.flash_attn_varlen_func(*_packed_in(x), causal=True, window_size=window, **sizes)
-        )
-    return lambda: package.flash_attn_func(*_token_major(x), causal=True, window_size=window).transpose(1, 2)
+    return _flash_attn(package, case, x, causal=True, window_size=window)
 
 
 def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
@@ -123,11 +117,16 @@ def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
         options["window_size"] = (case.left, 0)
     if x.sinks is not None:
         options["learnable_sink"] = x.sinks
-    if case.packed:
-        longest = max(case.packed)
-        sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        return lambda: _packed_out(_first(package.flash_attn_varlen_func(*_packed_in(x), **options, **sizes)))
-    return lambda: _first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
+    return _flash_attn(package, case, x, **options)
+
+
+def _flash_attn(package: Any, case: Case, x: Inputs, **options: Any) -> Call:
+    """Batches and packed sequences, as both packages take them; one of them returns the log-sum-exp as well."""
+    if not case.packed:
+        return lambda: _first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
+    longest = max(case.packed)
+    sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return lambda: _packed_out(_first(package.flash_attn_varlen_func(*_packed_in(x), **options, **sizes)))
 
 
 # --- FlashInfer: inference only

@@ -32,9 +32,6 @@ from .timing import Contender, Timing, Timings, text_of
 Row = dict[str, Any]
 T = TypeVar("T")
 
-#: The forward of inputs that require no gradients, and of some that do; the backward alone; forward and backward.
-KINDS = ("inference", "training", "backward", "step")
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,9 +40,11 @@ class Comparison:
     section: str
     case: Case
     names: Sequence[str]
-    kind: str = "inference"  #: one of `KINDS`
+    #: "inference", "training" (forwards, without and with gradients), "backward" alone, "step": forward and backward
+    kind: str = "inference"
     eager: bool = False  #: also without a CUDA graph, as "eager"
-    host: bool = False  #: the host's time and not the GPU's
+    timer: Callable[[Sequence[Contender], torch.device], Timings] = timing.race
+    derive: bool = True  #: rates and ratios from the times; False also: one input set is enough
     settle: bool = False  #: "fastattn" repeats the call until it has its static plan
     read: bool = False  #: also the time that reading the K and V that are seen takes, as "read"
     exact: bool = False  #: checked in float64 on one K/V head of one batch entry, not in float32 on the whole call
@@ -109,7 +108,7 @@ class Runner:
         """The figures of a comparison."""
         case, kind = row.case, row.kind
         sets = inputs.make_inputs(
-            case, self.device, self.generator, 1 if row.host else inputs.set_count(case, self._l2_bytes)
+            case, self.device, self.generator, inputs.set_count(case, self._l2_bytes) if row.derive else 1
         )
         for_ours = sets if case.lengths is None else [inputs.poisoned(case, x) for x in sets]
         flops = case.flops(kind == "backward")
@@ -125,7 +124,7 @@ class Runner:
         if row.read:
             contenders.append(_reader(case, sets))
         plans.shared.wait()  # what is built in the background would disturb, and cannot be done during a capture
-        measured = (timing.host_cost if row.host else timing.race)(contenders, self.device)
+        measured = row.timer(contenders, self.device)
         again = timing.race(contenders, self.device, eager=True) if row.eager else {}
         reading = measured.pop("read", None)
         _enter_timings(entries, measured, again)
@@ -137,7 +136,7 @@ class Runner:
         }
         if reading is not None:
             found["read"] = _read_time(case, reading)
-        return found if row.host else found | derived(found, case, kind)
+        return found | derived(found, case, kind) if row.derive else found
 
     def _enter(
         self, implementation: Implementation, row: Comparison, sets: Sequence[Inputs], expected: Expected | None

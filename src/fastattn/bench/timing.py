@@ -1,7 +1,7 @@
 """Timing of calls that are compared with one another: they take turns, because a machine's speed drifts.
 
-GPU time is taken from a CUDA graph that holds many calls, so that the host's cost does not count; host time from calls
-whose results are not awaited; on a CPU there is only the time that passes.
+GPU time is taken from a CUDA graph that holds many calls, so that the host's cost does not count; on a CPU there is
+only the time that passes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,8 +24,6 @@ REPLAY_US = 3000.0  #: GPU time that one replay should take at the least: the ga
 MOST_CALLS = 2048  #: in one graph
 QUEUED = 16  #: calls put behind a busy GPU at a time: the launch queue holds 1024 launches, a call makes up to 15
 BUSY = 1 << 20, 1 << 30  #: cycles for which the GPU is kept busy meanwhile: at first, and at the most (0.6 s)
-HOST_CALLS = 100  #: timed at a time, without waiting for results
-HOST_BATCHES = 9
 WALL_SECONDS = 0.002  #: per round on a CPU
 
 Call = Callable[[], Any]
@@ -35,10 +33,10 @@ Call = Callable[[], Any]
 class Timing:
     """Microseconds of one call."""
 
-    us: float  #: the median of the rounds; of host time the least
+    us: float  #: the median of the rounds
     min_us: float
     max_us: float
-    method: str  #: "graph", "queue" (events around launches behind a busy GPU), "host" or "wall"
+    method: str  #: "graph", "queue" (events around launches behind a busy GPU) or "wall"
     note: str | None = None  #: why it was measured by another method
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,30 +88,6 @@ def race(contenders: Sequence[Contender], device: torch.device, eager: bool = Fa
     return found
 
 
-def host_cost(contenders: Sequence[Contender], device: torch.device, batches: int = HOST_BATCHES) -> Timings:
-    """The host's time per call while the GPU works by itself, or what a contender raised.
-
-    The best of the batches: whatever else the host does only adds to it.
-    """
-    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    found: Timings = {}
-    for i in range(batches + 1):
-        for contender in contenders:
-            if contender.name in found:
-                continue
-            try:
-                us = _host_sample(contender, device)
-            except Exception as error:
-                found[contender.name] = error
-                continue
-            if i:
-                samples[contender.name].append(us)
-    for name, values in samples.items():
-        if name not in found:
-            found[name] = Timing(min(values), min(values), max(values), "host")
-    return found
-
-
 def once(call: Call, device: torch.device) -> tuple[Any, float]:
     """The result of a call, and the milliseconds until it was there."""
     synchronize(device)
@@ -138,29 +112,6 @@ def text_of(error: Exception) -> str:
     """The first line of an error, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def _host_sample(contender: Contender, device: torch.device) -> float:
-    turn = list(islice(cycle(contender.calls), HOST_CALLS if device.type == "cuda" else 3))
-    with contender.context():
-        synchronize(device)
-        begin = time.perf_counter()
-        for call in turn:
-            call()
-        seconds = time.perf_counter() - begin
-        synchronize(device)
-    return seconds * 1e6 / len(turn)
-
-
-class _Lane(Protocol):
-    """One contender, ready to run."""
-
-    method: str
-    note: str | None
-
-    def sample(self) -> float:
-        """Runs it for a while. Returns microseconds per call."""
-        ...
 
 
 def _lane(contender: Contender, device: torch.device, eager: bool) -> _Lane:
@@ -267,6 +218,9 @@ class _Wall:
                 seconds = time.perf_counter() - begin
                 if seconds >= WALL_SECONDS:
                     return seconds * 1e6 / count
+
+
+_Lane = _Graph | _Queue | _Wall  #: one contender, ready to run: `sample` takes the microseconds of a call
 
 
 def _event() -> torch.cuda.Event:

@@ -54,9 +54,3 @@ def path_of(text: str) -> str:
 def add_json(add: Callable[..., Any]) -> None:
     """`--json`. add: a parser's `add_argument`."""
     add("--json", type=path_of, metavar="FILE", help="write all figures and the environment to FILE")
-
-
-def add_report_outputs(add: Callable[..., Any]) -> None:
-    """`--html` and `--plots`. add: a parser's `add_argument`."""
-    add("--html", type=path_of, metavar="FILE", help="write one page with tables and pictures to FILE")
-    add("--plots", type=path_of, metavar="DIR", help="write the pictures as PNG to DIR")

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from .arguments import DTYPES, add_dtype_and_device, numbers
 from .benchmark import add_command as add_benchmark
 from .generate import add_command as add_generate
-from .report import add_command as add_report
 from .sweep import add_command as add_sweep
 from .terminal import complain, guarded
 from .warmup import add_command as add_warmup
@@ -58,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     add_benchmark(commands)
     add_generate(commands)
     add_sweep(commands)
-    add_report(commands)
     add_warmup(commands)
     _add_doctor(commands)
     _add_explain(commands)

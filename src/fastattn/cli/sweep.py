@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from ..common.printable import printable
-from .arguments import add_json, add_report_outputs
+from .arguments import add_json, path_of
 
 NAMES = ("decode", "backward")
 ALL = "op"  #: the sweep without a name
@@ -23,8 +23,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("sweep", help="attention calls against torch's own and others", description=text)
     add = parser.add_argument
     add("name", choices=(*NAMES, ALL), nargs="?", default=ALL, metavar="NAME", help="only decode or backward")
-    add_report_outputs(add)
     add_json(add)
+    add("--plot", type=path_of, metavar="FILE", help="draw the times to FILE: .png, .svg or .pdf (extra bench)")
     add("--quick", action="store_true", help="a few rows of each kind")
     add("--device", metavar="DEVICE", help="cuda or cuda:N; cpu runs tiny shapes, to try the command out")
     add("--seed", type=int, default=0, metavar="N", help="of the inputs and the lengths that are drawn (%(default)s)")
@@ -34,13 +34,15 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 0, or 1 when some row could not be measured or fastattn failed in it.
 
-    Raises ValueError for a device that is not there, a file that cannot be written, or a negative seed.
+    Raises ValueError for a device that is not there, a file that cannot be written, or a negative seed; ImportError
+    for a plot without matplotlib.
     """
-    from ..bench import results, sweeps
-    from ..bench.report import page
+    from ..bench import output, plot, results, sweeps
     from ..lm.loading.device import pick_device
 
-    page.check_outputs(arguments.html, arguments.plots, [arguments.json])
+    output.check([arguments.json, arguments.plot])
+    if arguments.plot:
+        plot.check(arguments.plot)
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed: expected 0 or more, got {arguments.seed}")
     device = pick_device(arguments.device)
@@ -53,5 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         results.write_json(arguments.json, found)
         print(printable(f"Wrote {arguments.json}"))
-    page.write({arguments.json or f"sweep-{arguments.name}": found}, arguments.html, arguments.plots)
+    if arguments.plot:
+        output.write(arguments.plot, plot.drawn(found, arguments.plot))
+        print(printable(f"Wrote {arguments.plot}"))
     return int(failed)

@@ -701,7 +701,9 @@ def test_generation_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setitem(PRESETS, "tiny-gemma", {"model_type": "gemma2", **sizes, **heads})
     for wish, found in ((True, list(REPLACED["gemma2"])), (False, [])):
         names = ("fastattn", "fastattn-hf", "eager")
-        settings = model_benchmark.Settings("tiny-gemma", 6, 2, 1, 1, attn=names, device=DEVICE, fused_ops=wish)
+        settings = model_benchmark.Settings(
+            "tiny-gemma", 6, 1, 1, generation_tokens=2, attn=names, device=DEVICE, fused_ops=wish
+        )
         report = model_benchmark.run(settings)
         assert report.arguments["fused_ops"] == found and not any(result.error for result in report.results)
         printed = capsys.readouterr().out
@@ -714,7 +716,7 @@ TINY = ["benchmark", "--model", "tiny", "--device", DEVICE, "-p", "8", "-n", "1"
 
 def test_training_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     """fastattn's steps alone use them, and the losses and gradients of both agree."""
-    settings = train.Settings("tiny", 8, 1, 1, 1, attn=("fastattn", "sdpa"), device=DEVICE, fused_ops=True)
+    settings = train.Settings("tiny", 8, 1, 1, warmup_steps=1, attn=("fastattn", "sdpa"), device=DEVICE, fused_ops=True)
     report = train.run(settings)
     printed = capsys.readouterr().out
     assert "Fused by liger-kernel, in fastattn's steps: LlamaMLP, LlamaRMSNorm, rope in LlamaAttention" in printed

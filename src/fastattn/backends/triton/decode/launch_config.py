@@ -35,7 +35,7 @@ class Rule:
     crowd_bytes: int  #: the K tile when there are more K/V heads than SMs: many programs of two warps fit each
 
 
-#: By compute capability. 9.0 is measured (`python -m benchmarks.tune_decode`, benchmarks/results/h100/
+#: By compute capability. 9.0 is measured (`python -m benchmarks.tune decode`, benchmarks/results/h100/
 #: tune-decode.json): one program for each SM with 2 x 16 KiB in flight beats two, in which the combine kernel reads
 #: twice as much; only heads of 64 numbers want two. The others are set by arithmetic: to draw its share of the memory's
 #: bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight have to

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
-from ..case import Case
-from .charts import Chart, Section, Series, Table, few_columns, number, title_of
+from fastattn.bench.case import Case
+
+from .data import Chart, Points, Section, Table, few_columns, number, title_of
 
 Row = dict[str, Any]
 
@@ -71,11 +73,10 @@ def _add(report: Section, name: str, rows: list[Row], roofs: dict[str, float]) -
     line, rest = lines_and_rest(rows)
     host = name == "host"
     if line:
-        series = _over_length(line, lambda row, us: us)
-        text = f"{about} Lower is better."
-        title = f"{name}: time of a call"
-        report.parts.append(Chart(f"{slug}-time", title, text, "lines", "keys (tokens)", "µs per call", series))
-        report.parts.append(_rate(f"{slug}-rate", name, line, roofs))
+        text, keys = f"{about} Lower is better.", "keys (tokens)"
+        us = _over_length(line, lambda row, us: us)
+        chart = Chart(f"{slug}-time", f"{name}: time of a call", text, "lines", keys, "µs per call", us, log=True)
+        report.parts += [chart, _rate(f"{slug}-rate", name, line, roofs)]
     if rest and not host:
         report.parts.append(_bars(f"{slug}-bars", name, about, rest))
     if any("calls" in row for row in rows):
@@ -90,6 +91,17 @@ def _add(report: Section, name: str, rows: list[Row], roofs: dict[str, float]) -
 
 
 # --- rows
+
+
+def case_of(row: Row) -> Case:
+    """The case that a row names; what it says beside is left out. Raises ValueError for what are no numbers."""
+    names = {field.name for field in fields(Case)}
+    given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in row["case"].items() if k in names}
+    for key, value in given.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if not isinstance(one, int | float | None):
+                raise ValueError(f"case.{key}: expected numbers, got {one!r}")
+    return Case(**given)
 
 
 def times(row: Row) -> dict[str, float]:
@@ -118,7 +130,7 @@ def lines_and_rest(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     for row in rows:
         if not row.get("case") or not times(row):
             continue
-        c, kind = Case.of(row["case"]), str(row["case"].get("kind", "inference"))
+        c, kind = case_of(row), str(row["case"].get("kind", "inference"))
         square = c.q_len == c.kv_len or c.q_len
         key = (square, c.batch, c.q_heads, c.kv_heads, c.dim, c.left, c.sinks, kind, c.additive, c.softcap)
         families.setdefault(id(row) if c.lengths or c.padding or c.packed else key, []).append(row)
@@ -151,23 +163,23 @@ def _why_not(rows: Iterable[Row]) -> list[str]:
 # --- charts
 
 
-def _over_length(rows: Sequence[Row], value: Callable[[Row, float], float]) -> list[Series]:
+def _over_length(rows: Sequence[Row], value: Callable[[Row, float], float]) -> Points:
     """A line for each implementation over the number of keys. value: what is drawn of a row's microseconds."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: Points = {}
     for row in rows:
         for name, us in times(row).items():
             found.setdefault(name, []).append((row["case"]["kv_len"], value(row, us)))
-    return [Series(name, sorted(points)) for name, points in found.items()]
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def tflops(row: Row, us: float) -> float:
     """TFLOP/s of the pairs of query and key that see one another."""
-    return Case.of(row["case"]).useful_flops(str(row["case"].get("kind", "inference"))) / us / 1e6
+    return case_of(row).useful_flops(str(row["case"].get("kind", "inference"))) / us / 1e6
 
 
 def gigabytes(row: Row, us: float) -> float:
     """GB/s of the keys and values that are seen."""
-    return Case.of(row["case"]).kv_bytes / us / 1e3
+    return case_of(row).kv_bytes / us / 1e3
 
 
 def _rate(slug: str, name: str, line: list[Row], roofs: dict[str, float]) -> Chart:
@@ -183,12 +195,12 @@ def _rate(slug: str, name: str, line: list[Row], roofs: dict[str, float]) -> Cha
         text = "Useful operations (pairs of query and key that see one another) per second. Higher is better."
     top, series = roofs.get(key), _over_length(line, value)
     ceiling = (roof, top) if top else None
-    return Chart(slug, f"{name}: {title}", text, "lines", "keys (tokens)", unit, series, roof=ceiling, log=False)
+    return Chart(slug, f"{name}: {title}", text, "lines", "keys (tokens)", unit, series, roof=ceiling)
 
 
 def _bars(slug: str, name: str, about: str, rows: Sequence[Row]) -> Chart:
     """Times over ours, a group of bars for each row."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: Points = {}
     for i, row in enumerate(rows):
         measured = times(row)
         base = measured[_ours(measured) or min(measured, key=lambda key: measured[key])]
@@ -199,20 +211,19 @@ def _bars(slug: str, name: str, about: str, rows: Sequence[Row]) -> Chart:
         f"{about} Each bar is an implementation's time over fastattn's for the same call: longer than the dashed line "
         "is slower than fastattn."
     ).strip() + (f" All of them: {common}." if common else "")
-    series = [Series(key, points) for key, points in found.items()]
     title, unit = f"{name}: time against fastattn", "time / fastattn's time"
-    return Chart(slug, title, text, "bars", "", unit, series, labels, ("fastattn", 1.0))
+    return Chart(slug, title, text, "bars", "", unit, found, tuple(labels), ("fastattn", 1.0))
 
 
 def _stalls(slug: str, name: str, about: str, rows: list[Row]) -> Chart:
-    series = [
-        Series(f"{row['label']}|{which}", sorted((call["length"], call[f"{which}_ms"]) for call in row["calls"]))
+    series = {
+        f"{row['label']}|{which}": sorted((call["length"], call[f"{which}_ms"]) for call in row["calls"])
         for row in rows
         if "calls" in row
         for which in ("first", "second")
-    ]
+    }
     text = f"{about} Filled: the first call at a length. Hollow: the second. The gap is the stall."
-    return Chart(slug, f"{name}: first call against second", text, "pairs", "length (tokens)", "ms", series)
+    return Chart(slug, f"{name}: first call against second", text, "pairs", "length (tokens)", "ms", series, log=True)
 
 
 # --- tables

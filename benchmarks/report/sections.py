@@ -13,10 +13,11 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...common.printable import printable
-from ..reading import reading, shown
-from .charts import Chart, Section, Series, Table, few_columns, number, title_of
-from .sweep_section import fill as _sweep
+from fastattn.common.printable import printable
+
+from .data import Chart, Section, Table, few_columns, number, title_of
+from .reading import reading, shown
+from .sweep import fill as _sweep
 
 ABOUT = (
     "Attention is the part of a language model in which every new token looks at the tokens before it. fastattn is one "
@@ -77,11 +78,11 @@ def _check(section: Section) -> None:
         if isinstance(part, Table):
             texts += [*part.head, *(cell for row in part.rows for cell in row)]
             continue
-        labels = [part.title, *part.categories, *(series.name for series in part.series)]
+        labels = [part.title, *part.categories, *part.series]
         texts += labels
         if any(len(label) > MOST_LABEL for label in labels):
             raise ValueError(f"expected names of at most {MOST_LABEL} characters in a picture")
-        points = [point for series in part.series for point in series.points]
+        points = [point for points in part.series.values() for point in points]
         values = [value for point in points for value in point] + ([part.roof[1]] if part.roof else [])
         if not 0 < len(points) <= MOST_POINTS:
             raise ValueError(f"{part.title}: expected 1 to {MOST_POINTS} figures, got {len(points)}")
@@ -102,53 +103,7 @@ def drawn(sections: Iterable[Section], draw: Callable[[Chart, Section], T]) -> d
     return found
 
 
-# --- models
-
-
-def _model(section: Section, data: dict[str, Any]) -> None:
-    found: dict[str, dict[str, Any]] = data["implementations"]
-    arguments, model = data.get("arguments", {}), data.get("model", {})
-    parameters = model.get("parameters")
-    size = f", {parameters / 1e9:.2f} billion parameters" if parameters else ""
-    weights = ", random weights" if model.get("random_weights") else ""
-    section.about += (
-        f" Here: {model.get('name', 'a model')}{size}{weights}, {arguments.get('dtype', '')}, batch "
-        f"{arguments.get('batch_size', 1)}, {arguments.get('prompt_tokens', '?')} prompt tokens"
-        + (f", {arguments['generation_tokens']} generated." if "generation_tokens" in arguments else ".")
-    )
-    averages = {name: entry.get("averages", {}) for name, entry in found.items()}
-    keys = list(dict.fromkeys(key for entry in averages.values() for key in entry))
-    head = few_columns(["implementation", *(_WORDS.get(key, key) for key in keys)])
-    rows = [[title_of(name), *(number(entry.get(key)) for key in keys)] for name, entry in averages.items()]
-    table = Table("averages", head, rows, "The mean over the trials; memory in 1e9 bytes.")
-    for key in (key for key in keys if key.endswith(("_tps", "tokens_per_second"))):
-        series = [Series(name, [(0, entry[key])]) for name, entry in averages.items() if entry.get(key)]
-        if series:
-            title = _WORDS.get(key, key)
-            text = f"{title}, tokens per second, the mean over the trials. Higher is better."
-            slug = f"{section.name}-{key.replace('_', '-')}"
-            section.parts.append(Chart(slug, title, text, "bars", "", "tokens/s", series, [""], log=False))
-    section.parts.append(table)
-    fresh = {name: entry["fresh_lengths"] for name, entry in found.items() if entry.get("fresh_lengths")}
-    if fresh:
-        series = []
-        for name, entry in fresh.items():
-            for which in ("first", "second"):
-                points = sorted((x["length"], x[f"{which}_s"] * 1e3) for x in entry["lengths"])
-                series.append(Series(f"{name}|{which}", points))
-            section.findings.append(
-                f"a new prompt length, {title_of(name)}: the time to the first token is "
-                f"{entry['median_ratio']:.2f} times that of the second prompt of that length (median)"
-            )
-        text = (
-            "Time to the first new token for prompt lengths that the process had not seen. Filled: the first prompt of "
-            "a length. Hollow: the second. The gap is the stall."
-        )
-        slug = f"{section.name}-fresh-lengths"
-        section.parts.append(Chart(slug, "new prompt lengths", text, "pairs", "length (tokens)", "ms", series))
-    section.notes += [f"{title_of(name)}: {entry['error']}" for name, entry in found.items() if entry.get("error")]
-    section.notes += [str(line) for line in data.get("disagreements", [])]
-
+# --- kinds of result files
 
 _WORDS = {
     "prompt_tps": "prompt tokens/s",
@@ -161,17 +116,61 @@ _WORDS = {
 }
 
 
-# --- the rest
+def _model(section: Section, data: dict[str, Any]) -> None:
+    found: dict[str, dict[str, Any]] = data["implementations"]
+    arguments, model = data.get("arguments", {}), data.get("model", {})
+    size = f", {model['parameters'] / 1e9:.2f} billion parameters" if model.get("parameters") else ""
+    weights = ", random weights" if model.get("random_weights") else ""
+    section.about += (
+        f" Here: {model.get('name', 'a model')}{size}{weights}, {arguments.get('dtype', '')}, batch "
+        f"{arguments.get('batch_size', 1)}, {arguments.get('prompt_tokens', '?')} prompt tokens"
+        + (f", {arguments['generation_tokens']} generated." if "generation_tokens" in arguments else ".")
+    )
+    averages = {name: entry.get("averages", {}) for name, entry in found.items()}
+    keys = list(dict.fromkeys(key for entry in averages.values() for key in entry))
+    head = few_columns(["implementation", *(_WORDS.get(key, key) for key in keys)])
+    rows = [[title_of(name), *(number(entry.get(key)) for key in keys)] for name, entry in averages.items()]
+    table = Table("averages", head, rows, "The mean over the trials; memory in 1e9 bytes.")
+    for key, title in zip(keys, head[1:]):
+        bars = {name: entry[key] for name, entry in averages.items() if entry.get(key)}
+        if key.endswith(("_tps", "tokens_per_second")) and bars:
+            text = f"{title}, tokens per second, the mean over the trials. Higher is better."
+            section.parts.append(_one_group(f"{section.name}-{key.replace('_', '-')}", title, text, "tokens/s", bars))
+    section.parts.append(table)
+    fresh = {name: entry["fresh_lengths"] for name, entry in found.items() if entry.get("fresh_lengths")}
+    if fresh:
+        series = {
+            f"{name}|{which}": sorted((x["length"], x[f"{which}_s"] * 1e3) for x in entry["lengths"])
+            for name, entry in fresh.items()
+            for which in ("first", "second")
+        }
+        section.findings += [
+            f"a new prompt length, {title_of(name)}: the time to the first token is "
+            f"{entry['median_ratio']:.2f} times that of the second prompt of that length (median)"
+            for name, entry in fresh.items()
+        ]
+        text = (
+            "Time to the first new token for prompt lengths that the process had not seen. Filled: the first prompt of "
+            "a length. Hollow: the second. The gap is the stall."
+        )
+        slug = f"{section.name}-fresh-lengths"
+        chart = Chart(slug, "new prompt lengths", text, "pairs", "length (tokens)", "ms", series, log=True)
+        section.parts.append(chart)
+    section.notes += [f"{title_of(name)}: {entry['error']}" for name, entry in found.items() if entry.get("error")]
+    section.notes += [str(line) for line in data.get("disagreements", [])]
+
+
+def _one_group(slug: str, title: str, sentence: str, unit: str, bars: dict[str, float]) -> Chart:
+    return Chart(slug, title, sentence, "bars", "", unit, {name: [(0, value)] for name, value in bars.items()})
 
 
 def _parallel(section: Section, data: dict[str, Any]) -> None:
     for index, part in enumerate(data["sections"], start=1):
         what = f"{'forward and backward' if part['backward'] else 'forward'}, {part['length']:,} tokens"
         measured = [row for row in part["rows"] if "ms" in row]
-        series = [Series("one GPU", [(0, part["one_ms"])]), *(Series(r["strategy"], [(0, r["ms"])]) for r in measured)]
+        bars = {"one GPU": part["one_ms"]} | {row["strategy"]: row["ms"] for row in measured}
         text = f"Milliseconds on {data['ranks']} GPUs by how the work is divided, and on one. Lower is better."
-        slug = f"{section.name}-{index}"
-        section.parts.append(Chart(slug, f"causal {what}", text, "bars", "", "ms", series, [""], log=False))
+        section.parts.append(_one_group(f"{section.name}-{index}", f"causal {what}", text, "ms", bars))
         rows = [["one GPU", number(part["one_ms"]), "-", "-", "-"]]
         for row in measured:
             chosen = f" ({row['chosen']})" if row["chosen"] != row["strategy"] else ""

@@ -1,4 +1,4 @@
-"""`fastattn report`: pages and pictures from result files, and what a browser makes of them."""
+"""`python -m benchmarks.report`: a page of result files, and what a browser makes of it; the picture of a sweep."""
 
 import argparse
 import html
@@ -12,16 +12,24 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
+pytest.importorskip("jinja2", reason="pages need jinja2")
 
-from fastattn.bench.reading import load
-from fastattn.bench.report import charts, page, plots, sweep_section
-from fastattn.bench.report.charts import Chart, Table
-from fastattn.bench.report.sections import section_of, sections_of
-from fastattn.cli import report, sweep
+from matplotlib import rc_context
+
+from benchmarks.report import data as charts
+from benchmarks.report import plots
+from benchmarks.report import sweep as sweep_section
+from benchmarks.report.__main__ import main, page
+from benchmarks.report.data import Chart, Table
+from benchmarks.report.reading import load
+from benchmarks.report.sections import section_of, sections_of
+from fastattn.bench import plot
+from fastattn.cli import sweep
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,7 +39,6 @@ ENVIRONMENT = {"gpu": "NVIDIA Test <GPU>", "torch": "2.11.0", "cudnn": "9.19.0",
 def command(*argv):
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
-    report.add_command(commands)
     sweep.add_command(commands)
     arguments = parser.parse_args([*map(str, argv)])
     arguments.argv = [*map(str, argv)]
@@ -43,8 +50,8 @@ def swept(tmp_path_factory):
     """What `fastattn sweep` writes on a CPU, made once: (folder, result, what it printed)."""
     folder, printed = tmp_path_factory.mktemp("report"), io.StringIO()
     with redirect_stdout(printed):
-        given = ("--device", "cpu", "--json", folder / "op.json", "--html", folder / "op.html")
-        assert command("sweep", *given, "--plots", folder / "plots") == 0
+        assert command("sweep", "--device", "cpu", "--json", folder / "op.json", "--plot", folder / "op.svg") == 0
+        assert main([str(folder / "op.json"), "--html", str(folder / "op.html")]) == 0
     return folder, json.loads((folder / "op.json").read_text()), printed.getvalue()
 
 
@@ -86,8 +93,29 @@ def test_the_sweep_without_a_name(swept):
     (fresh,) = found["sections"]["fresh lengths"]
     assert len(fresh["calls"]) == 4
     assert all(call["first_ms"] > 0 and call["second_ms"] > 0 for call in fresh["calls"])
-    assert f"Wrote {folder / 'op.html'}" in printed
-    assert len(list((folder / "plots").glob("*.png"))) >= 5
+    assert f"Wrote {folder / 'op.html'}" in printed and f"Wrote {folder / 'op.svg'}" in printed
+
+
+def test_the_picture_of_a_sweep_has_a_bar_for_each_time(swept):
+    """As many as there are times, each labelled with its implementation; a panel for each section with any."""
+    folder, found, _ = swept
+    with rc_context({"svg.fonttype": "none"}):
+        text = plot.drawn(found, "x.svg").decode()
+    assert ElementTree.parse(folder / "op.svg").getroot().tag.endswith("svg")
+    measured = [
+        (section, name, entry)
+        for section, rows in found["sections"].items()
+        for row in rows
+        for name, entry in row.get("implementations", {}).items()
+        if "us" in entry
+    ]
+    labels = re.findall(r">\s*(\S+) ([0-9.e+]+) µs</text>", text)
+    assert sorted(labels) == sorted((name, f"{entry['us']:.4g}") for _, name, entry in measured)
+    for section in {section for section, *_ in measured}:
+        assert f">{section}</text>" in text
+    for name, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert plot.drawn(found, f"x.{name}").startswith(start)
+    assert plot.drawn({**found, "sections": {}}, "x.png").startswith(b"\x89PNG"), "a sweep that measured nothing"
 
 
 def test_the_page_says_everything_by_itself(swept):
@@ -109,10 +137,10 @@ def test_the_page_says_everything_by_itself(swept):
 
 def test_a_report_is_remade_from_its_file(swept, tmp_path):
     folder, _, _ = swept
-    assert command("report", folder / "op.json", "--html", tmp_path / "op.html", "--plots", tmp_path / "p") == 0
-    remade = (tmp_path / "op.html").read_text()
-    assert remade == (folder / "op.html").read_text()
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == sorted(p.name for p in (folder / "plots").iterdir())
+    argv = [str(folder / "op.json"), "--html", str(tmp_path / "op.html")]
+    assert main([*argv, "--picture", "op-masks-bars", str(tmp_path / "masks.png")]) == 0
+    assert (tmp_path / "op.html").read_text() == (folder / "op.html").read_text()
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
@@ -164,7 +192,7 @@ def test_what_failed_is_named_and_not_drawn():
     table = next(part for part in section.parts if isinstance(part, Table))
     assert table.rows[0][1:7] == ["*10", "20", "cannot", "cannot", "wrong", "failed"]
     chart = next(part for part in section.parts if isinstance(part, Chart))
-    assert {series.name for series in chart.series} == {"fastattn", "torch-cudnn"}
+    assert set(chart.series) == {"fastattn", "torch-cudnn"}
     assert "torch math: it has no such thing (a)" in "\n".join(section.notes)
     assert "masks: fastattn takes 0.50 times what the best other takes" in section.findings
 
@@ -195,7 +223,7 @@ def test_the_roof_is_drawn_where_it_belongs():
 
 def test_text_from_a_file_is_no_markup():
     evil = "<script>alert(1)</script>"
-    text = page.page([section_of("x.json", result({"masks": [row_of(evil)]}, command=evil))])
+    text = page([section_of("x.json", result({"masks": [row_of(evil)]}, command=evil))])
     assert evil not in text
     assert "script" not in Elements(text).counts
     assert "NVIDIA Test &lt;GPU&gt;" in text
@@ -218,19 +246,20 @@ def test_labels_lose_what_they_share():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("x.json",), "expected --html FILE or --plots DIR"),
+        (("{}/good.json", "--html", "{}/x.html", "--picture", "x", "{}/x.png"), "expected the id of a figure"),
         (("no/such.json", "--html", "{}/x.html"), "cannot be read"),
         (("{}/bad.json", "--html", "{}/x.html"), "expected a JSON file"),
         (("{}/other.json", "--html", "{}/x.html"), "expected a result file of fastattn"),
         (("{}/other.json", "--html", "{}/no/x.html"), "there is no directory"),
-        (("{}/other.json", "--plots", "{}/bad.json"), "expected a directory"),
     ],
 )
-def test_bad_arguments_are_refused(argv, message, tmp_path):
+def test_bad_arguments_are_refused(argv, message, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=message):
-        command("report", *(text.format(tmp_path) for text in argv))
+    (tmp_path / "good.json").write_text(json.dumps(result({})))
+    assert main([text.format(tmp_path) for text in argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
 
 
@@ -252,19 +281,22 @@ def test_several_gpus():
     data = {"benchmark": "parallel", "environment": ENVIRONMENT, "ranks": 2, "sections": [section]}
     section = section_of("p.json", data)
     chart, table = section.parts
-    assert [series.points for series in chart.series] == [[(0, 8.0)], [(0, 5.0)]]
+    assert chart.series == {"one GPU": [(0, 8.0)], "auto": [(0, 5.0)]}
     assert table.rows[1] == ["auto (ring)", "5", "1.60x", "4.5", "2.0e-03"]
     assert section.notes == ["forward, 4,096 tokens: ulysses: 3 heads among 2 ranks"]
     assert plots.svg(chart)
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_without_a_package_it_says_what_to_install(package, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / "r.json").write_text(json.dumps(result({})))
-    with pytest.raises(ImportError, match=rf"plots and pages need {package}: pip install 'fastattn\[bench\]'"):
-        command("report", tmp_path / "r.json", "--html", tmp_path / "x.html")
-    assert os.listdir(tmp_path) == ["r.json"]
+def test_without_matplotlib_a_sweep_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"--plot needs matplotlib: pip install 'fastattn\[bench\]'"):
+        command("sweep", "--device", "cpu", "--plot", tmp_path / "x.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_of_no_known_format_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"--plot: expected a file that ends in \.png, \.svg, \.pdf"):
+        command("sweep", "--device", "cpu", "--plot", tmp_path / "x.html")
 
 
 def test_each_table_says_machine_commit_and_command(swept):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..common.printable import printable
+from fastattn.common.printable import printable
 
 MOST_BYTES = 16 << 20  #: of a result file; ours have up to 0.1 MB
 MOST_TEXT = 1000  #: characters of one text in a result file

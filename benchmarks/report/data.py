@@ -6,32 +6,27 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Implementations as people know them.
-TITLES = {
-    "fastattn": "fastattn",
-    "fastattn-dynamic": "fastattn, dynamic plan",
-    "fastattn-static": "fastattn, static plan",
-    "torch-cudnn": "torch cuDNN",
-    "torch-flash": "torch flash",
-    "torch-efficient": "torch efficient",
-    "torch-math": "torch math",
-    "flex": "torch flex_attention",
-    "flash-attn": "flash-attn 2",
-    "flash-attn-4": "flash-attn 4",
-    "flashinfer": "FlashInfer",
-    "xformers": "xFormers",
-    "mlx": "MLX",
+#: Implementations as people know them, and their colours in pictures: ours strong, torch's in one family. Other names
+#: are shown as they are, in the colours left over.
+KNOWN = {
+    "fastattn": ("fastattn", "#c2410c"),
+    "fastattn-dynamic": ("fastattn, dynamic plan", "#f59e0b"),
+    "fastattn-static": ("fastattn, static plan", "#7c2d12"),
+    "torch-cudnn": ("torch cuDNN", "#1d4ed8"),
+    "torch-flash": ("torch flash", "#0891b2"),
+    "torch-efficient": ("torch efficient", "#60a5fa"),
+    "torch-math": ("torch math", "#94a3b8"),
+    "flex": ("torch flex_attention", "#7c3aed"),
+    "flash-attn": ("flash-attn 2", "#15803d"),
+    "flash-attn-4": ("flash-attn 4", "#4d7c0f"),
+    "flashinfer": ("FlashInfer", "#be185d"),
+    "xformers": ("xFormers", "#a16207"),
+    "mlx": ("MLX", "#334155"),
+    "sdpa": ("sdpa", "#1d4ed8"),
+    "eager": ("eager", "#94a3b8"),
 }
 MOST_COLUMNS = 100  #: a file with more would take all memory, and is none of ours
-_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One implementation in a chart."""
-
-    name: str  #: as in the file: it fixes the colour
-    points: list[tuple[float, float]]  #: (x, y); in bars x is the number of the category
+Points = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -41,17 +36,18 @@ class Chart:
     slug: str  #: names its file: letters, digits, points, hyphens and underscores
     title: str
     sentence: str  #: what it shows, and which direction is better
-    kind: str  #: "lines", "bars", or "pairs" (the first call filled, the second hollow)
+    kind: str  #: "lines", "bars", or "pairs" (NAME|first filled, NAME|second hollow)
     x: str
     y: str
-    series: list[Series]
-    categories: list[str] = field(default_factory=list)  #: of bars
+    series: Points  #: (x, y) by implementation; in bars x is the number of the category
+    categories: tuple[str, ...] = ("",)  #: of bars
     roof: tuple[str, float] | None = None  #: a line that nothing can pass: what it is, and where
-    log: bool = True  #: of y; x is logarithmic in lines
+    log: bool = False  #: of y; x is logarithmic in lines and pairs
 
     def __post_init__(self) -> None:
         """What a result file calls its sections leads to no other folder, and ends no tag and no link."""
-        object.__setattr__(self, "slug", _NO_NAME.sub("-", self.slug).strip(".-")[:100] or "chart")
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", self.slug).strip(".-")[:100]
+        object.__setattr__(self, "slug", slug or "chart")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Section:
 
 def title_of(name: str) -> str:
     """How a report calls an implementation."""
-    return TITLES.get(name, name)
+    return KNOWN[name][0] if name in KNOWN else name
 
 
 def few_columns(head: list[str]) -> list[str]:

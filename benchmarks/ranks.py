@@ -1,4 +1,4 @@
-"""How `benchmarks.parallel` times what several ranks do together."""
+"""What the commands under torchrun share: their ranks, and how what several ranks do together is timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from fastattn.bench import output
 from fastattn.lm.parallel import start_group
-from fastattn.parallel import ContextParallel
-from fastattn.parallel.exchange import Transfer
 
 from .command import parser_of, write
 
@@ -46,10 +43,10 @@ def under_torchrun(
         print(f"{name}: run it under torchrun: torchrun --nproc-per-node N -m benchmarks.{name}", file=sys.stderr)
         return 2
     output.check([arguments.json], inputs=[arguments.model] if getattr(arguments, "model", None) else [])
+    device = torch.device("cpu")
     if (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     else:
-        device = torch.device("cpu")
         torch.set_num_threads(1)
     start_group(device, timedelta(seconds=arguments.timeout))
     try:
@@ -62,29 +59,16 @@ def under_torchrun(
     return 0
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured."""
-
-    forward: int
-    training: int
-    decode: tuple[int, ...]
-    heads: tuple[int, int]
-    dim: int
-    probe: int  #: bytes
-
-    @staticmethod
-    def on(device: torch.device) -> Sizes:
-        if device.type == "cuda":
-            return Sizes(131072, 65536, (131072, 1048576), (32, 8), 128, 1 << 27)
-        return Sizes(256, 128, (512,), (8, 4), 16, 1 << 16)
-
-
 def meet(device: torch.device) -> None:
     """Waits for all ranks, the host too."""
     flag = torch.zeros(1, device=device)
     dist.all_reduce(flag)
     flag.item()
+
+
+def relative_error(found: Tensor, want: Tensor) -> Tensor:
+    """Norm of the difference over the norm."""
+    return (found.double() - want.double()).norm() / want.double().norm()
 
 
 class Bench:
@@ -95,18 +79,13 @@ class Bench:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def meet(self) -> None:
-        meet(self.device)
-
     def together(self, call: Callable[[], Any]) -> float:
         """Seconds of a call that all ranks make: the median of the slowest rank's."""
         samples = []
-        for i in range(self.warmup + self.repeats):
-            self.meet()
-            seconds = self._once(call)
-            if i >= self.warmup:
-                samples.append(seconds)
-        slowest = torch.tensor(samples, dtype=torch.float64).to(self.device, torch.float32)
+        for _ in range(self.warmup + self.repeats):
+            meet(self.device)
+            samples.append(self._once(call))
+        slowest = torch.tensor(samples[self.warmup :], dtype=torch.float32, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return statistics.median(slowest.tolist())
 
@@ -116,7 +95,7 @@ class Bench:
         if self.rank == 0:
             samples = [self._once(call) for _ in range(self.warmup + self.repeats)][self.warmup :]
             found.fill_(statistics.median(samples))
-        self.meet()
+        meet(self.device)
         dist.broadcast(found, 0)
         return float(found)
 
@@ -137,43 +116,3 @@ class Bench:
         """The same on every rank."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
-
-    def error(self, cp: ContextParallel, found: Tensor, want: Tensor, rows: Tensor) -> float:
-        """found: `[B, H, own tokens, D]`; want: `[B, H, rows, D]`, the same on every rank; rows: their positions."""
-        own = cp.positions(self.length_of(cp, found), self.device)[0]
-        place = torch.searchsorted(own, rows).clamp(max=own.shape[0] - 1)
-        mine = own[place] == rows
-        difference = (found[:, :, place[mine]].double() - want[:, :, mine].double()).square().sum()
-        sums = torch.stack([difference, want[:, :, mine].double().square().sum()]).float()
-        dist.all_reduce(sums)
-        return float((sums[0] / sums[1]).sqrt())
-
-    def length_of(self, cp: ContextParallel, x: Tensor) -> int:
-        count = torch.tensor([x.shape[2]], device=self.device)
-        dist.all_reduce(count)
-        return int(count)
-
-
-def link_rate(bench: Bench, probe: int) -> float:
-    """Bytes per second that every rank sends to the next, and receives, at once."""
-    sent = torch.empty(probe, dtype=torch.uint8, device=bench.device)
-    received = torch.empty_like(sent)
-    group, size = dist.group.WORLD, bench.size
-    assert group is not None
-    target, source = (bench.rank + 1) % size, (bench.rank - 1) % size
-    seconds = bench.together(lambda: Transfer(sent, target, received, source, group).wait())
-    return probe / seconds
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks events meanwhile
-        call()
-    return graph.replay
