@@ -22,7 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-import fastattn.integrations.transformers  # registers the name "fastattn"
+import fastattn.hf  # registers the name "fastattn"
 
 END = "<|end|>"  #: between files
 

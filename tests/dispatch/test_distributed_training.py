@@ -65,7 +65,7 @@ def make(run: Run) -> nn.Module:
         raise ValueError(f"no model {run.model!r}")
     from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, logging
 
-    import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+    import fastattn.hf  # noqa: F401  (registers "fastattn")
 
     logging.set_verbosity_error()
     sizes: dict[str, Any] = {

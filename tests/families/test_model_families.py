@@ -14,7 +14,7 @@ import torch
 from sweep import family, page, registry
 from sweep.compare import difference
 
-import fastattn.integrations.transformers
+import fastattn.hf
 
 HERE = Path(__file__).parent
 

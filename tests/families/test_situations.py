@@ -16,7 +16,7 @@ from sweep.shrink import shrink
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+import fastattn.hf  # noqa: F401  (registers "fastattn")
 
 #: Plain causal; windows and softcap in every other layer; sinks and windows; chunks; an own window in every layer.
 FAMILIES = ("llama", "gemma2", "gpt_oss", "llama4_text", "mistral")

@@ -35,7 +35,7 @@ from transformers import (
     logging,
 )
 
-import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+import fastattn.hf  # noqa: F401  (registers "fastattn")
 from fastattn.lm import Loaded
 from fastattn.lm.generation.engine import Engine
 

@@ -29,7 +29,7 @@ def save(folder: Path) -> None:
 def load(folder: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+    import fastattn.hf  # noqa: F401  (registers "fastattn")
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastattn", dtype=torch.float32, **options)
 

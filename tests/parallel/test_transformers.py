@@ -27,7 +27,7 @@ def make(family: str) -> Any:
     """The same weights in every process."""
     from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, logging
 
-    import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
+    import fastattn.hf  # noqa: F401  (registers "fastattn")
 
     logging.set_verbosity_error()
     sizes: dict[str, Any] = {

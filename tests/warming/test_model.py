@@ -13,7 +13,7 @@ import transformers
 from pretended_gpu import PretendedGpu, pretend
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
-import fastattn.integrations.transformers  # noqa: F401  (registers the attention)
+import fastattn.hf  # noqa: F401  (registers the attention)
 from fastattn._compat.transformers import with_cache
 from fastattn.cli.warmup import add_command
 from fastattn.warming.kinds import Attention

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedModel
 
-import fastattn.integrations.transformers
+import fastattn.hf
 
 from . import compare, models, registry
 from .checks import Check, checks, outputs

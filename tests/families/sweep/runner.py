@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-import fastattn.integrations.transformers  # noqa: F401  (imported once, before the processes part)
+import fastattn.hf  # noqa: F401  (imported once, before the processes part)
 
 from . import registry
 from .family import sweep
