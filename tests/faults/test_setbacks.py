@@ -253,6 +253,37 @@ def test_torchs_unused_memory_is_given_back_first(moody: Moody, seed: int, monke
     assert not refusals._refusals
 
 
+@pytest.mark.parametrize("names", [("torch", "reference"), ("torch",)])
+def test_while_a_backend_is_passed_over_calls_are_bound_once(
+    names: tuple[str, ...], moody: Moody, clock: Clock, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To bind a kernel takes as long as many a call, and what a kernel caches would be made anew for each."""
+    bound: list[str] = []
+    for backend in (torch_sdpa.TorchBackend, reference.ReferenceBackend):
+
+        def bind(self: Any, *arguments: Any, bind: Any = backend.bind) -> Any:
+            bound.append(self.name)
+            return bind(self, *arguments)
+
+        monkeypatch.setattr(backend, "bind", bind)
+    inputs = make(CASE, seed=seed)
+    want = reference_results(inputs)
+    moody.error = RuntimeError("CUDNN_STATUS_NOT_INITIALIZED")
+    with fastattn.use_backend(*names):
+        with contextlib.suppress(fastattn.BackendError):
+            run_case(inputs, poison=False)
+        moody.error = None
+        bound.clear()
+        for _ in range(3):
+            assert_right(CASE, inputs, served(inputs)[0], want)
+        assert len(bound) <= 1
+        bound.clear()
+        clock.now += 2 * refusals.FIRST_WAIT
+        for _ in range(3):
+            assert served(inputs)[1] == ["torch"]
+        assert bound == ["torch"]
+
+
 def fails(kind: type[Exception], *arguments: Any) -> Any:
     """Raises a new exception: one that a test holds would hold the frames that it went through."""
     raise kind("out of luck")

@@ -31,8 +31,13 @@ class Route(NamedTuple):
 
     @property
     def lasts(self) -> bool:
-        """Whether it may be cached."""
+        """Whether it holds for good."""
         return self.until in (0.0, math.inf)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds now."""
+        return not self.until or time.monotonic() < self.until
 
 
 def route(call: Call, names: tuple[str, ...]) -> Route:
@@ -41,12 +46,10 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
     # as long as the look-up.
     key = CALL.kind(call), names
     found: Route | None = _routes.get(key)
-    if found is None:
+    if found is None or not found.holds:
         problem = Problem.of(call)
         chosen, until = _select(problem, names)
-        found = Route(problem, chosen, chosen.bind(problem, call), until)
-        if found.lasts:
-            _routes[key] = found
+        found = _routes[key] = Route(problem, chosen, chosen.bind(problem, call), until)
     return found
 
 
@@ -93,7 +96,7 @@ def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
             waiting = waiting or (name if late.until < math.inf else None)
         refusals[name] = why
     if waiting is not None:  # nobody else is left: it may go well now
-        return registry.backend(waiting), time.monotonic()
+        return registry.backend(waiting), until
     raise nobody(refusals)
 
 
