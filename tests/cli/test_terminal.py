@@ -25,7 +25,6 @@ COMMANDS = {
     "benchmark": "fastattn.cli.benchmark.run",
     "generate --model x --prompt y": "fastattn.cli.generate.run",
     "sweep op": "fastattn.cli.sweep.run",
-    "report x.json": "fastattn.cli.report.run",
     "warmup --model tiny": "fastattn.cli.warmup.run",
     "doctor": "fastattn.cli.main._doctor",
     "explain --q 1,2,3,4": "fastattn.cli.main._explain",
