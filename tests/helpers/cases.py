@@ -79,7 +79,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """A case's tensors. Where lengths or the mask hide a key or a query from everybody, q, k, v hold NaN."""
+    """A case's tensors. Where lengths, Intervals or Segments hide a key or a query from everybody, q, k, v hold NaN."""
 
     q: Tensor
     k: Tensor
@@ -141,7 +141,7 @@ def make(case: Case, device: str | torch.device = "cpu", seed: int | None = None
     clean = (q.clone(), k.clone(), v.clone())
     seen = naive.visible(q, k, **_masking(options))
     if c.layout != "expanded":  # one memory for all batch entries cannot be poisoned for one of them
-        hidden = naive.visible(q, k, **(_masking(options) | {"window": None, "mask": _no_band(options["mask"])}))
+        hidden = naive.visible(q, k, **(_masking(options) | {"window": None, "mask": _excluding(options["mask"])}))
         q.masked_fill_(~hidden.any(3, keepdim=True), torch.nan)
         keys = hidden.any(2)
         if keys.shape[1] > 1:
@@ -201,10 +201,11 @@ def _masking(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("mask", "window", "q_lengths", "kv_lengths")}
 
 
-def _no_band(mask: Any) -> Any:
+def _excluding(mask: Any) -> Any:
+    """What of a mask excludes keys that may hold anything. (What a tensor or a band hides must be finite.)"""
     if isinstance(mask, Segments):
         return mask._replace(causal=False)
-    return None if isinstance(mask, str) else mask
+    return mask if isinstance(mask, Intervals) else None
 
 
 def run(inputs: Inputs, backend: str | None = None, poison: bool = True) -> dict[str, Tensor]:

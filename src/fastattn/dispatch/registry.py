@@ -15,7 +15,7 @@ from .._compat.torch import constant_when_traced
 from ..backends.base import Backend
 from ..config import is_on, setting
 
-NAMES = ("decode", "cudnn", "torch", "reference")  #: all backends, in the order in which they are asked
+NAMES = ("decode", "cudnn", "torch", "prefill", "reference")  #: all backends, in the order in which they are asked
 
 _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", default=None)
 
@@ -35,6 +35,10 @@ def backend(name: str) -> Backend:
         from ..backends.cudnn import CudnnBackend
 
         return CudnnBackend()
+    if name == "prefill":
+        from ..backends.triton.prefill import PrefillBackend
+
+        return PrefillBackend()
     if name == "torch":
         from ..backends.torch import TorchBackend
 

@@ -31,22 +31,30 @@ def _power(size: int) -> int:
 
 @triton.jit
 def load_rows(ptr, at, wanted, DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """Both parts of the rows that begin at `ptr + at` [N]: [N, FIRST] and [N, REST]. Rows that are not wanted and
-    columns from DIM on hold 0. Where REST is 0 the second part is the first again, so that there is something to pass
+    """Both parts of the rows that begin at `ptr + at` [N]: [N, FIRST] and [N, REST]. Rows that are not wanted
+    (None: all are) and columns from DIM on hold 0. Where REST is 0 the second part is the first again, so that there is something to pass
     on: `dot_rows` and `store_rows` leave it alone."""
-    columns = tl.arange(0, FIRST)
-    seen = wanted[:, None]
-    if FIRST > DIM:
-        seen = seen & (columns < DIM)[None, :]
-    first = tl.load(ptr + at[:, None] + columns[None, :], mask=seen, other=0.0)
+    first = _load(ptr, at, wanted, DIM, 0, FIRST)
     rest = first
     if REST > 0:
-        columns = FIRST + tl.arange(0, REST)
-        seen = wanted[:, None]
-        if FIRST + REST > DIM:
-            seen = seen & (columns < DIM)[None, :]
-        rest = tl.load(ptr + at[:, None] + columns[None, :], mask=seen, other=0.0)
+        rest = _load(ptr, at, wanted, DIM, FIRST, REST)
     return first, rest
+
+
+@triton.jit
+def _load(ptr, at, wanted, DIM: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    columns = START + tl.arange(0, SIZE)
+    where = ptr + at[:, None] + columns[None, :]
+    if START + SIZE > DIM:
+        seen = (columns < DIM)[None, :]
+        if wanted is not None:
+            seen = seen & wanted[:, None]
+        x = tl.load(where, mask=seen, other=0.0)
+    elif wanted is not None:
+        x = tl.load(where, mask=wanted[:, None], other=0.0)
+    else:
+        x = tl.load(where)
+    return x
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What Triton kernels share: which keys a row sees, and the soft cap of its scores."""
+"""What Triton kernels share: which keys a row sees, what a tensor mask says, and the soft cap of scores."""
 
 from __future__ import annotations
 
@@ -35,3 +35,25 @@ def visible_keys(
         lo = tl.maximum(lo, tl.load(lo_ptr + at, mask=valid, other=0))
         hi = tl.minimum(hi, tl.load(hi_ptr + at, mask=valid, other=0))
     return lo, tl.where(valid & (i < queries), hi, 0)
+
+
+@triton.jit
+def float_bias(bias):
+    """Entries of an additive mask as float32. What is finite stays so."""
+    if bias.dtype == tl.float64:
+        least = tl.minimum(tl.maximum(bias, -3.4028234663852886e38), 3.4028234663852886e38)
+        bias = tl.where((bias > float("-inf")) & (bias < float("inf")), least, bias)
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT: tl.constexpr, ROWS: tl.constexpr, ADJACENT: tl.constexpr):
+    """A mask's entries of queries i and keys j, `[queries, keys]`; `[1, keys]` of a mask that all queries share.
+
+    there: which of them are wanted, of the same shape. mask_si, mask_sj: strides in units of UNIT elements. ADJACENT:
+    neighbouring keys are neighbours in memory.
+    """
+    at = (j.to(tl.int64) if ADJACENT else j.to(tl.int64) * mask_sj * UNIT)[None, :]
+    if ROWS:
+        at = (i.to(tl.int64) * mask_si * UNIT)[:, None] + at
+    return tl.load(mask_ptr + at, mask=there, other=0)

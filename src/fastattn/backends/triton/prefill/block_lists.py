@@ -1,0 +1,176 @@
+"""Which blocks of keys a block of queries has to compute, under a tensor mask: the kernels.
+
+The result is, for each block of rows, a list of int32: how many blocks of keys are full (every row sees every key, and
+the mask adds nothing), how many are partial, the indices of the full ones, and from the list's end downwards those of
+the partial ones. Hidden blocks are in no list. Bands and lengths count, like the mask.
+
+A mask that all queries share is read by the kernel that writes the lists. Another one is classified first, by many
+programs, one byte a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..masking import float_bias, mask_tile, visible_keys
+
+_MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
+#: Never specialised.
+INTEGERS = [*_MASK, "list_heads", "row_blocks", "q_len", "kv_len", "left", "right"]
+
+_PARTIAL = tl.constexpr(1)
+_FULL = tl.constexpr(2)
+
+
+@triton.jit
+def _seen_and_neutral(bias):
+    """Of a mask's entries: whether each lets its key be seen, and whether it leaves the score as it is."""
+    if bias.dtype == tl.int1:
+        return bias, bias
+    else:
+        bias = float_bias(bias)
+        return bias > float("-inf"), bias == 0.0
+
+
+@triton.jit
+def _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M: tl.constexpr):
+    """A block's rows, whether each is there, and the keys that band and lengths let each see."""
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = i < q_len
+    lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
+    return i, lo, hi
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def classify_kernel(
+    mask_ptr,
+    states_ptr,  # uint8 [list batch, list heads, row blocks, key blocks]: 0 hidden, 1 partial, 2 full
+    q_lengths_ptr,
+    kv_lengths_ptr,
+    mask_sb,
+    mask_sh,
+    mask_si,
+    mask_sj,
+    list_heads,
+    row_blocks,
+    q_len,
+    kv_len,
+    left,
+    right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_ADJACENT: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of keys, for one program
+):
+    """Classifies some blocks of keys of one block of rows."""
+    entry = tl.program_id(0) // row_blocks
+    block = tl.program_id(0) - entry * row_blocks
+    b = entry // list_heads
+    key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
+    i, lo, hi = _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
+    sees = hi > lo
+    first = tl.min(tl.where(sees, lo, kv_len), 0)
+    last = tl.max(tl.where(sees, hi, 0), 0)
+    mask_ptr += (b.to(tl.int64) * mask_sb + (entry - b * list_heads).to(tl.int64) * mask_sh) * MASK_UNIT
+    begin = tl.program_id(1) * BLOCKS
+    for n in range(begin, tl.minimum(begin + BLOCKS, key_blocks)):
+        start = n * BLOCK_N
+        state = n * 0
+        if (start < last) & (start + BLOCK_N > first):
+            whole = True
+            if mask_ptr.dtype.element_ty != tl.int1:
+                # Most blocks of a bias are told by their diagonal: neither hidden nor neutral.
+                j = start + tl.arange(0, BLOCK_M) * BLOCK_N // BLOCK_M
+                bounded = (j >= lo) & (j < hi)
+                at = i.to(tl.int64) * mask_si * MASK_UNIT
+                at += j.to(tl.int64) if MASK_ADJACENT else j.to(tl.int64) * mask_sj * MASK_UNIT
+                seen, neutral = _seen_and_neutral(tl.load(mask_ptr + at, mask=bounded, other=0))
+                seen_any = tl.max((seen & bounded).to(tl.int32), 0) > 0
+                neutral_all = tl.min((neutral | (bounded == 0)).to(tl.int32), 0) > 0
+                state += _PARTIAL
+                whole = (seen_any == 0) | neutral_all
+            if whole:
+                j = start + tl.arange(0, BLOCK_N)
+                bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+                bias = mask_tile(mask_ptr, i, j, bounded, mask_si, mask_sj, MASK_UNIT, True, MASK_ADJACENT)
+                seen, neutral = _seen_and_neutral(bias)
+                hidden = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) == 0
+                full = tl.min(tl.min(((neutral & bounded) | (sees == 0)[:, None]).to(tl.int32), 1), 0) > 0
+                state = tl.where(hidden, 0, tl.where(full, _FULL, _PARTIAL))
+        tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state.to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def list_kernel(
+    mask_ptr,
+    states_ptr,  # of `classify_kernel`; None: the mask is the same for all queries
+    lists_ptr,  # int32 [list batch, list heads, row blocks, 2 + key blocks]
+    q_lengths_ptr,
+    kv_lengths_ptr,
+    mask_sb,
+    mask_sh,
+    mask_si,
+    mask_sj,
+    list_heads,
+    row_blocks,
+    q_len,
+    kv_len,
+    left,
+    right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    MASK_ADJACENT: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of keys, in one step
+    SHARED: tl.constexpr,  # one list for all blocks of rows: nothing but the mask and the keys' lengths hides keys
+):
+    """Writes the list of one block of rows."""
+    program = tl.program_id(0)
+    entry = program // row_blocks
+    b = entry // list_heads
+    key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
+    lists_ptr += program.to(tl.int64) * (key_blocks + 2)
+    if states_ptr is None:
+        if SHARED:
+            first = b * 0
+            first_full = first
+            last = kv_len + first
+            if kv_lengths_ptr is not None:
+                last = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
+            last_full = last
+        else:
+            block = program - entry * row_blocks
+            _, lo, hi = _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
+            sees = hi > lo
+            first = tl.min(tl.where(sees, lo, kv_len), 0)
+            last = tl.max(tl.where(sees, hi, 0), 0)
+            first_full = tl.max(tl.where(sees, lo, 0), 0)
+            last_full = tl.min(tl.where(sees, hi, kv_len), 0)
+        mask_ptr += (b.to(tl.int64) * mask_sb + (entry - b * list_heads).to(tl.int64) * mask_sh) * MASK_UNIT
+    full = b * 0
+    partial = b * 0
+    for begin in range(0, key_blocks, BLOCKS):
+        n = begin + tl.arange(0, BLOCKS)
+        if states_ptr is None:
+            j = n[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            bounded = (j >= first) & (j < last)
+            at = j.to(tl.int64) if MASK_ADJACENT else j.to(tl.int64) * mask_sj * MASK_UNIT
+            seen, neutral = _seen_and_neutral(tl.load(mask_ptr + at, mask=bounded, other=0))
+            some = tl.max((seen & bounded).to(tl.int32), 1) > 0
+            all_neutral = tl.min((neutral & bounded & (j >= first_full) & (j < last_full)).to(tl.int32), 1) > 0
+            is_full = some & all_neutral
+            is_partial = some & (all_neutral == 0)
+        else:
+            state = tl.load(states_ptr + program.to(tl.int64) * key_blocks + n, mask=n < key_blocks, other=0)
+            is_full = state == _FULL
+            is_partial = state == _PARTIAL
+        places = tl.cumsum(is_full.to(tl.int32), 0) + (full + 1)
+        tl.store(lists_ptr + places, n, mask=is_full)
+        places = key_blocks + 2 - tl.cumsum(is_partial.to(tl.int32), 0) - partial
+        tl.store(lists_ptr + places, n, mask=is_partial)
+        full += tl.sum(is_full.to(tl.int32), 0)
+        partial += tl.sum(is_partial.to(tl.int32), 0)
+    tl.store(lists_ptr, full)
+    tl.store(lists_ptr + 1, partial)

@@ -1,0 +1,240 @@
+"""The kernel for many queries bound to one kind of call: what is launched, and what has to be copied to be read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .... import masks
+from ....call import Call, Gradients, Problem
+from ...base import Kernel
+from ...layout import Output
+from ...scratch import scratch
+from ..head_dims import parts
+from ..launcher import Launcher
+from .block_lists import classify_kernel, list_kernel
+from .kernel import forward_kernel
+from .launch_config import Launch, by_head, choose, listed
+
+_LOG2_E = math.log2(math.e)
+_CLASSIFIED = 4  #: blocks of keys that one program classifies
+_LISTED = 32  #: blocks of keys in one step of a program that writes lists
+
+
+def bind(problem: Problem, call: Call) -> Kernel:
+    """See `Backend.bind`."""
+    if call.segments is not None:
+        return _WithSegments(problem, call)
+    readable, p = _readable(problem, call)
+    return PrefillKernel(p, call, choose(p)) if readable is call else _WithCopies(problem)
+
+
+class _Forward:
+    """A kernel without a backward."""
+
+    __slots__ = ()
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+
+
+class _WithSegments(_Forward):
+    """Calls with segments: the kernel takes Intervals."""
+
+    __slots__ = ("_kernel", "_problem")
+
+    def __init__(self, p: Problem, call: Call) -> None:
+        self._problem = p
+        self._kernel = bind(*masks.as_intervals(p, call))
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self._kernel.forward(masks.as_intervals(self._problem, call)[1])
+
+
+class _WithCopies(_Forward):
+    """Calls with tensors that the kernel cannot read where they are."""
+
+    __slots__ = ("_problem",)
+
+    def __init__(self, p: Problem) -> None:
+        self._problem = p
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        readable, p = _readable(self._problem, call)
+        out, lse = PrefillKernel(p, readable, choose(p)).forward(readable)
+        return out.to(self._problem.dtype), lse
+
+
+def _readable(p: Problem, call: Call) -> tuple[Call, Problem]:
+    """The call, what the kernel cannot read in place copied; the same object if there is no such thing."""
+    if p.device == "cpu" and p.dtype == torch.bfloat16:  # Triton's interpreter multiplies bfloat16's bits as integers
+        q, k, v = (x.float() for x in (call.q, call.k, call.v))
+        return _readable(replace(p, dtype=torch.float32), call._replace(q=q, k=k, v=v))
+    changed: dict[str, Any] = {}
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        if x.stride(3) != 1:
+            changed[name] = x.contiguous()
+    for name in ("sinks", "q_lengths", "kv_lengths"):
+        x = getattr(call, name)
+        if x is not None and not x.is_contiguous():
+            changed[name] = x.contiguous()
+    if call.lo is not None and call.hi is not None and call.lo.stride() != call.hi.stride():
+        changed |= {"lo": call.lo.contiguous(), "hi": call.hi.contiguous()}
+    return call._replace(**changed) if changed else call, p
+
+
+class PrefillKernel(_Forward):
+    """The kernel, and those that list its blocks of keys, bound to one problem and one set of strides."""
+
+    __slots__ = ("_forward", "_lists", "_lse", "_output", "_problem")
+
+    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
+        self._problem = p
+        self._output = Output(p, call.q)
+        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
+        self._lists = _Lists(p, call, launch) if listed(p, launch) else None
+        integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
+        grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
+        self._forward = {
+            (in_k, precision): Launcher(
+                forward_kernel,
+                grid,
+                call.q.device,
+                integers,
+                (*constants, in_k, by_head(p), precision),
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+            )
+            for in_k in ((False, True) if _may_share(p, call) else (False,))
+            for precision in _PRECISIONS.get(p.dtype, ("ieee",))
+        }
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        p, q, scale = self._problem, call.q, call.scale
+        if not scale > 0:  # the kernel takes the maximum of scores before it scales them
+            q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+        out = self._output(call.q)
+        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
+        lists = self._lists(call) if self._lists else None
+        inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        if p.mask != "additive":
+            factor *= _LOG2_E
+        in_k = (True, _precision(p)) in self._forward and call.v.data_ptr() == call.k.data_ptr()
+        self._forward[in_k, _precision(p)](
+            (q, call.k, call.v, out, lse, call.mask, lists, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths),
+            (inner, factor),
+        )  # fmt: skip
+        return out, lse
+
+
+class _Lists:
+    """The kernels of `block_lists.py` bound to one problem and one set of strides."""
+
+    __slots__ = ("_classify", "_list", "_size", "_states", "strides")
+
+    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
+        assert call.mask is not None
+        key_blocks = -(-p.kv_len // launch.block_n)
+        rows = p.mask_shape[2] > 1
+        shared = not (rows or p.banded or p.q_lengths)  # one list for all blocks of rows
+        row_blocks = 1 if shared else -(-p.q_len // launch.block_m)
+        batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
+        heads = p.mask_shape[1]
+        entries = batch * heads * row_blocks
+        length = key_blocks + 2
+        steps = heads * row_blocks * length, row_blocks * length, length
+        counts = batch, heads, row_blocks
+        #: Of one list's batch entry, head and block of rows.
+        self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
+        self._size = 4 * entries * length
+        self._states = entries * key_blocks if rows else 0
+        unit, strides, adjacent = _mask_layout(p, call.mask)
+        integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *_band(p))
+        constants = launch.block_m, launch.block_n, unit, adjacent
+        device = call.q.device
+        grid = entries, -(-key_blocks // _CLASSIFIED)
+        self._classify = Launcher(classify_kernel, grid, device, integers, (*constants, _CLASSIFIED), num_warps=4)
+        self._list = Launcher(list_kernel, (entries,), device, integers, (*constants, _LISTED, shared), num_warps=4)
+
+    def __call__(self, call: Call) -> Tensor:
+        memory = scratch(call.q.device, self._size + self._states)
+        lists = memory[: self._size].view(torch.int32)
+        states = memory[self._size :] if self._states else None
+        if states is not None:
+            self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
+        self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
+        return lists
+
+
+def _arguments(
+    p: Problem, call: Call, launch: Launch, list_strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The kernel's integers, and its constants but for the last three."""
+    flat = [stride for x in (call.q, call.k, call.v) for stride in x.stride()[:3]]
+    # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
+    unit = 1 if any(stride % 8 for stride in flat) else 8
+    mask_unit, mask_strides, adjacent = _mask_layout(p, call.mask)
+    interval_strides = (0, 0)
+    if call.lo is not None:
+        interval_strides = tuple(s if n > 1 else 0 for n, s in zip(call.lo.shape, call.lo.stride(), strict=True))
+    integers = (
+        *(stride // unit for stride in flat),
+        *mask_strides,
+        *list_strides,
+        *interval_strides,
+        p.q_heads,
+        p.group,
+        -(-p.q_len // launch.block_m),
+        p.q_len,
+        p.kv_len,
+        *_band(p),
+    )
+    blocks = (launch.block_m, launch.block_n, *parts(p.head_dim), *parts(p.value_dim))
+    mask_rows = p.dense_mask and p.mask_shape[2] > 1
+    biased = p.mask == "additive"
+    gaps = p.mask == "intervals" and p.mask_shape[1] > 1
+    return integers, (p.head_dim, p.value_dim, *blocks, unit, mask_unit, mask_rows, adjacent, biased, p.softcap != 0, gaps)
+
+
+def _band(p: Problem) -> tuple[int, int]:
+    """left and right for the kernels, in which an open side is as wide as all tokens."""
+    far = p.q_len + p.kv_len
+    return tuple(far if side < 0 else min(side, far) for side in (p.left, p.right))  # type: ignore[return-value]
+
+
+def _mask_layout(p: Problem, mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
+    """Elements per unit of a mask's strides, the strides (0 along dims that are broadcast; the last one in elements of
+    a unit, too), and whether neighbouring keys are neighbours in memory."""
+    if mask is None:
+        return 1, (0, 0, 0, 0), True
+    strides = [stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    if strides[3] != 1:
+        return 1, tuple(strides), False
+    unit = max(1, 16 // mask.element_size())
+    if any(stride % unit for stride in strides[:3]):
+        unit = 1
+    return unit, (*(stride // unit for stride in strides[:3]), 1), True
+
+
+def _may_share(p: Problem, call: Call) -> bool:
+    """Whether v may be the first columns of k (as in MLA with absorbed projections), read once: as far as shapes and
+    strides tell."""
+    (head, _), (value, rest) = parts(p.head_dim), parts(p.value_dim)
+    same = call.k.stride() == call.v.stride() and p.value_dim <= p.head_dim
+    return same and head == value == p.value_dim and not rest
+
+
+_PRECISIONS = {torch.float32: ("ieee", "tf32x3", "tf32")}
+
+
+def _precision(p: Problem) -> str:
+    """Of float32 products. Three products of TF32 are as exact as float32 is; TF32 alone where the user let torch's own
+    products use it. The interpreter has but one way."""
+    if p.dtype != torch.float32 or p.device != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

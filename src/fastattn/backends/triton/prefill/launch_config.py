@@ -1,0 +1,107 @@
+"""How the kernel for many queries is launched: block sizes, warps and stages, as data.
+
+Everything here follows from shapes, dtypes and the GPU, never from lengths: one launch is good for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ....call import Problem
+from ....shape_cache import cached
+from ..head_dims import parts
+
+MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
+_INTERPRETED_SHARED = 99 << 10  #: shared memory without a GPU, in Triton's interpreter: a small GPU's
+#: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
+#: the two launches more.
+_LISTED_KEYS = 1024
+_LISTED_BLOCKS = 4  #: the same for masks of one row, whose lists one small launch makes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One way of launching the kernel."""
+
+    block_m: int  #: queries
+    block_n: int  #: keys per step
+    warps: int
+    stages: int  #: steps being loaded or computed
+
+
+#: For 2-byte elements, by the larger of head and value dim, padded. Measured on SM 9.0.
+_HALF = {
+    64: Launch(64, 64, 4, 3),
+    128: Launch(64, 64, 4, 3),
+    256: Launch(64, 64, 8, 2),
+    512: Launch(64, 32, 8, 2),
+}
+#: For float32.
+_FLOAT = {
+    64: Launch(64, 64, 4, 2),
+    128: Launch(64, 32, 4, 2),
+    256: Launch(64, 32, 8, 2),
+    512: Launch(32, 16, 8, 2),
+}
+
+
+@cached(1 << 12, "launches of the prefill kernel")
+def choose(problem: Problem) -> Launch:
+    """The launch for a problem: the one that is listed for its head dims, made smaller until it fits the GPU."""
+    p = problem
+    table = _HALF if p.dtype.itemsize == 2 else _FLOAT
+    size = max(p.head_dim, p.value_dim)
+    found = next((launch for dim, launch in table.items() if size <= dim), table[512])
+    limit = shared_memory(p.index)
+    while shared(p, found) > limit:
+        found = _smaller(found)
+    return found
+
+
+def shared(problem: Problem, launch: Launch) -> int:
+    """Bytes of shared memory that a launch takes: q, and K and V of each stage."""
+    p = problem
+    head, value = sum(parts(p.head_dim)), sum(parts(p.value_dim))
+    return p.dtype.itemsize * (launch.block_m * head + launch.stages * launch.block_n * (head + value))
+
+
+def _smaller(x: Launch) -> Launch:
+    """The next smaller launch."""
+    if x.stages > 2:
+        return Launch(x.block_m, x.block_n, x.warps, 2)
+    if x.block_n > 32:
+        return Launch(x.block_m, x.block_n // 2, x.warps, x.stages)
+    if x.block_m > 32:
+        return Launch(x.block_m // 2, x.block_n, x.warps, x.stages)
+    if x.block_n > 16:
+        return Launch(x.block_m, x.block_n // 2, x.warps, x.stages)
+    if x.stages > 1:
+        return Launch(x.block_m, x.block_n, x.warps, 1)
+    return Launch(x.block_m // 2, x.block_n, x.warps, x.stages)
+
+
+def listed(problem: Problem, launch: Launch) -> bool:
+    """Whether blocks of keys that a tensor mask hides are found before the kernel runs."""
+    p = problem
+    if not p.dense_mask or p.mask_shape[3] == 1:
+        return False
+    if p.mask_shape[2] == 1:
+        return p.kv_len > _LISTED_BLOCKS * launch.block_n
+    return p.kv_len >= _LISTED_KEYS
+
+
+def by_head(problem: Problem) -> bool:
+    """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where rows of queries have
+    different amounts to do: then the longest of all heads go first."""
+    return not problem.banded
+
+
+@cache
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that one program may have on CUDA device `index` (-1: Triton's interpreter)."""
+    if index < 0:
+        return _INTERPRETED_SHARED
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
