@@ -29,6 +29,7 @@ from fastattn.masks import Intervals
 
 TYPES = {
     torch.bool: "i1",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

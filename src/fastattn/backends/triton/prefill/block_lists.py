@@ -42,6 +42,34 @@ def _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, B
     return i, lo, hi
 
 
+@triton.jit
+def _may_be_uniform(
+    mask_ptr, i, lo, hi, start, mask_si, mask_sj,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    """Whether a block may be hidden, or full, as far as its diagonal tells. Most blocks of a bias are neither, and
+    the rest of them need not be read."""
+    j = start + tl.arange(0, BLOCK_M) * BLOCK_N // BLOCK_M
+    bounded = (j >= lo) & (j < hi)
+    at = i.to(tl.int64) * mask_si * UNIT + (j.to(tl.int64) if ADJACENT else j.to(tl.int64) * mask_sj * UNIT)
+    seen, neutral = _seen_and_neutral(tl.load(mask_ptr + at, mask=bounded, other=0))
+    some = tl.max((seen & bounded).to(tl.int32), 0) > 0
+    return (some == 0) | (tl.min((neutral | (bounded == 0)).to(tl.int32), 0) > 0)
+
+
+@triton.jit
+def _state(
+    mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr
+):  # fmt: skip
+    """A block's state, from all of it."""
+    j = start + tl.arange(0, BLOCK_N)
+    bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, bounded, mask_si, mask_sj, UNIT, True, ADJACENT))
+    hidden = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) == 0
+    full = tl.min(tl.min(((neutral & bounded) | (hi <= lo)[:, None]).to(tl.int32), 1), 0) > 0
+    return tl.where(hidden, 0, tl.where(full, _FULL, _PARTIAL))
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def classify_kernel(
     mask_ptr,
@@ -79,26 +107,14 @@ def classify_kernel(
         start = n * BLOCK_N
         state = n * 0
         if (start < last) & (start + BLOCK_N > first):
-            whole = True
+            state += _PARTIAL
+            unsure = state > 0
             if mask_ptr.dtype.element_ty != tl.int1:
-                # Most blocks of a bias are told by their diagonal: neither hidden nor neutral.
-                j = start + tl.arange(0, BLOCK_M) * BLOCK_N // BLOCK_M
-                bounded = (j >= lo) & (j < hi)
-                at = i.to(tl.int64) * mask_si * MASK_UNIT
-                at += j.to(tl.int64) if MASK_ADJACENT else j.to(tl.int64) * mask_sj * MASK_UNIT
-                seen, neutral = _seen_and_neutral(tl.load(mask_ptr + at, mask=bounded, other=0))
-                seen_any = tl.max((seen & bounded).to(tl.int32), 0) > 0
-                neutral_all = tl.min((neutral | (bounded == 0)).to(tl.int32), 0) > 0
-                state += _PARTIAL
-                whole = (seen_any == 0) | neutral_all
-            if whole:
-                j = start + tl.arange(0, BLOCK_N)
-                bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-                bias = mask_tile(mask_ptr, i, j, bounded, mask_si, mask_sj, MASK_UNIT, True, MASK_ADJACENT)
-                seen, neutral = _seen_and_neutral(bias)
-                hidden = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) == 0
-                full = tl.min(tl.min(((neutral & bounded) | (sees == 0)[:, None]).to(tl.int32), 1), 0) > 0
-                state = tl.where(hidden, 0, tl.where(full, _FULL, _PARTIAL))
+                unsure = _may_be_uniform(
+                    mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT
+                )
+            if unsure:
+                state = _state(mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ADJACENT)
         tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state.to(tl.uint8))
 
 

@@ -71,7 +71,13 @@ def _step(
 ):
     """The running softmax (m: a row's largest score, l: its sum of exponentials, acc) after one more block of keys."""
     j = start + tl.arange(0, BLOCK_N)
-    inside = (j >= first) & (j < last)  # others may hold anything
+    if not FULL:
+        seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+        # Keys that no row of the block sees may hold anything, and 0 * NaN is not 0: they are not loaded.
+        if GAPS:
+            inside = tl.max(seen.to(tl.int32), 0) > 0
+        else:
+            inside = (j >= first) & (j < last)
     j64 = j.to(tl.int64)
     wanted = None if FULL else inside
     k, k_rest = load_rows(k_ptr, j64 * k_sj * UNIT, wanted, D, HEAD, HEAD_REST)
@@ -79,8 +85,6 @@ def _step(
     if SOFTCAP:
         s = tanh(s * inner)
     if not FULL:
-        seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-        bounded = seen
         if mask_ptr is not None:
             there = valid[:, None] & inside[None, :] if MASK_ROWS else inside[None, :]
             bias = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
@@ -113,10 +117,6 @@ def _step(
         v_rest = k
     else:
         v, v_rest = load_rows(v_ptr, j64 * v_sj * UNIT, wanted, DV, VALUE, VALUE_REST)
-    if GAPS and not FULL:  # p is 0 in them, but 0 * NaN is not
-        kept = (tl.max(bounded.to(tl.int32), 0) > 0)[:, None]
-        v = tl.where(kept, v, 0.0)
-        v_rest = tl.where(kept, v_rest, 0.0)
     p = p.to(v.dtype)
     acc = tl.dot(p, v, acc * decay[:, None], input_precision=PRECISION)
     if VALUE_REST:

@@ -18,8 +18,8 @@ MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
 _INTERPRETED_SHARED = 99 << 10  #: shared memory without a GPU, in Triton's interpreter: a small GPU's
 #: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
 #: the two launches more.
-_LISTED_KEYS = 1024
-_LISTED_BLOCKS = 4  #: the same for masks of one row, whose lists one small launch makes
+LISTED_KEYS = 1024
+LISTED_BLOCKS = 4  #: the same for masks of one row, whose lists one small launch makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def listed(problem: Problem, launch: Launch) -> bool:
     if not p.dense_mask or p.mask_shape[3] == 1:
         return False
     if p.mask_shape[2] == 1:
-        return p.kv_len > _LISTED_BLOCKS * launch.block_n
-    return p.kv_len >= _LISTED_KEYS
+        return p.kv_len > LISTED_BLOCKS * launch.block_n
+    return p.kv_len >= LISTED_KEYS
 
 
 def by_head(problem: Problem) -> bool:
