@@ -25,7 +25,7 @@ from fastattn.backends.triton.prefill import launch_config as launch
 from fastattn.call import Problem
 
 #: Several blocks of queries and keys, heads padded, lengths that are multiples of nothing.
-CASE = Case(batch=2, q_heads=4, kv_heads=2, q_len=37, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
+CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -128,7 +128,7 @@ def test_blocks(name: str, dtype: torch.dtype, device: str) -> None:
 def test_broadcast_masks(kind: str, shape: str, listed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without lists of blocks."""
     monkeypatch.setattr(forward, "listed", lambda p, _: listed and p.mask_shape[3] > 1)
-    check(CASE.but(mask=f"{kind}:{shape}", keep=0.3, kv_len=50), "prefill", device)
+    check(CASE.but(mask=f"{kind}:{shape}", keep=0.3, q_len=20, kv_len=50, head_dim=16), "prefill", device)
 
 
 @pytest.mark.parametrize("dims", [(72, 72), (96, 96), (192, 128), (128, 192), (256, 256), (512, 512), (576, 512)], ids=str)
@@ -163,22 +163,22 @@ def test_broadcast_memory(device: str) -> None:
     options = {
         "mask": Intervals(interval[..., 0], interval[..., 1]),
         "kv_lengths": torch.tensor([64], dtype=torch.int32, device=device).expand(2),
-        "sinks": torch.randn(8, device=device)[::2],
+        "sinks": torch.randn(4, device=device)[::2],
     }
     compare(x.q, x.k, x.v, **options)
-    compare(x.q, x.k, x.v, mask=torch.rand(75, 37, device=device).T[None, None].expand(2, 4, 37, 75) < 0.5)
+    compare(x.q, x.k, x.v, mask=torch.rand(75, 37, device=device).T[None, None].expand(2, 2, 37, 75) < 0.5)
     compare(x.q, x.k, x.v, mask=torch.rand(37, 80, device=device)[:, 3:78] < 0.5)
-    compare(x.q, x.k, x.v, mask=torch.randn(2, 1, 1, 1, device=device).expand(2, 4, 37, 75))
+    compare(x.q, x.k, x.v, mask=torch.randn(2, 1, 1, 1, device=device).expand(2, 2, 37, 75))
     lo = torch.zeros(2, 37, dtype=torch.int32, device=device)  # two layouts
     compare(x.q, x.k, x.v, mask=Intervals(lo, torch.arange(74, dtype=torch.int32, device=device).view(37, 2).T))
 
 
 def test_a_bias_of_whole_blocks(device: str) -> None:
     """ALiBi with a causal mask, 0 and -inf as models make it, and a prefix: hidden, full and partial blocks."""
-    x = make(CASE.but(q_len=75), device)
+    x = make(CASE.but(q_len=75, batch=1), device)
     i, j = torch.arange(75, device=device)[:, None], torch.arange(75, device=device)
     causal = torch.zeros(75, 75, device=device).masked_fill(j > i, -torch.inf)
-    slopes = 2.0 ** -torch.arange(1, 5, device=device)
+    slopes = 2.0 ** -torch.arange(1, 3, device=device)
     compare(x.q, x.k, x.v, mask=causal)
     compare(x.q, x.k, x.v, mask=causal.to(torch.bfloat16)[None, None])
     compare(x.q, x.k, x.v, mask=(causal - slopes[:, None, None] * (i - j))[None])
@@ -245,7 +245,7 @@ def test_key_of_minus_infinity(dtype: torch.dtype, device: str) -> None:
 def test_sink_of_minus_infinity(device: str) -> None:
     x = make(CASE, device)
     lengths = torch.tensor([40, 0], dtype=torch.int32, device=device)
-    sinks = torch.tensor([-torch.inf, 0.0, 200.0, -200.0], device=device)
+    sinks = torch.tensor([-torch.inf, 200.0], device=device)
     compare(x.q, x.k, x.v, sinks=sinks, kv_lengths=lengths)
     compare(x.q, x.k, x.v, sinks=sinks, mask=torch.randn(37, 75, device=device).masked_fill(lengths[0] > 50, -torch.inf))
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .... import masks
 from ....call import Call, Gradients, Problem
 from ...base import Kernel
 from ...layout import Output
 from ...scratch import scratch
+from ..bounds import Bounds
 from ..head_dims import parts
 from ..launcher import Launcher
 from .block_lists import classify_kernel, list_kernel
@@ -22,6 +22,7 @@ from .launch_config import Launch, by_head, choose, listed
 
 _LOG2_E = math.log2(math.e)
 _CLASSIFIED = 4  #: blocks of keys that one program classifies
+_TILE = 64  #: rows whose bounds one program finds
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
 
@@ -43,16 +44,28 @@ class _Forward:
 
 
 class _WithSegments(_Forward):
-    """Calls with segments: the kernel takes Intervals."""
+    """Calls with segments: a kernel before this one finds the keys that each row sees."""
 
-    __slots__ = ("_kernel", "_problem")
+    __slots__ = ("_bounds", "_kernel", "_shape", "_strides")
 
     def __init__(self, p: Problem, call: Call) -> None:
-        self._problem = p
-        self._kernel = bind(*masks.as_intervals(p, call))
+        self._bounds = Bounds(p, call, _TILE)
+        self._shape = p.batch, p.q_len
+        self._strides = self._bounds.tiles * _TILE, 1
+        q = replace(p, mask="intervals", mask_shape=self._shape, left=-1, right=-1)
+        self._kernel = bind(q, self._with_bounds(call, torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")))
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self._kernel.forward(masks.as_intervals(self._problem, call)[1])
+        memory = scratch(call.q.device, self._bounds.size)
+        self._bounds(call, memory)
+        return self._kernel.forward(self._with_bounds(call, memory))
+
+    def _with_bounds(self, call: Call, memory: Tensor) -> Call:
+        numbers = memory[: self._bounds.size].view(torch.int32)
+        lo, hi = (
+            numbers.as_strided(self._shape, self._strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at)
+        )
+        return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
 
 
 class _WithCopies(_Forward):
