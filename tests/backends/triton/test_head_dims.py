@@ -12,7 +12,8 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from fastattn.backends.triton.head_dims import MIN_PART, dot_rows, load_rows, parts, store_rows  # noqa: E402
+from fastattn.backends.triton.dims import MIN_PART, parts  # noqa: E402
+from fastattn.backends.triton.head_dims import dot_rows, load_rows, store_rows  # noqa: E402
 
 CUT = {
     8: (16, 0), 16: (16, 0), 24: (32, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32),

@@ -7,6 +7,7 @@ import torch
 from ....call import Call, Problem
 from ...base import Kernel
 from ..launcher import missing
+from . import launch_config
 
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
 HEAD_DIMS = range(8, 577, 8)
@@ -36,6 +37,8 @@ class PrefillBackend:
         for name, dim, dims in (("head", p.head_dim, HEAD_DIMS), ("value", p.value_dim, VALUE_DIMS)):
             if dim not in dims:
                 why.append(f"{name} dim {dim} is not a multiple of 8 up to {dims[-1]}")
+        if not why and not launch_config.fits(p):
+            why.append("head and value dims take more shared memory than a program may have on this GPU")
         return why
 
     def bind(self, problem: Problem, call: Call) -> Kernel:

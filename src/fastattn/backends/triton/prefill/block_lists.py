@@ -115,7 +115,7 @@ def classify_kernel(
                 )
             if unsure:
                 state = _state(mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ADJACENT)
-        tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state.to(tl.uint8))
+        tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state)
 
 
 @triton.jit(do_not_specialize=INTEGERS)

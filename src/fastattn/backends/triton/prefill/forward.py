@@ -14,7 +14,7 @@ from ...base import Kernel
 from ...layout import Output
 from ...scratch import scratch
 from ..bounds import Bounds
-from ..head_dims import parts
+from ..dims import parts
 from ..launcher import Launcher
 from .block_lists import classify_kernel, list_kernel
 from .kernel import forward_kernel
@@ -26,12 +26,12 @@ _TILE = 64  #: rows whose bounds one program finds
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
 
-def bind(problem: Problem, call: Call) -> Kernel:
-    """See `Backend.bind`."""
+def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Kernel:
+    """See `Backend.bind`. launch: how, if not as `choose` says."""
     if call.segments is not None:
-        return _WithSegments(problem, call)
+        return _WithSegments(problem, call, launch)
     readable, p = _readable(problem, call)
-    return PrefillKernel(p, call, choose(p)) if readable is call else _WithCopies(problem)
+    return PrefillKernel(p, call, launch or choose(p)) if readable is call else _WithCopies(problem, launch)
 
 
 class _Forward:
@@ -48,12 +48,13 @@ class _WithSegments(_Forward):
 
     __slots__ = ("_bounds", "_kernel", "_shape", "_strides")
 
-    def __init__(self, p: Problem, call: Call) -> None:
+    def __init__(self, p: Problem, call: Call, launch: Launch | None) -> None:
         self._bounds = Bounds(p, call, _TILE)
         self._shape = p.batch, p.q_len
         self._strides = self._bounds.tiles * _TILE, 1
         q = replace(p, mask="intervals", mask_shape=self._shape, left=-1, right=-1)
-        self._kernel = bind(q, self._with_bounds(call, torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")))
+        nothing = torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")
+        self._kernel = bind(q, self._with_bounds(call, nothing), launch)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         memory = scratch(call.q.device, self._bounds.size)
@@ -62,23 +63,22 @@ class _WithSegments(_Forward):
 
     def _with_bounds(self, call: Call, memory: Tensor) -> Call:
         numbers = memory[: self._bounds.size].view(torch.int32)
-        lo, hi = (
-            numbers.as_strided(self._shape, self._strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at)
-        )
+        lo, hi = (numbers.as_strided(self._shape, self._strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at))
         return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
 
 
 class _WithCopies(_Forward):
     """Calls with tensors that the kernel cannot read where they are."""
 
-    __slots__ = ("_problem",)
+    __slots__ = ("_launch", "_problem")
 
-    def __init__(self, p: Problem) -> None:
+    def __init__(self, p: Problem, launch: Launch | None) -> None:
         self._problem = p
+        self._launch = launch
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         readable, p = _readable(self._problem, call)
-        out, lse = PrefillKernel(p, readable, choose(p)).forward(readable)
+        out, lse = PrefillKernel(p, readable, self._launch or choose(p)).forward(readable)
         return out.to(self._problem.dtype), lse
 
 
@@ -139,9 +139,12 @@ class PrefillKernel(_Forward):
             factor *= _LOG2_E
         in_k = (True, _precision(p)) in self._forward and call.v.data_ptr() == call.k.data_ptr()
         self._forward[in_k, _precision(p)](
-            (q, call.k, call.v, out, lse, call.mask, lists, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths),
+            (
+                *(q, call.k, call.v, out, lse, call.mask, lists),
+                *(call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths),
+            ),
             (inner, factor),
-        )  # fmt: skip
+        )
         return out, lse
 
 
@@ -192,7 +195,7 @@ def _arguments(
     # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
     unit = 1 if any(stride % 8 for stride in flat) else 8
     mask_unit, mask_strides, adjacent = _mask_layout(p, call.mask)
-    interval_strides = (0, 0)
+    interval_strides: tuple[int, ...] = (0, 0)
     if call.lo is not None:
         interval_strides = tuple(s if n > 1 else 0 for n, s in zip(call.lo.shape, call.lo.stride(), strict=True))
     integers = (
@@ -211,7 +214,18 @@ def _arguments(
     mask_rows = p.dense_mask and p.mask_shape[2] > 1
     biased = p.mask == "additive"
     gaps = p.mask == "intervals" and p.mask_shape[1] > 1
-    return integers, (p.head_dim, p.value_dim, *blocks, unit, mask_unit, mask_rows, adjacent, biased, p.softcap != 0, gaps)
+    return integers, (
+        p.head_dim,
+        p.value_dim,
+        *blocks,
+        unit,
+        mask_unit,
+        mask_rows,
+        adjacent,
+        biased,
+        p.softcap != 0,
+        gaps,
+    )
 
 
 def _band(p: Problem) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def forward_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HEAD: tl.constexpr,  # the head dim in two parts: see `head_dims.py`
+    HEAD: tl.constexpr,  # the head dim in two parts: see `dims.py`
     HEAD_REST: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_REST: tl.constexpr,
@@ -243,9 +243,9 @@ def forward_kernel(
     for t in range(full):
         start = tl.load(lists_ptr + 2 + t) * BLOCK_N if lists_ptr is not None else begin + t * BLOCK_N
         m, l, acc, acc_rest = _step(
-            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo, hi,
-            first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
-            MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
+            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo,
+            hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT,
+            MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
         )  # fmt: skip
     for t in range(partial):
         if lists_ptr is not None:
@@ -253,9 +253,9 @@ def forward_kernel(
         else:
             start = tl.where(t < before, origin + t * BLOCK_N, end + (t - before) * BLOCK_N)
         m, l, acc, acc_rest = _step(
-            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo, hi,
-            first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
-            MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
+            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo,
+            hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT,
+            MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
         )  # fmt: skip
 
     m = tl.where(sees, m, float("-inf"))

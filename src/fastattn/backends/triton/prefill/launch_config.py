@@ -6,16 +6,15 @@ Everything here follows from shapes, dtypes and the GPU, never from lengths: one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 from ....call import Problem
 from ....shape_cache import cached
-from ..head_dims import parts
+from ..dims import parts
 
 MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
-_INTERPRETED_SHARED = 99 << 10  #: shared memory without a GPU, in Triton's interpreter: a small GPU's
+#: Bytes of shared memory that one program may have, by compute capability.
+SHARED_MEMORY = dict.fromkeys(((8, 0), (8, 7)), 163 << 10) | dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 << 10)
+SMALL = 99 << 10  #: of all others
 #: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
 #: the two launches more.
 LISTED_KEYS = 1024
@@ -31,6 +30,8 @@ class Launch:
     warps: int
     stages: int  #: steps being loaded or computed
 
+
+_LEAST = Launch(16, 16, 4, 1)
 
 #: For 2-byte elements, by the larger of head and value dim, padded. Measured on SM 9.0.
 _HALF = {
@@ -55,10 +56,15 @@ def choose(problem: Problem) -> Launch:
     table = _HALF if p.dtype.itemsize == 2 else _FLOAT
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
-    limit = shared_memory(p.index)
+    limit = SHARED_MEMORY.get(p.capability, SMALL)
     while shared(p, found) > limit:
         found = _smaller(found)
     return found
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the smallest launch has room in the GPU's shared memory. Some float32 calls have none on small GPUs."""
+    return shared(problem, _LEAST) <= SHARED_MEMORY.get(problem.capability, SMALL)
 
 
 def shared(problem: Problem, launch: Launch) -> int:
@@ -94,14 +100,6 @@ def listed(problem: Problem, launch: Launch) -> bool:
 
 
 def by_head(problem: Problem) -> bool:
-    """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where rows of queries have
+    """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where blocks of rows have
     different amounts to do: then the longest of all heads go first."""
     return not problem.banded
-
-
-@cache
-def shared_memory(index: int) -> int:
-    """Bytes of shared memory that one program may have on CUDA device `index` (-1: Triton's interpreter)."""
-    if index < 0:
-        return _INTERPRETED_SHARED
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)

@@ -1,0 +1,268 @@
+"""Forward calls on each backend that takes them, beside torch's kernels: one process, in turns; needs a GPU.
+
+    python -m benchmarks.forward [ROW ...] [--json FILE] [--tune] [--seconds N]
+
+ROW: words of the names of rows; all rows without any. First every kernel is compiled and compared with the float64
+reference, in several processes ("error": norm of the difference over norm). Then times: medians in microseconds of GPU
+work, captured in CUDA graphs, "cold" with the L2 cache flushed before each call, "hot" over many calls in a row; "host"
+is what one eager call costs the CPU. --tune: many launches of the prefill kernel for each row, hot, instead.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import fastattn
+from fastattn.bench import output
+from fastattn.call import Problem
+from fastattn.dispatch.registry import NAMES
+from fastattn.validation import Arguments, validated
+
+from .command import captured, end, parser_of, write
+from .forward_calls import ROWS, Row
+
+FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
+OURS = tuple(name for name in NAMES if name not in ("torch", "reference"))
+TORCHS = {
+    "torch cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch flash": SDPBackend.FLASH_ATTENTION,
+    "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+#: Launches of the prefill kernel that are tried: rows, keys, warps, stages.
+LAUNCHES = [
+    *product((64,), (32, 64), (4,), (2, 3)),
+    *product((64,), (32, 64), (8,), (2, 3)),
+    *product((128,), (32, 64), (8,), (2, 3)),
+    (64, 128, 4, 2),
+    (128, 128, 8, 2),
+    (32, 64, 4, 2),
+    (32, 32, 4, 2),
+]
+
+
+def contenders(row: Row, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Calls of one row by the name of what serves them."""
+    q, k, v = row.inputs(device)
+    found: dict[str, Callable[[], Any]] = {}
+    ours = row.arguments(row.ours, device)
+    refused = fastattn.explain(q, k, v, **ours).reasons
+    for name in OURS:
+        if not refused[name]:
+            found[name] = partial(fastattn.scaled_dot_product_attention, q, k, v, **ours, backend=name)
+    if row.theirs is not None:
+        theirs = row.arguments(row.theirs, device)
+        mask = theirs.get("attn_mask")
+        if mask is not None and mask.dtype != torch.bool:
+            theirs["attn_mask"] = mask.to(row.dtype)
+        for name, kernel in TORCHS.items():
+            grouped = q.shape[1] != k.shape[1]
+            if name == "torch efficient" and grouped:  # it has no groups: on keys and values that were repeated before
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+                grouped = False
+            found[name] = partial(_on_torch, kernel, q, k, v, theirs | {"enable_gqa": grouped})
+    return found
+
+
+def _on_torch(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    with sdpa_kernel(kernel):
+        return sdpa(q, k, v, **arguments)
+
+
+def error_of(index: int) -> dict[str, Any]:
+    """Runs each of our backends on a row, for the first time, and compares it with the reference."""
+    row, device = ROWS[index], torch.device("cuda")
+    torch.manual_seed(index)
+    q, k, v = row.inputs(device)
+    ours = row.arguments(row.ours, device)
+    want = None
+    found: dict[str, Any] = {}
+    refused = fastattn.explain(q, k, v, **ours).reasons
+    for name in OURS:
+        if refused[name]:
+            continue
+        start = time.perf_counter()
+        try:
+            got = _first(fastattn.scaled_dot_product_attention(q, k, v, **ours, backend=name))
+            seconds = time.perf_counter() - start
+            if want is None:
+                wide = ours | {"sinks": ours["sinks"].double()} if "sinks" in ours else ours
+                want = _first(fastattn.scaled_dot_product_attention(
+                    q.double(), k.double(), v.double(), **wide, backend="reference"))  # fmt: skip
+            error = ((got.double() - want).norm() / want.norm()).item()
+            found[name] = {"error": float(f"{error:.2e}"), "first": round(seconds, 2)}
+        except Exception as failure:
+            found[name] = {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"}
+    return found
+
+
+def _first(x: Any) -> Tensor:
+    return x[0] if isinstance(x, tuple) else x
+
+
+def between(replay: Callable[[], None], times: int = 1) -> float:
+    """Microseconds of one replay of a graph."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / times
+
+
+def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Cold, hot and host microseconds of each, in turns. What cannot run is left out."""
+    graphs: dict[str, Callable[[], None]] = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = captured(run)
+        except (RuntimeError, NotImplementedError) as error:
+            if "CUDA error" in str(error):
+                raise
+            torch.cuda.synchronize()
+    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
+    times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            flush.zero_()
+            samples[name]["cold"].append(between(graph))
+            samples[name]["hot"].append(between(graph, times[name]))
+    for name in graphs:
+        for _ in range(20):
+            start = time.perf_counter()
+            runs[name]()
+            samples[name]["host"].append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
+
+
+def launches(row: Row) -> list[Any]:
+    """Launches of the prefill kernel whose tiles fit the shared memory."""
+    from fastattn.backends.triton.prefill import launch_config
+
+    device = torch.device("cuda", 0)
+    problem = Problem.of(_call(row, device))
+    limit = launch_config.SHARED_MEMORY.get(problem.capability, launch_config.SMALL)
+    tried = (launch_config.Launch(*numbers) for numbers in LAUNCHES)
+    return [one for one in tried if launch_config.shared(problem, one) <= limit]
+
+
+def _call(row: Row, device: torch.device) -> Any:
+    return validated(Arguments(*row.inputs(device), **row.arguments(row.ours, device)), None)
+
+
+def kernel_of(row: Row, one: Any, call: Any) -> Callable[[], Any]:
+    """The prefill kernel with a launch of one's own."""
+    from fastattn.backends.triton.prefill.forward import bind
+
+    return partial(bind(Problem.of(call), call, one).forward, call)
+
+
+def compile_launch(job: tuple[int, Any]) -> None:
+    """Compiles one launch for a row, by running it."""
+    row = ROWS[job[0]]
+    try:
+        with torch.inference_mode():
+            kernel_of(row, job[1], _call(row, torch.device("cuda", 0)))()
+        torch.cuda.synchronize()
+    except Exception as failure:
+        print(f"{row.name} {job[1]}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
+
+
+def tune(row: Row, flush: Tensor) -> dict[str, float]:
+    """Hot microseconds of each launch, the quickest first."""
+    device = torch.device("cuda", 0)
+    call = _call(row, device)
+    found = {}
+    for one in launches(row):
+        try:
+            graph = captured(kernel_of(row, one, call), 2)
+        except Exception as failure:
+            print(f"{row.name} {one}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
+            continue
+        times = max(1, min(20, int(2000 / between(graph, 2))))
+        name = " ".join(str(x) for x in asdict(one).values())
+        found[name] = round(min(between(graph, times) for _ in range(3)), 1)
+    return dict(sorted(found.items(), key=lambda x: x[1]))
+
+
+def line_of(name: str, row: dict[str, dict[str, float]], errors: dict[str, Any]) -> str:
+    """A row of the table that is printed: cold/hot/host, and the error of ours."""
+    cells = []
+    for who, times in row.items():
+        error = errors.get(who, {}).get("error")
+        figures = "/".join(f"{x:.0f}" if x >= 100 else f"{x:.1f}" for x in times.values())
+        cells.append(f"{who} {figures}" + ("" if error is None else f" ({error:.0e})"))
+    return f"{name:24} " + "  ".join(cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = parser_of("forward", __doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--tune", action="store_true", help="launches of the prefill kernel")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each time (default: 7)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="rows that would begin later are left out")
+    arguments = parser.parse_args(argv)
+    output.check([arguments.json])
+    if not torch.cuda.is_available():
+        print("forward: needs a GPU, torch sees none", file=sys.stderr)
+        return 2
+    begun = time.monotonic()
+    indices = [i for i, row in enumerate(ROWS) if not arguments.rows or any(x in row.name for x in arguments.rows)]
+    found: dict[str, Any] = {"benchmark": "forward", "unit": "us", "rows": {}}
+    errors = prepare(indices, arguments.tune)
+    print(f"compiled and compared after {time.monotonic() - begun:.0f} s", flush=True)
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    try:
+        for index in indices:
+            row = ROWS[index]
+            if time.monotonic() - begun > arguments.seconds:
+                print(f"{row.name:24} left out: no time")
+                continue
+            torch.manual_seed(index)
+            with torch.inference_mode():
+                if arguments.tune:
+                    found["rows"][row.name] = tune(row, flush)
+                    print(f"{row.name:24} {list(found['rows'][row.name].items())[:5]}", flush=True)
+                    continue
+                times = measure(contenders(row, torch.device("cuda")), flush, arguments.rounds)
+            found["rows"][row.name] = {"times": times, "checks": errors[index]}
+            print(line_of(row.name, times, errors[index]), flush=True)
+            failed = {name: x["failed"] for name, x in errors[index].items() if "failed" in x}
+            if failed:
+                print(f"{'':24} {failed}")
+    finally:  # what there is, should a row fail
+        write(arguments.json, "forward", argv, torch.device("cuda"), found)
+    print(f"{time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def prepare(indices: Iterable[int], tuning: bool) -> dict[int, Any]:
+    """Compiles, in several processes; returns the errors by row."""
+    indices = list(indices)
+    with ProcessPoolExecutor(max(1, min(12, (os.cpu_count() or 1) - 1)), get_context("spawn")) as pool:
+        if tuning:
+            list(pool.map(compile_launch, [(i, one) for i in indices for one in launches(ROWS[i])]))
+            return {}
+        return dict(zip(indices, pool.map(error_of, indices), strict=True))
+
+
+if __name__ == "__main__":
+    end(main)
