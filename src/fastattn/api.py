@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .call import Problem
-from .dispatch import fast_path, operators, registry, routes
+from .dispatch import fast_path, operators, preference, registry, routes
 from .validation import Arguments, Mask, validated
 
 
@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
             0..S are clamped.
         return_lse: also return the log-sum-exp of each row, `[B, Hq, Sq]` (float32; float64 for float64 inputs;
             natural logarithm, sinks included; -inf in rows that see nothing).
-        backend: "decode", "cudnn", "torch" or "reference" to insist on one.
+        backend: "decode", "hopper", "cudnn", "torch", "prefill" or "reference" to insist on one.
 
     Returns:
         `[B, Hq, Sq, Dv]` in the promoted dtype, laid out in memory as `[B, Sq, Hq, Dv]`; with return_lse a pair. A row
@@ -89,6 +89,7 @@ class Explanation:
     problem: Problem
     chosen: str | None  #: None when every allowed backend refuses
     reasons: dict[str, list[str]]  #: backend -> refusals, empty when it can serve the call
+    preference: str = ""  #: why the backends are asked in another order than for most calls; "": they are not
 
     def __str__(self) -> str:
         width = max(len(name) for name in registry.NAMES)
@@ -98,6 +99,7 @@ class Explanation:
             lines.append(f"{'->' if name == self.chosen else '  '} {name:<{width}}  {'; '.join(why) or state}")
         absent = "not allowed here (use_backend, backend=, FASTATTN_BACKENDS or FASTATTN_CUDNN)"
         lines += [f"   {name:<{width}}  {absent}" for name in registry.NAMES if name not in self.reasons]
+        lines += [f"   in this order because {self.preference}"] if self.preference else []
         return "\n".join(lines)
 
 
@@ -111,6 +113,8 @@ def explain(
     """
     call = validated(Arguments(q, k, v, **arguments), scale)
     problem = Problem.of(call)
-    refusals = routes.reasons(problem, registry.names_for(backend))
+    names = registry.names_for(backend)
+    refusals = routes.reasons(problem, names)
     chosen = next((name for name, why in refusals.items() if not why), None)
-    return Explanation(problem, chosen, refusals)
+    rule = preference.rule_for(problem) if tuple(refusals) != names else None
+    return Explanation(problem, chosen, refusals, rule.why if rule else "")

@@ -164,7 +164,7 @@ def test_a_backend_list_with_an_unknown_name_is_a_line(monkeypatch):
     found = findings()
     line = found["FASTATTN_BACKENDS=torch,nope"]
     assert line.state == "broken"
-    assert "expected one or more of decode, cudnn, torch, reference, got nope" in line.text
+    assert "expected one or more of decode, hopper, cudnn, torch, prefill, reference, got nope" in line.text
     assert found["backend reference"].state == "ok"
 
 

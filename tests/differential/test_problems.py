@@ -8,6 +8,7 @@ FASTATTN_TEST_SEED draws others. FASTATTN_EXAMPLES=N (`make fuzz`) draws N new o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -19,6 +20,7 @@ from drawn_checks import EXAMPLES, SHARDS, SLOW, hold, wrong
 from hypothesis import Phase, given
 
 DECODE_SHARE = 20  #: of so many problems one is the decode kernel's: Triton's interpreter takes its time
+PREFILL_SHARE = 40  #: the same for the prefill kernel's, which are larger
 
 #: Problems that were wrong once, or that are one step away from one that was.
 KEPT: tuple[Drawn, ...] = (
@@ -71,12 +73,35 @@ def test_decode_problems(shard: int, seed: int, monkeypatch: pytest.MonkeyPatch)
     hold(strategy, check, EXAMPLES // DECODE_SHARE // SHARDS, seed, KEPT_FOR_DECODE if shard == 0 else [])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_prefill_problems(shard: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill kernel and those that list its blocks, through Triton's interpreter, in small blocks."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs natively here: the test on the GPU says more")
+    from fastattn.backends.triton.prefill import forward, launch_config
+
+    choose = launch_config.choose
+    monkeypatch.setattr(forward, "choose", lambda p: replace(choose(p), block_m=16, block_n=16))
+    monkeypatch.setattr(launch_config, "LISTED_KEYS", 32)
+
+    def check(drawn: Drawn) -> None:
+        assert not refusals(inputs_of(drawn), "prefill")
+        found = wrong(drawn, ("prefill",), "cpu")
+        assert not found, f"{drawn.case}: {found}"
+
+    strategy = problems(longest=70, gradients=False, rows=64, least=1)
+    hold(strategy, check, EXAMPLES // PREFILL_SHARE // SHARDS, seed)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 @pytest.mark.filterwarnings("ignore::fastattn.FastattnWarning")  # the reference serves some
 def test_problems_on_a_gpu(shard: int, seed: int) -> None:
-    """All four backends. Few head counts and dims, so that not every problem needs a cuDNN plan of its own."""
+    """All backends. Few head counts and dims, so that not every problem needs a cuDNN plan of its own."""
 
     def few_families(drawn: Drawn) -> Drawn:
         c = drawn.case
@@ -86,7 +111,7 @@ def test_problems_on_a_gpu(shard: int, seed: int) -> None:
         )
 
     def check(drawn: Drawn) -> None:
-        found = wrong(drawn, ("decode", "cudnn", "torch", "reference"), "cuda")
+        found = wrong(drawn, ("decode", "hopper", "cudnn", "torch", "prefill", "reference"), "cuda")
         assert not found, f"{drawn.case}: {found}"
 
     hold(problems().map(few_families), check, EXAMPLES // 20, seed, [*KEPT, *KEPT_FOR_DECODE] if shard == 0 else [])

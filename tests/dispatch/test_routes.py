@@ -23,7 +23,7 @@ from fastattn.call import Problem
 from fastattn.common import notice
 from fastattn.dispatch import registry, routes
 
-NAMES = ("decode", "cudnn", "torch", "reference")
+NAMES = registry.NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -65,16 +65,20 @@ def problem(device: str = "cuda", **arguments: Any) -> Problem:
 
 
 def test_the_first_without_a_reason_serves(fakes: Any) -> None:
-    fakes(decode=["too many queries"])
+    fakes(decode=["too many queries"], hopper=["another GPU"])
     assert routes.select(problem(), NAMES).name == "cudnn"
     assert routes.select(problem(), ("torch", "cudnn")).name == "torch"
-    assert routes.reasons(problem()) == {"decode": ["too many queries"], "cudnn": [], "torch": [], "reference": []}
+    assert list(routes.reasons(problem()).items()) == [
+        ("decode", ["too many queries"]),
+        ("hopper", ["another GPU"]),
+        *((name, []) for name in ("cudnn", "torch", "prefill", "reference")),
+    ]
 
 
 def test_backend_error_lists_every_refusal(fakes: Any) -> None:
     fakes(decode=["too many queries"], cudnn=["no GPU", "softcap"], torch=["softcap"])
     with pytest.raises(fastattn.BackendError) as error:
-        routes.select(problem(), NAMES[:3])
+        routes.select(problem(), ("decode", "cudnn", "torch"))
     assert str(error.value).splitlines()[1:] == [
         "  decode: too many queries",
         "  cudnn: no GPU; softcap",
@@ -91,12 +95,14 @@ def test_a_refused_call_raises_before_anything_is_launched() -> None:
 
 
 def test_explain_is_a_table(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes(decode=["too many queries", "gradients"])
+    fakes(decode=["too many queries", "gradients"], hopper=["another GPU"])
     monkeypatch.setenv("FASTATTN_CUDNN", "0")
     explanation = fastattn.explain(*qkv(), mask="causal")
     assert str(explanation).splitlines() == [
         "   decode     too many queries; gradients",
+        "   hopper     another GPU",
         "-> torch      serves this call",
+        "   prefill    could serve it, comes later in the list",
         "   reference  could serve it, comes later in the list",
         "   cudnn      not allowed here (use_backend, backend=, FASTATTN_BACKENDS or FASTATTN_CUDNN)",
     ]
@@ -128,16 +134,17 @@ def test_explain_tells_about_gradients() -> None:
 
 
 def test_cudnn_switched_off_is_not_even_asked(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = fakes(decode=["no"])
+    found = fakes(decode=["no"], hopper=["no"])
     monkeypatch.setenv("FASTATTN_CUDNN", "0")
     monkeypatch.setattr(found["cudnn"], "reasons", lambda problem: pytest.fail("asked"), raising=False)
     assert routes.select(problem(), registry.allowed()).name == "torch"
 
 
 def test_warns_once_for_each_reason(fakes: Any) -> None:
-    found = fakes(decode=["a"], cudnn=["b"], torch=["softcap"])
+    found = fakes(decode=["a"], hopper=["a"], cudnn=["b"], torch=["softcap"], prefill=["c"])
     with pytest.warns(
-        fastattn.FastattnWarning, match=r"reference.*decode: a; cudnn: b; torch: softcap.*fastattn doctor"
+        fastattn.FastattnWarning,
+        match=r"reference.*decode: a; hopper: a; cudnn: b; torch: softcap; prefill: c.*fastattn doctor",
     ):
         assert routes.select(problem(), NAMES).name == "reference"
     with warnings.catch_warnings():
@@ -150,7 +157,7 @@ def test_warns_once_for_each_reason(fakes: Any) -> None:
 
 
 def test_warns_once_from_many_threads(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes(decode=["a"], cudnn=["b"], torch=["c"])
+    fakes(decode=["a"], hopper=["a"], cudnn=["b"], torch=["c"], prefill=["d"])
     said: list[str] = []
     monkeypatch.setattr(notice.warnings, "warn", lambda text, *_, **__: said.append(text))
     cuda = problem()

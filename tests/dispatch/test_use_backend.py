@@ -13,7 +13,7 @@ from served import Served
 import fastattn
 from fastattn.dispatch import registry
 
-NAMES = ("decode", "cudnn", "torch", "reference")
+NAMES = ("decode", "hopper", "cudnn", "torch", "prefill", "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,8 @@ def test_use_backend_is_of_its_task() -> None:
 @pytest.mark.parametrize("names", [("flash",), ("torch", "sdpa"), (), ("",), (5,), (["torch"],)], ids=str)
 def test_use_backend_with_unknown_names(names: tuple[Any, ...]) -> None:
     with pytest.raises(
-        (ValueError, TypeError), match=r"^use_backend: expected one or more of decode, cudnn, torch, ref"
+        (ValueError, TypeError),
+        match=r"^use_backend: expected one or more of decode, hopper, cudnn, torch, prefill, ref",
     ):
         with fastattn.use_backend(*names):
             pass
@@ -109,8 +110,8 @@ def test_use_backend_with_unknown_names(names: tuple[Any, ...]) -> None:
         ("reference", None, ("reference",)),
         (" torch , decode ", None, ("torch", "decode")),
         ("", None, NAMES),
-        (None, "0", ("decode", "torch", "reference")),
-        (None, "OFF", ("decode", "torch", "reference")),
+        (None, "0", ("decode", "hopper", "torch", "prefill", "reference")),
+        (None, "OFF", ("decode", "hopper", "torch", "prefill", "reference")),
         (None, "1", NAMES),
         (None, "", NAMES),
         ("cudnn,torch", "0", ("torch",)),

@@ -35,7 +35,7 @@ SERVES = {
 BUGS = ("AttributeError", "NameError", "TypeError", "KeyError", "IndexError")
 
 
-@pytest.mark.parametrize("backend", ["decode", "cudnn", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["decode", "hopper", "cudnn", "torch", "prefill", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_on_another_device_than_the_current_one(name: str, backend: str, seed: int) -> None:
     if torch.cuda.device_count() < 2:

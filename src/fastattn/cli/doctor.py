@@ -42,6 +42,7 @@ PACKAGES = {"cuDNN frontend": "nvidia-cudnn-frontend", "Triton": "triton"}
 
 #: Largest relative error of a working backend, by the dtype in which it is tried.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
+_FORWARD_ONLY = ("decode", "hopper", "prefill")  #: other backends compute their gradients
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,16 @@ def examine() -> list[Finding]:
     ):
         findings += _guard(subject, probe)
     findings = [_untested(finding) for finding in findings]
-    for name in ("decode", "cudnn", "torch", "reference"):
+    for name in _names():
         findings += _guard(f"backend {name}", partial(_backend, name))
     findings += _guard("plans on disk", _plans)
     return findings + _guard("switches", _switches)
+
+
+def _names() -> tuple[str, ...]:
+    from ..dispatch.registry import NAMES
+
+    return NAMES
 
 
 def _guard(subject: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -230,10 +237,11 @@ def _backend(name: str) -> Iterator[Finding]:
     subject = f"backend {name}"
     refusals, error = _try(name, gradients=False)
     if refusals:
-        yield Finding(subject, "missing" if _has_gpu() else "none", "; ".join(refusals))
+        missing = _has_gpu() and (name != "hopper" or _is_hopper())
+        yield Finding(subject, "missing" if missing else "none", "; ".join(refusals))
         return
     done = "forward"
-    if name != "decode":  # decode has no backward: other backends compute its gradients
+    if name not in _FORWARD_ONLY:
         refusals, backward = _try(name, gradients=True)
         done = f"forward only ({'; '.join(refusals)})" if refusals else "forward and backward"
         error = max(error, backward)
@@ -243,6 +251,12 @@ def _backend(name: str) -> Iterator[Finding]:
         yield Finding(subject, "off", f"{done} would work; switched off by an environment variable")
     else:
         yield Finding(subject, "ok", f"{done}, relative error {error:.1e}")
+
+
+def _is_hopper() -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability() == (9, 0)
 
 
 def _allowed() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The backends by name, and which of them may serve calls here and now.
 
-The order of the list is the rule: the first backend without a reason to refuse serves a call. `FASTATTN_BACKENDS` (a
-comma-separated list), `FASTATTN_CUDNN=0` and `use_backend` shorten or reorder the list.
+The first backend of the list without a reason to refuse serves a call; for some calls `preference.py` asks others
+first. `FASTATTN_BACKENDS` (a comma-separated list), `FASTATTN_CUDNN=0` and `use_backend` shorten or reorder the list.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from .._compat.torch import constant_when_traced
 from ..backends.base import Backend
 from ..config import is_on, setting
 
-NAMES = ("decode", "cudnn", "torch", "prefill", "reference")  #: all backends, in the order in which they are asked
+NAMES = (
+    "decode",
+    "hopper",
+    "cudnn",
+    "torch",
+    "prefill",
+    "reference",
+)  #: all backends, in the order in which most calls ask
 
 _chosen: ContextVar[tuple[str, ...] | None] = ContextVar("fastattn_backends", default=None)
 
@@ -35,6 +42,10 @@ def backend(name: str) -> Backend:
         from ..backends.cudnn import CudnnBackend
 
         return CudnnBackend()
+    if name == "hopper":
+        from ..backends.triton.hopper import HopperBackend
+
+        return HopperBackend()
     if name == "prefill":
         from ..backends.triton.prefill import PrefillBackend
 
@@ -82,9 +93,10 @@ def names_for(backend: str | None) -> tuple[str, ...]:
 
 @contextmanager
 def use_backend(*names: str) -> Iterator[None]:
-    """Within the block, only the named backends serve calls (of this thread or task), in the order given.
+    """Within the block, only the named backends serve calls (of this thread or task).
 
-    names: one or more of "decode", "cudnn", "torch", "reference". A call that none of them can serve raises
+    names: one or more of "decode", "hopper", "cudnn", "torch", "prefill", "reference". Named in this order, the fastest
+    of them that can serve a call does; in another order, the first. A call that none of them can serve raises
     `BackendError`, a ValueError. Takes precedence over `FASTATTN_BACKENDS` and `FASTATTN_CUDNN`. The backward of a
     call is computed by the backends that were allowed in its forward.
     """

@@ -12,7 +12,7 @@ from ..backends.base import Backend, Kernel
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
 from ..shape_cache import Reason, shape_cache
-from . import registry
+from . import preference, registry
 from .refusals import late_refusal
 from .registry import BackendError
 
@@ -55,7 +55,8 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
 
 def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
-    return {name: _reasons(name, problem) for name in (registry.allowed() if names is None else names)}
+    names = registry.allowed() if names is None else tuple(names)
+    return {name: _reasons(name, problem) for name in preference.ordered(problem, names)}
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
@@ -83,7 +84,7 @@ def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
     """The same as `select`, and until when the choice holds: see `Route.until`."""
     refusals: dict[str, list[str]] = {}
     until, waiting = 0.0, None
-    for name in names:
+    for name in preference.ordered(problem, tuple(names)):
         why = registry.backend(name).reasons(problem)
         late = None if why else late_refusal(name, problem)
         if not why and late is None:

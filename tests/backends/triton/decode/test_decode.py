@@ -19,6 +19,7 @@ import fastattn
 from fastattn import Intervals
 from fastattn.backends.triton import launcher as triton_launch
 from fastattn.backends.triton.decode import DecodeBackend
+from fastattn.backends.triton.decode import forward
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Problem
 
@@ -50,14 +51,22 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """force(splits=3, block_n=16) launches the kernel like that, whatever the rules say."""
     choose = launch.choose
+    forced: list[bool] = []
 
     def force(**fields: int) -> None:
-        monkeypatch.setattr(launch, "choose", lambda p, sms: dataclasses.replace(choose(p, sms), **fields))
+        forced.append(False)
 
-    return force
+        def forced_choice(p: Problem, sms: int) -> launch.Launch:
+            forced[-1] = True
+            return dataclasses.replace(choose(p, sms), **fields)
+
+        monkeypatch.setattr(forward, "choose", forced_choice)
+
+    yield force
+    assert all(forced)  # a name that nobody looks up would have no effect
 
 
 DIMS = ((64, None), (72, None), (192, 128), (256, None), (8, 40))

@@ -1,1 +1,32 @@
 """The forward for Hopper GPUs (compute capability 9.0), in Gluon."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ....call import Call, Gradients, Problem
+from ...base import Kernel
+from . import launch
+
+
+class HopperBackend:
+    """See `launch.py`. triton is imported when a kernel has to be compiled."""
+
+    name = "hopper"
+    reads_lse = False
+
+    def reasons(self, problem: Problem) -> list[str]:
+        return [*launch.reasons(problem), *(["has no gradients"] if problem.grads else [])]
+
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        return _HopperKernel(launch.Forward(problem, call))
+
+
+class _HopperKernel:
+    __slots__ = ("forward",)
+
+    def __init__(self, forward: launch.Forward) -> None:
+        self.forward = forward  #: of a call: its output and log-sum-exp
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")

@@ -1,0 +1,70 @@
+"""Which of the backends that can serve a call is asked first: by measurement, as data per GPU.
+
+`registry.NAMES` is the order where nothing else is known. A rule brings backends to its front, for the calls that it
+holds for, and says by which measurement or for which reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..call import Problem
+from .registry import NAMES
+
+
+class Rule(NamedTuple):
+    """Backends that are asked first."""
+
+    holds: Callable[[Problem], bool]
+    first: tuple[str, ...]  #: in this order
+    why: str  #: for `fastattn.explain`
+
+
+def _large(p: Problem) -> bool:
+    return max(p.head_dim, p.value_dim) > 256
+
+
+def _grouped_float(p: Problem) -> bool:
+    return p.dtype == torch.float32 and p.group > 1
+
+
+def _needs_dense_mask(p: Problem) -> bool:
+    """Whether torch's kernels would have to be given a mask that is not a tensor of the call."""
+    return p.mask in ("intervals", "segments") or p.q_lengths or p.kv_lengths or p.left >= 0 or p.right > 0
+
+
+#: By compute capability; those under None hold on every GPU. The first rule that holds counts.
+RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
+    None: (
+        Rule(_large, ("decode", "hopper", "prefill"), "torch has no fused kernel for head dims over 256"),
+        Rule(_grouped_float, ("decode", "hopper", "prefill"), "torch has no fused float32 kernel for grouped heads"),
+        Rule(
+            _needs_dense_mask,
+            ("decode", "hopper", "cudnn", "prefill"),
+            "torch would need a mask of all queries and keys",
+        ),
+    ),
+}
+
+
+def rule_for(problem: Problem) -> Rule | None:
+    """The rule that counts for a problem, if there is one."""
+    if problem.device != "cuda":
+        return None
+    rules = (*RULES.get(problem.capability, ()), *RULES[None])
+    return next((rule for rule in rules if rule.holds(problem)), None)
+
+
+def ordered(problem: Problem, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in the order in which the backends are asked. A list that is not in the order of `NAMES` is somebody's
+    own, and stays as it is."""
+    if names != tuple(name for name in NAMES if name in names):
+        return names
+    rule = rule_for(problem)
+    if rule is None:
+        return names
+    first = tuple(name for name in rule.first if name in names)
+    return (*first, *(name for name in names if name not in first))

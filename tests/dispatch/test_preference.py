@@ -1,0 +1,82 @@
+"""Which backend is asked first, and what `explain` says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from cases import a_problem
+
+import fastattn
+from fastattn import api
+from fastattn.dispatch import preference
+from fastattn.dispatch.registry import NAMES
+
+PROBLEM = dataclasses.replace(a_problem(), q_len=300)
+
+
+def but(**changes: Any) -> Any:
+    return dataclasses.replace(PROBLEM, **changes)
+
+
+def before(order: tuple[str, ...], one: str, other: str) -> bool:
+    return order.index(one) < order.index(other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 512, "value_dim": 512},
+        {"head_dim": 576, "value_dim": 512},
+        {"dtype": torch.float32},
+        {"kv_lengths": True},
+        {"left": 100, "right": 0},
+        {"mask": "segments", "mask_shape": (3, 7), "mask_dtype": torch.int32},
+    ],
+    ids=str,
+)
+def test_where_torch_has_no_kernel_of_its_own(changes: dict[str, Any]) -> None:
+    """Its way is a matrix of all scores, or a mask of all queries and keys."""
+    order = preference.ordered(but(**changes), NAMES)
+    assert sorted(order) == sorted(NAMES)
+    assert before(order, "prefill", "torch")
+    assert before(order, "decode", "prefill")
+    assert order[-1] == "reference"
+
+
+@pytest.mark.parametrize("changes", [{}, {"right": 0}, {"dtype": torch.float32, "q_heads": 8, "kv_heads": 8}], ids=str)
+def test_plain_calls_keep_the_order(changes: dict[str, Any]) -> None:
+    p = but(capability=(8, 0), **changes)
+    assert preference.ordered(p, NAMES) == NAMES
+
+
+def test_the_cpu_keeps_the_order() -> None:
+    assert preference.ordered(but(device="cpu", index=-1, capability=(0, 0), head_dim=512), NAMES) == NAMES
+
+
+def test_a_list_of_ones_own_stays() -> None:
+    p = but(head_dim=512)
+    assert preference.ordered(p, ("torch", "decode", "prefill")) == ("torch", "decode", "prefill")
+    assert preference.ordered(p, ("torch",)) == ("torch",)
+    assert preference.ordered(p, tuple(name for name in NAMES if name in ("torch", "prefill"))) == ("prefill", "torch")
+
+
+def test_rules_name_backends_and_their_reason() -> None:
+    for rules in preference.RULES.values():
+        for rule in rules:
+            assert set(rule.first) <= set(NAMES)
+            assert rule.why
+            assert isinstance(rule.holds(PROBLEM), bool)
+
+
+def test_explain_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 3, 16)
+    assert "in this order because" not in str(fastattn.explain(q, q, q))
+    rule = preference.Rule(lambda p: True, ("reference",), "it was measured")
+    monkeypatch.setattr(preference, "rule_for", lambda p: rule)
+    found = api.explain(q, q, q)
+    assert found.chosen == "reference"
+    assert next(iter(found.reasons)) == "reference"
+    assert str(found).splitlines()[-1].strip() == "in this order because it was measured"
