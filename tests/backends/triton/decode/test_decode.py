@@ -18,10 +18,10 @@ from features import BROADCASTS, FEATURES
 import fastattn
 from fastattn import Intervals
 from fastattn.backends.triton import launcher as triton_launch
-from fastattn.backends.triton.decode import DecodeBackend
-from fastattn.backends.triton.decode import forward
+from fastattn.backends.triton.decode import DecodeBackend, forward
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Problem
+from fastattn.shape_cache import shape_cache
 
 #: Several steps and splits with few keys: 8 queries to a tile, heads padded, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=4, kv_heads=1, q_len=2, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
@@ -51,13 +51,14 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def force(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> Iterator[Callable[..., None]]:
     """force(splits=3, block_n=16) launches the kernel like that, whatever the rules say."""
     choose = launch.choose
     forced: list[bool] = []
 
     def force(**fields: int) -> None:
         forced.append(False)
+        shape_cache.clear()  # of kernels that are launched otherwise
 
         def forced_choice(p: Problem, sms: int) -> launch.Launch:
             forced[-1] = True

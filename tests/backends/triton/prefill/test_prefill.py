@@ -51,7 +51,7 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     """Several blocks of queries and keys in the shapes of this file, and lists for every mask."""
     choose = launch.choose
     monkeypatch.setattr(forward, "choose", lambda p: dataclasses.replace(choose(p), block_m=16, block_n=16))
