@@ -45,6 +45,23 @@ def test_values_that_are_otherwise_clamped(name: str, options: dict[str, Any], m
     assert torch.isfinite(fastattn.scaled_dot_product_attention(Q, K, K, **options)).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_mask_hides_what_is_not_finite(name: str, value: float) -> None:
+    """Where every query may see it, or lengths exclude it, it may be anything."""
+    inputs = {"k": K.clone(), "v": K.clone()}
+    inputs[name][1, 1, 6, 3] = value
+    hiding = torch.ones(2, 4, 5, 7, dtype=torch.bool)
+    seeing = hiding.clone()
+    hiding[1, 2, 4, 6] = False  # from one query of one head that shares the key
+    seeing[1, 1, 4, 6] = False  # from a head that does not
+    for mask in (hiding, torch.zeros(hiding.shape).masked_fill(~hiding, -torch.inf)):
+        with pytest.raises(ValueError, match=f"^{name}: expected finite numbers in the keys that mask hides"):
+            debug.check_call(Call(Q, inputs["k"], inputs["v"], mask))
+        debug.check_call(Call(Q, inputs["k"], inputs["v"], mask, kv_lengths=ints(7, 6)))
+        debug.check_call(Call(Q, inputs["k"], inputs["v"], mask, right=0)._replace(mask=seeing))
+
+
 def test_good_calls_pass() -> None:
     options: dict[str, Any] = {
         "kv_lengths": ints(7, 0),

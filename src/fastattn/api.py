@@ -60,9 +60,9 @@ def scaled_dot_product_attention(
 
     Returns:
         `[B, Hq, Sq, Dv]` in the promoted dtype, laid out in memory as `[B, Sq, Hq, Dv]`; with return_lse a pair. A row
-        that may see nothing gives 0, and so do its gradients. What keys that no query sees hold (NaN included) reaches
-        nothing. Softmax and accumulation are float32 (float64 for float64). Gradients exist for q, k, v, sinks and an
-        additive mask.
+        that may see nothing gives 0, and so do its gradients. What the keys hold that lengths, Intervals or Segments
+        exclude (NaN included) reaches nothing; keys that a tensor mask hides must be finite. Softmax and accumulation
+        are float32 (float64 for float64). Gradients exist for q, k, v, sinks and an additive mask.
 
     Raises:
         ValueError: an argument is not as described; the message names it. Also when the backend asked for, or every

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from .call import Call, as_token_major
 from .config import is_on
+from .masks import visibility
 
 ENABLED = is_on("FASTATTN_DEBUG", False)
 
 
 def check_call(call: Call) -> None:
-    """Raises ValueError, naming the argument, for lengths, segments or intervals out of the tensors' range.
+    """Raises ValueError, naming the argument, for lengths, segments or intervals out of the tensors' range, and for NaN
+    or infinity in keys and values that a tensor mask hides.
 
-    Without FASTATTN_DEBUG such values are clamped on the device: the host does not read them.
+    Without FASTATTN_DEBUG the host does not read any of that: values out of range are clamped on the device, and what
+    is hidden is multiplied by 0.
     """
     for name, lengths, total in (
         ("q_lengths", call.q_lengths, call.q.shape[2]),
@@ -26,12 +29,29 @@ def check_call(call: Call) -> None:
             least, most = (int(x) for x in lengths.aminmax())
             if least < 0 or most > total:
                 raise ValueError(f"{name}: expected lengths in 0..{total}, got {least}..{most}")
+    if call.mask is not None:
+        check_hidden(call)
     if call.segments is not None and call.segments.numel():
         check_segments(call.segments, call.q.shape[0], call.q.shape[2], call.k.shape[2])
     if call.lo is not None and call.hi is not None and call.lo.numel():
         least, most = int(call.lo.min()), int(call.hi.max())
         if least < 0 or most > call.k.shape[2]:
             raise ValueError(f"mask: expected intervals within 0..{call.k.shape[2]}, got {least}..{most}")
+
+
+def check_hidden(call: Call) -> None:
+    """Raises ValueError where a key that the mask tensor hides from a query, or its value, is not finite."""
+    seen, bounded = visibility(call), visibility(call._replace(mask=None))
+    assert seen is not None
+    hidden = ~seen if bounded is None else ~seen & bounded
+    shape = (*call.q.shape[:3], call.k.shape[2])
+    hidden = hidden.expand(shape).any(2).unflatten(1, (call.k.shape[1], -1)).any(2)  # of any query
+    for name, x in (("k", call.k), ("v", call.v)):
+        if bool((hidden & ~x.isfinite().all(3)).any()):
+            raise ValueError(
+                f"{name}: expected finite numbers in the keys that mask hides (what lengths, Intervals and Segments "
+                "exclude may hold anything), got NaN or infinity"
+            )
 
 
 def check_segments(table: Tensor, batch: int, q_len: int, kv_len: int) -> None:
