@@ -171,7 +171,7 @@ def _few(group: int, longest: int) -> list[int]:
     for rows in TILES:
         least, most = (rows // 2 if rows > TILES[0] else 0) // group + 1, min(rows // group, longest)
         found += sorted({least, most}) if least <= most else []
-    return found
+    return found or [1]  # a group that fills a tile alone: blocks of rows for one query too
 
 
 def _powers(least: int, below: int) -> Iterator[int]:

@@ -53,25 +53,35 @@ def test_layouts(layout: str, device: str) -> None:
     check(CASE.but(layout=layout, head_dim=320, value_dim=192, dtype=FP16, kv_heads=2), "decode", device)
 
 
-MANY_HEADS = CASE.but(q_heads=72, head_dim=64, dtype=FP32, mask="causal")  #: 144 rows to a K/V head
+MANY_HEADS = CASE.but(batch=1, q_heads=70, head_dim=64, mask="causal", kv_len=50)  #: 140 rows to a K/V head
 GROUPS = {
     "blocks": MANY_HEADS,
-    "lengths": MANY_HEADS.but(kv_lengths=(0, 41), q_lengths=(2, 1), sinks=FP32, kv_heads=2, q_heads=132),
-    "wide": MANY_HEADS.but(head_dim=512, batch=1, dtype=FP16, kv_len=40),
-    "wide-few-heads": MANY_HEADS.but(head_dim=512, q_heads=6, kv_heads=2, q_len=9, window=(13, 0)),
-    "intervals": MANY_HEADS.but(mask="intervals:bq", q_len=3, q_heads=66),
-    "softcap": MANY_HEADS.but(head_dim=264, q_heads=4, q_len=30, softcap=5.0),  # many queries: blocks without splits
-    "float32": MANY_HEADS.but(head_dim=320, value_dim=320, q_heads=20),
+    "lengths": MANY_HEADS.but(batch=2, q_len=1, kv_lengths=(0, 41), q_lengths=(1, 1), sinks=FP32),
+    "heads": MANY_HEADS.but(q_heads=132, kv_heads=2, q_len=1),
+    "intervals": MANY_HEADS.but(mask="intervals:bq", q_heads=66),
+    "wide": MANY_HEADS.but(head_dim=512, q_heads=6, kv_heads=2, q_len=7, window=(13, 0)),
+    "wide-half": MANY_HEADS.but(head_dim=512, q_heads=36, q_len=1, dtype=FP16),
+    "wide-many-queries": MANY_HEADS.but(head_dim=264, q_heads=4, q_len=30, softcap=5.0),  # blocks without splits
 }
 
 
-@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", GROUPS)
-def test_blocks_of_rows(name: str, splits: int | None, device: str, force: Callable[..., None]) -> None:
+def test_blocks_of_rows(name: str, splits: int, device: str, force: Callable[..., None]) -> None:
     """More heads than a tile has rows, and more rows than a tile of wide heads has."""
-    if splits is not None and name != "softcap":
-        force(splits=splits, block_n=16)
+    force(splits=1 if name == "wide-many-queries" else splits, block_n=16)
     check(GROUPS[name], "decode", device)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_tiles_of_64_rows(name: str, device: str, force: Callable[..., None]) -> None:
+    """Of wide heads only Hopper takes them."""
+    force(splits=2, block_n=16, block_m=64, near=True)
+    check(
+        FEATURES[name].but(head_dim=576, value_dim=512, q_heads=33, dtype=FP16, kv_len=40, kv_lengths=None),
+        "decode",
+        device,
+    )
 
 
 # Values that are the keys' first columns.
@@ -118,10 +128,10 @@ def compare(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("heads", [5, 70])
+@pytest.mark.parametrize("heads", [5, 35])
 @pytest.mark.parametrize("layout", LATENTS)
 def test_values_in_keys(layout: str, heads: int, device: str, kinds: list[bool], force: Callable[..., None]) -> None:
-    force(splits=1 + 2 * (heads > 64), block_n=16)
+    force(splits=3 if heads == 5 else 1, block_n=16)
     k = LATENTS[layout](filled(device))
     compare(filled(device)(2, heads, 1, 576), k, k[..., :512], scale=0.05)
     assert kinds == [layout != "strided"]

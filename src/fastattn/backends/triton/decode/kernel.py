@@ -78,7 +78,7 @@ def attend_kernel(
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # head dims above 256: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
     PRECISION: tl.constexpr,  # of float32 products
 ):
@@ -118,7 +118,9 @@ def attend_kernel(
     if WIDE:
         inner_lo = tl.max(tl.where(valid, lo, 0), 0)
         inner_hi = tl.min(tl.where(valid, hi, kv_len), 0)
-        end = tl.maximum(stop, start + 1)  # one step at least, if of nothing
+        # One step at least, if of nothing: where there may be none, the assembler cannot leave the output in the
+        # registers of Hopper's products, and puts all products one after the other.
+        end = tl.maximum(stop, start + 1)
         tl.assume(start < end)
     else:
         end = stop
@@ -146,7 +148,7 @@ def attend_kernel(
         j64 = j.to(tl.int64)
         # Columns padded in D hold 0 in q and k both: 0 in q alone would make NaN of an infinite key.
         k, k_rest = load_rows(k_ptr, j64 * k_sj * UNIT, j < stop, D, FIRST, REST)
-        if WIDE:
+        if WIDE:  # two products that do not meet before their end: see below
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if REST > 0:
                 s += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * scale
@@ -168,6 +170,8 @@ def attend_kernel(
                 s += bias
         # Whatever a key that the row does not see holds, its score ends here.
         if WIDE:
+            # Beside saving work, the branch hides from Triton that a product leads to another one: it would spread the
+            # warps over the rows alone, and of 64 rows two groups of warps would compute the same scores.
             if (step < inner_lo) | (step + BLOCK_N > inner_hi) | (mask_ptr is not None):
                 s = tl.where(seen, s, float("-inf"))
         else:

@@ -158,7 +158,8 @@ def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int,
     for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
         held = stages if asynchronous else max(1, stages - 1)
         numbers = block_m * head + held * keys * (head + (0 if same else value)) + block_m * keys
-        if numbers * size + _WIDE_REST <= shared:
+        mask = 8 * block_m * keys if p.dense_mask else 0
+        if numbers * size + mask + _WIDE_REST <= shared:
             return keys, stages
     return MIN_DOT, 1
 
@@ -174,8 +175,8 @@ _WIDE_RAGGED = 4  #: programs per SM when the rows' lengths differ: more write a
 
 
 def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool) -> int:
-    """As `splits`. A program needs an SM for itself. What each leaves for the combine kernel (rows x values, float32) is
-    large here, so there are as many splits as make the time of both kernels least.
+    """As `splits`. A program needs an SM for itself. What each leaves for the combine kernel (rows x values, float32)
+    is large here, so there are as many splits as make the time of both kernels least.
 
     In the time of a step an SM reads its keys, in that of a split the GPU writes and reads the output of all rows, in
     the L2 cache at about twice the memory's rate. steps / n + n x split / step is least at sqrt(steps x step / split).
