@@ -71,7 +71,7 @@ def attend_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FIRST: tl.constexpr,  # columns of the parts of head dims (`head_dims.py`)
+    FIRST: tl.constexpr,  # columns of the parts of head dims (`tile_parts.py`)
     REST: tl.constexpr,
     FIRST_V: tl.constexpr,
     REST_V: tl.constexpr,

@@ -14,7 +14,7 @@ import torch
 
 from ....call import Problem
 from ....shape_cache import cached
-from ..head_dims import MIN_PART, parts
+from ..tile_parts import MIN_PART, parts
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
 #: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
@@ -62,7 +62,7 @@ class Launch:
     splits: int  #: programs per K/V head, batch entry and block of rows; 1 writes the output at once, more are combined
     block_m: int  #: rows of the tile
     block_n: int  #: keys per step
-    head: tuple[int, int]  #: columns of the parts of the head dim: see `head_dims.py`
+    head: tuple[int, int]  #: columns of the parts of the head dim: see `tile_parts.py`
     value: tuple[int, int]  #: and of the value dim
     warps: int
     stages: int
@@ -287,5 +287,8 @@ def sm_count(index: int) -> int:
 
 @cache
 def shared_memory(index: int) -> int | None:
-    """Bytes of shared memory that a program may have on CUDA device `index`; None without a GPU."""
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin) if index >= 0 else None
+    """Bytes of shared memory that a program may have on CUDA device `index`; None without a GPU, or one that torch
+    does not ask."""
+    if index < 0:
+        return None
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)
