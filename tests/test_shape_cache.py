@@ -28,7 +28,8 @@ from fastattn.shape_cache import Reason, Section, Size, shape_cache
 KEPT_BY_OTHER_THINGS = {
     # by device
     "fastattn.call._capability",
-    "fastattn.backends.triton.decode.launch_config.sm_count", "fastattn.lm.generation.decode_step._side_stream",
+    "fastattn.backends.triton.decode.launch_config.sm_count",
+    "fastattn.backends.triton.decode.launch_config.shared_memory", "fastattn.lm.generation.decode_step._side_stream",
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
     "fastattn.bench.peers._flashinfer_memory",
     # by the machine, or by what is installed on it

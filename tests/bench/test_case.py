@@ -20,6 +20,16 @@ def test_pairs_are_counted_as_words_say(case):
     assert case.useful_flops("step") == case.useful_flops("training") + case.useful_flops("backward")
 
 
+def test_values_in_the_keys_are_counted_once():
+    case = Case(1, 4096, 64, 128, 1, 576, values=512, head_major=True)
+    assert case.label() == "B=64 Sq=1 Skv=4096 128/1 D=576/512"
+    assert case.kv_bytes == 64 * 4096 * 576 * 2
+    assert case.useful_flops("inference") == case.flops() == 2.0 * 64 * 128 * 4096 * (576 + 512)
+    assert case.useful_flops("step") == case.useful_flops("training") + case.useful_flops("backward")
+    with pytest.raises(ValueError, match="values: expected at most"):
+        Case(1, 9, dim=64, values=65)
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_torchs_mask_says_the_same(case):
     mask = torch_mask(case, CPU, torch.Generator().manual_seed(1))

@@ -102,6 +102,17 @@ def test_inputs_are_normal_and_k_v_one_piece_of_memory():
         assert not torch.equal(first.k, first.v)
 
 
+def test_values_that_are_in_the_keys():
+    for head_major in (False, True):
+        case = Case(1, 20, 2, 8, 2, 48, values=32, head_major=head_major)
+        (x,) = inputs_of(case, 1)
+        assert x.v.data_ptr() == x.k.data_ptr()
+        assert torch.equal(x.v, x.k[..., :32])
+        assert x.v.stride() == x.k.stride()
+        assert x.grad_out.shape == (2, 8, 1, 32)
+        assert x.memory.numel() * 2 == case.kv_bytes
+
+
 def test_enough_input_sets_to_overflow_the_cache_and_not_the_memory():
     l2 = 50 << 20
     small = Case(1, 512, head_major=True)

@@ -26,7 +26,7 @@ def command(*argv):
 
 
 SECTIONS = {
-    "decode": ["one query", "few queries", "head dims", "heads", "window and sinks", "ragged"],
+    "decode": ["one query", "few queries", "head dims", "heads", "wide heads", "window and sinks", "ragged"],
     "backward": ["forward", "backward"],
 }
 

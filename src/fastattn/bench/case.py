@@ -25,6 +25,9 @@ class Case:
     padding: tuple[int, ...] | None = None  #: tokens of padding on the left, for each batch entry; then Sq is Skv
     packed: tuple[int, ...] | None = None  #: lengths of sequences side by side in one batch entry, Sq = Skv in all
     additive: bool = False  #: a random additive mask, one for all heads and entries, beside the causal one
+    values: int = (
+        0  #: head dim of the values if they are the keys' first columns (absorbed MLA); 0: a tensor of their own
+    )
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (self.q_len != 1 or len(self.lengths) != self.batch):
@@ -35,11 +38,14 @@ class Case:
             raise ValueError("packed: expected one batch entry of as many queries as keys, the sum of the lengths")
         if sum(x is not None for x in (self.lengths, self.padding, self.packed)) + self.additive > 1:
             raise ValueError("lengths, padding, packed, additive: expected one of them")
+        if not 0 <= self.values <= self.dim:
+            raise ValueError("values: expected at most as many columns as the keys have")
         if self.softcap and self.additive:
             raise ValueError("softcap: expected no additive mask beside it")
 
     def label(self) -> str:
-        parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={self.dim}"]
+        dims = f"{self.dim}/{self.values}" if self.values else f"{self.dim}"
+        parts = [f"B={self.batch} Sq={self.q_len} Skv={self.kv_len} {self.q_heads}/{self.kv_heads} D={dims}"]
         parts += [f"window {self.left}"] if self.left >= 0 else []
         parts += ["sinks"] if self.sinks else []
         parts += [f"softcap {self.softcap:g}"] if self.softcap else []
@@ -50,11 +56,16 @@ class Case:
         return " ".join(parts)
 
     @property
+    def value_dim(self) -> int:
+        return self.values or self.dim
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that some query sees."""
         lengths, times = (self.lengths, 1) if self.lengths else ((self.kv_len,), self.batch)
         seen = sum(lengths) if self.left < 0 else sum(min(n, self.left + self.q_len) for n in lengths)
-        return 2 * seen * times * self.kv_heads * self.dim * ITEM_BYTES
+        numbers = self.dim if self.values else 2 * self.dim
+        return seen * times * self.kv_heads * numbers * ITEM_BYTES
 
     @property
     def pairs(self) -> int:
@@ -72,12 +83,12 @@ class Case:
 
     def useful_flops(self, kind: str) -> float:
         """Operations of the visible pairs of query and key: 2 GEMMs in a forward, 5 in a backward."""
-        gemms = {"inference": 2, "training": 2, "backward": 5, "step": 7}[kind]
-        return 2.0 * gemms * self.pairs * self.q_heads * self.dim
+        keys, values = {"inference": (1, 1), "training": (1, 1), "backward": (3, 2), "step": (4, 3)}[kind]
+        return 2.0 * self.pairs * self.q_heads * (keys * self.dim + values * self.value_dim)
 
     def flops(self, backward: bool = False) -> float:
         """Operations of both GEMMs over every pair of query and key, as the reference computes them."""
-        forward = 4.0 * self.batch * self.q_heads * self.q_len * self.kv_len * self.dim
+        forward = 2.0 * self.batch * self.q_heads * self.q_len * self.kv_len * (self.dim + self.value_dim)
         return 3.5 * forward if backward else forward
 
 

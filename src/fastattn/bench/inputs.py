@@ -52,13 +52,15 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator, co
     sinks = normal(c.q_heads) if c.sinks else None
     found = []
     for _ in range(count):
+        tensors = 1 if c.values else 2
         if c.head_major:
-            both = normal(2, c.batch, c.kv_heads, c.kv_len, c.dim)
-            k, v = both
+            both = normal(tensors, c.batch, c.kv_heads, c.kv_len, c.dim)
+            k, v = both[0], both[-1]
         else:
-            both = normal(2, c.batch, c.kv_len, c.kv_heads, c.dim)
-            k, v = both.transpose(2, 3)
-        q, grad_out = (normal(c.batch, c.q_len, c.q_heads, c.dim).transpose(1, 2) for _ in range(2))
+            both = normal(tensors, c.batch, c.kv_len, c.kv_heads, c.dim)
+            k, v = both[0].transpose(1, 2), both[-1].transpose(1, 2)
+        v = v[..., : c.value_dim]
+        q, grad_out = (normal(c.batch, c.q_len, c.q_heads, n).transpose(1, 2) for n in (c.dim, c.value_dim))
         found.append(Inputs(q, k, v, both.view(-1), mask, sinks, lengths, grad_out, segments, starts))
     return found
 

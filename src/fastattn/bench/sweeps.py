@@ -208,6 +208,10 @@ def about_peers() -> dict[str, Any]:
 # --- decode: few queries against a long cache, compared with torch's attention and with the memory's rate
 
 
+#: DeepSeek's attention with its projections absorbed: each key holds its value.
+MLA: dict[str, Any] = {"q_heads": 128, "kv_heads": 1, "dim": 576, "values": 512}
+
+
 def decode_rows(runner: Runner) -> Iterator[Comparison]:
     """The least that a decode step can take is the time to read K and V once: it is measured in the same turns."""
     pick = runner.pick
@@ -225,12 +229,20 @@ def decode_rows(runner: Runner) -> Iterator[Comparison]:
         "few queries": [_cached(kv_len, q_len=q_len) for q_len, kv_len in few],
         "head dims": [_cached(long, dim=dim) for dim in pick((64, 256), (64,), (64,))],
         "heads": [_cached(long, q_heads=q_heads, kv_heads=kv_heads) for q_heads, kv_heads in heads],
+        "wide heads": [
+            _cached(long, q_heads=8, kv_heads=1, dim=512),
+            *(_cached(kv_len, batch=batch, **MLA) for batch, kv_len in pick(((1, 4096), (64, 4096)), ((1, 4096),), ())),
+        ],
         "window and sinks": [_cached(long, batch=batch, **gpt_oss) for batch in pick((1, 8), (1,), (1,))],
         "ragged": ragged(*pick((32, 8192), (32, 8192), (3, 48)), runner.seed),
     }
     for section, cases in sections.items():
         for case in cases:
-            peers = ("torch-flash", "torch-math") if case.sinks else ("torch-cudnn", "torch-flash", "torch-efficient")
+            peers: tuple[str, ...] = ("torch-cudnn", "torch-flash", "torch-efficient")
+            if case.sinks:
+                peers = ("torch-flash", "torch-math")
+            elif case.dim > 256:
+                peers = ("torch-math",)
             yield Comparison(section, case, ("fastattn", *peers), settle=True, read=True)
 
 
@@ -292,6 +304,8 @@ SWEEPS = {
                 "of one length",
                 "heads": "torch-efficient has no grouped heads: K and V are repeated for it within the call, as its "
                 "user has to",
+                "wide heads": "torch has no fused kernel for head dims above 256. D=576/512: absorbed MLA, the values "
+                "are 512 columns of the keys, and are counted and read once",
                 "window": "torch gets just the keys of the window; torch-flash is its kernel with the sinks applied "
                 "through the log-sum-exp, torch-math plain tensor operations",
             },

@@ -24,6 +24,7 @@ LAYOUTS = {
 FORWARD_CAPACITY, BACKWARD_CAPACITY = 1 << 14, 1 << 10
 MANY = 128  #: queries: too many for the decode kernel with any number of heads
 TILES = (16, 32, 64)  #: rows of the decode kernel's tiles: queries times heads per K/V head
+FEW, WIDE = 16, 256  #: queries that take several of them at most: of larger groups, or of head dims above 256
 LONG = 1024  #: keys that the decode kernel divides among several programs
 
 
@@ -124,7 +125,7 @@ def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_
     A kernel reads the lengths on the device. It is compiled for each kind of them.
     """
     group = a.q_heads // a.kv_heads
-    few = _few(group, longest)
+    few = _few(group, longest, max(a.head_dim, a.value_dim))
     lengths = [min(MANY, longest), *(_beyond(FORWARD_CAPACITY, longest) if by_length else ())]
     for layout in a.layouts:
         if phase == "prefill":
@@ -165,13 +166,17 @@ def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_
             yield Trial(lengths[0], lengths[0], layout, "padded")
 
 
-def _few(group: int, longest: int) -> list[int]:
+def _few(group: int, longest: int, dim: int) -> list[int]:
     """Numbers of queries for the decode kernel: the smallest and the largest of each of its tiles."""
     found = []
     for rows in TILES:
         least, most = (rows // 2 if rows > TILES[0] else 0) // group + 1, min(rows // group, longest)
         found += sorted({least, most}) if least <= most else []
-    return found
+    if group > TILES[-1]:
+        found.append(1)
+    if (group > TILES[-1] or dim > WIDE) and FEW * group > TILES[-1]:  # several tiles
+        found.append(min(FEW, longest))
+    return list(dict.fromkeys(found))
 
 
 def _powers(least: int, below: int) -> Iterator[int]:

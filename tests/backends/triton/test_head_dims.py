@@ -12,8 +12,8 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from fastattn.backends.triton.dims import MIN_PART, parts  # noqa: E402
 from fastattn.backends.triton.head_dims import dot_rows, load_rows, store_rows  # noqa: E402
+from fastattn.backends.triton.tile_parts import MIN_PART, parts  # noqa: E402
 
 CUT = {
     8: (16, 0), 16: (16, 0), 24: (32, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32),
@@ -24,6 +24,8 @@ CUT = {
 
 def test_parts() -> None:
     assert {dim: parts(dim) for dim in CUT} == CUT
+    assert [parts(dim, 32) for dim in (72, 80, 96, 192, 512)] == [(64, 32), (64, 32), (64, 32), (128, 64), (512, 0)]
+    assert [parts(dim, 64) for dim in (72, 96, 192)] == [(128, 0), (128, 0), (128, 64)]
     for dim in range(1, 600):
         first, rest = parts(dim)
         whole = max(MIN_PART, 1 << (dim - 1).bit_length())

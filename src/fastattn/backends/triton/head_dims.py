@@ -1,4 +1,4 @@
-"""Loads, products and stores of tiles in two parts: see `dims.py`."""
+"""Loads, products and stores of tiles in two parts: see `tile_parts.py`."""
 
 from __future__ import annotations
 

@@ -1,20 +1,27 @@
 """Compiles the decode kernels for a GPU that need not be there; a program, run by test_decode_native.py.
 
-    python compile_decode.py MAJOR MINOR
+    python compile_decode.py MAJOR MINOR [--every]
 
-Prints one line of JSON per kernel compiled: what it is, and the bytes of shared memory that it takes.
+Prints one line of JSON per kernel compiled: what it is, its registers, the bytes of shared memory that it takes and of
+registers that it spills, and whether Hopper's products wait for one another. --every: all launches of wide heads that
+the rules can choose, which takes minutes; else some of them, and those of other heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
 
@@ -91,19 +98,92 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield "many queries", qkv(dtype, dim, dim, 512), {"mask": "causal", "softcap": 50.0, "return_lse": True}
 
 
-def main(major: int, minor: int) -> None:
+HALF, FLOAT = torch.bfloat16, torch.float32
+#: Heads to one K/V head, queries; head dim, value dim; whether the values are in the keys; features.
+SOME = [
+    (HALF, (8, 1), (512, 512), False, "plain"),
+    (HALF, (128, 1), (576, 512), True, "plain"),
+    (HALF, (128, 1), (576, 512), True, "batch"),
+    (HALF, (128, 1), (576, 512), False, "lse"),
+    (HALF, (64, 1), (512, 512), False, "mask"),
+    (HALF, (32, 2), (320, 256), False, "intervals"),
+    (FLOAT, (128, 1), (576, 512), False, "plain"),
+]
+EVERY = list(
+    product(
+        (HALF, FLOAT),
+        ((8, 1), (16, 2), (32, 2), (128, 1), (8, 300)),
+        ((264, 8), (320, 256), (512, 512), (576, 512), (576, 64)),
+        (False, True),
+        ("plain", "batch", "lse", "mask", "intervals"),
+    )
+)
+
+
+def wide(every: bool) -> Iterator[tuple[str, bool, tuple[Any, ...], dict[str, Any]]]:
+    """Name, whether the values are in the keys, tensors, options."""
+    for dtype, (heads, q_len), (dim, value_dim), same, feature in EVERY if every else SOME:
+        batch = 256 if feature == "batch" else 1  # so many that there are no splits
+        q = torch.empty(1, 1, 1, dim, dtype=dtype).expand(batch, heads, q_len, dim)
+        k, v = (torch.empty(1, 1, 1, x, dtype=dtype).expand(batch, 1, 4096, x) for x in (dim, value_dim))
+        options: dict[str, Any] = {"mask": "causal", "kv_lengths": torch.ones(batch, dtype=torch.int32)}
+        if q_len > 16 or feature == "lse":
+            options |= {"softcap": 30.0, "return_lse": True, "sinks": torch.empty(heads)}
+        if feature == "mask":
+            options["mask"] = torch.empty(1, 1, q_len, 4096, dtype=torch.float64)
+        elif feature == "intervals":
+            bounds = torch.zeros(1, q_len, dtype=torch.int32)
+            options["mask"] = Intervals(bounds, bounds)
+        name = f"{dtype} {heads}x{q_len} {dim}/{value_dim} {feature}{' same' if same else ''}"
+        yield name, same, (q, k, v), options
+
+
+def code(compiled: Any) -> dict[str, Any]:
+    """What the machine code says of itself."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def run(*command: str) -> str:
+            done = subprocess.run([str(tools / command[0]), *command[1:], file.name], capture_output=True, check=True)
+            return done.stdout.decode()
+
+        usage, lines = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c").splitlines()
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
+    products, waits = (sum(word in line for line in lines) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": numbers["REG"],
+        "spilled": numbers["STACK"],
+        "serial": products > 0 and waits >= products,
+    }
+
+
+def main(major: int, minor: int, every: bool) -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
     recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
     forward.attend_kernel, forward.combine_kernel = recorders
-    for name, (q, k, v), options in calls():
+    others = [] if every else [(name, False, tensors, options) for name, tensors, options in calls()]
+    seen = set()
+    for name, same, (q, k, v), options in (*others, *wide(every)):
         call = prepared(q, k, v, **options)
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
-        forward.DecodeKernel(problem, call, launch.choose(problem, 132)).forward(call)
+        if same and not launch.may_be_same(problem):
+            continue
+        chosen = launch.choose(problem, 132, None, same)
+        forward.DecodeKernel(problem, call, chosen, same).forward(call)
         for recorder in recorders:
-            for compiled in recorder.compile(target):
-                print(json.dumps({"call": name, "kernel": compiled.name, "shared": compiled.metadata.shared}))
+            if every and recorder is recorders[0]:
+                key = (name.split()[0], *name.split()[2:], dataclasses.replace(chosen, splits=min(chosen.splits, 2)))
+                if key in seen:
+                    recorder.launches.clear()
+                seen.add(key)
+            for compiled in recorder.compile(target) if recorder is recorders[0] or not every else ():
+                said = {"call": name, "kernel": compiled.name, "wide": launch.is_wide(problem), "rows": chosen.block_m}
+                print(json.dumps(said | {"keys": chosen.block_n, "stages": chosen.stages} | code(compiled)), flush=True)
             recorder.launches.clear()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), "--every" in sys.argv)

@@ -4,70 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-
-os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
-
 from cases import BF16, FP16, FP32, FP64, Case, a_problem, check, make, relative_error
 from features import BROADCASTS, FEATURES
 
 import fastattn
 from fastattn import Intervals
 from fastattn.backends.triton import launcher as triton_launch
-from fastattn.backends.triton.decode import DecodeBackend, forward
+from fastattn.backends.triton.decode import DecodeBackend
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Problem
-from fastattn.shape_cache import shape_cache
 
 #: Several steps and splits with few keys: 8 queries to a tile, heads padded, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=4, kv_heads=1, q_len=2, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("with a GPU the kernels run natively")
-        triton = pytest.importorskip("triton")
-        from triton.runtime.interpreter import InterpretedFunction
-
-        assert isinstance(triton.language.max, InterpretedFunction), (
-            "triton was imported before TRITON_INTERPRET was set"
-        )
-        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """What is not written is NaN: torch fills outputs and scratch with it under this setting."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> Iterator[Callable[..., None]]:
-    """force(splits=3, block_n=16) launches the kernel like that, whatever the rules say."""
-    choose = launch.choose
-    forced: list[bool] = []
-
-    def force(**fields: int) -> None:
-        forced.append(False)
-        shape_cache.clear()  # of kernels that are launched otherwise
-
-        def forced_choice(p: Problem, sms: int) -> launch.Launch:
-            forced[-1] = True
-            return dataclasses.replace(choose(p, sms), **fields)
-
-        monkeypatch.setattr(forward, "choose", forced_choice)
-
-    yield force
-    assert all(forced)  # a name that nobody looks up would have no effect
 
 
 DIMS = ((64, None), (72, None), (192, 128), (256, None), (8, 40))
@@ -294,11 +246,14 @@ def but(**changes) -> Problem:
         ({"dtype": FP64}, "float64"),
         ({"kv_len": 0}, "no queries or no keys"),
         ({"q_len": 17}, "too many queries: 17 x 4"),
-        ({"q_heads": 1024}, "too many queries: 1 x 128"),
+        ({"q_len": 17, "q_heads": 1024}, "too many queries: 17 x 128"),
+        ({"q_len": 17, "head_dim": 512, "value_dim": 512}, "too many queries: 17 x 4"),
+        ({"q_len": 9, "q_heads": 64}, "too many queries: 9 x 8"),
         ({"q_len": 1 << 20, "softcap": 1.0}, "too many queries: 1048576 x 4"),
         ({"head_dim": 68}, "head dim 68"),
-        ({"head_dim": 264}, "head dim 264"),
+        ({"head_dim": 584}, "head dim 584"),
         ({"value_dim": 4}, "value dim 4"),
+        ({"value_dim": 520}, "value dim 520"),
     ],
 )
 def test_refusals(changes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +263,9 @@ def test_refusals(changes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert reason in why[0]
     assert DecodeBackend().reasons(but(q_len=16)) == []
     assert DecodeBackend().reasons(but(q_len=1 << 19, softcap=1.0)) == []
+    for group, q_len, head_dim, value_dim in ((128, 1, 128, 128), (128, 16, 576, 512), (8, 16, 512, 512)):
+        large = but(q_heads=8 * group, q_len=q_len, head_dim=head_dim, value_dim=value_dim)
+        assert DecodeBackend().reasons(large) == []
 
 
 @pytest.mark.parametrize(
@@ -340,17 +298,20 @@ def test_the_interpreter_serves_only_when_asked(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_launch_covers_the_problem() -> None:
+    dims = ((8, 8), (64, 64), (72, 72), (72, 128), (96, 96), (192, 128), (256, 256), (320, 256), (512, 512), (576, 512))
     for capability in [*launch.RULES, (8, 9), (12, 1)]:
         for dtype in (BF16, FP32):
-            for head_dim, value_dim in ((8, 8), (64, 64), (72, 128), (192, 128), (256, 256)):
+            for head_dim, value_dim in dims:
                 for q_len in (1, 4, 5, 16):
                     p = but(capability=capability, dtype=dtype, head_dim=head_dim, value_dim=value_dim, q_len=q_len)
                     chosen = launch.choose(p, 132)
-                    blocks = (chosen.block_m, chosen.block_n, chosen.block_d, chosen.block_dv)
+                    parts = (*chosen.head, *chosen.value)
+                    assert all(x == 0 or (x >= launch.MIN_DOT and x & (x - 1) == 0) for x in parts)
+                    blocks = (chosen.block_m, chosen.block_n, chosen.head[0], chosen.value[0])
                     assert all(block >= launch.MIN_DOT and block & (block - 1) == 0 for block in blocks)
-                    assert chosen.block_m >= launch.rows(p)
-                    assert chosen.block_d >= head_dim
-                    assert chosen.block_dv >= value_dim
+                    assert chosen.block_m >= launch.rows(p) or chosen.near
+                    assert sum(chosen.head) >= head_dim
+                    assert sum(chosen.value) >= value_dim
                     assert chosen.stages >= 1
                     assert 1 <= chosen.splits <= launch.MAX_SPLITS
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
-
 from cases import BF16, FP16, FP32, FP64, Case, a_problem, check, make, relative_error
 from features import BROADCASTS, FEATURES
+from torch import Tensor
 
 import fastattn
 from fastattn import Intervals, Segments
@@ -25,29 +20,6 @@ from fastattn.call import Problem
 
 #: Several blocks of queries and keys, heads padded, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("with a GPU the kernels run natively")
-        triton = pytest.importorskip("triton")
-        from triton.runtime.interpreter import InterpretedFunction
-
-        assert isinstance(triton.language.max, InterpretedFunction), (
-            "triton was imported before TRITON_INTERPRET was set"
-        )
-        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """What is not written is NaN: torch fills outputs and scratch with it under this setting."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

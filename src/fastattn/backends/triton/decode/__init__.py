@@ -10,7 +10,8 @@ from ..launcher import missing
 from . import launch_config as launch
 
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
-HEAD_DIMS = range(8, 257, 8)  #: of q, k and of v
+HEAD_DIMS = range(8, 577, 8)  #: of q and k
+VALUE_DIMS = range(8, 513, 8)  #: of v: 64 rows of more do not fit the registers
 
 
 class DecodeBackend:
@@ -31,13 +32,11 @@ class DecodeBackend:
             why.append("float64 is the reference's")
         if p.empty:
             why.append("no queries or no keys")
-        count = launch.rows(p)
-        # A softcap the faster kernels for many queries have not.
-        if count > launch.MAX_ROWS * (launch.MOST_BLOCKS if p.softcap else 1):
+        if not launch.fits(p):
             why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
-        for name, dim in (("head", p.head_dim), ("value", p.value_dim)):
-            if dim not in HEAD_DIMS:
-                why.append(f"{name} dim {dim} is not a multiple of 8 up to {HEAD_DIMS[-1]}")
+        for name, dim, dims in (("head", p.head_dim, HEAD_DIMS), ("value", p.value_dim, VALUE_DIMS)):
+            if dim not in dims:
+                why.append(f"{name} dim {dim} is not a multiple of 8 up to {dims[-1]}")
         return why
 
     def bind(self, problem: Problem, call: Call) -> Kernel:

@@ -22,12 +22,13 @@ def combine_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,  # columns of a program
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,  # splits read at a time
     PDL: tl.constexpr,
 ):
-    """One row of one tile: out = sum of exp(m_s - m) acc_s over sum of exp(m_s - m) l_s; a sink adds exp(sink - m).
+    """Columns of one row of one tile: out = sum of exp(m_s - m) acc_s over sum of exp(m_s - m) l_s; a sink adds
+    exp(sink - m).
 
     m, l and acc are those of a running softmax: the row's greatest score, the sum of exp(score - m), and the values so
     weighted. Their log-sum-exp alone would not do: m + log(l) loses l where m is as large as a mask's finfo.min.
@@ -40,7 +41,7 @@ def combine_kernel(
     b = (tile // KV_HEADS).to(tl.int64)
     i = r // GROUP
     head = (tile % KV_HEADS) * GROUP + r % GROUP
-    dv = tl.arange(0, BLOCK_DV)
+    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     part = tile.to(tl.int64) * splits * count + r
     m_ptr = scratch_ptr + tl.num_programs(0).to(tl.int64) * splits * count * DV + part
     l_ptr = m_ptr + tl.num_programs(0).to(tl.int64) * splits * count
@@ -74,4 +75,5 @@ def combine_kernel(
     out_at = ((b * q_len + i) * (KV_HEADS * GROUP) + head) * DV
     tl.store(out_ptr + out_at + dv, (out / total).to(out_ptr.dtype.element_ty), mask=dv < DV)
     if lse_ptr is not None:
-        tl.store(lse_ptr + (b * (KV_HEADS * GROUP) + head) * q_len + i, m + tl.log(total))
+        lse_at = lse_ptr + (b * (KV_HEADS * GROUP) + head) * q_len + i
+        tl.store(lse_at, m + tl.log(total), mask=tl.program_id(2) == 0)

@@ -16,7 +16,7 @@ from ...scratch import scratch
 from ..launcher import Launcher, overlaps
 from .combine import combine_kernel
 from .kernel import attend_kernel
-from .launch_config import MAX_SPLITS, Launch, choose, rows, sm_count
+from .launch_config import MAX_SPLITS, Launch, choose, gaps, is_wide, may_be_same, rows, shared_memory, sm_count
 
 
 def bind(problem: Problem, call: Call) -> Kernel:
@@ -24,9 +24,21 @@ def bind(problem: Problem, call: Call) -> Kernel:
     if call.segments is not None:
         return _WithSegments(problem, call)
     readable, p = _readable(problem, call)
-    if readable is call:
-        return DecodeKernel(p, call, choose(problem, sm_count(problem.index)))
-    return _WithCopies(problem)
+    if readable is not call:
+        return _WithCopies(problem)
+    if may_be_same(p) and _same_strides(call.k, call.v):
+        return _ValuesInKeys(p, call)
+    return DecodeKernel(p, call, _launch(p))
+
+
+def _launch(p: Problem, same: bool = False) -> Launch:
+    return choose(p, sm_count(p.index), shared_memory(p.index), same)
+
+
+def _same_strides(k: Tensor, v: Tensor) -> bool:
+    """True when v, if it begins where k begins, is k's first columns."""
+    both = zip(k.shape[:3], k.stride(), v.stride(), strict=False)
+    return all(one == other for size, one, other in both if size > 1)
 
 
 class _Forward:
@@ -51,6 +63,21 @@ class _WithSegments(_Forward):
         return self._kernel.forward(masks.as_intervals(self._problem, call)[1])
 
 
+class _ValuesInKeys(_Forward):
+    """Calls whose values may be the keys' first columns (absorbed MLA: one buffer holds both). They are where both
+    begin at one address: then each key is read once. That is data: the next call may be another."""
+
+    __slots__ = ("_apart", "_same")
+
+    def __init__(self, p: Problem, call: Call) -> None:
+        self._apart = DecodeKernel(p, call, _launch(p))
+        self._same = DecodeKernel(p, call, _launch(p, same=True), same=True)
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        kernel = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart
+        return kernel.forward(call)
+
+
 class _WithCopies(_Forward):
     """Calls with tensors that the kernel cannot read where they are."""
 
@@ -61,7 +88,7 @@ class _WithCopies(_Forward):
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         readable, p = _readable(self._problem, call)
-        kernel = DecodeKernel(p, readable, choose(self._problem, sm_count(p.index)))
+        kernel = DecodeKernel(p, readable, _launch(self._problem))
         out, lse = kernel.forward(readable)
         return out.to(self._problem.dtype), lse
 
@@ -86,18 +113,19 @@ def _readable(p: Problem, call: Call) -> tuple[Call, Problem]:
 
 
 class DecodeKernel(_Forward):
-    """The two kernels, bound to one problem and one set of strides."""
+    """The two kernels, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
-    __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap")
+    __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap", "same")
 
-    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
-        self._problem = p
+    def __init__(self, p: Problem, call: Call, launch: Launch, same: bool = False) -> None:
+        self._problem, self.same = p, same
         device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
         self._output = Output(p, call.q)
         self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
         self._softcap = p.softcap or None
-        integers, constants = _arguments(p, launch, call)
-        grid = (tiles, launch.splits, -(-count // launch.block_m))
+        integers, constants = _arguments(p, launch, call, same)
+        blocks = -(-count // launch.block_m)
+        grid = (tiles * blocks, launch.splits, 1) if launch.near else (tiles, launch.splits, blocks)
         self._attend = {
             precision: Launcher(
                 attend_kernel,
@@ -111,21 +139,15 @@ class DecodeKernel(_Forward):
             for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
         }
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
+        columns = 1 << (sum(launch.value) - 1).bit_length()
+        columns = columns if columns <= 256 else 128  # of a program; wide rows are many programs
+        chunk = 4096 // columns  # splits read at a time, so that they fill 32 registers a thread
         self._combine = Launcher(
             combine_kernel,
-            (tiles, count),
+            (tiles, count, -(-p.value_dim // columns)),
             device,
             (p.q_len, launch.splits),
-            # the last: splits read at a time, so that they fill 32 registers a thread
-            (
-                p.kv_heads,
-                p.group,
-                p.value_dim,
-                launch.block_dv,
-                MAX_SPLITS,
-                4096 // launch.block_dv,
-                overlaps(p.capability),
-            ),
+            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, overlaps(p.capability)),
             num_warps=4,
         )
 
@@ -148,7 +170,7 @@ def _masking(call: Call) -> tuple[Tensor | None, ...]:
     return call.mask, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
 
 
-def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _arguments(p: Problem, launch: Launch, call: Call, same: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel's integers and constants."""
     flat = [stride for x in (call.q, call.k, call.v) for stride in x.stride()[:3]]
     # A stride known to be a multiple of 8 lets 16 bytes be loaded at once.
@@ -164,9 +186,9 @@ def _arguments(p: Problem, launch: Launch, call: Call) -> tuple[tuple[int, ...],
         left,
         right,
     )
-    blocks = (launch.block_m, launch.block_n, launch.block_d, launch.block_dv)
-    gaps = p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
-    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps)
+    blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
+    flags = (gaps(p), launch.near, is_wide(p), same)
+    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, *flags)
 
 
 def _broadcast_strides(shape: tuple[int, ...], strides: tuple[int, ...] | None, dims: int) -> tuple[int, ...]:

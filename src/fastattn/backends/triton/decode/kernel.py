@@ -4,8 +4,12 @@ Decode is bound by the reading of K and V, so each key is read once: the queries
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
 ("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
 
-(More queries than one tile has room for are several blocks of rows, with one split: not what this is made for, but far
-faster than the reference where no other kernel has the feature.)
+More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
+(absorbed MLA: 128 heads to a K/V head), run side by side and find their keys in the L2 cache when one of them has read
+them. (Those of many queries have one split: not what this is made for, but far faster than the reference where no other
+kernel has the feature.)
+
+Where the values are the keys' first columns, in memory too, each key is read once for both products (`SAME`).
 
 Lengths are read on the device: each program finds the range of keys that any row of its tile sees and takes its share
 of *that* range. Short rows finish early, and a launch does not depend on a length.
@@ -16,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import tanh, visible_keys
 
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
@@ -66,28 +71,37 @@ def attend_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    FIRST: tl.constexpr,  # columns of the parts of head dims (`tile_parts.py`)
+    REST: tl.constexpr,
+    FIRST_V: tl.constexpr,
+    REST_V: tl.constexpr,
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
+    NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
+    WIDE: tl.constexpr,  # head dims above 256: see the loop
+    SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
     PRECISION: tl.constexpr,  # of float32 products
 ):
-    tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
+    if NEAR:
+        blocks = (q_len * GROUP + BLOCK_M - 1) // BLOCK_M
+        tile = tl.program_id(0) // blocks
+        tiles = tl.num_programs(0) // blocks
+        block = tl.program_id(0) % blocks
+    else:  # the last goes first: under a causal mask it has the most to do
+        tile = tl.program_id(0)
+        tiles = tl.num_programs(0)
+        block = tl.num_programs(2) - 1 - tl.program_id(2)
     b = tile // KV_HEADS
     kv_head = tile % KV_HEADS
     b64 = b.to(tl.int64)
 
     # Rows run over the heads of one query first: so does the output's memory, and neighbours see the same keys.
-    # Of several blocks of rows the last goes first: under a causal mask it has the most to do.
-    block = tl.num_programs(2) - 1 - tl.program_id(2)
     r = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = r // GROUP
     head = kv_head * GROUP + r % GROUP
     valid = i < q_len
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
 
     lo, hi = visible_keys(
         b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
@@ -101,9 +115,18 @@ def attend_kernel(
     start = first + (split * share + tl.minimum(split, extra)) * BLOCK_N
     stop = tl.minimum(start + (share + (split < extra).to(tl.int32)) * BLOCK_N, last)
     hi = tl.minimum(hi, stop)
+    if WIDE:
+        inner_lo = tl.max(tl.where(valid, lo, 0), 0)
+        inner_hi = tl.min(tl.where(valid, hi, kv_len), 0)
+        # One step at least, if of nothing: where there may be none, the assembler cannot leave the output in the
+        # registers of Hopper's products, and puts all products one after the other.
+        end = tl.maximum(stop, start + 1)
+        tl.assume(start < end)
+    else:
+        end = stop
 
     q_at = (b64 * q_sb + head.to(tl.int64) * q_sh + i.to(tl.int64) * q_si) * UNIT
-    q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    q, q_rest = load_rows(q_ptr, q_at, valid, D, FIRST, REST)
     k_ptr += (b64 * k_sb + kv_head.to(tl.int64) * k_sh) * UNIT
     v_ptr += (b64 * v_sb + kv_head.to(tl.int64) * v_sh) * UNIT
     if mask_ptr is not None:
@@ -115,15 +138,22 @@ def attend_kernel(
     if scratch_ptr is None and sinks_ptr is not None:  # a sink is a score whose value is 0
         m = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
         l = tl.where(m > float("-inf"), 1.0, 0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, FIRST_V], tl.float32)
+    acc_rest = acc
+    if REST_V > 0:
+        acc_rest = tl.zeros([BLOCK_M, REST_V], tl.float32)
 
-    for step in range(start, stop, BLOCK_N):
+    for step in range(start, end, BLOCK_N):
         j = step + tl.arange(0, BLOCK_N)
         j64 = j.to(tl.int64)
         # Columns padded in D hold 0 in q and k both: 0 in q alone would make NaN of an infinite key.
-        k_mask = (d < D)[:, None] & (j < stop)[None, :]
-        k = tl.load(k_ptr + (j64 * k_sj * UNIT)[None, :] + d[:, None], mask=k_mask, other=0.0)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale
+        k, k_rest = load_rows(k_ptr, j64 * k_sj * UNIT, j < stop, D, FIRST, REST)
+        if WIDE:  # two products that do not meet before their end: see below
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if REST > 0:
+                s += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * scale
+        else:
+            s = dot_rows(q, q_rest, k, k_rest, REST, PRECISION) * scale
         if softcap is not None:
             s = softcap * tanh(s / softcap)
         seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
@@ -139,7 +169,13 @@ def attend_kernel(
                 # The least float32 is a legal bias. (Hence exp: scores times log2(e) for exp2 would make it -inf.)
                 s += bias
         # Whatever a key that the row does not see holds, its score ends here.
-        s = tl.where(seen, s, float("-inf"))
+        if WIDE:
+            # Beside saving work, the branch hides from Triton that a product leads to another one: it would spread the
+            # warps over the rows alone, and of 64 rows two groups of warps would compute the same scores.
+            if (step < inner_lo) | (step + BLOCK_N > inner_hi) | (mask_ptr is not None):
+                s = tl.where(seen, s, float("-inf"))
+        else:
+            s = tl.where(seen, s, float("-inf"))
 
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
@@ -148,30 +184,34 @@ def attend_kernel(
         m = m_new
         l = l * decay + tl.sum(p, 1)
 
-        v_mask = (j < stop)[:, None] & (dv < DV)[None, :]
-        v = tl.load(v_ptr + (j64 * v_sj * UNIT)[:, None] + dv[None, :], mask=v_mask, other=0.0)
+        if SAME:
+            v = k
+            v_rest = k_rest
+        else:
+            v, v_rest = load_rows(v_ptr, j64 * v_sj * UNIT, j < stop, DV, FIRST_V, REST_V)
         if GAPS:  # p is 0 in them, but 0 * NaN is not
-            v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
+            anyone = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
+            v = tl.where(anyone, v, 0.0)
+            if REST_V > 0:
+                v_rest = tl.where(anyone, v_rest, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        if REST_V > 0:
+            acc_rest = tl.dot(p.to(v.dtype), v_rest, acc_rest * decay[:, None], input_precision=PRECISION)
 
     if scratch_ptr is None:
         total = tl.where(l == 0.0, 1.0, l)
         out_at = ((b64 * q_len + i) * (KV_HEADS * GROUP) + head) * DV
-        tl.store(
-            out_ptr + out_at[:, None] + dv[None, :],
-            (acc / total[:, None]).to(out_ptr.dtype.element_ty),
-            mask=valid[:, None] & (dv < DV)[None, :],
-        )
+        out, out_rest = acc / total[:, None], acc_rest / total[:, None]
+        store_rows(out_ptr, out_at, valid, out, out_rest, DV, FIRST_V, REST_V)
         if lse_ptr is not None:
             lse = m + tl.log(total)  # m is -inf where l is 0
             tl.store(lse_ptr + (b64 * (KV_HEADS * GROUP) + head) * q_len + i, lse, mask=valid)
     else:
         count = q_len * GROUP
-        parts = tl.num_programs(0).to(tl.int64) * splits * count
+        parts = tiles.to(tl.int64) * splits * count
         part = (tile.to(tl.int64) * splits + split) * count + r
         # Without work: no acc, only the l of 0 that makes the combine kernel stop short of it.
         written = r < tl.where(start < stop, count, 0)
-        acc_mask = written[:, None] & (dv < DV)[None, :]
-        tl.store(scratch_ptr + part[:, None] * DV + dv[None, :], acc, mask=acc_mask)
+        store_rows(scratch_ptr, part * DV, written, acc, acc_rest, DV, FIRST_V, REST_V)
         tl.store(scratch_ptr + parts * DV + part, m, mask=valid)
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)

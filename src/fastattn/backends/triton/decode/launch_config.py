@@ -6,6 +6,7 @@ CUDA graph that holds it, must be good for every length up to the capacity.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,13 +14,16 @@ import torch
 
 from ....call import Problem
 from ....shape_cache import cached
+from ..tile_parts import MIN_PART, parts
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
 #: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
 MAX_ROWS = 64
 MOST_BLOCKS = 65535  #: of rows: what CUDA allows along the third dim of a grid
+FEW_QUERIES = 16  #: that are taken in blocks of rows without a softcap: where the heads alone fill a block, or are wide
+WIDE = 256  #: head dims above it take the launches of `_wide`
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
-MIN_DOT = 16  #: the least size of each dim of a tensor-core product in Triton
+MIN_DOT = MIN_PART
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
 MAX_SCORES = 2048  #: rows x keys of one step: more crowd the registers (64 x 32 against 64 x 64: 13.8 us for 17.5)
 
@@ -32,6 +36,7 @@ class Rule:
     stages: int  #: steps being loaded or computed
     programs_per_sm: int  #: programs among which the work is divided, for each SM
     ragged: int  #: the same when the rows' lengths differ, so that the SMs even out
+    shared: int  #: bytes of shared memory that a program may have, where the device is not there to be asked
     crowd_bytes: int  #: the K tile when there are more K/V heads than SMs: many programs of two warps fit each
 
 
@@ -41,26 +46,27 @@ class Rule:
 #: bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight have to
 #: fit its shared memory, 227 KiB on 10.x and 163 KiB on 8.0.
 RULES = {
-    (8, 0): Rule(tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
-    (9, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
-    (10, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
-    (10, 3): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (8, 0): Rule(shared=163 << 10, tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
+    (9, 0): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 0): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 3): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
 }
 #: 99 KiB, as on 8.6, 8.9 and 12.0
-DEFAULT = Rule(tile_bytes=8192, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=8192)
+DEFAULT = Rule(shared=99 << 10, tile_bytes=8192, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=8192)
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One way of launching the kernel. The blocks are powers of two, at least `MIN_DOT`."""
+    """One way of launching the kernel. Blocks and parts are powers of two from `MIN_DOT` on; a second part may be 0."""
 
-    splits: int  #: programs per K/V head and batch entry; 1 writes the output at once, more need the combine kernel
+    splits: int  #: programs per K/V head, batch entry and block of rows; 1 writes the output at once, more are combined
     block_m: int  #: rows of the tile
     block_n: int  #: keys per step
-    block_d: int  #: head dim, padded
-    block_dv: int  #: value dim, padded
+    head: tuple[int, int]  #: columns of the parts of the head dim: see `tile_parts.py`
+    value: tuple[int, int]  #: and of the value dim
     warps: int
     stages: int
+    near: bool = False  #: the blocks of rows of a K/V head are neighbours in the grid, and may have splits
 
 
 def rows(problem: Problem) -> int:
@@ -68,34 +74,65 @@ def rows(problem: Problem) -> int:
     return problem.q_len * problem.group
 
 
+def fits(problem: Problem) -> bool:
+    """True when the kernel takes as many queries: one block of rows, or several where others are worse at it. That is
+    where they lack the softcap, where few queries have a group of heads that fills a block alone (other kernels read
+    the keys once per head or do not split them), and for few queries of wide heads."""
+    p = problem
+    blocks = -(-rows(p) // _rows_of_a_block(p))
+    return rows(p) <= MAX_ROWS or (p.softcap > 0 and blocks <= MOST_BLOCKS) or _many_heads(p)
+
+
+def may_be_same(problem: Problem) -> bool:
+    """True when the kernel can take the values from its tiles of the keys, if they are the keys' first columns in
+    memory too. (Not in float32: with TF32 the operands in registers would be spilled.)"""
+    p = problem
+    if p.dtype == torch.float32 or p.value_dim > p.head_dim:
+        return False
+    head, value = parts(p.head_dim), _value_parts(p, _rows_of_a_block(p))
+    return head[0] == value[0] and value[1] in (0, head[1])
+
+
 @cached(1 << 12, "launches")
-def choose(problem: Problem, sm_count: int) -> Launch:
-    """The launch for a problem on a GPU with that many streaming multiprocessors."""
+def choose(problem: Problem, sm_count: int, shared: int | None = None, same: bool = False) -> Launch:
+    """The launch for a problem on a GPU with that many streaming multiprocessors.
+
+    shared: bytes of shared memory that a program may have there; None: what is usual for the compute capability.
+    same: the values are the keys' first columns, read once.
+    """
     p = problem
     rule = RULES.get(p.capability, DEFAULT)
-    block_m, block_d, block_dv = _rows_of_a_block(p), _block(p.head_dim), _block(p.value_dim)
+    block_m = _rows_of_a_block(p)
+    head, value = parts(p.head_dim), _value_parts(p, block_m)
+    if is_wide(p):
+        keys, stages = _wide_steps(p, block_m, rule.shared if shared is None else shared, same)
+        near = rows(p) > block_m and _few(p)
+        count = _wide_splits(p, block_m, keys, sm_count, same)
+        return Launch(count, block_m, keys, head, value, warps=8, stages=stages, near=near)
     crowded = _crowded(p, rule, sm_count)
     # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
     # are small ones; but with several blocks of rows programs share an SM (2048 queries: 266 us with four stages, 223
     # with three).
-    stages = rule.stages - (block_m * block_d * p.dtype.itemsize >= 1 << 16)
-    full = MAX_ROWS // 2 < rows(p) <= MAX_ROWS
-    many_rows = full and p.dtype != torch.float32 and block_dv <= 128 and rule.stages > 2
+    stages = rule.stages - (block_m * sum(head) * p.dtype.itemsize >= 1 << 16)
+    full = MAX_ROWS // 2 < rows(p) <= MAX_ROWS or _many_heads(p)
+    many_rows = full and p.dtype != torch.float32 and sum(value) <= 128 and rule.stages > 2
     return Launch(
         splits=splits(p, sm_count),
         block_m=block_m,
         block_n=_block_n(p, rule, crowded),
-        block_d=block_d,
-        block_dv=block_dv,
-        warps=8 if _many_registers(p, block_m, block_dv) else 2 if crowded else 4,
+        head=head,
+        value=value,
+        warps=8 if _many_registers(p, block_m, sum(value)) else 2 if crowded else 4,
         stages=stages + many_rows,
+        near=_many_heads(p),
     )
 
 
 def splits(problem: Problem, sm_count: int) -> int:
-    """Among how many programs the keys of each K/V head and batch entry are divided."""
+    """Among how many programs the keys of each K/V head, batch entry and block of rows are divided; heads not wide."""
     p = problem
-    if rows(p) > MAX_ROWS:
+    blocks = -(-rows(p) // MAX_ROWS)
+    if blocks > 1 and not _many_heads(p):
         return 1
     rule = RULES.get(p.capability, DEFAULT)
     per_sm = rule.ragged if _ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
@@ -103,7 +140,72 @@ def splits(problem: Problem, sm_count: int) -> int:
     steps = -(-_reach(p) // block_n)
     if not _narrow(p, block_n):  # with one split the kernel is another: a growing cache must not compile it anew
         steps = max(2, steps)
-    return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads), steps, MAX_SPLITS))
+    return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads * blocks), steps, MAX_SPLITS))
+
+
+# --- wide heads
+
+
+def is_wide(problem: Problem) -> bool:
+    """True when the tiles of q, k and v fill the shared memory, and the output the registers."""
+    return max(problem.head_dim, problem.value_dim) > WIDE
+
+
+def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int, int]:
+    """Keys of a step, and stages: the first of those listed that fits the shared memory."""
+    asynchronous = block_m == MAX_ROWS  # Hopper's products: both operands are in shared memory, and one step more
+    head, value, size = sum(parts(p.head_dim)), sum(_value_parts(p, block_m)), p.dtype.itemsize
+    for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
+        held = stages if asynchronous else max(1, stages - 1)
+        numbers = block_m * head + held * keys * (head + (0 if same else value)) + block_m * keys
+        mask = 8 * block_m * keys if p.dense_mask else 0
+        if numbers * size + mask + _WIDE_REST <= shared:
+            return keys, stages
+    return MIN_DOT, 1
+
+
+#: Keys and stages, best first. 32 keys of 512 numbers, K and V, are 64 KiB: twice what an SM needs under way; and the
+#: scores of one step of few rows are a chain of 32 products, however many keys it has.
+_WIDE_STEPS = ((32, 3), (16, 3), (32, 2), (16, 2))
+#: 64 rows and K alone (absorbed MLA): Hopper's products of 64 x 64 read q half as often as those of 64 x 32.
+_WIDE_SAME = ((64, 2), *_WIDE_STEPS)
+_WIDE_FLOAT = ((MIN_DOT, 2),)  #: float32: without tensor cores the operands of a product sit in registers whole
+_WIDE_REST = 2048  #: bytes for what else the kernel exchanges
+_WIDE_RAGGED = 4  #: programs per SM when the rows' lengths differ: more write and read too much
+
+
+def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool) -> int:
+    """As `splits`. A program needs an SM for itself. What each leaves for the combine kernel (rows x values, float32)
+    is large here, so there are as many splits as make the time of both kernels least.
+
+    In the time of a step an SM reads its keys, in that of a split the GPU writes and reads the output of all rows, in
+    the L2 cache at about twice the memory's rate. steps / n + n x split / step is least at sqrt(steps x step / split).
+    """
+    blocks = -(-rows(p) // block_m)
+    if blocks > 1 and not _few(p):
+        return 1
+    steps = -(-_reach(p) // keys)
+    if _narrow(p, keys):
+        return 1
+    step = keys * (p.head_dim + (0 if same else p.value_dim)) * p.dtype.itemsize * sm_count
+    split = p.batch * p.kv_heads * rows(p) * p.value_dim * 4
+    most = sm_count * (_WIDE_RAGGED if _ragged(p) else 1) // (p.batch * p.kv_heads * blocks)
+    found = max(1, min(most, math.isqrt(steps * step // split), steps, MAX_SPLITS))
+    found = -(-steps // -(-steps // found))  # as few as have the same number of steps
+    return max(2, found) if most >= 2 else 1  # two even of one step: see `splits`
+
+
+def _few(p: Problem) -> bool:
+    """True when blocks of rows, if there are several, are side by side and have splits; heads wide."""
+    return p.q_len <= FEW_QUERIES or rows(p) <= MAX_ROWS
+
+
+def _many_heads(p: Problem) -> bool:
+    """True for few queries with more rows than a block has anywhere, whose blocks are side by side."""
+    return rows(p) > MAX_ROWS and p.q_len <= FEW_QUERIES and (p.group > MAX_ROWS or is_wide(p))
+
+
+# --- what they have in common
 
 
 def _ragged(p: Problem) -> bool:
@@ -138,21 +240,39 @@ def _block_n(p: Problem, rule: Rule, crowded: bool) -> int:
     if p.dtype == torch.float32:  # without tensor cores the operands of a product sit in registers whole
         tile_bytes //= 2
     most = MAX_KEYS // 2 if _fine(p) else MAX_KEYS
-    return max(MIN_DOT, min(MAX_SCORES // _rows_of_a_block(p), most, tile_bytes // _row_bytes(p)))
+    keys = 1 << (tile_bytes // _row_bytes(p)).bit_length() >> 1  # a power of two
+    return max(MIN_DOT, min(MAX_SCORES // _rows_of_a_block(p), most, keys))
 
 
 def _row_bytes(p: Problem) -> int:
     """Of one key or value in the kernel's blocks."""
-    return max(_block(p.head_dim), _block(p.value_dim)) * p.dtype.itemsize
+    return max(sum(parts(p.head_dim)), sum(_value_parts(p, _rows_of_a_block(p)))) * p.dtype.itemsize
 
 
-def _many_registers(p: Problem, block_m: int, block_dv: int) -> bool:
+def _value_parts(p: Problem, block_m: int) -> tuple[int, int]:
+    """A second part of no more columns than rows would be computed by all warps alike, each for itself (ptxas: 195
+    registers for 100, four times the products), except by Hopper's products of 64 rows."""
+    return parts(p.value_dim, MIN_PART if block_m == MAX_ROWS else 2 * block_m)
+
+
+def _many_registers(p: Problem, block_m: int, columns: int) -> bool:
     """True when four warps would spill (as ptxas reports for 9.0)."""
-    return p.dtype == torch.float32 or (block_m == MAX_ROWS and (block_dv > 128 or p.dense_mask))
+    return p.dtype == torch.float32 or (block_m == MAX_ROWS and (columns > 128 or p.dense_mask))
 
 
 def _rows_of_a_block(p: Problem) -> int:
-    return min(_block(rows(p)), MAX_ROWS)
+    most = MAX_ROWS
+    if is_wide(p):
+        # 64 rows of 512 columns are 128 registers a thread. With Hopper's products, whose operands are in the shared
+        # memory, that leaves room for the rest, unless there are gaps to be cleared in values and scores.
+        most = MIN_DOT if p.dtype == torch.float32 else MAX_ROWS if p.capability[0] == 9 and not gaps(p) else 32
+    return min(_block(rows(p)), most)
+
+
+def gaps(problem: Problem) -> bool:
+    """True when between the first and the last key that a tile sees may lie keys that no row of it sees."""
+    p = problem
+    return p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
 
 
 def _block(size: int) -> int:
@@ -163,3 +283,12 @@ def _block(size: int) -> int:
 def sm_count(index: int) -> int:
     """Streaming multiprocessors of CUDA device `index`. Without a GPU (Triton's interpreter): 4, so that it splits."""
     return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 4
+
+
+@cache
+def shared_memory(index: int) -> int | None:
+    """Bytes of shared memory that a program may have on CUDA device `index`; None without a GPU, or one that torch
+    does not ask."""
+    if index < 0:
+        return None
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)

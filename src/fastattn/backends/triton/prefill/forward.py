@@ -14,8 +14,8 @@ from ...base import Kernel
 from ...layout import Output
 from ...scratch import scratch
 from ..bounds import Bounds
-from ..dims import parts
 from ..launcher import Launcher
+from ..tile_parts import parts
 from .block_lists import classify_kernel, list_kernel
 from .kernel import forward_kernel
 from .launch_config import Launch, by_head, choose, listed

@@ -169,7 +169,7 @@ def forward_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HEAD: tl.constexpr,  # the head dim in two parts: see `dims.py`
+    HEAD: tl.constexpr,  # the head dim in two parts: see `tile_parts.py`
     HEAD_REST: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_REST: tl.constexpr,

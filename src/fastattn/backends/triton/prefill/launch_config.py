@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 from ....call import Problem
 from ....shape_cache import cached
-from ..dims import parts
+from ..tile_parts import parts
 
 MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
 #: Bytes of shared memory that one program may have, by compute capability. (0, 0): Triton's interpreter.
-SHARED_MEMORY = {(0, 0): 227 << 10} | dict.fromkeys(((8, 0), (8, 7)), 163 << 10) | dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 << 10)
+SHARED_MEMORY = (
+    {(0, 0): 227 << 10}
+    | dict.fromkeys(((8, 0), (8, 7)), 163 << 10)
+    | dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 << 10)
+)
 SMALL = 99 << 10  #: of all others
 #: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
 #: the two launches more.

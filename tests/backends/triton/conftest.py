@@ -1,0 +1,34 @@
+"""Where Triton kernels run in tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("with a GPU the kernels run natively")
+        triton = pytest.importorskip("triton")
+        from triton.runtime.interpreter import InterpretedFunction
+
+        assert isinstance(triton.language.max, InterpretedFunction), (
+            "triton was imported before TRITON_INTERPRET was set"
+        )
+        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """What is not written is NaN: torch fills outputs and scratch with it under this setting."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,240 @@
+"""Head dims that are no powers of two or above 256, groups of many heads, and values that are the keys' first columns.
+
+On the CPU through Triton's interpreter, on a GPU natively. The truth is `naive.attention` in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import naive
+import pytest
+import torch
+from cases import BF16, FP16, FP32, FP64, TOLERANCE, Case, a_problem, check, lse_error, relative_error
+from torch import Tensor
+
+import fastattn
+from fastattn import Intervals
+from fastattn.backends.triton.decode import launch_config as launch
+
+DIMS = ((72, 72), (80, 80), (96, 96), (192, 128), (320, 256), (512, 512), (576, 512))
+#: Several steps of 16 keys and several splits; 8 rows to a tile, lengths that are multiples of nothing.
+CASE = Case(batch=2, q_heads=4, kv_heads=1, q_len=2, kv_len=75, dtype=FP32, return_lse=True)
+FEATURES = {
+    "plain": CASE,
+    "causal": CASE.but(mask="causal", dtype=FP16),
+    "lengths": CASE.but(mask="causal", kv_lengths=(33, 0), q_lengths=(1, 2), sinks=FP32),
+    "window": CASE.but(window=(20, 3), q_len=4, kv_lengths=(60, 75)),
+    "intervals": CASE.but(mask="intervals:bq", q_len=4),
+    "intervals-shared": CASE.but(mask="intervals:b1", dtype=FP16, sinks=BF16),
+    "bool": CASE.but(mask="bool:b1qk", keep=0.3),
+    "everything": CASE.but(
+        mask="additive:b1qk", mask_dtype=FP64, window=(50, 1), kv_lengths=(75, 40), sinks=FP32, softcap=4.0, scale=0.3
+    ),
+}
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str, dims: tuple[int, int], device: str, force: Callable[..., None]) -> None:
+    """Without splits where the index is even, with more than there are steps for the shortest rows where it is odd."""
+    force(splits=1 + 2 * ((list(FEATURES).index(name) + DIMS.index(dims)) % 2), block_n=16)
+    check(FEATURES[name].but(head_dim=dims[0], value_dim=dims[1]), "decode", device)
+
+
+@pytest.mark.parametrize("dims", [(512, 512), (576, 512), (320, 256)], ids=str)
+@pytest.mark.parametrize("name", ["lengths", "intervals", "everything"])
+def test_as_the_rules_launch(name: str, dims: tuple[int, int], device: str) -> None:
+    check(FEATURES[name].but(head_dim=dims[0], value_dim=dims[1], kv_len=130), "decode", device)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sliced", "cache", "expanded", "strided", "misaligned", "dmajor"])
+def test_layouts(layout: str, device: str) -> None:
+    check(CASE.but(layout=layout, head_dim=320, value_dim=192, dtype=FP16, kv_heads=2), "decode", device)
+
+
+MANY_HEADS = CASE.but(batch=1, q_heads=70, head_dim=64, mask="causal", kv_len=50)  #: 140 rows to a K/V head
+GROUPS = {
+    "blocks": MANY_HEADS,
+    "lengths": MANY_HEADS.but(batch=2, q_len=1, kv_lengths=(0, 41), q_lengths=(1, 1), sinks=FP32),
+    "heads": MANY_HEADS.but(q_heads=132, kv_heads=2, q_len=1),
+    "intervals": MANY_HEADS.but(mask="intervals:bq", q_heads=66),
+    "wide": MANY_HEADS.but(head_dim=512, q_heads=6, kv_heads=2, q_len=7, window=(13, 0)),
+    "wide-half": MANY_HEADS.but(head_dim=512, q_heads=36, q_len=1, dtype=FP16),
+    "wide-many-queries": MANY_HEADS.but(head_dim=264, q_heads=4, q_len=30, softcap=5.0),  # blocks without splits
+}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", GROUPS)
+def test_blocks_of_rows(name: str, splits: int, device: str, force: Callable[..., None]) -> None:
+    """More heads than a tile has rows, and more rows than a tile of wide heads has."""
+    force(splits=1 if name == "wide-many-queries" else splits, block_n=16)
+    check(GROUPS[name], "decode", device)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_tiles_of_64_rows(name: str, device: str, force: Callable[..., None]) -> None:
+    """Of wide heads only Hopper takes them."""
+    force(splits=2, block_n=16, block_m=64, near=True)
+    check(
+        FEATURES[name].but(head_dim=576, value_dim=512, q_heads=33, dtype=FP16, kv_len=40, kv_lengths=None),
+        "decode",
+        device,
+    )
+
+
+# Values that are the keys' first columns.
+
+SHAPE = (2, 1, 40, 576)  #: of the keys
+LATENTS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "own": lambda fill: fill(*SHAPE),
+    "cache": lambda fill: fill(2, 1, 100, 576)[:, :, :40],
+    "pages": lambda fill: fill(3, 45, 1, 640)[1:, 5:, :, :576].transpose(1, 2),  # a piece of a larger buffer
+    "row": lambda fill: fill(1, 40, 576).unsqueeze(1).expand(*SHAPE),
+    "odd": lambda fill: fill(2, 1, 40, 577)[..., :576],  # rows that do not begin at 16 bytes
+    "strided": lambda fill: fill(2, 1, 40, 1152)[..., ::2],  # copied, and then two tensors
+}
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of the kernel whether it took the values from the keys."""
+    pytest.importorskip("triton")
+    from fastattn.backends.triton.decode.forward import DecodeKernel
+
+    found: list[bool] = []
+    forward = DecodeKernel.forward
+
+    def spy(self, call):
+        found.append(self.same)
+        return forward(self, call)
+
+    monkeypatch.setattr(DecodeKernel, "forward", spy)
+    return found
+
+
+def filled(device: str) -> Callable[..., Tensor]:
+    return lambda *shape: torch.randn(shape, device=device).to(FP16)
+
+
+def compare(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """The output of decode; it and the log-sum-exp are those of the truth, in which NaN in k and v is 0."""
+    out, lse = fastattn.scaled_dot_product_attention(q, k, v, **options, return_lse=True, backend="decode")
+    clean = [x.double().nan_to_num(nan=0.0) for x in (q, k, v)]
+    want = naive.attention(*clean, **options)
+    assert relative_error(out, want.out) < TOLERANCE[q.dtype][0]
+    assert lse_error(lse, want.lse) < 1e-3
+    return out
+
+
+@pytest.mark.parametrize("heads", [5, 35])
+@pytest.mark.parametrize("layout", LATENTS)
+def test_values_in_keys(layout: str, heads: int, device: str, kinds: list[bool], force: Callable[..., None]) -> None:
+    force(splits=3 if heads == 5 else 1, block_n=16)
+    k = LATENTS[layout](filled(device))
+    compare(filled(device)(2, heads, 1, 576), k, k[..., :512], scale=0.05)
+    assert kinds == [layout != "strided"]
+
+
+@pytest.mark.parametrize("name", ["lengths", "intervals", "window", "bool", "softcap"])
+def test_values_in_keys_with_features(name: str, device: str, kinds: list[bool]) -> None:
+    """And NaN in what lengths and intervals exclude."""
+    k, q = LATENTS["cache"](filled(device)), filled(device)(2, 9, 2, 576)
+
+    def integers(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    hidden = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    options = {"scale": 0.05, "mask": "causal"}
+    if name == "lengths":
+        options |= {"kv_lengths": integers(30, 0), "sinks": torch.randn(9, device=device)}
+        hidden[0, 30:], hidden[1] = True, True
+    elif name == "intervals":  # one for each query, and a gap between them
+        lo, hi = integers(5, 22).expand(2, 2).contiguous(), integers(9, 31).expand(2, 2).contiguous()
+        options["mask"] = Intervals(lo, hi)
+        hidden[:, :5], hidden[:, 9:22], hidden[:, 31:] = True, True, True
+    elif name == "window":
+        options |= {"window": (20, 0)}
+        hidden[:, :18] = True
+    elif name == "bool":
+        options["mask"] = torch.rand(2, 1, 2, 40, device=device) < 0.4
+    else:
+        options["softcap"] = 3.0
+    k.masked_fill_(hidden[:, None, :, None], torch.nan)
+    compare(q, k, k[..., :512], **options)
+    assert kinds == [True]
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (128, 128), (192, 192), (320, 256)], ids=str)
+def test_other_dims_with_values_in_keys(dims: tuple[int, int], device: str, kinds: list[bool]) -> None:
+    k = filled(device)(2, 2, 40, dims[0])
+    compare(filled(device)(2, 6, 1, dims[0]), k, k[..., : dims[1]], mask="causal")
+    assert kinds == [True]
+
+
+def test_the_next_call_may_be_another(device: str, kinds: list[bool]) -> None:
+    """Calls of one kind, of which some hold the values in the keys and others beside them."""
+    q, k, other = filled(device)(2, 3, 1, 576), *(filled(device)(*SHAPE) for _ in range(2))
+    first = compare(q, k, k[..., :512])
+    second = compare(q, k, other[..., :512])
+    compare(q, other, other[..., :512])
+    compare(q, other, k[..., :512])
+    assert kinds == [True, False, True, False]
+    assert relative_error(second, first) > 0.1
+
+
+def test_values_elsewhere_in_the_keys(device: str, kinds: list[bool]) -> None:
+    """Not the first columns, other tokens, another batch: two tensors."""
+    q, k = filled(device)(2, 3, 1, 576), filled(device)(2, 1, 80, 576)
+    compare(q, k, k[..., 64:])  # as many strides, another address
+    compare(q, k[:, :, ::2], k[:, :, :40, :512])  # the same address, other strides
+    compare(q, k[:1].expand(2, -1, -1, -1), k[..., :512])
+    compare(q, k[:, :, 1:], k[:, :, :-1, :512])
+    assert kinds == [False] * 4
+
+
+def test_float32_reads_both(device: str, kinds: list[bool]) -> None:
+    k = torch.randn(SHAPE, device=device)
+    compare(torch.randn(2, 9, 1, 576, device=device), k, k[..., :512])
+    assert kinds == [False]
+
+
+# How they are launched.
+
+MLA = {"q_heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512}
+
+
+def test_splits_of_absorbed_mla() -> None:
+    """A split of 128 rows leaves as much to combine as several steps read: two steps each here. All SMs are used."""
+    chosen = launch.choose(a_problem(**MLA, kv_len=4096), 132, 227 << 10, True)
+    assert (chosen.block_m, chosen.block_n, chosen.near, chosen.splits) == (64, 64, True, 32)
+    assert launch.choose(a_problem(**MLA, kv_len=4096, batch=64), 132, 227 << 10, True).splits == 1
+    assert launch.choose(a_problem(**MLA, kv_len=1 << 17), 132, 227 << 10, True).splits == 64  # 66 would take no less
+
+
+def test_splits_of_wide_heads() -> None:
+    """Few rows leave little: every SM reads."""
+    chosen = launch.choose(a_problem(q_heads=8, kv_heads=1, head_dim=512, value_dim=512, kv_len=8192), 132)
+    assert chosen.splits == 128  # two steps of 32 keys each: 132 would take no less
+    assert launch.choose(a_problem(**MLA, q_len=300, softcap=1.0, kv_len=8192), 132).splits == 1
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_growing_cache_needs_no_other_kernel(same: bool) -> None:
+    for capability in ((9, 0), (8, 0), (8, 6), (10, 0)):
+        for batch in (1, 20, 40, 100):
+            compiled = set()
+            for length in (*range(1, 200), 500, 2000, 4095, 4096, 5000, 10**5):
+                problem = a_problem(**MLA, kv_len=length, batch=batch, capability=capability)
+                found = launch.choose(problem, 132, None, same)
+                compiled.add((found.splits > 1, found.block_m, found.block_n, found.warps, found.stages))
+            assert len(compiled) == 1, (capability, batch)
+
+
+def test_the_device_says_how_much_shared_memory_there_is() -> None:
+    problem = a_problem(**MLA, capability=(8, 0))
+    keys = [launch.choose(problem, 108, kib << 10).block_n for kib in (99, 163)]
+    assert keys[0] <= keys[1]
+    held = [launch.choose(problem, 108, kib << 10) for kib in (99, 227)]
+    assert held[0] != held[1]
