@@ -170,8 +170,8 @@ def _needs_stats(p: Problem) -> bool:
 
 def _static_stats(p: Problem, tensors: dict[str, Tensor]) -> Tensor:
     """Gives a static plan room for its log-sum-exp `[B,Hq,Sq]`."""
-    found = tensors["stats"] = tensors["q"].new_empty((p.batch, p.q_heads, p.q_len, 1), dtype=torch.float32)
-    return found[..., 0]
+    found = tensors["stats"] = tensors["q"].new_empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32)
+    return found
 
 
 def token_major_lse(p: Problem, like: Tensor) -> Tensor:
