@@ -27,8 +27,8 @@ class Bound:
     """What all calls of one kind share, found once: where they go, and what their `Call` has besides data."""
 
     __slots__ = (
-        "alike", "counted", "device", "dtype", "extras", "generation", "kernel", "name", "names", "names_without_lse",
-        "route", "scale", "static", "strides",
+        "alike", "counted", "device", "device_type", "dtype", "extras", "generation", "kernel", "name", "names",
+        "names_without_lse", "route", "scale", "static", "strides",
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
@@ -45,7 +45,7 @@ class Bound:
         )
         self.static: tuple[Any, ...] = CALL.static(call)  #: the options of the call that are not data
         self.scale = default_scale(q)
-        self.dtype, self.device = q.dtype, q.device
+        self.dtype, self.device, self.device_type = q.dtype, q.device, q.device.type
         self.strides = q.stride(), k.stride(), v.stride()
         #: of the tensors besides q, k and v; None: there are none
         self.extras = CALL.layouts(call)[3:] if any(x is not None for x in call[3:_TENSORS]) else None
@@ -149,21 +149,23 @@ def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> boo
     """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since, nobody
     watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its layout)."""
     q, k, v = call.q, call.k, call.v
-    if torch.is_grad_enabled() or not plain(grad_out, q, k, v):
+    if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
         return False
-    alike = torch_internals.dispatch_of(grad_out)
-    if alike is None or alike != bound.alike:
-        if not torch_internals.same_dispatch(grad_out, out):  # by old vmap
-            return False
-        bound.alike = alike
-    return (
-        bound.generation == routes.generation()
-        and (q.stride(), k.stride(), v.stride()) == bound.strides
+    if not (
+        (q.stride(), k.stride(), v.stride()) == bound.strides
         and q.dtype is k.dtype is v.dtype is bound.dtype
         and q.device == k.device == v.device == bound.device
         and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
-        and not torch.is_autocast_enabled(bound.device.type)
-    )
+        and not torch.is_autocast_enabled(bound.device_type)
+    ):
+        return False
+    # What torch dispatches alike (no batch of old vmap's, not negative, not sparse) need not be looked at again.
+    alike = torch_internals.dispatch_of(grad_out)
+    if type(grad_out) is not Tensor or alike is None or alike != bound.alike:
+        if not (plain(grad_out) and torch_internals.same_dispatch(grad_out, out)):
+            return False
+        bound.alike = alike
+    return True
 
 
 def _backward(

@@ -74,7 +74,7 @@ def attention(key: Any, arguments: tuple[Any, ...], scale: float | None) -> tupl
     if bound is None:
         return None
     call = _call(arguments, bound.scale if scale is None else scale, bound.static)
-    device = bound.device.type
+    device = bound.device_type
     if not torch.is_autocast_enabled(device):
         return _run(bound, call)
     if bound.dtype is not torch.float64 and torch.get_autocast_dtype(device) is not bound.dtype:
