@@ -10,9 +10,7 @@ import fastattn
 from fastattn._compat import torch as torch_internals
 from fastattn._compat.versions import Gone
 from fastattn.backends.torch import TorchBackend
-from fastattn.dispatch import fast_path, routes
-from fastattn.dispatch import eager
-from fastattn.dispatch import operators as ops
+from fastattn.dispatch import eager, fast_path, routes
 
 
 def gradients() -> tuple[Tensor, ...]:

@@ -23,17 +23,30 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import reference
+from fastattn.dispatch import fast_path, registry
 from fastattn.dispatch import operators as ops
+from fastattn.validation import Arguments, validated
 
 attend = fastattn.scaled_dot_product_attention
 EAGER, OPERATOR = "_AttentionBackward", "GeneratedBackwardFor_fastattn_attention_defaultBackward"
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings of the machine's."""
+@pytest.fixture(autouse=True, params=["first", "again"])
+def turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> str:
+    """No settings of the machine's. "first": every call takes the full path; "again": even the first one of a kind goes
+    the way of those that come after it."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
+    served = fast_path.attention
+
+    def again(key: Any, arguments: Any, scale: float | None) -> Any:
+        if key not in fast_path._cached:
+            call = validated(Arguments(*arguments), scale)
+            fast_path.remember(key, arguments, call, registry.names_for(key[-2]))
+        return served(key, arguments, scale)
+
+    monkeypatch.setattr(fast_path, "attention", again if request.param == "again" else lambda *args: None)
+    return str(request.param)
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference", **options: Any) -> Any:

@@ -32,7 +32,7 @@ class Bound:
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
-        """names: the backends that may serve the calls. route: of the call, which it was served by or is going to be."""
+        """names: the backends that may serve the calls. route: of the call, which has served it or is going to."""
         q, k, v = call.q, call.k, call.v
         self.route = route
         self.kernel = route.kernel
@@ -146,8 +146,9 @@ _apply: Any = torch_internals.quick_apply(_Attention)
 
 
 def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> bool:
-    """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since, nobody
-    watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its layout)."""
+    """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
+    nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
+    layout)."""
     q, k, v = call.q, call.k, call.v
     if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
         return False
@@ -182,6 +183,8 @@ def _backward(
         # The operator: traced, or with create_graph=True, which it knows how to refuse.
         operator = torch.ops.fastattn.attention_backward
         found = operator(grad_out, grad_lse, out, lse, *call, ",".join(names))
-        return Gradients(*[x if name[0] in call.grads else None for name, x in zip(Gradients._fields, found, strict=True)])
+        return Gradients(
+            *[x if name[0] in call.grads else None for name, x in zip(Gradients._fields, found, strict=True)]
+        )
     with no_autocast(grad_out):
         return serve.backward(call, names, out, lse, grad_out, grad_lse)

@@ -16,6 +16,7 @@ from . import plans
 from .geometry import (
     MIN_CAPACITY,
     SCALE,
+    StaticKeys,
     band,
     capacity,
     heads_lie_apart,
@@ -45,10 +46,11 @@ _LAYOUTS = 32  #: of the forward's output and its gradient, of which each has a 
 class Backward:
     """The backward of all calls of one problem and one layout of q, k and v."""
 
-    __slots__ = ("_bound", "_in_place", "_problem")
+    __slots__ = ("_biased", "_bound", "_in_place", "_problem")
 
     def __init__(self, p: Problem) -> None:
         self._problem = p
+        self._biased: StaticKeys | None = None  #: of the plans for calls with a bias
         #: by whether algorithms are deterministic, and all strides
         self._bound: dict[tuple[Any, ...], _Bound] = {}
         #: those of them for which nothing has to be copied, by the same and the strides of the output and its gradient
@@ -69,7 +71,7 @@ class Backward:
         if grad_lse is not None or (deterministic and deterministic_refusal(p, "m" in p.grads, ragged=not biased)):
             return reference.backward(p, c, grad_out, grad_lse)
         if biased:
-            tensors = _with_bias(p, c, out, _stats(p, lse), grad_out, deterministic)
+            tensors = self._with_bias(p, c, out, _stats(p, lse), grad_out, deterministic)
         else:
             tensors = self._without_bias(p, c, out, _stats(p, lse), grad_out, deterministic)
         return self._gradients(p, c, tensors, out, lse, grad_out)
@@ -107,19 +109,28 @@ class Backward:
             self._in_place[deterministic, out.stride(), grad_out.stride()] = bound
         return bound.run(c, q, k, v, o, do, stats)
 
+    def _with_bias(
+        self, p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
+    ) -> dict[str, Tensor]:
+        added, q, k, v, fully_masked = masked(p, c, whole=True)
+        q, k, v, o, do = [readable(x) for x in (q, k, v, out, masks.clear(grad_out, fully_masked))]
+        tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
+        if "m" in p.grads and p.mask_shape[3] > 1:
+            tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
+        if self._biased is None:
+            self._biased = StaticKeys(p, direction="backward")
+        plan = plans.shared.get(self._biased.of(tensors, deterministic))
+        return _execute_static(c, plan, tensors, stats)
+
 
 class _Bound:
     """What depends on the layout of all tensors: the choice of a plan, the offsets, and how the gradients are made."""
 
     __slots__ = ("_choice", "_gaps", "_make", "_offsets", "_problem", "_ragged_stats", "_stats_strides")
 
-    def __init__(
-        self, p: Problem, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, deterministic: bool
-    ) -> None:
+    def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, deterministic: bool) -> None:
         self._problem = p
-        self._make = [
-            (d, role, TokenMajor(x.shape, x)) for (d, role), x in zip(_GRADIENTS, (q, k, v), strict=True)
-        ]
+        self._make = [(d, role, TokenMajor(x.shape, x)) for (d, role), x in zip(_GRADIENTS, (q, k, v), strict=True)]
         tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
         static = None
         if may_be_static(p):
@@ -133,9 +144,7 @@ class _Bound:
         self._ragged_stats = ragged_stats(p)
         self._stats_strides = p.q_heads * p.q_len, 1, p.q_heads  #: of a dynamic plan's, where they lie token-major
 
-    def run(
-        self, c: Call, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, stats: Tensor
-    ) -> dict[str, Tensor]:
+    def run(self, c: Call, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, stats: Tensor) -> dict[str, Tensor]:
         """All tensors by their roles, gradients among them. stats: see `_stats`. The others: as those of `__init__`."""
         p = self._problem
         tensors = {"q": q, "k": k, "v": v, "o": o, "do": do}
@@ -194,18 +203,6 @@ def _larger_keys(
     while max(q_max, kv_max) < MIN_CAPACITY:
         q_max, kv_max = min(2 * q_max, MIN_CAPACITY), min(2 * kv_max, MIN_CAPACITY)
         yield _dynamic_key(p, tensors, deterministic, q_max, kv_max)
-
-
-def _with_bias(
-    p: Problem, c: Call, out: Tensor, stats: Tensor, grad_out: Tensor, deterministic: bool
-) -> dict[str, Tensor]:
-    added, q, k, v, fully_masked = masked(p, c, whole=True)
-    q, k, v, o, do = (readable(x) for x in (q, k, v, out, masks.clear(grad_out, fully_masked)))
-    tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v), "bias": added}
-    if "m" in p.grads and p.mask_shape[3] > 1:
-        tensors["dbias"] = q.new_empty(added.shape)  # float32 is not offered
-    key = static_key(p, tensors, biased=True, direction="backward", deterministic=deterministic)
-    return _execute_static(c, plans.shared.get(key), tensors, stats)
 
 
 def _execute_static(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:

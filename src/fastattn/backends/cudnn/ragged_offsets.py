@@ -135,7 +135,9 @@ def ragged_offsets_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c
             offsets[i] = entry * x.stride(0) + part * x.stride(1)
     lengths = torch.tensor([[q_len if kv_len else 0], [kv_len]], dtype=torch.int32) * (row[:-1] < batch * fold)
     # From memory that is not pinned: the copy has left it when the call returns, and waits for nothing on the device.
-    return _named(tensors, *(x[..., None, None, None].to(q.device, non_blocking=True) for x in (offsets, lengths.int())))
+    return _named(
+        tensors, *(x[..., None, None, None].to(q.device, non_blocking=True) for x in (offsets, lengths.int()))
+    )
 
 
 def _named(tensors: dict[str, Tensor], offsets: Tensor, lengths: Tensor) -> dict[str, Tensor]:
