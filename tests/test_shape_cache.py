@@ -47,8 +47,8 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
     "fastattn.dispatch.serve._calls", "fastattn.common.notice._given",
-    # what os.environ wraps
-    "fastattn.config._plain",
+    # what os.environ wraps, and names of variables
+    "fastattn.config._plain", "fastattn.config._encoded",
     # lists of live objects
     "fastattn.shape_cache._functions", "fastattn.common.forks._wishes",
     "fastattn.backends.scratch._threads",

@@ -69,11 +69,11 @@ def scaled_dot_product_attention(
             allowed backend, refuses the call.
         TypeError: an argument that must be a tensor is none.
     """
-    arguments = Arguments(q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse)
+    arguments = q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse
     key = fast_path.key_of(arguments, scale, backend)
     found = None if key is None else fast_path.attention(key, arguments, scale)
     if found is None:
-        call = validated(arguments, scale)
+        call = validated(Arguments(*arguments), scale)
         names = registry.names_for(backend)
         found = operators.attention(call, names)
         if key is not None:

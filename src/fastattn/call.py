@@ -109,8 +109,11 @@ class Fields:
 
     def kind(self, call: Any) -> Any:
         """Everything of a call that is not data, hashable: calls of one kind have one route and one bound kernel."""
-        tensors = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in call[self._tensors]]
-        return tuple(tensors), call[self._static]
+        return tuple(self.layouts(call)), call[self._static]
+
+    def layouts(self, call: Any) -> list[Any]:
+        """Everything of the tensors that is not data."""
+        return [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in call[self._tensors]]
 
     def gradients(self, found: Gradients, wanted: str) -> list[Tensor | None]:
         """For each field in order its gradient; None where it has none, or `wanted` (as `Call.grads`) names it not."""

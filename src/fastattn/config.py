@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 ON = ("1", "on", "true", "yes")
 OFF = ("0", "off", "false", "no")
@@ -54,9 +55,15 @@ def setting(name: str) -> str:
     if _plain is None:
         return os.environ.get(name, "")
     # os.environ raises and catches an exception for a variable that is unset: 1 us, several times in each call.
-    value = _plain.get(os.environ.encodekey(name))
+    value = _plain.get(_encoded(name))
     return "" if value is None else os.environ.decodevalue(value)
 
 
 #: The dict that os.environ wraps; None in a Python where os.environ is built in another form.
 _plain = getattr(os.environ, "_data", None) if hasattr(os.environ, "encodekey") else None
+
+
+@cache
+def _encoded(name: str) -> Any:
+    """The name as that dict has it."""
+    return os.environ.encodekey(name)

@@ -71,8 +71,8 @@ class Segments(NamedTuple):
                 if expected != got:
                     expected, got = (list(x) if what == "shape" else x for x in (expected, got))
                     raise ValueError(f"cu_seqlens_kv: expected {what} {expected} as of cu_seqlens, got {got}")
-        row = torch.zeros_like(cu_seqlens[1:])
-        found = [row, cu_seqlens[:-1], cu_seqlens[1:]]
+        end = cu_seqlens[1:]
+        found = [torch.zeros_like(end), cu_seqlens[:-1], end]
         if cu_seqlens_kv is not None:
             found += [cu_seqlens_kv[:-1], cu_seqlens_kv[1:]]
         return Segments(torch.stack(found), causal)

@@ -127,20 +127,26 @@ class Section(dict[K, V], Generic[K, V]):
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.dropped_for = dropped_for
+        #: Another number once its entries were dropped for a reason, and not for want of room: they hold no longer.
+        self.generation = 0
         self._weigh = weigh
         self._bytes = 0
 
     def __setitem__(self, key: K, value: V) -> None:
         if len(self) >= self.max_entries:
-            self.clear()
+            self._drop()
         if self._weigh is not None:
             size = self._weigh(value)
             if self._bytes + size > self.max_bytes:
-                self.clear()
+                self._drop()
             self._bytes += size
         super().__setitem__(key, value)
 
     def clear(self) -> None:
+        self.generation += 1
+        self._drop()
+
+    def _drop(self) -> None:
         super().clear()
         self._bytes = 0
 

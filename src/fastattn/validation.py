@@ -98,12 +98,6 @@ def default_scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[3] or 1)
 
 
-def is_plain_scale(scale: object) -> bool:
-    """True for a scale that `validated` leaves unchanged for any dtype of q."""
-    least, most = LIMITS[torch.float32]
-    return type(scale) is float and least <= scale <= most
-
-
 def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """q and a positive scale that kernels can compute with, of the same product."""
     if scale is None:
@@ -163,6 +157,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 #: Smallest and largest scale and softcap, by the dtype in which scores are computed. Beyond them finite scores would
 #: become 0, infinite or NaN. (A score is a sum of products, and float32 ends at 3e38.)
 LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
+#: Smallest and largest scale (a float) that `validated` leaves unchanged for any dtype of q.
+PLAIN_SCALES = LIMITS[torch.float32]
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> float:

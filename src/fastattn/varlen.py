@@ -69,6 +69,7 @@ def varlen_attention(
         return_lse=return_lse,
         backend=backend,
     )
+    # (squeeze: the gradient of an index is a copy.)
     if isinstance(result, tuple):
-        return result[0][0].transpose(0, 1), result[1][0]
-    return result[0].transpose(0, 1)
+        return result[0].transpose(1, 2).squeeze(0), result[1].squeeze(0)
+    return result.transpose(1, 2).squeeze(0)

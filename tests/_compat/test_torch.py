@@ -10,8 +10,7 @@ import fastattn
 from fastattn._compat import torch as torch_internals
 from fastattn._compat.versions import Gone
 from fastattn.backends.torch import TorchBackend
-from fastattn.dispatch import fast_path, routes
-from fastattn.dispatch import operators as ops
+from fastattn.dispatch import eager, fast_path, routes
 
 
 def gradients() -> tuple[Tensor, ...]:
@@ -39,9 +38,9 @@ def test_without_a_name_it_is_as_right(name: str, instead: object, monkeypatch: 
 
 def test_who_might_be_watched_goes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
-    assert ops.plain(x)
+    assert eager.plain(x)
     monkeypatch.setattr(torch_internals, "_modes", None)
-    assert not ops.plain(x)
+    assert not eager.plain(x)
 
 
 def test_torch_serves_no_gradients_without_its_guard(monkeypatch: pytest.MonkeyPatch) -> None:

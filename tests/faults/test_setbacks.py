@@ -345,7 +345,7 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
     backend = registry.backend
     monkeypatch.setattr(registry, "backend", lambda name: fake if name == "cudnn" else backend(name))
     if entry == "operator":
-        monkeypatch.setattr("fastattn.dispatch.operators.plain", lambda *tensors: False)
+        monkeypatch.setattr("fastattn.dispatch.eager.plain", lambda *tensors: False)
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     with fastattn.use_backend("cudnn", "torch"):
         out = fastattn.scaled_dot_product_attention(q, k, v, mask="causal")

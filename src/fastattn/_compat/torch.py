@@ -53,6 +53,16 @@ def same_dispatch(one: Tensor, other: Tensor) -> bool:
     return _keys is not None and _keys(one).raw_repr() == _keys(other).raw_repr()
 
 
+def dispatch_of(x: Tensor) -> int | None:
+    """How torch's dispatcher treats a tensor, as a number; None where torch does not tell."""
+    return None if _keys is None else _keys(x).raw_repr()  # type: ignore[no-any-return]
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without what it does for torch.func in Python, 1 us: for calls outside of its transforms."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
 @cache
 def driver_version() -> int:
     """Of the CUDA driver (13000 for 13.0), 0 without one. torch does not tell."""

@@ -21,6 +21,14 @@ def fits(x: Tensor) -> bool:
     return _fits(tuple(x.shape), x.stride(), ALIGNMENT // x.element_size())
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """True when all of them begin where 16-byte pieces do."""
+    addresses = 0
+    for x in tensors:
+        addresses |= x.data_ptr()
+    return not addresses % ALIGNMENT
+
+
 def copied(x: Tensor) -> Tensor:
     """A token-major copy."""
     return token_major(x, *x.shape).copy_(x)
@@ -34,17 +42,27 @@ def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     return not any(stride % step for stride in apart) and (shape[2] == 1 or strides[2] >= shape[3])
 
 
-class Output:
-    """Makes the uninitialised outputs of calls of one problem and one layout of q, the quickest way there is."""
+class TokenMajor:
+    """Makes uninitialised token-major tensors of one shape for calls of one kind, the quickest way there is."""
 
-    __slots__ = ("_like_q", "_shape", "_strides")
+    __slots__ = ("_as_like", "_shape", "_strides")
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        """like: as the tensors that are given to every call, which say dtype and device."""
+        self._shape = tuple(shape)
+        self._strides = token_major(like.new_empty(0, device="meta"), *shape).stride()
+        self._as_like = (like.shape, like.stride()) == (self._shape, self._strides)  # empty_like is 2 us faster
+
+    def __call__(self, like: Tensor) -> Tensor:
+        if self._as_like:
+            return torch.empty_like(like)
+        return torch.empty_strided(self._shape, self._strides, dtype=like.dtype, device=like.device)
+
+
+class Output(TokenMajor):
+    """The same for the outputs of calls of one problem and one layout of q."""
+
+    __slots__ = ()
 
     def __init__(self, p: Problem, q: Tensor) -> None:
-        self._shape = p.batch, p.q_heads, p.q_len, p.value_dim
-        self._strides = token_major(q.new_empty(0, device="meta"), *self._shape).stride()
-        self._like_q = (q.shape, q.stride()) == (self._shape, self._strides)  # empty_like is 2 us faster
-
-    def __call__(self, q: Tensor) -> Tensor:
-        if self._like_q:
-            return torch.empty_like(q)
-        return torch.empty_strided(self._shape, self._strides, dtype=q.dtype, device=q.device)
+        super().__init__((p.batch, p.q_heads, p.q_len, p.value_dim), q)

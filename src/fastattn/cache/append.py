@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.triton.launcher import Launcher
+from ..backends.triton.launcher import Launcher, launcher_for
 
 
 def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, ring: bool) -> None:
@@ -17,11 +17,15 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, 
     t % C, and the last C remain; else it lies at t, and those beyond C are dropped.
     """
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    launcher_for(_launcher, (keys, values, k, v), ring)((keys, values, k, v, lengths, counts))
+
+
+def _launcher(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, ring: bool) -> Launcher:
     batch, heads, new, dim = k.shape
     value_dim = v.shape[3]
     block_d = triton.next_power_of_2(max(dim, value_dim))
     block = max(1, min(triton.next_power_of_2(new), 4096 // block_d))
-    launch = Launcher(
+    return Launcher(
         _append,
         (batch * heads, -(-new // block)),
         k.device,
@@ -29,7 +33,6 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, 
         (ring, block, block_d),
         num_warps=4,
     )
-    launch((keys, values, k, v, lengths, counts))
 
 
 @triton.jit(do_not_specialize=list(range(6, 6 + 5 + 12)))

@@ -1,13 +1,13 @@
 """The fast path: a call of a kind that was served before goes straight to its kernel.
 
 Two calls of the op are of one kind when they differ in data alone: then validation and routing would find what they
-found before. That is half of the time that a small call costs the host.
+found before. That is most of the time that a small call costs the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,72 +19,95 @@ from ..backends.base import OutOfMemory
 from ..call import CALL, Call
 from ..masks import Intervals, Segments
 from ..shape_cache import Reason, shape_cache
-from ..validation import Arguments, default_scale, is_plain_scale
-from . import registry, routes, serve
+from ..validation import PLAIN_SCALES
+from . import eager, registry, routes, serve
+from .eager import Bound
 
-_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Cached` by key
-
-
-class Cached(NamedTuple):
-    """What an earlier call of this kind became."""
-
-    route: routes.Route
-    static: tuple[Any, ...]  #: the static options of its `Call`
-    default_scale: float
+_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Bound`s by key
 
 
 class _NotPlain(Exception):
     """An argument that only the full path can judge."""
 
 
-def key_of(arguments: Arguments, scale: Any, backend: Any) -> Any:
+def key_of(arguments: tuple[Any, ...], scale: Any, backend: Any) -> Any:
     """Everything of a call of the op that is not data, hashable; None when it is to take the full path.
 
-    Takes the arguments as they came: nothing is known to be of the right type.
+    arguments: those of `Arguments`, in order, as they came: nothing is known to be of the right type.
     """
     if torch.compiler.is_compiling() or debug.ENABLED or torch_internals.may_be_watched():
         return None
-    if not (scale is None or is_plain_scale(scale)) or not (backend is None or type(backend) is str):
+    if not (scale is None or (type(scale) is float and _LEAST <= scale <= _MOST)):
+        return None
+    # One function without loops for the usual arguments: nothing else takes as much of the time of a fast call.
+    q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse = arguments
+    if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN or type(return_lse) is not bool:
+        return None
+    if not (backend is None or type(backend) is str):
         return None
     try:
-        kinds = tuple([None if x is None else _KINDS[type(x)](x) for x in arguments])
-        q, mask = arguments.q, arguments.mask
-        # What is cached is the call after promotion and casts, and with a mask of four dims.
-        if not q.dtype is arguments.k.dtype is arguments.v.dtype or torch.is_autocast_enabled(q.device.type):
+        dtype, device = q.dtype, q.device
+        # What is cached is the call after promotion, and with a mask of four dims.
+        if not (k.dtype is dtype is v.dtype and k.device == device == v.device):
             return None
-        if isinstance(mask, Tensor) and mask.dim() != 4:
+        if q.is_neg() or k.is_neg() or v.is_neg():
             return None
-    # KeyError: of another type. RuntimeError: a sparse or nested tensor, a meta device. AttributeError: no tensor.
+        if sinks is window is softcap is q_lengths is kv_lengths is None and (mask is None or type(mask) is str):
+            rest = mask
+        else:
+            if isinstance(mask, Tensor) and mask.dim() != 4:
+                return None
+            rest = tuple([None if x is None else _KINDS[type(x)](x) for x in arguments[3:9]])
+        wanted = torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad)
+        return (
+            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype, device, rest, return_lse,
+            wanted if wanted and True in wanted else None, backend, registry.allowed() if backend is None else None,
+        )  # fmt: skip
+    # KeyError: of another type. RuntimeError: a sparse or nested tensor. AttributeError: no tensor.
     except (_NotPlain, KeyError, RuntimeError, AttributeError):
         return None
-    return kinds, backend, registry.allowed() if backend is None else None
 
 
-def attention(key: Any, arguments: Arguments, scale: float | None) -> tuple[Tensor, Tensor | None] | None:
+def attention(key: Any, arguments: tuple[Any, ...], scale: float | None) -> tuple[Tensor, Tensor | None] | None:
     """The output and log-sum-exp of a call; None when it is to take the full path."""
-    cached: Cached | None = _cached.get(key)
-    if cached is None:
+    bound: Bound | None = _cached.get(key)
+    if bound is None:
         return None
-    call = _call(arguments, cached.default_scale if scale is None else scale, cached.static)
-    route = cached.route
+    call = _call(arguments, bound.scale if scale is None else scale, bound.static)
+    device = bound.device_type
+    if not torch.is_autocast_enabled(device):
+        return _run(bound, call)
+    if bound.dtype is not torch.float64 and torch.get_autocast_dtype(device) is not bound.dtype:
+        return None  # it is to be cast
+    # Inside, float32 must stay float32. (torch.autocast takes 4 us to say so.)
+    torch.set_autocast_enabled(device, False)
     try:
-        found = route.kernel.forward(call)
+        return _run(bound, call)
+    finally:
+        torch.set_autocast_enabled(device, True)
+
+
+def _run(bound: Bound, call: Call) -> tuple[Tensor, Tensor | None] | None:
+    if call.grads:
+        return eager.attention(bound, bound.names, call)
+    try:
+        found = bound.kernel.forward(call)
     except Exception as error:
-        if serve.refused(route, error, but_for=(OutOfMemory,)):  # after one the full path tries it once more
+        if serve.refused(bound.route, error, but_for=(OutOfMemory,)):  # after one the full path tries it once more
             return None
         raise
-    serve.count(route.backend.name)
+    serve.count(bound.name)
     return found
 
 
-def remember(key: Any, arguments: Arguments, call: Call, names: tuple[str, ...]) -> None:
+def remember(key: Any, arguments: tuple[Any, ...], call: Call, names: tuple[str, ...]) -> None:
     """Caches what a call became that took the full path. key: what `key_of` said of it."""
     again = _call(arguments, call.scale, CALL.static(call))
     if any(x is not y for x, y in zip(CALL.tensors(again), CALL.tensors(call), strict=True)):
         return  # validation made other tensors of these
     route = routes.route(call, names)
-    if route.lasts:
-        _cached[key] = Cached(route, CALL.static(call), default_scale(call.q))
+    if route.lasts and call.q.device.type != "meta":  # which has no autocast to ask for
+        _cached[key] = Bound(call, names, route)
 
 
 #: The order in which `_call` gives the fields of `Call`. (By keyword it would take twice as long.)
@@ -93,7 +116,7 @@ if (*CALL.tensor_names, *CALL.DATA) != _ORDER:
     raise TypeError(f"Call has other fields than fast_path._call gives it: {CALL.names}")
 
 
-def _call(arguments: Any, scale: float, static: tuple[Any, ...]) -> Call:
+def _call(arguments: tuple[Any, ...], scale: float, static: tuple[Any, ...]) -> Call:
     """The call of arguments that need no validation."""
     q, k, v, mask, sinks, _, _, q_lengths, kv_lengths, _ = arguments  # (to unpack them is faster than to name them)
     dense = lo = hi = segments = None
@@ -108,9 +131,10 @@ def _call(arguments: Any, scale: float, static: tuple[Any, ...]) -> Call:
 
 
 def _tensor(x: Tensor) -> Any:
-    if x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
+    if x.is_neg():
         raise _NotPlain
-    return x.shape, x.stride(), x.dtype, x.device
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    return x.shape, x.stride(), x.dtype, x.device, wanted
 
 
 def _tensors(x: Intervals) -> Any:
@@ -136,6 +160,8 @@ def _itself(x: Any) -> Any:
 
 
 _FLAGS = {True: object(), False: object()}  # Python holds True and 1.0 to be equal; validation does not
+_LEAST, _MOST = PLAIN_SCALES
+_PLAIN = frozenset([Tensor, Parameter])
 #: What an argument is besides data, by its exact type.
 _KINDS: dict[type, Callable[[Any], Any]] = {
     Tensor: _tensor,
@@ -143,7 +169,6 @@ _KINDS: dict[type, Callable[[Any], Any]] = {
     Intervals: _tensors,
     Segments: _segments,
     tuple: _window,
-    bool: _FLAGS.__getitem__,
     float: _itself,
     str: _itself,
 }

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.fastattn.*`: schemas, shapes for tracing (fakes), and the link from forward to backward.
+"""The operators `torch.ops.fastattn.*`: schemas, shapes for tracing (fakes), and their link from forward to backward.
 
 A traced graph (torch.compile, export, FakeTensor) sees two opaque operators. The backend is chosen inside them, when
 they run: the graph holds no Python of ours, does not recompile when a length changes, and every stride that a backend
@@ -8,18 +8,16 @@ reads is real. The operators' arguments are the fields of `Call`, in order, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import reference
-from .._compat import torch as torch_internals
 from ..backends.scratch import inside_operator
 from ..call import CALL, Call, Gradients, token_major, work_dtype
-from . import registry, serve
+from . import eager, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
@@ -36,69 +34,25 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
-    if not plain(*[x for x in CALL.tensors(call) if x is not None]):
+    if not eager.plain(*[x for x in CALL.tensors(call) if x is not None]):
         return torch.ops.fastattn.attention(*call, ",".join(names))
-    if call.grads:
-        return _Attention.apply(*call, names)
-    with _no_autocast(call.q):
+    with eager.no_autocast(call.q):
+        if call.grads:
+            return eager.attention(None, names, call)
         found = serve.forward(call, names)
     return found.out, found.lse
-
-
-def plain(*tensors: Tensor) -> bool:
-    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
-    when their memory holds their values (a negative view's does not).
-
-    Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
-    gradients.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
-        and not torch_internals.may_be_watched()
-    )
-
-
-def _forward(call: Call, names: tuple[str, ...], compute_lse: bool = False) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """The output, the log-sum-exp, and the backends that may run the backward.
-
-    A backend whose own backward does not read the log-sum-exp may leave it out. Where it serves in place of one that
-    had a setback, that one may be back by the backward: it is left out there, or (`compute_lse`) the log-sum-exp is
-    computed for it.
-    """
-    out, lse, route = serve.forward(call, names)
-    if lse is None and call.grads and route.until:
-        if compute_lse:
-            lse = reference.forward(route.problem, call)[1]
-        else:
-            names = tuple(name for name in names if not registry.backend(name).reads_lse)
-    if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
-        lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
-    return out, lse, names
-
-
-class _Attention(torch.autograd.Function):
-    """The link from forward to backward when nothing traces the call. Arguments: a `Call`'s fields, and names."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        call, (names,) = CALL.unpack(arguments)
-        with _no_autocast(call.q):
-            out, lse, names = _forward(call, names)
-        _save(ctx, call, names, out, lse)
-        if not call.return_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _backward(ctx, *grads)
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, names = _unpack(arguments)
     with _implementation(call.q):
-        out, lse, _ = _forward(call, names, compute_lse=True)  # a graph says already who may run the backward
+        out, lse, route = serve.forward(call, names)
+        if lse is None and call.grads and route.until:
+            # A backend whose own backward does not read it may leave it out. Here it serves in place of one that had a
+            # setback and may be back by the backward, of which a graph says already who may run it.
+            lse = reference.forward(route.problem, call)[1]
+        if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
+            lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
         return out, lse.contiguous()  # as a tracer was told
 
 
@@ -111,25 +65,14 @@ def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
     call, (names,) = CALL.unpack(arguments)
-    return call, tuple(name for name in names.split(",") if name)
+    return call, tuple([name for name in names.split(",") if name])
 
 
 @contextmanager
 def _implementation(like: Tensor) -> Iterator[None]:
     """The state of an operator's implementation."""
-    with inside_operator(), _no_autocast(like):
+    with inside_operator(), eager.no_autocast(like):
         yield
-
-
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """The inputs were cast already (`validation.py`); the float32 inside must stay float32."""
-    device = like.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return _NOTHING
-    return torch.autocast(device, enabled=False)
-
-
-_NOTHING = nullcontext()
 
 
 def _lse_shape(call: Call) -> tuple[int, ...]:
@@ -160,34 +103,20 @@ def empty_gradients(call: Call) -> Gradients:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """For torch's operator, whose names are one string."""
-    call, (names,) = CALL.unpack(inputs)
-    _save(ctx, call, names, *output)
-
-
-def _save(ctx: Any, call: Call, names: tuple[str, ...] | str, out: Tensor, lse: Tensor) -> None:
-    ctx.save_for_backward(out, lse, *CALL.tensors(call))
+    call, (ctx.names,) = CALL.unpack(inputs)
+    ctx.save_for_backward(*output, *CALL.tensors(call))
     ctx.options = CALL.options(call)
-    ctx.names = names
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
     call: Call = CALL.join(tensors, ctx.options)
-    names = ctx.names
     if not call.grads or (grad_out is None and grad_lse is None):
         return (*CALL.gradients(Gradients(), ""), None)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    batched = not torch_internals.same_dispatch(grad_out, out)  # by old vmap
-    if isinstance(names, str) or torch.is_grad_enabled() or batched or not plain(grad_out, call.q, call.k, call.v):
-        # The operator: traced, or with create_graph=True, which it knows how to refuse.
-        names = names if isinstance(names, str) else ",".join(names)
-        found = Gradients(*torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *call, names))
-    else:
-        with _no_autocast(grad_out):
-            found = serve.backward(call, names, out, lse, grad_out, grad_lse)
+    found = Gradients(*torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, *call, ctx.names))
     return (*CALL.gradients(found, call.grads), None)
 
 

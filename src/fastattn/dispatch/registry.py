@@ -80,6 +80,8 @@ def allowed() -> tuple[str, ...]:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
+    if not (setting("FASTATTN_BACKENDS") or setting("FASTATTN_CUDNN")):  # (asked by every call)
+        return NAMES
     names = listed()
     if not is_on("FASTATTN_CUDNN", True):
         names = tuple(name for name in names if name != "cudnn")

@@ -40,6 +40,11 @@ class Route(NamedTuple):
         return not self.until or time.monotonic() < self.until
 
 
+def generation() -> int:
+    """Another number once routes no longer hold: a backend has refused a call, or the user has cleared the caches."""
+    return _routes.generation
+
+
 def route(call: Call, names: tuple[str, ...]) -> Route:
     """The route of a call over the named backends. Raises BackendError with every refusal."""
     # The kind is everything that Problem.of and Backend.bind read; these two and the backends' reasons take ten times

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...call import Call
 from ...masks import LOWEST
-from ..triton.launcher import Launcher
+from ..triton.launcher import Launcher, launcher_for
 from ..triton.masking import visible_keys
 
 BLOCK_ROWS = 16
@@ -41,21 +41,29 @@ def build_bias(c: Call, mask: Tensor, dtype: torch.dtype, merge: bool) -> tuple[
     added = mask.new_empty((batch, heads, q_len, kv_len), dtype=dtype)
     fully_masked = mask.new_empty((batch, heads, q_len, 1), dtype=torch.int8)
     seen = mask.new_zeros((batch, heads, kv_len), dtype=torch.int32)
+    launch = launcher_for(_launcher, (mask, added, *lengths), c.left, c.right, merge)
+    launch((mask, added, fully_masked, seen, *lengths))
+    return added, fully_masked.view(torch.bool), seen.bool()
+
+
+def _launcher(
+    mask: Tensor, added: Tensor, q_lengths: Tensor | None, kv_lengths: Tensor | None, *options: int
+) -> Launcher:
+    left, right, merge = options
+    batch, heads, q_len, kv_len = added.shape
     far = q_len + kv_len
-    left, right = (far if side < 0 else min(side, far) for side in (c.left, c.right))
+    left, right = (far if side < 0 else min(side, far) for side in (left, right))
     outer, step = (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:3]), mask.stride(3)
     # Strides known to be multiples of 8 let several keys be read and written at once.
     unit = 8 if step == 1 and not any(stride % 8 for stride in (*outer, kv_len)) else 1
-    launch = Launcher(
+    return Launcher(
         _build_bias,
         (triton.cdiv(q_len, BLOCK_ROWS), heads, batch),
         mask.device,
         (*(stride // unit for stride in outer), step, q_len, kv_len, kv_len // unit, left, right),
-        (merge, step == 1, unit, BLOCK_ROWS, BLOCK_KEYS, LOWEST),
+        (bool(merge), step == 1, unit, BLOCK_ROWS, BLOCK_KEYS, LOWEST),
         num_warps=4,
     )
-    launch((mask, added, fully_masked, seen, *lengths))
-    return added, fully_masked.view(torch.bool), seen.bool()
 
 
 _INTEGERS = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "q_len", "kv_len", "added_si", "left", "right"]

@@ -13,6 +13,7 @@ from ..layout import ALIGNMENT, Output, fits, readable
 from . import plans
 from .geometry import (
     SCALE,
+    StaticKeys,
     band,
     capacity,
     heads_lie_apart,
@@ -145,21 +146,22 @@ class UnbiasedForward:
 class BiasForward:
     """Calls with a bias: always a static plan, built at once."""
 
-    __slots__ = ("_problem",)
+    __slots__ = ("_keys", "_problem", "_stats")
 
     def __init__(self, p: Problem) -> None:
         self._problem = p
+        self._stats = _needs_stats(p)
+        self._keys = StaticKeys(p, self._stats)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p = self._problem
         added, *qkv, _ = masked(p, call, whole=False)
-        q, k, v = (readable(x) for x in qkv)
+        q, k, v = [readable(x) for x in qkv]
         out = token_major(q, p.batch, p.q_heads, p.q_len, p.value_dim)
         tensors = {"q": q, "k": k, "v": v, "o": out, "bias": added}
-        stats = _needs_stats(p)
-        plan = plans.shared.get(static_key(p, tensors, stats, biased=True))
+        plan = plans.shared.get(self._keys.of(tensors))
         tensors["scale"] = scale_operand(call.scale)
-        lse = _static_stats(p, tensors) if stats else None
+        lse = _static_stats(p, tensors) if self._stats else None
         plan.execute(tensors)
         return _with_sinks(call, out, lse)
 
@@ -170,8 +172,8 @@ def _needs_stats(p: Problem) -> bool:
 
 def _static_stats(p: Problem, tensors: dict[str, Tensor]) -> Tensor:
     """Gives a static plan room for its log-sum-exp `[B,Hq,Sq]`."""
-    found = tensors["stats"] = tensors["q"].new_empty((p.batch, p.q_heads, p.q_len, 1), dtype=torch.float32)
-    return found[..., 0]
+    found = tensors["stats"] = tensors["q"].new_empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32)
+    return found
 
 
 def token_major_lse(p: Problem, like: Tensor) -> Tensor:

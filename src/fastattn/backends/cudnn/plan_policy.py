@@ -19,6 +19,7 @@ from .graphs import PlanKey
 #: Values of FASTATTN_PLANS, and the names that two of them had before.
 POLICIES = ("auto", "static", "dynamic")
 FORMER = {"exact": "static", "any": "dynamic"}
+_ALLOWED = (*POLICIES, *FORMER)
 OCCASION = 1.0  #: seconds; misses closer than this are one occasion: the layers of a model, one after another
 TRAINED_AFTER = 2  #: occasions after which a shape that is trained on is taken to be one that comes back
 #: The same without gradients. The frontend holds the interpreter's lock while cuDNN builds a plan: the process's other
@@ -38,7 +39,7 @@ def policy() -> str:
     algorithms: two plans round differently, and which of them serves a call depends on when the build was done.
     ValueError: the variable is set to something else.
     """
-    chosen = choice("FASTATTN_PLANS", (*POLICIES, *FORMER), "auto")
+    chosen = choice("FASTATTN_PLANS", _ALLOWED, "auto")
     if chosen in FORMER:
         warn_once(f"fastattn: FASTATTN_PLANS={chosen} is now called {FORMER[chosen]}; the old name will go.")
         chosen = FORMER[chosen]

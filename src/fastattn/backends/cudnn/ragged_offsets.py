@@ -39,18 +39,19 @@ _numbers = count()
 class RaggedOffsets:
     """Offsets and lengths for calls of one problem and one set of strides; where nothing in them is data, made once."""
 
-    __slots__ = ("_fold", "_number", "_rows", "_static")
+    __slots__ = ("_fold", "_launcher", "_number", "_rows", "_static")
 
     def __init__(self, p: Problem, rows: int, fold: int) -> None:
         self._rows = rows
         self._fold = fold
         self._static = not (p.q_lengths or p.kv_lengths or p.mask != "none")
         self._number = next(_numbers)
+        self._launcher: list[Launcher] = []
 
     def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
         """See `ragged_offsets`."""
         if not (self._static and may_keep()):
-            return ragged_offsets(tensors, self._rows, self._fold, c)
+            return ragged_offsets(tensors, self._rows, self._fold, c, self._launcher)
         # By stream: what one computed, another may not read unordered.
         name = self._number, torch_internals.raw_stream(c.q.device.index)
         found = _kept.get(name)
@@ -61,7 +62,9 @@ class RaggedOffsets:
         return found
 
 
-def ragged_offsets(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
+def ragged_offsets(
+    tensors: dict[str, Tensor], rows: int, fold: int, c: Call, kept: list[Launcher] | None = None
+) -> dict[str, Tensor]:
     """Offsets (elements, int64 `[rows + 1,1,1,1]`) and lengths (int32 `[rows,1,1,1]`) of a call with a dynamic plan.
 
     tensors: by role (those of `RAGGED` that take part), each `[B,H,S,D]`, the statistics `[B,H,S]`; q and k must be
@@ -69,7 +72,24 @@ def ragged_offsets(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) ->
     rows: ragged entries of the plan, at least fold times the batch entries or segments; the surplus gets length 0.
     fold: heads folded into the batch: Hkv (a group of query heads stays together) or Hq.
     c: its lengths; its Intervals `[B|1,1]`, the visible keys of each batch entry; or its segments.
+    kept: where the launcher is kept between calls of one problem and one set of strides; empty before the first.
     """
+    launcher = kept[0] if kept else _launcher(tensors, rows, fold, c)
+    if kept is not None and not kept:
+        kept.append(launcher)
+    q = tensors["q"]
+    offsets = q.new_empty((len(RAGGED), rows + 1, 1, 1, 1), dtype=torch.int64)
+    lengths = q.new_empty((2, rows, 1, 1, 1), dtype=torch.int32)
+    # The kernel reads them one after another; validation lets any strides through.
+    given = [None if x is None else x.contiguous() for x in (c.q_lengths, c.kv_lengths, c.lo, c.hi, c.segments)]
+    launcher((offsets, lengths, *given))
+    return _named(tensors, offsets, lengths)
+
+
+def _launcher(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> Launcher:
+    """For calls whose tensors lie as these do."""
+    from .ragged_offsets_kernel import ragged_offsets_kernel
+
     q, k = tensors["q"], tensors["k"]
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -81,33 +101,23 @@ def ragged_offsets(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) ->
             strides += [0, 0, 0]
         else:
             strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]
-    offsets = torch.empty((len(RAGGED), rows + 1), dtype=torch.int64, device=q.device)
-    lengths = torch.empty((2, rows), dtype=torch.int32, device=q.device)
-    # The kernel reads them one after another; validation lets any strides through.
-    q_lengths, kv_lengths, lo, hi, segments = (
-        None if x is None else x.contiguous() for x in (c.q_lengths, c.kv_lengths, c.lo, c.hi, c.segments)
-    )
-    interval_stride = 0 if lo is None or lo.shape[0] == 1 else lo.stride(0)
-    count = batch if segments is None else segments.shape[1]
-    from .ragged_offsets_kernel import ragged_offsets_kernel
-
+    interval_stride = 0 if c.lo is None or c.lo.shape[0] == 1 else c.lo.shape[1]
+    count = batch if c.segments is None else c.segments.shape[1]
     block = 128
-    launch = Launcher(
+    return Launcher(
         ragged_offsets_kernel,
         (-(-(rows + 1) // block),),
         q.device,
         (rows, fold, fold // kv_heads, count, batch, q_len, kv_len, interval_stride, *strides),
         (
-            q_lengths is not None,
-            kv_lengths is not None,
-            lo is not None,
-            0 if segments is None else segments.shape[0],
+            c.q_lengths is not None,
+            c.kv_lengths is not None,
+            c.lo is not None,
+            0 if c.segments is None else c.segments.shape[0],
             block,
         ),
         num_warps=4,
     )
-    launch((offsets, lengths, q_lengths, kv_lengths, lo, hi, segments))
-    return _named(tensors, offsets, lengths)
 
 
 def ragged_offsets_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> dict[str, Tensor]:
@@ -125,10 +135,15 @@ def ragged_offsets_from_host(tensors: dict[str, Tensor], rows: int, fold: int, c
             offsets[i] = entry * x.stride(0) + part * x.stride(1)
     lengths = torch.tensor([[q_len if kv_len else 0], [kv_len]], dtype=torch.int32) * (row[:-1] < batch * fold)
     # From memory that is not pinned: the copy has left it when the call returns, and waits for nothing on the device.
-    return _named(tensors, *(x.to(q.device, non_blocking=True) for x in (offsets, lengths.int())))
+    return _named(
+        tensors, *(x[..., None, None, None].to(q.device, non_blocking=True) for x in (offsets, lengths.int()))
+    )
 
 
 def _named(tensors: dict[str, Tensor], offsets: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    found = {f"ragged_{role}": offsets[i].view(-1, 1, 1, 1) for i, role in enumerate(RAGGED) if role in tensors}
-    found["seq_q"], found["seq_kv"] = lengths[0].view(-1, 1, 1, 1), lengths[1].view(-1, 1, 1, 1)
+    found = {_NAMES[role]: x for role, x in zip(RAGGED, offsets.unbind(), strict=True) if role in tensors}
+    found["seq_q"], found["seq_kv"] = lengths.unbind()
     return found
+
+
+_NAMES = {role: f"ragged_{role}" for role in RAGGED}

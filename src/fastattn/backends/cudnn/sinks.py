@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton.launcher import Launcher
+from ..triton.launcher import Launcher, launcher_for
 
 
 def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
@@ -26,11 +26,16 @@ def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
     float32. sinks: `[H]`. Returns the log-sum-exp with sinks, `[B,H,S]` laid out as the one without; a row that sees
     nothing has the sink's.
     """
-    batch, heads, length, dim = out.shape
     lse = torch.empty_like(stats)
     sinks = sinks.contiguous()
-    block = 16 if dim > 128 else 32
-    launch = Launcher(
+    launcher_for(_adding, (out, stats, sinks, lse))((out, stats, sinks, lse))
+    return lse
+
+
+def _adding(out: Tensor, stats: Tensor, sinks: Tensor, lse: Tensor) -> Launcher:
+    batch, heads, length, dim = out.shape
+    block = _rows(dim)
+    return Launcher(
         _add_sinks,
         (triton.cdiv(length, block), heads, batch),
         out.device,
@@ -38,27 +43,34 @@ def add_sinks(out: Tensor, stats: Tensor, sinks: Tensor) -> Tensor:
         (triton.next_power_of_2(dim), block),
         num_warps=4,
     )
-    launch((out, stats, sinks, lse))
-    return lse
 
 
 def sink_gradient(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """The gradient of the sinks, `[H]` in their dtype. lse: with sinks, `[B,H,S]`."""
     batch, heads, length, dim = out.shape
-    block = 16 if dim > 128 else 32
-    blocks = triton.cdiv(length, block)
+    blocks = triton.cdiv(length, _rows(dim))
     sinks = sinks.contiguous()
-    partial = torch.empty((heads, batch, blocks), dtype=torch.float32, device=out.device)
-    launch = Launcher(
+    partial = out.new_empty((heads, batch, blocks), dtype=torch.float32)
+    tensors = out, grad_out, lse, sinks, partial
+    launcher_for(_differentiating, tensors)(tensors)
+    return partial.sum((1, 2)).to(sinks.dtype)  # in a fixed order: the same bits every time
+
+
+def _differentiating(out: Tensor, grad_out: Tensor, lse: Tensor, sinks: Tensor, partial: Tensor) -> Launcher:
+    _, heads, length, dim = out.shape
+    return Launcher(
         _sink_gradient,
-        (blocks, heads, batch),
+        (partial.shape[2], heads, partial.shape[1]),
         out.device,
         (length, dim, heads, *out.stride()[:3], *grad_out.stride(), *lse.stride()),
-        (triton.next_power_of_2(dim), block),
+        (triton.next_power_of_2(dim), _rows(dim)),
         num_warps=4,
     )
-    launch((out, grad_out, lse, sinks, partial))
-    return partial.sum((1, 2)).to(sinks.dtype)  # in a fixed order: the same bits every time
+
+
+def _rows(dim: int) -> int:
+    """Of a program."""
+    return 16 if dim > 128 else 32
 
 
 @triton.jit(do_not_specialize=list(range(4, 16)))

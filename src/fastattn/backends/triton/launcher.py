@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +26,7 @@ OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
 _INSTALL = "triton is not installed: pip install fastattn[cuda]"
 _compiled = shape_cache.section("launches", 1 << 12)
+_kept = shape_cache.section("launches", 1 << 12)  #: `Launcher`s by what was said of their calls
 _INT32 = 1 << 31
 _TRITONS_ON = ("1", "true", "yes", "on", "y")  #: what Triton takes for on; all else is off to it
 _ALIGNMENT = 16  #: bytes; Triton compiles a kernel anew for pointers that are no multiple of it
@@ -71,6 +72,19 @@ def overlaps(capability: tuple[int, int]) -> bool:
     (programmatic dependent launch): 1 to 2 us less for each kernel. Such a kernel begins with `gdc_wait`, in every
     program, and is launched with the option `launch_pdl`."""
     return capability >= OVERLAP_CAPABILITY
+
+
+def launcher_for(make: Callable[..., Launcher], tensors: Sequence[Tensor | None], *options: Any) -> Launcher:
+    """What `make(*tensors, *options)` returns, made once for tensors of the same shapes, strides and dtypes.
+
+    make: a function of a module, which reads nothing of the tensors that is data. options: hashable.
+    """
+    layouts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+    key = make, *layouts, *options
+    found: Launcher | None = _kept.get(key)
+    if found is None:
+        found = _kept[key] = make(*tensors, *options)
+    return found
 
 
 class Launcher:

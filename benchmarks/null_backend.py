@@ -1,0 +1,70 @@
+"""A backend that computes nothing: what is left of a call's time is the host's way to a backend and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Kernel
+from fastattn.backends.layout import Output, TokenMajor
+from fastattn.call import Call, Gradients, Problem
+from fastattn.dispatch import registry
+from fastattn.shape_cache import shape_cache
+
+
+class NullBackend:
+    """Serves everything with memory that nobody wrote to."""
+
+    name = "null"
+    reads_lse = True
+
+    def reasons(self, problem: Problem) -> list[str]:
+        return []
+
+    def bind(self, problem: Problem, call: Call) -> Kernel:
+        return _NullKernel(problem, call)
+
+
+class _NullKernel:
+    """As few operators as a kernel can do with: one for each tensor that it gives back."""
+
+    __slots__ = ("_gradients", "_lse", "_output", "_problem")
+
+    def __init__(self, p: Problem, call: Call) -> None:
+        self._problem = p
+        self._output = Output(p, call.q)
+        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse or p.grads else None
+        self._gradients = [TokenMajor(x.shape, x) for x in (call.q, call.k, call.v)]
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        lse = call.q.new_empty(self._lse, dtype=torch.float32) if self._lse else None
+        return self._output(call.q), lse
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        q, k, v = self._gradients
+        mask = torch.empty_like(call.mask) if call.mask is not None and "m" in self._problem.grads else None
+        sinks = torch.empty_like(call.sinks) if call.sinks is not None and "s" in self._problem.grads else None
+        return Gradients(q(call.q), k(call.k), v(call.v), mask, sinks)
+
+
+@contextmanager
+def null_backend() -> Iterator[None]:
+    """Within the block it is the only backend, and nothing that is cached within it stays."""
+    found = NullBackend()
+
+    def allowed() -> tuple[str, ...]:
+        return (found.name,)
+
+    def backend(name: str) -> NullBackend:
+        return found
+
+    shape_cache.clear()
+    try:
+        with mock.patch.object(registry, "allowed", allowed), mock.patch.object(registry, "backend", backend):
+            yield
+    finally:
+        shape_cache.clear()

@@ -1,0 +1,190 @@
+"""Calls that nothing traces: what all calls of one kind share, and the link from forward to backward for autograd.
+
+Where torch's dispatcher need not see a call, an `autograd.Function` stands in for the operator of `operators.py`. The
+less goes into it and the less it saves, the less a training step costs the host: it takes the call as one object and
+hands over no tensors but those that may have a gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .._compat import torch as torch_internals
+from ..backends.base import OutOfMemory
+from ..call import CALL, Call, Gradients
+from ..validation import default_scale
+from . import registry, routes, serve
+
+_TENSORS = len(CALL.tensor_names)
+
+
+class Bound:
+    """What all calls of one kind share, found once: where they go, and what their `Call` has besides data."""
+
+    __slots__ = (
+        "alike", "counted", "device", "device_type", "dtype", "extras", "generation", "kernel", "name", "names",
+        "names_without_lse", "route", "scale", "static", "strides",
+    )  # fmt: skip
+
+    def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
+        """names: the backends that may serve the calls. route: of the call, which has served it or is going to."""
+        q, k, v = call.q, call.k, call.v
+        self.route = route
+        self.kernel = route.kernel
+        self.name = route.backend.name
+        self.counted = f"{self.name}.backward"
+        self.names = names
+        #: Where a backend has no log-sum-exp for its own backward, one that reads it cannot take its place.
+        self.names_without_lse = (
+            names if route.backend.reads_lse else tuple([n for n in names if not registry.backend(n).reads_lse])
+        )
+        self.static: tuple[Any, ...] = CALL.static(call)  #: the options of the call that are not data
+        self.scale = default_scale(q)
+        self.dtype, self.device, self.device_type = q.dtype, q.device, q.device.type
+        self.strides = q.stride(), k.stride(), v.stride()
+        #: of the tensors besides q, k and v; None: there are none
+        self.extras = CALL.layouts(call)[3:] if any(x is not None for x in call[3:_TENSORS]) else None
+        #: of the routes, when this one held; -1: it is for now alone, and is looked up again for the backward
+        self.generation = routes.generation() if route.lasts else -1
+        self.alike: int | None = None  #: how torch dispatches a gradient that has nothing unusual about it
+
+
+def plain(*tensors: Tensor) -> bool:
+    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
+    when their memory holds their values (a negative view's does not).
+
+    Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
+    gradients.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
+        and not torch_internals.may_be_watched()
+    )
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """The inputs were cast already (`validation.py`); the float32 inside must stay float32."""
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return _NOTHING
+    return torch.autocast(device, enabled=False)
+
+
+_NOTHING = nullcontext()
+
+
+def attention(bound: Bound | None, names: tuple[str, ...], call: Call) -> tuple[Tensor, Tensor | None]:
+    """The output and the log-sum-exp (None unless it was asked for) of a call that has gradients.
+
+    bound: of the call's kind, of which a refusal is not known; None: the route is to be found. names: the backends that
+    may serve it. Autocast must be off.
+    """
+    if call.grads in _FEW:
+        found = _apply(bound, names, call, call.q, call.k, call.v)
+    else:
+        found = _apply(bound, names, call, call.q, call.k, call.v, call.mask, call.sinks)
+    return found if call.return_lse else (found, None)
+
+
+#: Values of `Call.grads` without the mask and the sinks.
+_FEW = frozenset(["q", "k", "v", "qk", "qv", "kv", "qkv"])
+
+
+class _Attention(torch.autograd.Function):
+    """The link. Arguments: those of `attention`, and the tensors of the call that may have a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: Bound | None, names: tuple[str, ...], call: Call, *inputs: Any) -> Any:
+        out = lse = None
+        if bound is not None:
+            try:
+                out, lse = bound.kernel.forward(call)
+            except Exception as error:
+                if not serve.refused(bound.route, error, but_for=(OutOfMemory,)):  # `serve` tries once more after one
+                    raise
+            else:
+                serve.count(bound.name)
+        if out is None:
+            out, lse, route = serve.forward(call, names)
+            bound = Bound(call, names, route)
+        ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs nothing)
+        ctx.bound, ctx.scale = bound, call.scale
+        ctx.set_materialize_grads(False)
+        return (out, lse) if call.return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
+        bound: Bound = ctx.bound
+        *tensors, out, lse = ctx.saved_tensors
+        call = Call(*tensors, ctx.scale, *bound.static)
+        found = None
+        if grad_out is None and grad_lse is None:
+            found = Gradients()
+        elif grad_out is not None and _still_holds(bound, call, grad_out, out):
+            given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
+            try:
+                found = bound.kernel.backward(call, out, given, grad_out, grad_lse)
+            except Exception as error:
+                if not serve.refused(bound.route, error, but_for=(OutOfMemory,)):
+                    raise
+            else:
+                serve.count(bound.counted)
+        if found is None:
+            found = _backward(bound, call, out, lse, grad_out, grad_lse)
+        if call.grads in _FEW:
+            return None, None, None, found.q, found.k, found.v
+        return None, None, None, *found
+
+
+_apply: Any = torch_internals.quick_apply(_Attention)
+
+
+def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> bool:
+    """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
+    nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
+    layout)."""
+    q, k, v = call.q, call.k, call.v
+    if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
+        return False
+    if not (
+        (q.stride(), k.stride(), v.stride()) == bound.strides
+        and q.dtype is k.dtype is v.dtype is bound.dtype
+        and q.device == k.device == v.device == bound.device
+        and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
+        and not torch.is_autocast_enabled(bound.device_type)
+    ):
+        return False
+    # What torch dispatches alike (no batch of old vmap's, not negative, not sparse) need not be looked at again.
+    alike = torch_internals.dispatch_of(grad_out)
+    if type(grad_out) is not Tensor or alike is None or alike != bound.alike:
+        if not (plain(grad_out) and torch_internals.same_dispatch(grad_out, out)):
+            return False
+        bound.alike = alike
+    return True
+
+
+def _backward(
+    bound: Bound, call: Call, out: Tensor, lse: Tensor | None, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> Gradients:
+    """The backward of a call whose route is to be found again."""
+    names = bound.names
+    if lse is None:
+        names, lse = bound.names_without_lse, out.new_empty(0)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    batched = not torch_internals.same_dispatch(grad_out, out)
+    if torch.is_grad_enabled() or batched or not plain(grad_out, call.q, call.k, call.v):
+        # The operator: traced, or with create_graph=True, which it knows how to refuse.
+        operator = torch.ops.fastattn.attention_backward
+        found = operator(grad_out, grad_lse, out, lse, *call, ",".join(names))
+        return Gradients(
+            *[x if name[0] in call.grads else None for name, x in zip(Gradients._fields, found, strict=True)]
+        )
+    with no_autocast(grad_out):
+        return serve.backward(call, names, out, lse, grad_out, grad_lse)

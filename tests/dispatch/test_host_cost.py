@@ -1,0 +1,191 @@
+"""What a call costs the host does not grow: Python function calls, calls of built-in functions, operators of torch.
+
+The figures of `RECORDED` are those of the code as it is. A change that needs more of something says so here, with the
+reason; one that needs less lowers the figure. (`python -m benchmarks.host` has the times.)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+from counted import Counts, counted, without_gradients
+from pretended_gpu import pretend
+from torch import Tensor
+
+import fastattn
+from benchmarks.null_backend import null_backend
+from fastattn import Intervals, Segments, debug
+
+attend, varlen = fastattn.scaled_dot_product_attention, fastattn.varlen_attention
+
+B, H, HKV, S, D = 2, 4, 2, 16, 8
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """No settings of the machine's."""
+    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET", "FASTATTN_PLANS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(debug, "ENABLED", False)
+
+
+def made(heads: int, length: int = S, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(B, length, heads, D, dtype=dtype).transpose(1, 2)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {
+        "plain": {},
+        "causal": {"mask": "causal"},
+        "scaled": {"mask": "causal", "scale": 0.3},
+        "lengths": {"mask": "causal", "kv_lengths": ints(S, 3)},
+        "mask": {"mask": torch.ones(1, 1, S, S, dtype=torch.bool)},
+        "sinks": {"mask": "causal", "sinks": torch.zeros(H)},
+        "segments": {"mask": Segments(ints(0, 0, 9, 1, 2, 9).view(2, 3).T.contiguous(), True)},
+        "intervals": {"mask": Intervals(ints(0, 1)[:, None], ints(9, 4)[:, None])},
+    }[name]
+
+
+def forward(name: str, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+    return partial(attend, made(H, dtype=dtype), made(HKV, dtype=dtype), made(HKV, dtype=dtype), **options_of(name))
+
+
+def both(name: str, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+    """Forward and backward."""
+    leaves = [made(heads, dtype=dtype).requires_grad_() for heads in (H, HKV, HKV)]
+    options, grad_out = options_of(name), made(H, dtype=dtype)
+    if "sinks" in options:
+        leaves.append(options["sinks"].requires_grad_())
+
+    def run() -> Any:
+        return torch.autograd.grad(attend(*leaves[:3], **options), leaves, grad_out)
+
+    return run
+
+
+def packed(differentiated: bool) -> Callable[[], Any]:
+    q, k, v = (torch.randn(S, heads, D, requires_grad=differentiated) for heads in (H, HKV, HKV))
+    cu, grad_out = ints(0, 5, S), torch.randn(S, H, D)
+
+    def run() -> Any:
+        out = varlen(q, k, v, cu, cu, causal=True)
+        return torch.autograd.grad(out, (q, k, v), grad_out) if differentiated else out
+
+    return run
+
+
+def operator() -> Callable[[], Any]:
+    """What a compiled graph calls."""
+    from prepared import prepared
+
+    call = prepared(made(H), made(HKV), made(HKV), mask="causal")
+    return without_gradients(partial(torch.ops.fastattn.attention, *call, "null"))
+
+
+def layer(mask: bool) -> Callable[[], Any]:
+    """A layer of a transformers model."""
+    pytest.importorskip("transformers")
+    from fastattn.integrations.transformers import attention_forward, interval_mask
+
+    made_mask = interval_mask(B, S, S) if mask else None
+    inputs = made(H), made(HKV), made(HKV)
+    return partial(attention_forward, torch.nn.Module(), *inputs, made_mask, scaling=0.3, is_causal=True)
+
+
+def cache_step() -> Callable[[], Any]:
+    """A token of generation, in one layer."""
+    cache = fastattn.KVCache(layers=1, batch=B, kv_heads=HKV, head_dim=D, capacity=64, dtype=torch.float32, device="cpu")
+    q, k, v = made(H, 1), made(HKV, 1), made(HKV, 1)
+
+    def run() -> Any:
+        cache.step(1)
+        return cache.attend(0, q, k, v)
+
+    return without_gradients(run)
+
+
+#: Over a backend that allocates its results (out; log-sum-exp where there are gradients; a gradient for each input)
+#: and computes nothing. Python 3.11; later versions need fewer calls.
+CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
+    "forward": (partial(forward, "causal"), Counts(0, 0, 0)),
+    "forward, scaled": (partial(forward, "scaled"), Counts(0, 0, 0)),
+    "forward, lengths": (partial(forward, "lengths"), Counts(0, 0, 0)),
+    "forward, mask": (partial(forward, "mask"), Counts(0, 0, 0)),
+    "forward, segments": (partial(forward, "segments"), Counts(0, 0, 0)),
+    "forward, intervals": (partial(forward, "intervals"), Counts(0, 0, 0)),
+    "both": (partial(both, "causal"), Counts(0, 0, 0)),
+    "both, lengths": (partial(both, "lengths"), Counts(0, 0, 0)),
+    "both, mask": (partial(both, "mask"), Counts(0, 0, 0)),
+    "both, sinks": (partial(both, "sinks"), Counts(0, 0, 0)),
+    "varlen": (partial(packed, False), Counts(0, 0, 0)),
+    "varlen, both": (partial(packed, True), Counts(0, 0, 0)),
+    "operator": (operator, Counts(0, 0, 0)),
+    "layer": (partial(layer, False), Counts(0, 0, 0)),
+    "layer, mask": (partial(layer, True), Counts(0, 0, 0)),
+    "cache": (cache_step, Counts(0, 0, 0)),
+}
+
+
+@pytest.fixture
+def nothing_computed() -> Iterator[None]:
+    with null_backend():
+        yield
+
+
+def check(found: Counts, recorded: Counts) -> None:
+    for what, most, count in zip(Counts._fields, recorded, found):
+        assert count <= most, f"{what}: {count} where {most} were recorded ({found})"
+        if sys.version_info[:2] == (3, 11):  # so that what is recorded is what is
+            assert count == most, f"{what}: {count} where {most} were recorded: lower the figure ({found})"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_way_to_a_backend_and_back(name: str, nothing_computed: None) -> None:
+    make, recorded = CASES[name]
+    check(counted(make()), recorded)
+
+
+BF16 = torch.bfloat16
+#: Over cuDNN's kernels bound to plans that execute nothing; the offsets of lengths are given.
+CUDNN: dict[str, tuple[Callable[[], Callable[[], Any]], bool, Counts]] = {
+    "dynamic": (partial(forward, "causal", BF16), False, Counts(0, 0, 0)),
+    "static": (partial(forward, "causal", BF16), True, Counts(0, 0, 0)),
+    "dynamic, both": (partial(both, "causal", BF16), False, Counts(0, 0, 0)),
+    "static, both": (partial(both, "causal", BF16), True, Counts(0, 0, 0)),
+    "lengths, both": (partial(both, "lengths", BF16), False, Counts(0, 0, 0)),
+    "mask, both": (partial(both, "mask", BF16), False, Counts(0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_cudnns_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, static, recorded = CUDNN[name]
+    gpu = pretend(monkeypatch)
+    monkeypatch.setattr(type(gpu), "static", static)
+    with fastattn.use_backend("cudnn"):
+        check(counted(make()), recorded)
+
+
+def test_more_work_is_noticed(nothing_computed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts count: of a call that takes the full path, and of one operator more."""
+    make, recorded = CASES["forward"]
+    run = make()
+    assert counted(lambda: (run(), torch.zeros(1))).operators == recorded.operators + 1
+    monkeypatch.setattr("fastattn.dispatch.fast_path.key_of", lambda *arguments: None)
+    found = counted(run)
+    assert found.calls > 2 * recorded.calls and found.builtins > recorded.builtins
+    with pytest.raises(AssertionError, match="calls: .* were recorded"):
+        check(found, recorded)
