@@ -2,7 +2,7 @@
 
 Where no query sees a key behind its own position (causal, or one query), |p - j| is p - j with p = i + Skv - Sq. The
 softmax does not notice what is added to a whole row, so `slope * j` says the same: H * Skv numbers instead of
-H * Sq * Skv. Only the log-sum-exp notices, and is corrected.
+H * Sq * Skv. Only the log-sum-exp notices, and is corrected; and sinks, which are not shifted with their row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.checks import check_tensor
+from .arguments import Options
 
 
 class Alibi(NamedTuple):
@@ -39,14 +40,14 @@ def bias(
     q_len: int,
     kv_len: int,
     dtype: torch.dtype,
-    right: int,
+    options: Options,
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     leftpad: Tensor | None = None,
 ) -> Alibi:
     """The bias of a call with Sq = q_len and Skv = kv_len.
 
-    slopes: `[H]` or `[B, H]`. dtype: of q. right: of the window. q_lengths, kv_lengths: int32 `[B]`, as in the op; the
+    slopes: `[H]` or `[B, H]`. dtype: of q. q_lengths, kv_lengths: int32 `[B]`, as in the op; the
     positions are counted by them. leftpad: int32 `[B]`, keys before the first one, which get -inf: an additive mask
     leaves no room for Intervals.
     """
@@ -61,7 +62,7 @@ def bias(
     position = position[None] if position.dim() == 1 else position
     missing = None
     # float32 scores are exact to 1e-7, and slope * (a distance to the last key) in float32 is not.
-    if (right == 0 or q_len == 1) and dtype != torch.float32:
+    if (options.right == 0 or q_len == 1) and options.sinks is None and dtype != torch.float32:
         last: Any = end - 1  # small numbers for the keys near the last one, where they matter
         last = last if isinstance(last, int) else last[:, :, None, None]
         mask = slopes * (keys - last).to(work)

@@ -13,7 +13,7 @@ from ...validation import FLOATING
 
 #: What flash-attn has and fastattn has not. Each is refused when it is given.
 REFUSED = {
-    "qv": "the product with the values that latent attention adds to the scores: concatenate q with qv, and k with v",
+    "qv": "scores of latent attention's values: concatenate q and qv, k and v along their last dim",
     "q_descale": "FP8 inputs",
     "k_descale": "FP8 inputs",
     "v_descale": "FP8 inputs",
@@ -63,7 +63,7 @@ def refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if name == "attention_chunk":
             if value:
-                raise ValueError(f"attention_chunk: expected 0, got {value!r}: fastattn has Intervals for chunks")
+                raise ValueError(f"attention_chunk: expected 0, got {value!r}: the op's Intervals describe chunks")
         elif value is not None:
             raise ValueError(f"{name}: expected None, fastattn does not offer it ({REFUSED[name]})")
 
@@ -86,7 +86,7 @@ def check_dropout(dropout_p: Any) -> float:
 
 def check_dims(dims: str, **tensors: Any) -> None:
     """Raises unless each is a tensor of as many dims as `dims` names, such as "batch, length, heads, dim"."""
-    count = dims.count(",") + 1
+    count = len(dims.split(","))
     for name, x in tensors.items():
         check_tensor(name, x)
         if x.dim() != count:

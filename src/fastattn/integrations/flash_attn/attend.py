@@ -55,7 +55,7 @@ def attend(
         return found.transpose(1, 2), None
     out, lse = found
     if bias is not None and bias.missing is not None:
-        lse = lse - bias.missing
+        lse = lse + bias.missing
     return out.transpose(1, 2), lse
 
 
@@ -77,7 +77,7 @@ def attend_with_lengths(
     mask = bias = None
     if slopes is not None:
         sizes = q.shape[1], k.shape[1]
-        bias = alibi.bias(slopes, *sizes, q.dtype, options.right, q_lengths, kv_lengths, leftpad)
+        bias = alibi.bias(slopes, *sizes, q.dtype, options, q_lengths, kv_lengths, leftpad)
     elif leftpad is not None:
         lo = leftpad[:, None]
         mask = Intervals(lo, torch.full_like(lo, k.shape[1]))
@@ -106,7 +106,7 @@ def check_dropout_alone(dropout_p: float, options: Options, return_attn_probs: b
         ("return_lse", return_lse),
     ):
         if given:
-            raise ValueError(f"dropout_p: expected 0 together with {name}: torch's kernels, which do it, have no such")
+            raise ValueError(f"dropout_p: expected 0 together with {name}, which torch's kernels do not have")
 
 
 Compute = Callable[..., tuple[Tensor, Tensor | None]]

@@ -51,8 +51,9 @@ def flash_attn_func(
             open.
         softcap: above 0: scores become `softcap * tanh(score / softcap)`.
         alibi_slopes: floating `[Hq]` or `[B, Hq]`: adds `-slope * |i + Skv - Sq - j|` to the scores, after the
-            softcap. It becomes an additive mask, made in each call: in float32 `Hq * Skv` numbers where the call is
-            causal (or has one query) and the inputs have 16 bits, else `Hq * Sq * Skv`; times B for `[B, Hq]`.
+            softcap. It becomes an additive mask, made in each call, float32 (float64 for float64): `Hq * Skv` numbers
+            where the call is causal or has one query, except for float32 inputs and beside a sink, else
+            `Hq * Sq * Skv`; times B for `[B, Hq]`.
         deterministic: the backward runs with torch's deterministic algorithms. Under torch.compile call
             `torch.use_deterministic_algorithms(True)` instead.
         return_attn_probs: return `(out, softmax_lse, S_dmask)`; S_dmask is empty, as flash-attn's is without dropout.
@@ -82,10 +83,9 @@ def flash_attn_func(
     def compute(
         q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        bias = None
+        shared, bias = chosen._replace(sinks=sinks), None
         if slopes is not None:
-            bias = alibi.bias(slopes, q.shape[1], k.shape[1], q.dtype, chosen.right)
-        shared = chosen._replace(sinks=sinks)
+            bias = alibi.bias(slopes, q.shape[1], k.shape[1], q.dtype, shared)
         return attend(q, k, v, shared, dropout_p=probability, bias=bias, return_lse=probs or return_lse)
 
     out, lse = run(compute, deterministic, NAMES, q, k, v, alibi_slopes, learnable_sink)

@@ -81,7 +81,7 @@ def flash_attn_with_kvcache(
             pages in place: they are copied for the call, all M of them, or as many as an int cache_seqlens needs.
         causal, window_size: query i of row b is at position i + n - Sq; n: cache_seqlens[b] with the new tokens.
         softmax_scale, softcap, alibi_slopes, learnable_sink: as in `flash_attn_func`. ALiBi's mask has `B * Hq * C`
-            numbers where the call is causal or has one query and the inputs have 16 bits, else `B * Hq * Sq * C`.
+            numbers, or `B * Hq * Sq * C`.
         rotary_interleaved: the pairs are the numbers 2i and 2i + 1; else i and i + rotary dim / 2.
         cu_seqlens_q: int32 `[B + 1]`: row b has the queries `cu[b] <= t < cu[b + 1]`, at most max_seqlen_q of them,
             which become a padded batch by a copy. Not with k.
@@ -219,16 +219,20 @@ def _held(cache_seqlens: Any, batch: int, new: int, capacity: int, q: Tensor) ->
     """int32 `[B]`: tokens of each row before the call, and with the new ones; None where a row is full of tokens."""
     if cache_seqlens is None:
         return None, None
+    longest = None
     if isinstance(cache_seqlens, Tensor):
         check_ints("cache_seqlens", cache_seqlens, (batch,), q)
         held = cache_seqlens
-        if debug.ENABLED and batch and int(held.max()) + new > capacity:
-            raise ValueError(f"cache_seqlens: a row of {int(held.max())} and {new} new tokens in a cache of {capacity}")
+        if debug.ENABLED and batch:
+            longest = int(held.max())
     else:
-        count = check_length("cache_seqlens", cache_seqlens)
-        if count + new > capacity:
-            raise ValueError(f"cache_seqlens: a row of {count} and {new} new tokens in a cache of {capacity}")
-        held = torch.full((batch,), count, dtype=torch.int32, device=q.device)
+        longest = check_length("cache_seqlens", cache_seqlens)
+        held = torch.full((batch,), longest, dtype=torch.int32, device=q.device)
+    if longest is not None and longest + new > capacity:
+        raise ValueError(
+            f"cache_seqlens: expected at most {capacity} tokens, the length of the cache, "
+            f"got {longest} and {new} new ones"
+        )
     return held, held + new if new else held
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 def padded(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """`[T, H, D]` -> `[N, longest, H, D]`, by a copy. What lies past a sequence's end is another's, to be excluded by
     lengths. cu_seqlens: int32 `[N + 1]`; never read on the host."""
-    if not x.shape[0]:
-        return x.new_zeros((cu_seqlens.shape[0] - 1, longest, *x.shape[1:]))
+    if not x.shape[0]:  # a token of nobody, so that there is one to take
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
     token = cu_seqlens[:-1, None] + torch.arange(longest, dtype=torch.int32, device=x.device)
     return x[token.clamp(0, x.shape[0] - 1)]
 

@@ -73,8 +73,8 @@ def flash_attn_varlen_func(
         seqused_q, seqused_k: int32 `[N]`: so many tokens of each sequence alone are there. The output of the other
             queries is 0.
         the others: as in `flash_attn_func`; windows and ALiBi count positions within a sequence. ALiBi's mask has
-            `N * Hq * max_seqlen_k` numbers where the call is causal and the inputs have 16 bits, else
-            `N * Hq * max_seqlen_q * max_seqlen_k`. Dropout makes a dense mask of Tq x Tk.
+            `N * Hq * max_seqlen_k` numbers or `N * Hq * max_seqlen_q * max_seqlen_k`. Dropout without these two makes a
+            dense mask of Tq x Tk.
 
     Returns:
         `[Tq, Hq, Dv]`, contiguous; 0 for queries that see nothing or are in no sequence. softmax_lse is float32
