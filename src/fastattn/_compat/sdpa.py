@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch as torch_internals
 from .versions import need
 
 #: torch's own function, whatever `torch.nn.functional` holds in its place at the moment.
@@ -86,4 +85,6 @@ def plain_tensors(*tensors: Any) -> bool:
     return all([type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors])
 
 
-constant_when_traced = torch_internals.constant_when_traced
+def is_bias_class(mask: Any) -> bool:
+    """True for a mask of `torch.nn.attention.bias`, which stands for itself in calls of torch's function."""
+    return type(mask).__module__ == "torch.nn.attention.bias"

@@ -6,13 +6,15 @@ where code still holds it after that, it is torch's function.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import update_wrapper
 from types import ModuleType
 from typing import Any
 
@@ -93,13 +95,27 @@ def _called(function: Any) -> str:
 
 
 def _holders(function: Any) -> Iterator[tuple[ModuleType, str]]:
-    """The modules, and the names in them, that hold a function. Not torch's own, which compare with it, but for
-    `torch.nn.functional`, which is seen to apart; and not ours."""
+    """The modules that imported torch's function by name, and the names, where they hold `function` now.
+
+    Not torch's own modules, which compare with it (`torch.nn.functional` is seen to apart), and not ours. A name that
+    an assignment gave it may be there to keep the original: it is left alone.
+    """
     for home, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and home.partition(".")[0] not in ("torch", "fastattn"):
-            for name, value in list(vars(module).items()):
-                if value is function and "orig" not in name.lower():  # who keeps the original means it
+            names = [name for name, value in list(vars(module).items()) if value is function]
+            for name in names:
+                if name == _NAME or name in _imported_as(module):
                     yield module, name
+
+
+def _imported_as(module: ModuleType) -> set[str]:
+    """The names that a module's import statements give torch's function; none where its source is not there."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return set()
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    return {alias.asname or alias.name for node in imports for alias in node.names if alias.name == _NAME}
 
 
 _patch: _Patch = globals().get("_patch") or _Patch()
@@ -129,8 +145,8 @@ def patch() -> None:
     `torch.nn.functional.scaled_dot_product_attention`, also within torch's modules, or by a name that a module
     imported. Done twice it is done once; `unpatch` undoes it.
 
-    Not reached: a function that code holds elsewhere (a default argument, a partial, a table), `torch._C._nn`, and the
-    path of `nn.MultiheadAttention` and `nn.TransformerEncoder` in C++.
+    Not reached: a function that code holds otherwise (a variable of another name, a default argument, a partial, a
+    table), `torch._C._nn`, and the path of `nn.MultiheadAttention` and `nn.TransformerEncoder` in C++.
 
     Raises RuntimeError where someone else has replaced torch's function before.
     """
@@ -154,6 +170,8 @@ def patched(model: nn.Module | None = None) -> Iterator[None]:
     """
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model: expected None or a torch.nn.Module, got {type(model).__name__}")
+    if model is not None and any(isinstance(x, nn.DataParallel) for x in model.modules()):
+        raise ValueError("model: expected no torch.nn.DataParallel, whose copies call the original: use patched()")
     if model is None:
         _patch.change(blocks=1)
         try:
@@ -179,9 +197,9 @@ def _marked(model: nn.Module) -> Iterator[None]:
     try:
         for module in list(model.modules()):
             if module is model or not (type(module).__module__.startswith("torch.nn.") and _is_leaf(module)):
-                marked = _within(module.forward)
+                marked = _Within(module.forward)
                 own.append((module, vars(module).get("forward"), marked))
-                module.forward = marked
+                module.forward = marked  # type: ignore[method-assign, assignment]
         yield
     finally:
         for module, forward, marked in reversed(own):
@@ -197,13 +215,16 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _within(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)
-    def marked(*args: Any, **kwargs: Any) -> Any:
+class _Within:
+    """A module's forward that counts in `_models`. An object, so that a copy of the module gets a copy of it."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        update_wrapper(self, forward)
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _models.depth += 1
         try:
-            return forward(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         finally:
             _models.depth -= 1
-
-    return marked
