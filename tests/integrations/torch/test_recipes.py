@@ -47,7 +47,7 @@ class Calls:
 
 
 def served(compute: Callable[[], Tensor]) -> tuple[Tensor, int, int, dict[str, int]]:
-    """What it computes with fastattn under it; the forwards and backwards that fastattn served; why torch served others."""
+    """What it computes with fastattn under it, the forwards and backwards it served, and why torch served others."""
     before = fastattn.stats()
     with fastattn.use_backend("reference"), fastattn.drop_in.patched():
         found = compute()
