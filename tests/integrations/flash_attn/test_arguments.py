@@ -342,6 +342,48 @@ def test_slopes_that_require_a_gradient_get_one() -> None:
     assert torch.autograd.gradcheck(lambda s: flash_attn_func(q, k, v, alibi_slopes=s), slopes)
 
 
+# Nothing to compute.
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"dropout_p": 0.2, "causal": True},
+    {"dropout_p": 0.2, "alibi_slopes": torch.rand(4)},
+    {"alibi_slopes": torch.rand(4), "return_attn_probs": True, "causal": True},
+    {"deterministic": True, "learnable_sink": torch.rand(4), "return_lse": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0)])
+def test_nothing_to_compute(batch: int, queries: int, keys: int, options: dict[str, Any]) -> None:
+    """Rows that see nothing give 0, and all of it is part of the graph."""
+    q = torch.randn(batch, queries, 4, 8, requires_grad=True)
+    k, v = torch.randn(batch, keys, 2, 8), torch.randn(batch, keys, 2, 8)
+    found = flash_attn_func(q, k, v, **options)
+    out = found[0] if isinstance(found, tuple) else found
+    out.sum().backward()
+    assert out.shape == q.shape and not out.any() and not q.grad.any()
+    if isinstance(found, tuple):
+        assert found[1].shape == (batch, 4, queries)
+
+    q = torch.randn(queries, 4, 8, requires_grad=True)
+    k, v = torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
+    cu_q, cu_k = (ints(0, *[length] * batch) for length in (queries, keys))
+    found = flash_attn_varlen_func(q, k, v, cu_q, cu_k, queries, keys, **options)
+    out = found[0] if isinstance(found, tuple) else found
+    out.sum().backward()
+    assert out.shape == q.shape and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("batch, queries, capacity, new", [(0, 1, 4, 1), (2, 0, 4, 0), (2, 1, 0, 0), (2, 1, 4, 0)])
+def test_nothing_to_store(batch: int, queries: int, capacity: int, new: int) -> None:
+    caches = [torch.zeros(batch, capacity, 2, 8) for _ in "kv"]
+    step = [torch.randn(batch, new, 2, 8) for _ in "kv"]
+    for lengths in (0, torch.zeros(batch, dtype=torch.int32)):
+        out = flash_attn_with_kvcache(torch.randn(batch, queries, 4, 8), *caches, *step, cache_seqlens=lengths)
+        assert out.shape == (batch, queries, 4, 8) and not out.any() and not caches[0].any()
+
+
 # What runs, and tracing.
 
 

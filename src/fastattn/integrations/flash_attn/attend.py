@@ -35,7 +35,7 @@ def attend(
     it is asked for. A bias excludes a mask."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     given: Any = mask if bias is None else bias.mask
-    if dropout_p:
+    if dropout_p and q.numel() and k.numel():
         arguments = Arguments(q, k, v, given, window=options.window, q_lengths=q_lengths, kv_lengths=kv_lengths)
         return dropout.attend(arguments, options.scale, dropout_p).transpose(1, 2).contiguous(), None
     found = scaled_dot_product_attention(
