@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastattn
 from fastattn import drop_in
 
-TORCHS = torch.nn.functional.scaled_dot_product_attention
+TORCHS = torch._C._nn.scaled_dot_product_attention
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 #: The largest error of an output and of a gradient, as norm of the difference over the norm.
 ERRORS = {BF16: (5e-3, 1e-2), FP16: (8e-4, 2e-3), FP32: (1e-5, 2e-5), FP64: (1e-12, 1e-11)}
@@ -200,3 +200,35 @@ def default_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no variable of fastattn's were set."""
     for variable in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET", "FASTATTN_DEBUG"):
         monkeypatch.delenv(variable, raising=False)
+
+
+class TinyBlock(torch.nn.Module):
+    """Code as research code is: a projection, torch's function, a projection."""
+
+    def __init__(self, dim: int = 16, heads: int = 2, is_causal: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+        self.heads, self.is_causal = heads, is_causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        return self.out(found.transpose(1, 2).reshape(batch, length, dim))
+
+
+def distributed_step(patched: bool) -> dict[str, Any]:
+    """One step under DistributedDataParallel on this rank: the gradients, and who served."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(TinyBlock())
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(rank))
+    served = Served()
+    if patched:
+        drop_in.patch()
+    try:
+        with fastattn.use_backend("reference"):
+            model(x).square().sum().backward()
+    finally:
+        drop_in.unpatch()
+    return {"grads": [p.grad for p in model.parameters()], "served": served()}

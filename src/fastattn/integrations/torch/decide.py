@@ -145,7 +145,8 @@ def _decided(
     try:
         call = validated(found.arguments, None if scale is None else float(scale))
     except (ValueError, TypeError, OverflowError) as error:
-        return Decision(f"fastattn does not take it: {error}"), False
+        name = str(error).partition(":")[0]  # the whole text may hold data, of which there is no end
+        return Decision(f"fastattn does not take this {name}"), False
     try:
         lasts = routes.route(call, candidates).lasts
     except registry.BackendError:
