@@ -45,7 +45,7 @@ KEPT_BY_OTHER_THINGS = {
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
-    "fastattn.dispatch.serve._calls", "fastattn.common.notice._given",
+    "fastattn.dispatch.serve._calls", "fastattn.dispatch.handed_over._handed", "fastattn.common.notice._given",
     # what os.environ wraps
     "fastattn.config._plain",
     # lists of live objects

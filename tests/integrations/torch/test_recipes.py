@@ -82,8 +82,7 @@ def test_inference(recipe: recipes.Recipe) -> None:
             want = recipe.infer()
         got, forwards, _, handed = served(recipe.infer)
     assert difference(got, want) < LIMIT
-    assert forwards == calls.count and not handed
-    assert (calls.count == 0) == recipe.infers_in_cpp
+    assert forwards == calls.count > 0 and not handed
 
 
 def test_a_step_of_training(recipe: recipes.Recipe) -> None:

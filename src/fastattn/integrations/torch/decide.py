@@ -29,7 +29,7 @@ CHOSEN = "torch's kernels were chosen: sdpa_kernel(...) or torch.backends.cuda.e
 TRANSFORMS = "torch.func's grad, jvp and the like: torch's kernels have them"
 FORWARD_MODE = "forward-mode gradients: torch's kernels have them"
 MODE = "a mode wants to see torch's function"
-NESTED = "nested tensors: torch's kernels have them"
+NESTED = "nested or sparse tensors: torch's kernels have them"
 CLASS = "arguments that are no plain tensors: their class, or torch, knows what to do"
 TYPES = "arguments of other types than torch documents"
 
@@ -116,8 +116,9 @@ def _beside_the_shapes(
         return FORWARD_MODE
     if torchs.traced_by_jit():
         return MODE
-    if query.is_nested or key.is_nested or value.is_nested or (mask is not None and mask.is_nested):
-        return NESTED
+    for x in (query, key, value) if mask is None else (query, key, value, mask):
+        if x.is_nested or x.layout is not torch.strided:
+            return NESTED
     return ""
 
 
@@ -144,7 +145,8 @@ def _decided(
     try:
         call = validated(found.arguments, None if scale is None else float(scale))
     except (ValueError, TypeError, OverflowError) as error:
-        return Decision(f"fastattn does not take it: {error}"), False
+        name = str(error).partition(":")[0]  # the whole text may hold data, of which there is no end
+        return Decision(f"fastattn does not take this {name}"), False
     try:
         lasts = routes.route(call, candidates).lasts
     except registry.BackendError:

@@ -133,11 +133,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`fastattn.drop_in.scaled_dot_product_attention` while it is patched in, torch's function before and after."""
+    # That of the drop-in while it is patched in, torch's before and after.
     serves = sdpa if _patch.everywhere or _models.depth else torchs
     return serves.scaled_dot_product_attention(  # type: ignore[no-any-return, attr-defined]
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+scaled_dot_product_attention.__doc__ = torchs.scaled_dot_product_attention.__doc__  # some code looks for a word in it
 
 
 def patch() -> None:
