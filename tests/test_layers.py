@@ -24,7 +24,7 @@ LAYERS = (
     ("dispatch",),
     ("api", "varlen", "counters"),
     ("cache",),
-    ("integrations", "hf"),
+    ("integrations", "hf", "flash", "drop_in"),
     ("parallel",),
     ("lm",),
     ("warming",),

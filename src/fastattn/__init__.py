@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .common.notice import FastattnWarning
     from .counters import clear_plans, stats
     from .dispatch.registry import BackendError, use_backend
+    from .flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
     from .masks import Intervals, Segments
     from .varlen import varlen_attention
     from .warming.run import warmup
@@ -26,6 +27,9 @@ __all__ = [
     "Segments",
     "clear_plans",
     "explain",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "scaled_dot_product_attention",
     "stats",
     "use_backend",
@@ -38,6 +42,7 @@ _HOMES = {
     **dict.fromkeys(("Explanation", "explain", "scaled_dot_product_attention"), "api"),
     **dict.fromkeys(("BackendError", "use_backend"), "dispatch.registry"),
     "FastattnWarning": "common.notice",
+    **dict.fromkeys(("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"), "flash"),
     "KVCache": "cache",
     **dict.fromkeys(("Intervals", "Segments"), "masks"),
     **dict.fromkeys(("clear_plans", "stats"), "counters"),

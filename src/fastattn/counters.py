@@ -12,15 +12,22 @@ def stats() -> dict[str, Any]:
 
     Returns a dict:
         "calls": forward calls served, by backend, and backward calls as "<backend>.backward".
+        "handed_to_torch": calls of the drop-in (`fastattn.drop_in`) that torch's own function served, by reason.
         "plans": the cuDNN plans: held now, built while a caller waited and in the background (numbers and
             milliseconds), read from disk, evicted; see `backends.cudnn.plan_cache.PlanCache.stats`.
         "cache": everything cached per shape or kind of call: "entries" and "bytes" of device memory, "drops" by
             reason, and "sections", each with its entries, bytes and bounds.
     """
     from .backends.cudnn.plans import shared
+    from .dispatch.handed_over import handed_over
     from .dispatch.serve import calls_served
 
-    return {"calls": calls_served(), "plans": shared.stats(), "cache": shape_cache.stats()}
+    return {
+        "calls": calls_served(),
+        "handed_to_torch": handed_over(),
+        "plans": shared.stats(),
+        "cache": shape_cache.stats(),
+    }
 
 
 def clear_plans() -> None:

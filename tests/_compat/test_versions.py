@@ -38,7 +38,7 @@ def test_every_requirement_is_pinned_and_has_a_lower_bound() -> None:
 
 def test_the_oldest_environment_has_the_lower_bounds() -> None:
     oldest = pins("constraints-oldest.txt")
-    bounds = promised("docs", "dev")
+    bounds = promised("docs", "dev", "recipes")
     for name in bounds.keys() - {"torch"}:  # see there why
         found, bound = numbers(oldest[name]), numbers(bounds[name])
         assert found[: len(bound)] == bound and not any(found[len(bound) :]), name

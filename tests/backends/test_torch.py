@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case, assert_right, check, make, reference_results, refusals, run
 from features import FEATURES
-from torch.nn import functional
 
 import fastattn
+from fastattn._compat import sdpa as torchs
 from fastattn.backends import torch as torch_sdpa
 
 
@@ -70,13 +70,13 @@ def test_no_mask_beyond_its_limit(case: Case, monkeypatch: pytest.MonkeyPatch) -
 def test_makes_no_mask_where_torch_needs_none(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask costs torch its flash kernel."""
     masks = []
-    real = functional.scaled_dot_product_attention
+    real = torchs.scaled_dot_product_attention
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
         masks.append(kwargs["attn_mask"])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torchs, "scaled_dot_product_attention", spy)
     inputs = make(case)
     run(inputs, "torch")
     assert masks == [None]

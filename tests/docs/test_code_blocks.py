@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastattn.drop_in
 from fastattn.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,13 @@ def model(tmp_path_factory):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_patched():
+    """A page may put fastattn in the place of torch's function."""
+    yield
+    fastattn.drop_in.unpatch()
 
 
 @pytest.fixture

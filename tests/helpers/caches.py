@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastattn.dispatch import fast_path, refusals, routes
+from fastattn.integrations.torch import decide
 from fastattn.shape_cache import shape_cache
 
 
@@ -13,6 +14,7 @@ def own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For tests whose calls are bound to what stands in for a backend; others take the fixture `fresh_caches`.
     """
-    for module, name in ((routes, "_routes"), (fast_path, "_cached"), (refusals, "_refusals")):
+    sections = ((routes, "_routes"), (fast_path, "_cached"), (refusals, "_refusals"), (decide, "_decisions"))
+    for module, name in sections:
         dropped_for = getattr(module, name).dropped_for
         monkeypatch.setattr(module, name, shape_cache.section("test", 1 << 10, dropped_for=dropped_for))

@@ -24,6 +24,9 @@ _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
 _OTHER_USERS = ("tests/backends/cudnn/test_disk_other_users.py",)
 
+_FLASH = ("tests/integrations/flash_attn/test_flash_attn.py",)
+_FLASH_CACHE = ("tests/integrations/flash_attn/test_with_kvcache.py",)
+
 MUTATIONS = (
     # caches and keys
     Mutation(
@@ -374,5 +377,69 @@ MUTATIONS = (
         "_backward_above(128), GENERIC)",
         "_backward_above(256), GENERIC)",
         ("tests/gpuless/test_support_page.py",),
+    ),
+    # flash-attn's functions
+    Mutation(
+        "the log-sum-exp lacks what ALiBi's small mask left out",
+        "integrations/flash_attn/attend.py",
+        "lse = lse + bias.missing",
+        "lse = lse + 0.0",
+        _FLASH,
+    ),
+    Mutation(
+        "ALiBi's small mask is used beside sinks",
+        "integrations/flash_attn/alibi.py",
+        " and options.sinks is None and ",
+        " and ",
+        _FLASH,
+    ),
+    Mutation(
+        "ALiBi counts from the upper left",
+        "integrations/flash_attn/alibi.py",
+        "position = rows + (end - queries)",
+        "position = rows + (end - end)",
+        _FLASH,
+    ),
+    Mutation(
+        "keys that are not used are seen",
+        "integrations/flash_attn/varlen.py",
+        "k_end = torch.minimum(k_end, k_first + self.used_k)",
+        "k_end = k_end + 0 * self.used_k",
+        _FLASH,
+    ),
+    Mutation(
+        "left padding of a cache is seen",
+        "integrations/flash_attn/attend.py",
+        "lo = leftpad[:, None]",
+        "lo = 0 * leftpad[:, None]",
+        _FLASH_CACHE,
+    ),
+    Mutation(
+        "queries are always rotated by their own positions",
+        "integrations/flash_attn/kvcache.py",
+        "own = step[: q.shape[1]] if chosen.window is not None else",
+        "own = step[: q.shape[1]] if True else",
+        _FLASH_CACHE,
+    ),
+    Mutation(
+        "new tokens of a page go to the next one",
+        "integrations/flash_attn/store.py",
+        "// keys.shape[1]",
+        "// keys.shape[1] % 2",
+        _FLASH_CACHE,
+    ),
+    Mutation(
+        "dropout is causal from the upper left",
+        "integrations/flash_attn/dropout.py",
+        "(call.right == 0 and square)",
+        "call.right == 0",
+        ("tests/integrations/flash_attn/test_arguments.py", "-k", "dropout"),
+    ),
+    Mutation(
+        "a deterministic backward is like any other",
+        "integrations/flash_attn/attend.py",
+        "(_deterministically if deterministic else _at_once)",
+        "(_at_once if deterministic else _at_once)",
+        ("tests/integrations/flash_attn/test_arguments.py", "-k", "deterministic"),
     ),
 )

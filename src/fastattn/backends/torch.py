@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .. import masks
+from .._compat import sdpa as torchs
 from .._compat import torch as torch_internals
 from ..call import Call, Gradients, Problem, as_token_major
 from .base import Kernel
@@ -119,7 +119,7 @@ def _attend(p: Problem, c: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             mask = mask.expand(*mask.shape[:3], p.kv_len).contiguous()
     else:
         q, k, v = (copied(x) if _overlapping(x) else x for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(
+    out = torchs.scaled_dot_product_attention(
         q,
         k,
         v,
