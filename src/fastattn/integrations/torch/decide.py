@@ -69,9 +69,10 @@ def decision(
     why = _beside_the_shapes(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     if why:
         return Decision(why)
+    scale = scale if scale is None or type(scale) is float else float(scale)
+    plain_scale = scale is None or is_plain_scale(scale)
     names = registry.allowed()
     grads = torch.is_grad_enabled()
-    plain_scale = scale is None or is_plain_scale(scale)
     kind = (
         (query.shape, key.shape, value.shape),
         (query.dtype, key.dtype, value.dtype),
@@ -124,7 +125,9 @@ def _beside_the_shapes(
 
 def is_number(scale: Any) -> bool:
     """True for None and for numbers that torch takes as a scale, NumPy's floats among them."""
-    return scale is None or (isinstance(scale, (float, int)) and not isinstance(scale, bool))
+    if scale is None or isinstance(scale, float):
+        return True
+    return isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < 1 << 53
 
 
 def _before_torch(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,8 +146,8 @@ def _decided(
     if isinstance(found, str):
         return Decision(f"{found}: torch takes it, or says what is wrong"), True
     try:
-        call = validated(found.arguments, None if scale is None else float(scale))
-    except (ValueError, TypeError, OverflowError) as error:
+        call = validated(found.arguments, scale)
+    except (ValueError, TypeError) as error:
         name = str(error).partition(":")[0]  # the whole text may hold data, of which there is no end
         return Decision(f"fastattn does not take this {name}"), False
     try:

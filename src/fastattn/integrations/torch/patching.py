@@ -45,6 +45,7 @@ class _Patch:
         self.models = 0  #: of `patched(model)` that are open
         self.everywhere = False  #: whether calls outside of these models are served
         self.function: Any = None  #: what is in the place of torch's function
+        self.scripted: list[Any] = []  #: what torch.jit knows by its address: never freed
         self.records: list[tuple[weakref.ref[ModuleType], str]] = []  #: modules' names that held torch's function
         after_fork(self, renew_lock)
 
@@ -68,7 +69,9 @@ class _Patch:
                 "patch before it"
             )
         self.function = scaled_dot_product_attention
-        torchs.script_as_torchs(self.function)
+        if self.function not in self.scripted:
+            torchs.script_as_torchs(self.function)
+            self.scripted.append(self.function)
         setattr(functional, _NAME, self.function)
         for module, name in _holders(torchs.scaled_dot_product_attention):
             with contextlib.suppress(Exception):  # a module of a class of its own may take no attributes
