@@ -289,6 +289,8 @@ EMULATED = {
     "five dims": TorchCall(q=(2, 3, 2, 6, 8), k=(2, 3, 2, 9, 8), mask="bool:2,1,1,1,9"),
     "broadcast batch": TorchCall(q=(3, 4, 6, 8), k=(1, 4, 9, 8)),
     "broadcast head": TorchCall(k=(2, 1, 9, 8)),
+    "one head of q": TorchCall(q=(2, 1, 6, 8)),
+    "one head of v": TorchCall(v=(2, 1, 9, 8), mask="bool:2,4,6,9"),
     "grouped heads": TorchCall(k=(2, 2, 9, 8), enable_gqa=True, is_causal=True),
     "token-major": TorchCall(layout="token-major", is_causal=True),
     "poisoned": TorchCall(layout="part of longer rows"),
