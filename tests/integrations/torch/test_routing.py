@@ -326,7 +326,8 @@ def test_gradients_on_cudnn(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (TorchCall(dtype=BF16), "cudnn"),
         (TorchCall(dtype=BF16, is_causal=True), "cudnn"),
-        (TorchCall(dtype=BF16, mask="bool:6,9"), "cudnn"),
+        (TorchCall(dtype=BF16, mask="bool:6,9"), "slower"),
+        (TorchCall(dtype=BF16, k=(2, 2, 9, 8), enable_gqa=True, mask="float:2,1,1,9"), "slower"),
         (TorchCall(dtype=BF16, q=(6, 8), k=(9, 8)), "cudnn"),
         (TorchCall(dtype=FP32), "torch"),
         (TorchCall(dtype=FP64), "torch"),
@@ -341,15 +342,26 @@ def test_as_on_a_gpu(call: TorchCall, chosen: str, monkeypatch: pytest.MonkeyPat
     inputs = make(call)
     with fastattn.use_backend("cudnn", "torch", "reference"):
         explained = drop_in.explain(inputs.q, inputs.k, inputs.v, inputs.mask, **inputs.options)
-        assert explained.chosen == chosen
+        assert explained.chosen == chosen.replace("slower", "torch")
         served, handed = Served(), Handed()
         for _ in range(2):
             found = inputs.call(SDPA)
         assert served() == ({"cudnn": 2} if chosen == "cudnn" else {})
-        assert handed() == ({} if chosen == "cudnn" else {decide.KERNELS: 2})
+        reason = decide.SLOWER if chosen == "slower" else decide.KERNELS
+        assert handed() == ({} if chosen == "cudnn" else {reason: 2})
     assert_right(found, truth(inputs), call.dtype)
-    if chosen == "torch":
+    if chosen != "cudnn":
         assert torch.equal(found, inputs.call(TORCHS))
+
+
+def test_masks_with_grouped_heads_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no fused kernel for them there."""
+    emulate(monkeypatch, (8, 0))
+    inputs = make(TorchCall(dtype=BF16, k=(2, 2, 9, 8), enable_gqa=True, mask="bool:2,1,6,9"))
+    with fastattn.use_backend("cudnn", "torch"):
+        served = Served()
+        assert_right(inputs.call(SDPA), truth(inputs), BF16)
+        assert served() == {"cudnn": 1}
 
 
 def traced_on_a_gpu(call: TorchCall, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
@@ -374,13 +386,18 @@ def traced_on_a_gpu(call: TorchCall, monkeypatch: pytest.MonkeyPatch, **options:
     [
         (TorchCall(dtype=BF16), {}, ""),
         (TorchCall(dtype=FP16), {"is_causal": True, "scale": 0.5}, ""),
-        (TorchCall(dtype=BF16, mask="bool"), {}, ""),
+        (TorchCall(dtype=BF16, mask="bool"), {}, decide.SLOWER),
+        (TorchCall(dtype=BF16, mask="bool", k=(2, 2, 9, 8)), {"enable_gqa": True}, ""),
         (TorchCall(dtype=BF16, q=(6, 8), k=(9, 8)), {}, ""),
         (TorchCall(dtype=FP32), {}, decide.KERNELS),
         (TorchCall(dtype=BF16, q=(2, 4, 6, 512), k=(2, 4, 9, 512)), {}, decide.KERNELS),
         (TorchCall(dtype=BF16), {"dropout_p": 0.1}, decide.DROPOUT),
         (TorchCall(dtype=BF16), {"scale": torch.tensor(0.5)}, decide.TYPES),
-        (TorchCall(dtype=BF16, mask="bool"), {"is_causal": True}, "attn_mask together with is_causal"),
+        (
+            TorchCall(dtype=BF16, mask="bool"),
+            {"is_causal": True, "enable_gqa": True},
+            "attn_mask together with is_causal",
+        ),
     ],
     ids=str,
 )
