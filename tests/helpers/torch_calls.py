@@ -40,7 +40,7 @@ class TorchCall:
     enable_gqa: bool = False
     dtype: torch.dtype = FP32
     layout: str = "contiguous"  #: see LAYOUTS
-    blind: bool = False  #: the mask hides all keys from some queries
+    fully_masked: bool = False  #: the mask hides all keys from some queries
 
     def __str__(self) -> str:
         parts = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if _differs(self, f)]
@@ -120,7 +120,7 @@ def make(call: TorchCall) -> Inputs:
         shape = tuple(int(n) for n in dims.split(","))
         seen = torch.rand(shape) < 0.6
         seen[..., 0] = True
-        if call.blind:
+        if call.fully_masked:
             seen[..., 1, :] = False
         mask = lay(seen) if kind == "bool" and not call.layout.startswith(("every", "part", "not")) else seen
         if kind != "bool":

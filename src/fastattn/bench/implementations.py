@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from .._compat import torch as torch_internals
+from .._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ..api import scaled_dot_product_attention
 from .case import Case
 from .inputs import DTYPE, Inputs

@@ -65,8 +65,8 @@ MASKS = {
     "causal": {"is_causal": True},
     "bool": {"mask": "bool"},
     "float": {"mask": "float"},
-    "blind": {"mask": "bool", "blind": True},
-    "blind float": {"mask": "float", "blind": True},
+    "fully_masked": {"mask": "bool", "fully_masked": True},
+    "fully_masked float": {"mask": "float", "fully_masked": True},
     "scale": {"scale": 0.3},
 }
 
@@ -83,7 +83,7 @@ def with_mask(call: TorchCall, mask: str) -> TorchCall:
     changes = dict(MASKS[mask])
     if "mask" in changes:
         changes["mask"] = f"{changes['mask']}:{','.join(map(str, full_mask(call)))}"
-        changes["blind"] = bool(changes.get("blind")) and call.q[-2] > 1
+        changes["fully_masked"] = bool(changes.get("fully_masked")) and call.q[-2] > 1
     return call.but(**changes)
 
 
@@ -98,7 +98,7 @@ def test_shapes(shapes: str, mask: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("mask", ["no mask", "causal", "bool", "float", "blind"])
+@pytest.mark.parametrize("mask", ["no mask", "causal", "bool", "float", "fully_masked"])
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_gradients(shapes: str, mask: str, name: str) -> None:
     check_gradients(with_mask(SHAPES[shapes], mask), name)

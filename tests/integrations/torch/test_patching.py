@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import subprocess
 import sys
@@ -296,6 +297,47 @@ def test_a_models_own_forward_is_put_back() -> None:
     assert model.forward is own
 
 
+def test_blocks_of_a_model_end_in_any_order() -> None:
+    """As those of several threads do."""
+    model = TinyBlock()
+    one, other = drop_in.patched(model), drop_in.patched(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert run(model) == REFERENCE
+    other.__exit__(None, None, None)
+    assert run(model) == {}
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_set_within_stays() -> None:
+    model = TinyBlock()
+    with drop_in.patched(model):
+        model.forward = own = lambda x: x
+    assert model.forward is own
+
+
+def test_a_model_saved_within_is_whole() -> None:
+    model = TinyBlock()
+    x = torch.randn(2, 5, 16)
+    with drop_in.patched(model):
+        again = pickle.loads(pickle.dumps(model))
+        assert str(inspect.signature(model.forward)) == str(inspect.signature(again.forward))
+    model.zero_grad()
+    assert torch.allclose(again(x), model(x), atol=1e-5)
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_modules_of_torchscript_and_fx() -> None:
+    """TorchScript keeps torch's operator, a graph of torch.fx torch's function: both bypass names."""
+    model = nn.Sequential(torch.jit.script(ScriptedBlock()), torch.fx.symbolic_trace(TinyBlock()), TinyBlock())
+    x = torch.randn(2, 5, 16)
+    want = model(x)
+    with drop_in.patched(model):
+        assert run(model) == REFERENCE
+        assert torch.allclose(model(x), want, atol=1e-5)
+
+
 def test_copies_of_a_model_are_their_own() -> None:
     model = TinyBlock()
     x = torch.randn(2, 5, 16)
@@ -382,6 +424,22 @@ def test_compiled_before_and_after(of_the_model: bool) -> None:
         assert run(after) == REFERENCE
 
 
+def test_parts_that_were_compiled() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(TinyBlock(), TinyBlock())
+    model[0].compile(fullgraph=True, backend="aot_eager")
+    assert run(model) == {}
+    with drop_in.patched(model):
+        for _ in range(3):
+            assert run(model) == {"reference": 2}
+        assert run(model[0]) == REFERENCE
+        assert patching._models.depth == 0
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 2, 3))
+        assert patching._models.depth == 0
+    assert run(model) == {}
+
+
 def test_compiled_training() -> None:
     torch._dynamo.reset()
     model = TinyBlock()
@@ -395,6 +453,11 @@ def test_compiled_training() -> None:
         assert served() == {"reference": 1, "reference.backward": 1}
     for p, grad in zip(model.parameters(), want, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-4)
+
+
+class ScriptedBlock(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(x, x, x)
 
 
 class Scripted(nn.Module):

@@ -13,7 +13,22 @@ from emulated import emulate
 from served import Served
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch_calls import BF16, FP32, TORCHS, TorchCall, assert_right, default_backends, error, make, truth, way
+from torch_calls import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    TORCHS,
+    WAYS,
+    TorchCall,
+    assert_right,
+    check_gradients,
+    default_backends,
+    error,
+    make,
+    truth,
+    way,
+)
 
 import fastattn
 from fastattn import drop_in
@@ -22,6 +37,7 @@ from fastattn.backends.base import Setback
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.dispatch import registry
 from fastattn.integrations.torch import decide, sdpa
+from fastattn.integrations.torch.translate import translate
 
 pytestmark = [
     pytest.mark.usefixtures("default_backends"),
@@ -273,6 +289,8 @@ EMULATED = {
     "five dims": TorchCall(q=(2, 3, 2, 6, 8), k=(2, 3, 2, 9, 8), mask="bool:2,1,1,1,9"),
     "broadcast batch": TorchCall(q=(3, 4, 6, 8), k=(1, 4, 9, 8)),
     "broadcast head": TorchCall(k=(2, 1, 9, 8)),
+    "one head of q": TorchCall(q=(2, 1, 6, 8)),
+    "one head of v": TorchCall(v=(2, 1, 9, 8), mask="bool:2,4,6,9"),
     "grouped heads": TorchCall(k=(2, 2, 9, 8), enable_gqa=True, is_causal=True),
     "token-major": TorchCall(layout="token-major", is_causal=True),
     "poisoned": TorchCall(layout="part of longer rows"),
@@ -292,8 +310,126 @@ def test_on_cudnn(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             found = inputs.call(SDPA)
         assert served() == {chosen: 1}
-    assert chosen == "cudnn" or "more queries" in case
+    assert chosen == "cudnn"
     assert_right(found, want, BF16)
+
+
+@pytest.mark.parametrize("case", ["plain", "causal, more keys", "padding", "float", "three dims", "grouped heads"])
+def test_gradients_on_cudnn(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch)
+    monkeypatch.setitem(WAYS, "cudnn", ("cudnn", "reference"))
+    check_gradients(EMULATED[case].but(dtype=BF16), "cudnn")
+
+
+@pytest.mark.parametrize(
+    "call, chosen",
+    [
+        (TorchCall(dtype=BF16), "cudnn"),
+        (TorchCall(dtype=BF16, is_causal=True), "cudnn"),
+        (TorchCall(dtype=BF16, mask="bool:6,9"), "slower"),
+        (TorchCall(dtype=BF16, k=(2, 2, 9, 8), enable_gqa=True, mask="float:2,1,1,9"), "slower"),
+        (TorchCall(dtype=BF16, q=(6, 8), k=(9, 8)), "cudnn"),
+        (TorchCall(dtype=FP32), "torch"),
+        (TorchCall(dtype=FP64), "torch"),
+        (TorchCall(dtype=BF16, q=(2, 4, 9, 8), k=(2, 4, 6, 8), is_causal=True), "cudnn"),
+        (TorchCall(dtype=BF16, q=(2, 4, 6, 300), k=(2, 4, 9, 300)), "torch"),
+    ],
+    ids=str,
+)
+def test_as_on_a_gpu(call: TorchCall, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fused kernels take goes to them; what torch's kernels would serve goes to torch's function, as it came."""
+    emulate(monkeypatch)
+    inputs = make(call)
+    with fastattn.use_backend("cudnn", "torch", "reference"):
+        explained = drop_in.explain(inputs.q, inputs.k, inputs.v, inputs.mask, **inputs.options)
+        assert explained.chosen == chosen.replace("slower", "torch")
+        served, handed = Served(), Handed()
+        for _ in range(2):
+            found = inputs.call(SDPA)
+        assert served() == ({"cudnn": 2} if chosen == "cudnn" else {})
+        reason = decide.SLOWER if chosen == "slower" else decide.KERNELS
+        assert handed() == ({} if chosen == "cudnn" else {reason: 2})
+    assert_right(found, truth(inputs), call.dtype)
+    if chosen != "cudnn":
+        assert torch.equal(found, inputs.call(TORCHS))
+
+
+def test_masks_with_grouped_heads_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no fused kernel for them there."""
+    emulate(monkeypatch, (8, 0))
+    inputs = make(TorchCall(dtype=BF16, k=(2, 2, 9, 8), enable_gqa=True, mask="bool:2,1,6,9"))
+    with fastattn.use_backend("cudnn", "torch"):
+        served = Served()
+        assert_right(inputs.call(SDPA), truth(inputs), BF16)
+        assert served() == {"cudnn": 1}
+
+
+def traced_on_a_gpu(call: TorchCall, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    """Why a graph of such a call on a GPU holds torch's function."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def on_meta(*arguments: Any) -> Any:  # without CUDA fake tensors of a GPU cannot be sliced
+        meta = [torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x for x in arguments]
+        return translate(*meta)
+
+    monkeypatch.setattr(torchs, "plain_tensors", lambda *tensors: True)
+    monkeypatch.setattr(decide, "translate", on_meta)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(shape, dtype=call.dtype, device="cuda") for shape in (call.q, call.k, call.v or call.k))
+        mask = None if call.mask is None else torch.empty(call.q[-2], call.k[-2], dtype=torch.bool, device="cuda")
+        given = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False, **options}
+        return decide.why_torch_when_traced(q, k, v, mask, **given)
+
+
+@pytest.mark.parametrize(
+    "call, options, why",
+    [
+        (TorchCall(dtype=BF16), {}, ""),
+        (TorchCall(dtype=FP16), {"is_causal": True, "scale": 0.5}, ""),
+        (TorchCall(dtype=BF16, mask="bool"), {}, decide.SLOWER),
+        (TorchCall(dtype=BF16, mask="bool", k=(2, 2, 9, 8)), {"enable_gqa": True}, ""),
+        (TorchCall(dtype=BF16, q=(6, 8), k=(9, 8)), {}, ""),
+        (TorchCall(dtype=FP32), {}, decide.KERNELS),
+        (TorchCall(dtype=BF16, q=(2, 4, 6, 512), k=(2, 4, 9, 512)), {}, decide.KERNELS),
+        (TorchCall(dtype=BF16), {"dropout_p": 0.1}, decide.DROPOUT),
+        (TorchCall(dtype=BF16), {"scale": torch.tensor(0.5)}, decide.TYPES),
+        (
+            TorchCall(dtype=BF16, mask="bool"),
+            {"is_causal": True, "enable_gqa": True},
+            "attn_mask together with is_causal",
+        ),
+    ],
+    ids=str,
+)
+def test_graphs_on_a_gpu(call: TorchCall, options: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert traced_on_a_gpu(call, monkeypatch, **options) == why
+    with sdpa_kernel(SDPBackend.MATH):
+        assert traced_on_a_gpu(call, monkeypatch, **options) == decide.KERNELS
+    with fastattn.use_backend("torch"):
+        assert traced_on_a_gpu(call, monkeypatch, **options) == decide.KERNELS
+
+
+def test_exported_programs_hold_torchs_function_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert traced_on_a_gpu(TorchCall(dtype=BF16), monkeypatch) == decide.KERNELS
+
+
+def test_new_lengths_compile_nothing_that_torchs_function_would_not() -> None:
+    counts = []
+    for function in (TORCHS, SDPA):
+        torch._dynamo.reset()
+        graphs: list[Any] = []
+
+        def backend(graph: Any, _: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(lambda q, f=function: f(q, q, q, is_causal=True), fullgraph=True, backend=backend)
+        with fastattn.use_backend("reference"):
+            for length in (4, 5, 6, 9, 17, 33, 100):
+                compiled(torch.randn(1, 2, length, 8))
+        counts.append(len(graphs))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("mask", [None, "bool:2,1,1,70"])

@@ -24,6 +24,7 @@ TRACED = "traced"
 VMAP = "mapped by torch.func.vmap: the mapped dim becomes a leading one"
 ON_A_CPU = "on a CPU torch's kernels serve it"
 KERNELS = "torch's kernels serve it: no backend before them can"
+SLOWER = "torch's kernels are faster: measured, with a dense mask on cuDNN"
 DROPOUT = "dropout: torch's kernels have it"
 CHOSEN = "torch's kernels were chosen: sdpa_kernel(...) or torch.backends.cuda.enable_*_sdp(False)"
 TRANSFORMS = "torch.func's grad, jvp and the like: torch's kernels have them"
@@ -69,9 +70,10 @@ def decision(
     why = _beside_the_shapes(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     if why:
         return Decision(why)
+    scale = scale if scale is None or type(scale) is float else float(scale)
+    plain_scale = scale is None or is_plain_scale(scale)
     names = registry.allowed()
     grads = torch.is_grad_enabled()
-    plain_scale = scale is None or is_plain_scale(scale)
     kind = (
         (query.shape, key.shape, value.shape),
         (query.dtype, key.dtype, value.dtype),
@@ -124,7 +126,9 @@ def _beside_the_shapes(
 
 def is_number(scale: Any) -> bool:
     """True for None and for numbers that torch takes as a scale, NumPy's floats among them."""
-    return scale is None or (isinstance(scale, (float, int)) and not isinstance(scale, bool))
+    if scale is None or isinstance(scale, float):
+        return True
+    return isinstance(scale, int) and not isinstance(scale, bool) and abs(scale) < 1 << 53
 
 
 def _before_torch(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,19 +147,33 @@ def _decided(
     if isinstance(found, str):
         return Decision(f"{found}: torch takes it, or says what is wrong"), True
     try:
-        call = validated(found.arguments, None if scale is None else float(scale))
-    except (ValueError, TypeError, OverflowError) as error:
+        call = validated(found.arguments, scale)
+    except (ValueError, TypeError) as error:
         name = str(error).partition(":")[0]  # the whole text may hold data, of which there is no end
         return Decision(f"fastattn does not take this {name}"), False
     try:
-        lasts = routes.route(call, candidates).lasts
+        route = routes.route(call, candidates)
     except registry.BackendError:
         # What a backend refuses by itself it refuses for good; a late refusal may be one for the time being.
         problem = Problem.of(call)
         return _TORCHS, all(registry.backend(name).reasons(problem) for name in candidates)
+    if "torch" in names and _slower(route.backend.name, route.problem):
+        return Decision(SLOWER), route.lasts
     a = found.arguments
     same = a.q is q and a.k is k and a.v is v and a.window is None and (is_causal or a.mask is mask)
-    return (_OURS_AS_IT_IS if same and found.shape is None else _OURS), lasts
+    return (_OURS_AS_IT_IS if same and found.shape is None else _OURS), route.lasts
+
+
+def _slower(name: str, problem: Problem) -> bool:
+    """Whether torch's kernels were measured to be faster than a backend that may serve a problem.
+
+    With a dense mask torch's kernels took between a third and four fifths of the time of our cuDNN backend, which
+    first makes a bias of the mask (H100). Before Hopper they have no fused kernel for a mask with grouped heads.
+    """
+    return name == "cudnn" and problem.dense_mask and (problem.group == 1 or problem.capability >= _HOPPER)
+
+
+_HOPPER = (9, 0)
 
 
 def autocast_dtype(q: Tensor) -> Any:
@@ -186,6 +204,7 @@ class _Allowed(NamedTuple):
 
     candidates: tuple[str, ...]  #: the backends before torch's kernels
     torch: bool  #: whether torch's kernels are
+    hopper: bool = False  #: whether the GPU is one, or newer
 
 
 @torch_internals.constant_when_traced
@@ -193,7 +212,8 @@ def _allowed_when_traced() -> _Allowed:
     if torchs.insists_on_torch() or torch_internals.transforms_active() or torchs.forward_ad_active():
         return _Allowed((), True)
     names = registry.allowed()
-    return _Allowed(_before_torch(names), "torch" in names)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _HOPPER
+    return _Allowed(_before_torch(names), "torch" in names, hopper)
 
 
 def why_torch_when_traced(
@@ -223,5 +243,8 @@ def why_torch_when_traced(
             return KERNELS
         if query.dtype not in _HALF and autocast_dtype(query) not in _HALF:
             return KERNELS
+        on_cudnn = not any([name not in ("decode", "cudnn") for name in allowed.candidates])
+        if mask is not None and on_cudnn and (allowed.hopper or not enable_gqa):
+            return SLOWER
     found = translated(query, key, value, mask, is_causal, enable_gqa)
     return found if isinstance(found, str) else ""

@@ -14,10 +14,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import update_wrapper
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +37,30 @@ class _Models(threading.local):
     depth: int = 0
 
 
+class _Within:
+    """A module's forward that counts in `_models`. An object, so that a copy of the module gets a copy of it."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        update_wrapper(self, forward)
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _models.depth += 1
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            _models.depth -= 1
+
+
+@dataclass(eq=False)
+class _Mark:
+    """A module whose forward is wrapped."""
+
+    forward: _Within
+    own: Any  #: what the module itself, not its class, had as its forward; None: nothing
+    blocks: int = 0  #: that are open for it
+
+
 class _Patch:
     """What is patched, and for whom. One in a process; it outlives that this module is loaded again."""
 
@@ -45,7 +71,9 @@ class _Patch:
         self.models = 0  #: of `patched(model)` that are open
         self.everywhere = False  #: whether calls outside of these models are served
         self.function: Any = None  #: what is in the place of torch's function
+        self.scripted: list[Any] = []  #: what torch.jit knows by its address: never freed
         self.records: list[tuple[weakref.ref[ModuleType], str]] = []  #: modules' names that held torch's function
+        self.marks: weakref.WeakKeyDictionary[nn.Module, _Mark] = weakref.WeakKeyDictionary()
         after_fork(self, renew_lock)
 
     def change(self, asked: bool | None = None, blocks: int = 0, models: int = 0) -> None:
@@ -60,6 +88,26 @@ class _Patch:
             if not self.everywhere and not self.models and self.function is not None:
                 self.remove()
 
+    def mark(self, module: nn.Module, blocks: int) -> None:
+        """Counts the blocks that are open for a module, of all threads, and wraps its forward while there is one."""
+        with self._lock:
+            known = self.marks.get(module)
+            if known is None:
+                if blocks < 0 or isinstance(module, torch.jit.ScriptModule):  # which holds torch's operator for good
+                    return
+                known = self.marks[module] = _Mark(_Within(module.forward), vars(module).get("forward"))
+                module.forward = known.forward  # type: ignore[method-assign, assignment]
+            known.blocks += blocks
+            if known.blocks:
+                return
+            del self.marks[module]
+            if vars(module).get("forward") is not known.forward:
+                return  # it is someone else's by now
+            if known.own is None:
+                del module.forward
+            else:
+                module.forward = known.own
+
     def install(self) -> None:
         there = getattr(functional, _NAME)
         if there is not torchs.scaled_dot_product_attention:
@@ -68,7 +116,9 @@ class _Patch:
                 "patch before it"
             )
         self.function = scaled_dot_product_attention
-        torchs.script_as_torchs(self.function)
+        if self.function not in self.scripted:
+            torchs.script_as_torchs(self.function)
+            self.scripted.append(self.function)
         setattr(functional, _NAME, self.function)
         for module, name in _holders(torchs.scaled_dot_product_attention):
             with contextlib.suppress(Exception):  # a module of a class of its own may take no attributes
@@ -196,38 +246,19 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
     Its submodules' too: a checkpoint calls them again in the backward, from outside of the model's forward.
     """
-    own: list[tuple[nn.Module, Any, Any]] = []
+    marked = [x for x in model.modules() if x is model or not (_is_torchs(x) and _is_leaf(x))]
     try:
-        for module in list(model.modules()):
-            if module is model or not (type(module).__module__.startswith("torch.nn.") and _is_leaf(module)):
-                marked = _Within(module.forward)
-                own.append((module, vars(module).get("forward"), marked))
-                module.forward = marked  # type: ignore[method-assign, assignment]
+        for module in marked:
+            _patch.mark(module, 1)
         yield
     finally:
-        for module, forward, marked in reversed(own):
-            if vars(module).get("forward") is not marked:
-                continue  # someone else's by now
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+        for module in marked:
+            _patch.mark(module, -1)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
-
-
-class _Within:
-    """A module's forward that counts in `_models`. An object, so that a copy of the module gets a copy of it."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        update_wrapper(self, forward)
-        self._forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _models.depth += 1
-        try:
-            return self._forward(*args, **kwargs)
-        finally:
-            _models.depth -= 1

@@ -29,7 +29,7 @@ from .decide import (
     translated,
     why_torch_when_traced,
 )
-from .translate import Translated
+from .translate import Translated, folded
 
 
 def scaled_dot_product_attention(
@@ -119,8 +119,14 @@ class _Mapped(torch.autograd.Function):
         q, k, v, mask = (_leading(x, dim, rank) for x, dim in zip((q, k, v, mask), in_dims))
         q = q.expand(info.batch_size, *q.shape[1:])  # also where the mask alone is mapped
         is_causal, scale, enable_gqa = options
+        shape = None
+        fits = mask is None or mask.dim() <= rank + 1
+        if fits and (rank > 3 or enable_gqa):  # torch's fused kernels take four dims alone
+            found = folded(q, k, v, mask, enable_gqa)
+            if not isinstance(found, str):  # torch says then what is wrong
+                q, k, v, mask, shape = found
         out = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return out, 0
+        return (out if shape is None else out.reshape(shape)), 0
 
 
 def _leading(x: Tensor | None, dim: int | None, rank: int) -> Any:

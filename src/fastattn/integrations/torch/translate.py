@@ -43,17 +43,18 @@ def translate(
     else:
         if enable_gqa and min(q.dim(), k.dim(), v.dim()) < 3:
             return "enable_gqa with tensors that have no heads"
-        folded = _folded(q, k, v, mask, enable_gqa)
-        if isinstance(folded, str):
-            return folded
-        q, k, v, mask, shape = folded
+        found = folded(q, k, v, mask, enable_gqa)
+        if isinstance(found, str):
+            return found
+        q, k, v, mask, shape = found
+    score_heads = max(q.shape[1], k.shape[1])
     heads = _with_heads(q, k, v, enable_gqa)
     if isinstance(heads, str):
         return heads
     q, k, v = heads
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-        full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        full = (q.shape[0], score_heads, q.shape[2], k.shape[2])
         for size, whole in zip(mask.shape, full):
             if size != 1 and size != whole:
                 return _SHAPE
@@ -91,7 +92,7 @@ def _mismatch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
         return f"a mask of {mask.dtype}"
     if mask.device != q.device:
         return "tensors on several devices"
-    if not 2 <= mask.dim() <= max(q.dim(), k.dim(), v.dim()):
+    if not 2 <= mask.dim() <= max(q.dim(), k.dim()):  # of the scores, in which v has no part
         return _SHAPE
     return ""
 
@@ -118,10 +119,13 @@ def _with_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tens
     return q, k, v
 
 
-def _folded(
+def folded(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]] | str:
-    """Tensors of any rank with their leading dims as one batch dim, and the shape of torch's output."""
+    """Tensors of any rank with their leading dims as one batch dim, and the shape of torch's output; or why not.
+
+    Of three or fewer dims each entry becomes a head of one, unless there are grouped heads.
+    """
     rank = max(q.dim(), k.dim(), v.dim())
     headless = rank < 4 and not enable_gqa
     if headless:
@@ -141,8 +145,9 @@ def _folded(
     batch = prod(lead)
     if mask is not None and mask.dim() > 3:
         mask = mask[(None,) * (whole - mask.dim())]
-        if any(n != 1 and n != size for n, size in zip(mask.shape[:_HEADS], lead)):
-            return _SHAPE
+        for n, one, other in zip(mask.shape[:_HEADS], q.shape[:_HEADS], k.shape[:_HEADS]):
+            if n != 1 and n != one and n != other:
+                return _SHAPE
         if prod(mask.shape[:_HEADS]) == 1:
             mask = mask.reshape(1, *mask.shape[_HEADS:])
         else:
