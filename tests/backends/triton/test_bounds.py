@@ -1,0 +1,182 @@
+"""Bounds of rows and tiles against `masks.bounds`: on the CPU through Triton's interpreter, on a GPU natively."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+pytest.importorskip("triton")
+
+from fastattn import Segments, masks
+from fastattn.backends.triton.bounds import FIELDS, HEADER, Bounds
+from fastattn.call import Call, Problem
+
+KINDS = ("packed", "left", "gaps", "wild", "nothing", "intervals", "entry", "shared", "lengths", "band")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("with a GPU the kernels run natively")
+        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    return str(request.param)
+
+
+def cut(rng: random.Random, total: int, pieces: int, empty: bool) -> list[int]:
+    """Cumulative lengths of some pieces of `total` tokens."""
+    inner = [rng.randint(0, total) for _ in range(pieces - 1)]
+    if not empty:
+        inner = list(set(inner) - {0, total})
+    return [0, *sorted(inner), total]
+
+
+def table(kind: str, rng: random.Random, batch: int, q_len: int, kv_len: int, device: str) -> Tensor:
+    """A table of segments, `[3, N]` where queries and keys are the same."""
+    columns: list[list[int]] = []
+    for b in range(batch):
+        if kind == "left":
+            pad = rng.randint(0, kv_len)
+            columns.append([b, max(pad - (kv_len - q_len), 0), q_len, pad, kv_len])
+            continue
+        pieces = rng.randint(1, 9)
+        q_cuts = cut(rng, q_len, pieces, kind != "packed")
+        kv_cuts = q_cuts if q_len == kv_len else sorted(rng.randint(0, kv_len) for _ in q_cuts)
+        for n, (first, end) in enumerate(pairwise(q_cuts)):
+            columns.append([b, first, end, kv_cuts[n], kv_cuts[n + 1]])
+    if kind in ("gaps", "wild"):  # some sequences are missing, the others do not fill their place
+        columns = [c for c in columns if rng.random() < 0.7]
+        for c in columns:
+            c[1] = rng.randint(c[1], c[2])
+            c[3] = rng.randint(c[3], c[4])
+            if q_len == kv_len:
+                c[3] = c[1]
+    if kind == "wild" and columns:  # bounds outside of the tensors
+        columns[0][1] = columns[0][3] = -7
+        columns[-1][2] += 1000
+        columns[-1][4] += 1000
+    found = torch.tensor(columns, dtype=torch.int32, device=device).reshape(-1, 5).mT
+    return found[:3] if q_len == kv_len and rng.random() < 0.5 else found
+
+
+def draw(kind: str, rng: random.Random, device: str) -> Call:
+    batch = rng.randint(1, 4)
+    q_len = rng.choice((1, 31, 32, 33, 64, rng.randint(1, 200)))
+    kv_len = q_len if rng.random() < 0.5 else rng.randint(1, 250)
+    left, right = rng.choice((-1, -1, 0, 5, 70)), rng.choice((-1, 0, 0, 3, 90))
+    q = torch.empty(batch, 2, q_len, 8, device=device)
+    k = torch.empty(batch, 1, kv_len, 8, device=device)
+    call = Call(q, k, k, left=left, right=right)
+    if kind == "nothing":
+        return call._replace(segments=torch.empty(3 if q_len == kv_len else 5, 0, dtype=torch.int32, device=device))
+    if kind in ("packed", "left", "gaps", "wild"):
+        return call._replace(segments=table(kind, rng, batch, q_len, kv_len, device))
+    if kind != "band" and (kind == "lengths" or rng.random() < 0.5):
+        lengths = [[rng.randint(-2, most + 3) for _ in range(batch)] for most in (q_len, kv_len)]
+        q_lengths, kv_lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in lengths)
+        call = call._replace(q_lengths=q_lengths, kv_lengths=kv_lengths)
+        if rng.random() < 0.3:
+            call = call._replace(q_lengths=None)
+    shape = {"intervals": (batch, q_len), "entry": (batch, 1), "shared": (1, q_len)}.get(kind)
+    if shape:
+        lo, hi = (torch.randint(-5, kv_len + 9, shape, dtype=torch.int32, device=device) for _ in range(2))
+        if rng.random() < 0.3:
+            hi = torch.stack([hi, hi], -1)[..., 0]  # not laid out as lo is
+        call = call._replace(lo=lo, hi=hi)
+    return call
+
+
+def found_by(call: Call, tile: int) -> tuple[Bounds, Tensor]:
+    bounds = Bounds(Problem.of(call), call, tile, ordered=True)
+    memory = torch.full((bounds.size,), 0x7F, dtype=torch.uint8, device=call.q.device)
+    bounds(call, memory)
+    return bounds, memory.view(torch.int32).cpu()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_definition(kind: str, device: str, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(12):
+        call = draw(kind, rng, device)
+        tile = rng.choice((32, 64, 128))
+        bounds, found = found_by(call, tile)
+        batch, q_len, kv_len = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+        lo, hi = (x.expand(batch, -1).cpu() for x in masks.bounds(call))
+        seeing = lo < hi
+        rows = [
+            x.view(batch, bounds.tiles * tile)
+            for x in (found[bounds.lo_at : bounds.hi_at], found[bounds.hi_at : bounds.order_at])
+        ]
+        for x, expected in zip(rows, (lo, hi), strict=True):
+            assert torch.equal(x[:, :q_len], torch.where(seeing, expected, 0))
+            assert not x[:, q_len:].any()
+        sizes = check_tiles(
+            found[HEADER.value : bounds.lo_at].view(batch, bounds.tiles, FIELDS.value), lo, hi, tile, kv_len
+        )
+        check_order(found[bounds.order_at :], int(found[0]), sizes)
+
+
+def check_tiles(tiles: Tensor, lo: Tensor, hi: Tensor, tile: int, kv_len: int) -> list[int]:
+    """Returns how many keys each tile spans."""
+    sizes = []
+    for b in range(tiles.shape[0]):
+        for t in range(tiles.shape[1]):
+            pairs = [
+                (x, y)
+                for x, y in zip(*(z[b, t * tile : (t + 1) * tile].tolist() for z in (lo, hi)), strict=True)
+                if x < y
+            ]
+            got = tiles[b, t, :5].tolist()
+            if not pairs:
+                assert got == [0] * 5
+                sizes.append(0)
+                continue
+            expected = [
+                min(x for x, _ in pairs),
+                max(y for _, y in pairs),
+                max(x for x, _ in pairs),
+                min(y for _, y in pairs),
+            ]
+            assert got[:4] == expected
+            seen = set().union(*(range(x, y) for x, y in pairs))
+            whole = len(seen) == expected[1] - expected[0]
+            assert whole or got[4] == 1, "a key that no row sees"
+            if pairs == sorted(pairs):  # as under a band: the rows' order hides nothing
+                assert got[4] == int(not whole)
+            sizes.append(expected[1] - expected[0])
+    return sizes
+
+
+def check_order(order: Tensor, live: int, sizes: list[int]) -> None:
+    assert live == sum(size > 0 for size in sizes)
+    units = [-(-sizes[t] // 64) for t in order.tolist()]
+    assert sorted(order.tolist()) == list(range(len(sizes)))
+    assert units == sorted(units, reverse=True)
+    assert all(size > 0 for size in units[:live])
+
+
+def test_left_padding_and_packing_have_no_gaps(device: str) -> None:
+    """What is common must not take the way of what is rare."""
+    q = torch.empty(3, 1, 300, 8, device=device)
+    padding = torch.tensor([0, 130, 300], dtype=torch.int32, device=device)
+    left = Segments.left_padded(padding, 300, 300)
+    packed = Segments.packed(padding.new_tensor([0, 10, 10, 131, 300]), causal=True)
+    for segments in (left, packed):
+        call = Call(q, q, q, segments=segments.table, right=0)
+        bounds, found = found_by(call, 128)
+        assert not found[HEADER.value : bounds.lo_at].view(-1, FIELDS.value)[:, 4].any()
+
+
+def test_more_tokens_than_numbers_are_refused(device: str) -> None:
+    call = Call(*3 * [torch.empty(1, 1, 8, 8, device=device)])
+    with pytest.raises(ValueError, match="queries and keys together"):
+        Bounds(dataclasses.replace(Problem.of(call), kv_len=1 << 30), call)
