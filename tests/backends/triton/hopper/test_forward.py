@@ -17,6 +17,10 @@ from fastattn.backends.triton.hopper import launch
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
 from fastattn.call import Call, Problem
 
+#: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
+MASK_KINDS = dict.fromkeys(("intervals", "entry", "holes"), "intervals")
+MASK_KINDS |= {"bool": "bool", "bias": "additive", "edge": "additive"}
+
 _on_hopper = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
 )
@@ -148,8 +152,13 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
                 right=case["right"],
                 q_lengths=kind.q_lengths,
                 kv_lengths=kind.kv_lengths,
+                mask=MASK_KINDS.get(case["mask"][0], "segments") if case["mask"] else "none",
+                mask_shape=(1, 1, 1, 1),
             )
         )
+        if kind.masks:
+            assert case["mask"][0] in kind.masks and found.mask == INTERVALS
+            continue
         if kind.band == "full":
             assert found.mask == FULL
         if kind.band == "causal" and not kind.kv_lengths:
