@@ -3,7 +3,8 @@
     python -m benchmarks.hopper_forward [--json FILE] [--quick]
 
 Times are medians in microseconds of GPU work, captured in CUDA graphs: "cold" with the L2 cache flushed before each
-call, "hot" over many calls in a row. "host" is what one call costs the CPU. Takes 4 minutes at most: rows that would
+call, "hot" over many calls in a row. Beside a call with a mask "dense" is the kernel, and "dense cudnn" torch's, with
+as many scores to compute and no mask. "host" is what one call costs the CPU. Takes 4 minutes at most: rows that would
 begin later are left out, with a line.
 """
 
@@ -21,64 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastattn.bench import output
-from fastattn.call import Call, Problem
+from fastattn.call import Problem
 
 from .command import captured, end, parser_of, write
+from .hopper_rows import ROWS, calls_of, peers
 
 BUDGET = 230.0  #: seconds
 FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
-
-# name: batch, query heads, K/V heads, queries, keys, head dim, value dim, and what else
-ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    f"causal {n}": ((1, 32, 8, n, n, 128, 128), {"causal": True})
-    for n in (128, 256, 512, 1000, 2048, 2049, 4096, 8192, 16384)
-} | {
-    "lse 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "lse": True}),
-    "sinks 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "sinks": True}),
-    "softcap 2048": ((1, 32, 8, 2048, 2048, 128, 128), {"causal": True, "softcap": 50.0}),
-    "window 1024 8192": ((1, 32, 8, 8192, 8192, 128, 128), {"causal": True, "left": 1023}),
-    "chunk 512/4096": ((1, 32, 8, 512, 4096, 128, 128), {"causal": True}),
-    "chunk 2048/8192": ((1, 32, 8, 2048, 8192, 128, 128), {"causal": True}),
-    "B16 512": ((16, 32, 8, 512, 512, 128, 128), {"causal": True}),
-    "full 700": ((1, 24, 24, 700, 700, 128, 128), {}),
-    "full 1024": ((1, 24, 24, 1024, 1024, 128, 128), {}),
-    "Flux 4608": ((1, 24, 24, 4608, 4608, 128, 128), {}),
-    "video 16384": ((1, 12, 12, 16384, 16384, 128, 128), {}),
-    "SDXL self 4096": ((2, 10, 10, 4096, 4096, 64, 64), {}),
-    "ViT B64 257": ((64, 16, 16, 257, 257, 64, 64), {}),
-    "Whisper cross 448/1500": ((8, 20, 20, 448, 1500, 64, 64), {}),
-    "SAM B25 196": ((25, 16, 16, 196, 196, 80, 80), {}),
-    "gpt-oss window 4096": ((1, 64, 8, 4096, 4096, 64, 64), {"causal": True, "left": 127, "sinks": True}),
-    "gpt-oss 4096": ((1, 64, 8, 4096, 4096, 64, 64), {"causal": True, "sinks": True}),
-    "BERT B32 384 keys": ((32, 12, 12, 384, 384, 64, 64), {"lengths": "k"}),
-    "ragged B8 2048": ((8, 32, 8, 2048, 2048, 128, 128), {"causal": True, "lengths": "qk"}),
-    "192/128 4096": ((1, 32, 32, 4096, 4096, 192, 128), {"causal": True}),
-    "256 4096": ((1, 16, 8, 4096, 4096, 256, 256), {"causal": True}),
-    "96 2048": ((1, 32, 32, 2048, 2048, 96, 96), {"causal": True}),
-}
-
-
-def peers(q: Tensor, k: Tensor, v: Tensor, what: dict[str, Any], mask: Tensor | None) -> dict[str, Callable[[], Any]]:
-    """torch's kernels that compute the same, or, where none does, the nearest plain call (named so)."""
-    causal, grouped = what.get("causal", False), q.shape[1] != k.shape[1]
-    plain = not any(x in what for x in ("left", "softcap", "sinks", "lengths"))
-    near = "" if plain or mask is not None else "~"
-    if q.shape[2] != k.shape[2] and causal:
-        mask, causal = causal_lower_right(q.shape[2], k.shape[2]), False
-
-    def call(backend: SDPBackend) -> Callable[[], Any]:
-        def run() -> Any:
-            with sdpa_kernel(backend):
-                return sdpa(q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped)
-
-        return run
-
-    return {near + "cudnn": call(SDPBackend.CUDNN_ATTENTION), near + "flash": call(SDPBackend.FLASH_ATTENTION)}
 
 
 def between(replay: Callable[[], None], times: int = 1) -> float:
@@ -118,28 +70,6 @@ def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> d
     return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
 
 
-def prepared(name: str) -> Any:
-    """What our kernel needs for a row: its call and its problem, and torch's mask for the same lengths."""
-    (batch, heads, kv_heads, q_len, kv_len, dim, value_dim), what = ROWS[name]
-
-    def made(heads: int, length: int, dim: int) -> Tensor:
-        return torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-
-    q, k, v = made(heads, q_len, dim), made(kv_heads, kv_len, dim), made(kv_heads, kv_len, value_dim)
-    sinks = torch.randn(heads, device="cuda", dtype=torch.bfloat16) if what.get("sinks") else None
-    lengths, mask = None, None
-    if "lengths" in what:
-        lengths = torch.linspace(kv_len // 4, kv_len, batch, device="cuda").int()
-        if what["lengths"] == "k":
-            mask = torch.arange(kv_len, device="cuda")[None, None, None] < lengths[:, None, None, None]
-    call = Call(
-        q, k, v, None, None, None, sinks, lengths if "q" in what.get("lengths", "") else None, lengths,
-        scale=dim**-0.5, left=what.get("left", -1), right=0 if what.get("causal") else -1,
-        softcap=what.get("softcap", 0.0), return_lse=what.get("lse", False),
-    )  # fmt: skip
-    return call, Problem.of(call), what, mask
-
-
 def _compile(flags: Any) -> None:
     from fastattn.backends.triton.hopper.binary import compile_binary
 
@@ -151,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = parser_of("hopper_forward", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--only", default="", metavar="TEXT,...", help="rows whose name contains one of these")
     arguments = parser.parse_args(argv)
     output.check([arguments.json])
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -160,11 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     begun = time.monotonic()
     torch.manual_seed(0)
+    names = [name for name in ROWS if any(text in name for text in arguments.only.split(","))]
     # The binaries first, side by side.
     wanted = set()
-    for name in ROWS:
-        call, problem, _, _ = prepared(name)
-        wanted.add(flags(problem, None if call.sinks is None else call.sinks.dtype))
+    for name in names:
+        for call in calls_of(name)[:2]:
+            if call is not None:
+                wanted.add(flags(Problem.of(call), None if call.sinks is None else call.sinks.dtype))
         del call
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(_compile, wanted))
@@ -173,17 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     print(f"{'':24}" + "".join(f"{x:>22}" for x in ("ours cold/hot/host", "cudnn", "flash")) + "  to the best")
     try:
-        for name in ROWS:
+        for name in names:
             if time.monotonic() - begun > BUDGET:
                 print(f"{name:24} left out: no time")
                 found["rows"][name] = None
                 continue
-            call, problem, what, mask = prepared(name)
-            runs: dict[str, Callable[[], Any]] = {"ours": partial(Forward(problem, call), call)}
-            runs |= peers(call.q, call.k, call.v, what, mask)
+            call, same, mask = calls_of(name)
+            runs: dict[str, Callable[[], Any]] = {"ours": partial(Forward(Problem.of(call), call), call)}
+            runs |= peers(call, ROWS[name][1], mask)
+            if same is not None:
+                runs["dense"] = partial(Forward(Problem.of(same), same), same)
+                runs["dense cudnn"] = peers(same, {"causal": same.right == 0}, None)["cudnn"]
             found["rows"][name] = measure(runs, flush, 5 if arguments.quick else 15)
             print(line_of(name, found["rows"][name]), flush=True)
-            del call, runs
+            del call, same, mask, runs
     finally:  # what there is, should a row fail
         write(arguments.json, "hopper_forward", argv, torch.device("cuda"), found)
     print(f"{time.monotonic() - begun:.0f} s")

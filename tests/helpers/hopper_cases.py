@@ -1,6 +1,8 @@
 """Random calls of the Hopper forward against the reference, on a GPU: a program for test_forward.py, or to run by hand.
 
-    python hopper_cases.py                    every kind, in processes of their own: a CUDA error spoils only one
+    python hopper_cases.py [--json FILE] [--only PREFIX,...]
+                                              every kind (whose name begins so), in processes of their own: a CUDA error
+                                              spoils only one; prints a summary, and writes it
     python hopper_cases.py KIND [COUNT] [I]   one kind, in this process, from its case I on
 
 A case prints one line when it is done. The parent stops a child that prints nothing for LIMIT seconds (a kernel that
@@ -9,6 +11,8 @@ waits for ever cannot be stopped from inside) and goes on with the case after. E
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import queue
 import random
@@ -17,7 +21,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ COUNT = 10  #: cases of a kind
 AT_A_TIME = 6  #: kinds, on one GPU: each disturbs the others, as it should
 REPEATS = 3
 WORST = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  #: norm of the error over the norm of the reference
+DEVICE = "cuda"
 OTHER_WORK = 2048  #: a product of that size runs beside every call, on another stream
 
 
@@ -40,13 +45,14 @@ class Kind:
     """What one binary serves; shapes, lengths, windows and layouts are drawn."""
 
     dims: tuple[tuple[int, int], ...]  #: head dim, value dim
-    band: str  #: "full", "causal", "chunk" (more keys than queries, or fewer), "window", "left", "right"
+    band: str  #: "full", "causal", "chunk" (more keys than queries, or fewer), "window", "left", "right", "any"
     dtype: torch.dtype = torch.bfloat16
     q_lengths: bool = False
     kv_lengths: bool = False
     sinks: torch.dtype | None = None
     softcap: bool = False
     lse: bool = False
+    masks: tuple[str, ...] = ()  #: see `hopper_masks`; lengths beside those that are no Segments
 
 
 _128, _64 = ((128, 128),), ((64, 64),)
@@ -84,6 +90,36 @@ KINDS = {
     "256-full": Kind(((256, 256), (160, 256)), "full", lse=True),
     "256-window": Kind(((256, 256),), "window", q_lengths=True, kv_lengths=True, lse=True),
 }
+_SEGMENTS = ("packed", "left", "chunks", "gaps", "wild")
+_INTERVALS = ("intervals", "entry", "holes")
+_KEYS = ("bool", "bias", "edge")
+#: By what hides keys; each in both dtypes.
+MASKED = {
+    "mask-packed": Kind(_128, "any", lse=True, masks=("packed",)),
+    "mask-packed-plain": Kind(_128, "any", masks=("packed",)),
+    "mask-left": Kind(_128, "any", lse=True, masks=("left",)),
+    "mask-left-plain": Kind(_128, "causal", masks=("left",)),
+    "mask-chunks": Kind(_128, "chunk", lse=True, masks=("chunks",)),
+    "mask-gaps": Kind(_128, "any", lse=True, masks=("gaps", "wild")),
+    "mask-intervals": Kind(_128, "any", lse=True, masks=("intervals", "entry")),
+    "mask-holes": Kind(_128, "any", masks=("holes",)),
+    "mask-bool": Kind(_128, "any", lse=True, masks=("bool",)),
+    "mask-bias": Kind(_128, "any", lse=True, masks=("bias",)),
+    "mask-edge": Kind(_128, "any", masks=("edge",)),
+    "mask-lengths": Kind(_128, "any", lse=True, q_lengths=True, kv_lengths=True, masks=_INTERVALS + _KEYS),
+    "mask-everything": Kind(_128, "any", sinks=torch.float32, softcap=True, lse=True, masks=_SEGMENTS + _INTERVALS),
+    "mask-everything-keys": Kind(
+        _128, "any", q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True, lse=True, masks=_KEYS
+    ),
+    "mask-padded": Kind(((72, 72), (80, 80), (96, 96), (104, 88)), "any", lse=True, masks=_SEGMENTS),
+    "mask-64": Kind(_64, "any", lse=True, masks=_SEGMENTS + _INTERVALS),
+    "mask-64-keys": Kind(((64, 64), (32, 32), (48, 8)), "any", lse=True, masks=_KEYS),
+    "mask-192": Kind(((192, 128), (136, 128)), "any", lse=True, masks=_SEGMENTS + _INTERVALS),
+    "mask-192-keys": Kind(((192, 128),), "any", masks=_KEYS),
+    "mask-256": Kind(((256, 256), (160, 256)), "any", lse=True, masks=_SEGMENTS + _INTERVALS),
+    "mask-256-keys": Kind(((256, 256),), "any", masks=_KEYS),
+}
+KINDS |= MASKED | {f"{name}-fp16": replace(kind, dtype=torch.float16) for name, kind in MASKED.items()}
 
 
 def draw(kind: Kind, rng: random.Random, i: int) -> dict[str, Any]:
@@ -100,11 +136,15 @@ def draw(kind: Kind, rng: random.Random, i: int) -> dict[str, Any]:
             kv_len = q_len
         elif kind.band == "chunk" and rng.random() < 0.7:
             q_len, kv_len = sorted((q_len, kv_len))
+        elif kind.band == "any" and rng.random() < 0.6:  # Segments of one length for both
+            kv_len = q_len
         if batch * kv_heads * group * q_len * kv_len < 6e7:
             break
     left = right = -1
     if kind.band in ("causal", "chunk"):
         right = 0
+    if kind.band == "any":
+        left, right = rng.choice((-1, -1, -1, 0, 64, 127, 700)), rng.choice((-1, 0, 0, 0, 3, 100))
     if kind.band in ("window", "left"):
         left = rng.choice((0, 1, 63, 64, 127, 128, 200, 1000, rng.randint(0, longest)))
     if kind.band in ("window", "right"):
@@ -124,6 +164,7 @@ def draw(kind: Kind, rng: random.Random, i: int) -> dict[str, Any]:
         "q_lengths": lengths(q_len) if kind.q_lengths else None,
         "kv_lengths": lengths(kv_len) if kind.kv_lengths else None,
         "layout": rng.choice(("token", "head", "packed", "cache", "odd")),
+        "mask": (rng.choice(kind.masks), rng.randrange(1 << 30)) if kind.masks else None,  # and its seed
     }
 
 
@@ -131,7 +172,7 @@ def tensor(layout: str, batch: int, heads: int, length: int, dim: int, dtype: to
     """A random `[B, H, S, D]`, NaN in whatever else lies in its memory."""
 
     def memory(*shape: int) -> torch.Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+        return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
     if layout == "token":
         x = memory(batch, length, heads, dim).transpose(1, 2)
@@ -143,11 +184,12 @@ def tensor(layout: str, batch: int, heads: int, length: int, dim: int, dtype: to
         x = memory(batch, heads, length + 77, dim)[:, :, :length]
     else:  # what the copy engine cannot read
         x = memory(batch, length, heads, dim + 1)[..., 1:].transpose(1, 2)
-    return x.copy_(torch.randn(batch, heads, length, dim, device="cuda"))
+    return x.copy_(torch.randn(batch, heads, length, dim, device=DEVICE))
 
 
 def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     """Whether the kernel computes the case right, and a line about it."""
+    import hopper_masks
     import naive
 
     from fastattn.backends.triton.hopper.launch import Forward, reasons
@@ -160,20 +202,25 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     q = tensor(case["layout"], batch, heads, q_len, dim, kind.dtype)
     k = tensor(case["layout"], batch, kv_heads, kv_len, dim, kind.dtype)
     v = tensor(case["layout"], batch, kv_heads, kv_len, value_dim, kind.dtype)
-    sinks = None if kind.sinks is None else 2 * torch.randn(heads, device="cuda", dtype=kind.sinks)
+    sinks = None if kind.sinks is None else 2 * torch.randn(heads, device=DEVICE, dtype=kind.sinks)
     found = {
-        name: None if case[name] is None else torch.tensor(case[name], dtype=torch.int32, device="cuda")
+        name: None if case[name] is None else torch.tensor(case[name], dtype=torch.int32, device=DEVICE)
         for name in ("q_lengths", "kv_lengths")
     }
     softcap, scale = case["softcap"], case["scale"] or dim**-0.5
     if softcap:
         q *= 8  # scores that the cap bends
+    fields, mask, window = {}, None, (case["left"], case["right"])
+    if case["mask"]:
+        name, mask_seed = case["mask"]
+        fields, mask, _ = hopper_masks.draw(name, random.Random(mask_seed), batch, heads, q_len, kv_len, DEVICE)
     expected = naive.attention(
         q.double(),
         k.double(),
         v.double(),
         scale=scale,
-        window=(case["left"], case["right"]),
+        mask=mask,
+        window=window,
         sinks=sinks,
         softcap=softcap or None,
         **found,
@@ -184,14 +231,20 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
         if case["kv_lengths"]:
             for x in (k, v):
                 x[b, :, min(case["kv_lengths"][b], kv_len) :] = torch.nan
+    if case["mask"]:
+        visible = naive.visible(q, k, mask=None if isinstance(mask, torch.Tensor) else mask, window=window, **found)
+        rows, keys = hopper_masks.unseen(visible)
+        q.masked_fill_(rows, torch.nan)
+        k.masked_fill_(keys, torch.nan)
+        v.masked_fill_(keys, torch.inf if seed % 2 else torch.nan)
     call = Call(
-        q, k, v, None, None, None, sinks, **found, scale=scale, left=case["left"], right=case["right"],
+        q, k, v, sinks=sinks, **fields, **found, scale=scale, left=case["left"], right=case["right"],
         softcap=softcap, return_lse=kind.lse,
     )  # fmt: skip
     problem = Problem.of(call)
     assert not reasons(problem), reasons(problem)
     forward = Forward(problem, call)
-    beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device="cuda"), torch.cuda.Stream()
+    beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
     results = []
     for _ in range(REPEATS):
         with torch.cuda.stream(stream):
@@ -208,7 +261,8 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     text = f"error {error:.1e}, worst row {row:.1e}"
     if kind.lse:
         seen = expected.lse > -torch.inf
-        apart = (lse.double() - expected.lse)[seen].abs().max().item() if seen.any() else 0.0
+        near = seen & (expected.lse > -1e30)  # what a mask makes lower is clamped: see `key_bias`
+        apart = (lse.double() - expected.lse)[near].abs().max().item() if near.any() else 0.0
         fine &= apart < 2e-3 and torch.equal(lse > -torch.inf, seen)
         same &= all(torch.equal(lse.view(torch.int32), x.view(torch.int32)) for _, x in results)
         text += f", lse {apart:.1e}"
@@ -249,11 +303,14 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
     for name, kind in kinds.items():
         for i in range(COUNT):
             case = draw(kind, random.Random(f"{name} {i}"), i)
+            what = case["mask"][0] if case["mask"] else ""
+            mask = ("additive" if what in _KEYS else "intervals") if what else "none"
+            shape = (1, 1, 1, 1) if what in _KEYS else ()
             for dim, value_dim in kind.dims:
                 batch, kv_heads, group, q_len, kv_len = case["sizes"]
                 problem = Problem(
                     "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, dim, value_dim,
-                    "none", (), None, case["left"], case["right"], case["softcap"], kind.sinks is not None,
+                    mask, shape, None, case["left"], case["right"], case["softcap"], kind.sinks is not None,
                     kind.q_lengths, kind.kv_lengths, kind.lse, "",
                 )  # fmt: skip
                 found.add(flags(problem, kind.sinks))
@@ -309,28 +366,40 @@ def supervise(name: str, count: int) -> tuple[int, list[str]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", default="", metavar="PREFIX,...")
+    arguments = parser.parse_args()
+    kinds = {name: kind for name, kind in KINDS.items() if name.startswith(tuple(arguments.only.split(",")))}
     torch.cuda.init()
-    compile_all(needed(KINDS))
+    compile_all(needed(kinds))
     bad: list[str] = []
+    found: dict[str, Any] = {}
 
     def run(name: str) -> None:
         if sum("HANGS" in line for line in bad) > 4:
             print(f"{name}: left out, too many hang")
+            found[name] = None
             return
         begun = time.monotonic()
         right, wrong = supervise(name, COUNT)
         bad.extend(wrong)
         took = time.monotonic() - begun
+        found[name] = {"right": right, "of": COUNT, "seconds": round(took, 1), "wrong": wrong}
         print(f"{name}: {right} of {COUNT} right, {took:.0f} s", *wrong, sep="\n  ", flush=True)
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        list(pool.map(run, KINDS))
-    print(f"{len(bad)} wrong")
+        list(pool.map(run, kinds))
+    right, of = (sum(x[what] for x in found.values() if x) for what in ("right", "of"))
+    print(f"{right} of {of} cases of {len(kinds)} kinds right, {len(bad)} wrong")
+    if arguments.json:
+        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "right": right, "of": of}
+        Path(arguments.json).write_text(json.dumps(about | {"kinds": found}, indent=1) + "\n")
     return min(len(bad), 1)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if len(sys.argv) == 1 or sys.argv[1].startswith("-"):
         sys.exit(main())
     count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
     sys.exit(min(run_kind(sys.argv[1], count, start), 1))

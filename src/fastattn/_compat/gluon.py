@@ -5,7 +5,7 @@ Imports triton.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, dataclass_transform
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,16 +28,24 @@ def _aggregate() -> Any:
 
 
 base_value: Any = need("triton", "triton.language.core.base_value")  #: of what a kernel computes with
-aggregate = _aggregate()
+_aggregate_of = _aggregate()
 load_tile = _first((tma, "async_load"), (tma, "async_copy_global_to_shared"))
 store_tile = _first((tma, "async_store"), (tma, "async_copy_shared_to_global"))
 barrier = _first((gl, "barrier"), (gl, "thread_barrier"))  #: of the warps of one partition
 
 
-@gluon.constexpr_function
-def as_value(x: Any) -> Any:
-    """A field of an aggregate: what the compiler knows (None, numbers) becomes a constant."""
-    return x if isinstance(x, base_value) else gl.constexpr(x)
+@dataclass_transform()
+def aggregate(cls: Any) -> Any:
+    """A class whose annotations name the fields of one value of a kernel, in the order in which it is made of them."""
+    names = tuple(cls.__annotations__)
+
+    def __init__(self: Any, *values: Any) -> None:
+        for name, value in zip(names, values, strict=True):
+            setattr(self, name, value if isinstance(value, base_value) else gl.constexpr(value))
+
+    __init__.__triton_builtin__ = True  # type: ignore[attr-defined]  # Python: not to be compiled
+    cls.__init__ = __init__
+    return _aggregate_of(cls)
 
 
 def compiled(

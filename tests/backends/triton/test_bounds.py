@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from itertools import pairwise
@@ -20,6 +19,13 @@ from fastattn.backends.triton.bounds import FIELDS, HEADER, Bounds
 from fastattn.call import Call, Problem
 
 KINDS = ("packed", "left", "gaps", "wild", "nothing", "intervals", "entry", "shared", "lengths", "band")
+MASKS = {
+    "bool": torch.bool,
+    "half": torch.float16,
+    "brain": torch.bfloat16,
+    "single": torch.float32,
+    "double": torch.float64,
+}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -125,6 +131,66 @@ def test_equals_the_definition(kind: str, device: str, seed: int) -> None:
         check_order(found[bounds.order_at :], int(found[0]), sizes)
 
 
+def key_mask(dtype: torch.dtype, rng: random.Random, batch: int, kv_len: int, device: str) -> Tensor:
+    """Padding, holes, nothing hidden or everything, values of every size."""
+    shape = rng.choice((1, batch)), rng.choice((1, 2)), 1, rng.choice((1, kv_len, kv_len, kv_len))
+    seen = torch.rand(shape, device=device) < rng.choice((0.0, 0.5, 0.98, 1.0))
+    if rng.random() < 0.5 and shape[3] > 1:  # padding
+        first, end = sorted((rng.randint(0, kv_len), rng.randint(0, kv_len)))
+        keys = torch.arange(kv_len, device=device)
+        seen = ((keys >= first) & (keys < end)).expand(shape)
+    if rng.random() < 0.3:
+        seen = seen.mT.contiguous().mT
+    if dtype == torch.bool:
+        return seen
+    values = torch.zeros(shape, dtype=dtype, device=device)
+    if rng.random() < 0.7:
+        values = torch.randn(shape, device=device).to(dtype)
+        values[torch.rand(shape, device=device) < 0.2] = rng.choice(
+            (torch.finfo(dtype).min, torch.finfo(dtype).max, 0.0)
+        )
+    return values.masked_fill(~seen, -torch.inf)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_key_masks_become_biases(name: str, device: str, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(15):
+        call = draw("lengths", rng, device)
+        batch, kv_len = call.q.shape[0], call.k.shape[2]
+        mask = key_mask(MASKS[name], rng, batch, kv_len, device)
+        call = call._replace(mask=mask)
+        bounds, found = found_by(call, 64)
+        keys = bounds.keys
+        assert keys is not None
+        biases = found.view(torch.float32)[keys.bias_at : keys.end].view(*mask.shape[:2], kv_len)
+        expected = masks.additive(Call(call.q, call.k, call.k, mask=mask), torch.float64)
+        assert expected is not None
+        expected = expected.expand(*mask.shape[:2], 1, kv_len)[:, :, 0].cpu()
+        seen = expected > -torch.inf
+        assert torch.equal(seen, biases > -torch.inf)
+        # What is so low or so high that a float32 with log2(e) would not hold it is low or high, and finite.
+        assert biases[seen].isfinite().all()
+        torch.testing.assert_close(biases[seen].double(), expected[seen].clamp(-1e38, 2e38) * 1.4426950408889634)
+        check_ranges(call, bounds, found, seen.expand(batch, -1, -1), expected.expand(batch, -1, -1))
+
+
+def check_ranges(call: Call, bounds: Bounds, found: Tensor, seen: Tensor, bias: Tensor) -> None:
+    """Rows' bounds within the keys that the mask leaves, and which tiles need biases besides."""
+    lo, hi = (x.expand(seen.shape[0], -1).cpu() for x in masks.bounds(call))
+    rows = found[bounds.lo_at : bounds.order_at].view(2, seen.shape[0], -1)
+    tiles = found[HEADER.value : bounds.lo_at].view(seen.shape[0], bounds.tiles, FIELDS.value)
+    for b in range(seen.shape[0]):
+        some = seen[b].any(0).nonzero()[:, 0].tolist() or [0, -1]
+        for i in range(call.q.shape[2]):
+            low, high = max(int(lo[b, i]), some[0]), min(int(hi[b, i]), some[-1] + 1)
+            assert rows[:, b, i].tolist() == ([low, high] if low < high else [0, 0])
+        plain = bool((bias[b][:, some[0] : some[-1] + 1] == 0).all())
+        for t in tiles[b].tolist():
+            assert t[5] == int(t[1] > 0 and not plain)
+
+
 def check_tiles(tiles: Tensor, lo: Tensor, hi: Tensor, tile: int, kv_len: int) -> list[int]:
     """Returns how many keys each tile spans."""
     sizes = []
@@ -174,9 +240,3 @@ def test_left_padding_and_packing_have_no_gaps(device: str) -> None:
         call = Call(q, q, q, segments=segments.table, right=0)
         bounds, found = found_by(call, 128)
         assert not found[HEADER.value : bounds.lo_at].view(-1, FIELDS.value)[:, 4].any()
-
-
-def test_more_tokens_than_numbers_are_refused(device: str) -> None:
-    call = Call(*3 * [torch.empty(1, 1, 8, 8, device=device)])
-    with pytest.raises(ValueError, match="queries and keys together"):
-        Bounds(dataclasses.replace(Problem.of(call), kv_len=1 << 30), call)

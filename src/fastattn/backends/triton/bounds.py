@@ -1,7 +1,8 @@
 """Which keys each row and each tile of rows sees, computed on the device for the kernel that is launched next.
 
 Segments, Intervals, the band and lengths become one thing here: bounds `[lo, hi)` per query. A forward kernel reads
-them instead of four kinds of masks, and finds per tile of rows which keys it has to visit at all.
+them instead of four kinds of masks, and finds per tile of rows which keys it has to visit at all. A tensor mask that is
+the same for all queries narrows them, and becomes a bias of each key (`key_bias.py`).
 
 The memory that `Bounds` fills, in int32 numbers; T tiles of `tile` rows in each of B batch entries:
 
@@ -12,13 +13,15 @@ The memory that `Bounds` fills, in int32 numbers; T tiles of `tile` rows in each
                           2  the greatest lo, and
                           3  the least hi: each of the rows sees all keys of [2, 3), if 2 < 3
                           4  1 where a key between 0 and 1 may be seen by none of the rows; 0: each is seen by one
-                          5..7  unused
+                          5  1 where a tensor mask's biases are to be added; 0: the bounds say all of it
+                          6..7  unused
                           All 0 in a tile without keys.
     lo_at   [B, T * tile] per row its lo
     hi_at   [B, T * tile] per row its hi; lo = hi = 0 in rows that see no key, and in those past Sq
     order_at  [B * T]     with `ordered`: the tiles (b * T + t), those that see most keys first, those without keys last
+    and the ranges and biases of `KeyBias`, where there is such a mask
 
-Rows that see a key have exactly the bounds of `masks.bounds`.
+Rows that see a key have exactly the bounds of `masks.bounds`, within the range of keys that the mask leaves.
 """
 
 from __future__ import annotations
@@ -28,16 +31,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...call import Call, Problem
+from .key_bias import RANGE, KeyBias, is_key_mask, narrowed
 from .launcher import Launcher, overlaps
 from .masking import visible_keys
 
 HEADER = tl.constexpr(4)  #: numbers before the tiles
 FIELDS = tl.constexpr(8)  #: numbers of a tile
 _UNIT = tl.constexpr(64)  # keys; tiles whose numbers of keys differ by less keep their order, and so their keys in L2
-_MOST = 1 << 30  #: keys and queries together
+MOST_TOKENS = 1 << 30  #: positions and sums of two lengths are int32
 
 _INTEGERS = [
     "table_sr", "table_sn", "interval_sb", "interval_si", "q_len", "kv_len", "left", "right", "count", "steps",
+    "ranges_at", "ranges_sb", "ranges_heads",
 ]  # fmt: skip
 
 
@@ -104,6 +109,9 @@ def bounds_kernel(
     right,
     count,  # N
     steps,
+    ranges_at,  # see `KeyBias`; ranges_heads 0: there is no tensor mask
+    ranges_sb,
+    ranges_heads,
     ROWS: tl.constexpr,  # of the table
     TILE: tl.constexpr,
     PDL: tl.constexpr,
@@ -125,10 +133,13 @@ def bounds_kernel(
             b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left,
             right,
         )  # fmt: skip
+    numbers = memory_ptr.to(tl.pointer_type(tl.int32))
+    biased = 0
+    if ranges_heads > 0:
+        lo, hi, biased = narrowed(lo, hi, numbers + ranges_at + b.to(tl.int64) * ranges_sb, ranges_heads)
     seeing = lo < hi
     lo = tl.where(seeing, lo, 0)
     hi = tl.where(seeing, hi, 0)
-    numbers = memory_ptr.to(tl.pointer_type(tl.int32))
     tile = b.to(tl.int64) * tiles + t
     lo_rows = numbers + HEADER + tl.num_programs(1).to(tl.int64) * tiles * FIELDS + tile * TILE
     hi_rows = lo_rows + tl.num_programs(1).to(tl.int64) * tiles * TILE
@@ -156,6 +167,7 @@ def bounds_kernel(
     tl.store(at + 2, greatest_lo)
     tl.store(at + 3, tl.where(some, least_hi, 0))
     tl.store(at + 4, gaps)
+    tl.store(at + 5, tl.where(some, biased, 0))
 
 
 @triton.jit(do_not_specialize=["tiles", "tile"])
@@ -197,24 +209,30 @@ def _size(header, tile, tiles):
 class Bounds:
     """The bounds of calls of one kind: same problem, same strides.
 
-    size: bytes of the memory that it fills; tiles, lo_at, hi_at, order_at: see the module.
+    size: bytes of the memory that it fills; tiles, lo_at, hi_at, order_at: see the module. keys: the biases of a tensor
+    mask that is broadcast along the queries, or None.
     """
 
-    __slots__ = ("_bounds", "_order", "_strided", "hi_at", "lo_at", "order_at", "size", "tiles")
+    __slots__ = ("_bounds", "_order", "_strided", "hi_at", "keys", "lo_at", "order_at", "size", "tiles")
 
     def __init__(self, p: Problem, call: Call, tile: int = 128, ordered: bool = False) -> None:
-        """tile: rows of a tile, a power of two. ordered: sort the tiles too, by a second launch.
+        """tile: rows of a tile, a power of two. ordered: sort the tiles too, by a launch more.
 
-        Raises ValueError for more than 2^30 tokens.
+        The problem has fewer than MOST_TOKENS queries and keys together: who uses it refuses others.
         """
-        if p.q_len + p.kv_len >= _MOST:
-            raise ValueError(f"k: expected fewer than {_MOST} queries and keys together, got {p.q_len} and {p.kv_len}")
+        assert p.q_len + p.kv_len < MOST_TOKENS
         self.tiles = -(-p.q_len // tile)
         every = p.batch * self.tiles
         self.lo_at = HEADER.value + every * FIELDS.value
         self.hi_at = self.lo_at + every * tile
         self.order_at = self.hi_at + every * tile
-        self.size = 4 * (self.order_at + (every if ordered else 0))
+        end = self.order_at + (every if ordered else 0)
+        self.keys = KeyBias(p, call, end) if is_key_mask(p) else None
+        ranges = (0, 0, 0)
+        if self.keys is not None:
+            end = self.keys.end
+            ranges = self.keys.ranges_at, RANGE.value * self.keys.heads * (p.mask_shape[0] > 1), self.keys.heads
+        self.size = 4 * end
         far = p.q_len + p.kv_len
         left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
         table, lo, hi = call.segments, call.lo, call.hi
@@ -229,7 +247,7 @@ class Bounds:
             bounds_kernel,
             (self.tiles, p.batch),
             call.q.device,
-            (*table_strides, *interval_strides, p.q_len, p.kv_len, left, right, count, count.bit_length()),
+            (*table_strides, *interval_strides, p.q_len, p.kv_len, left, right, count, count.bit_length(), *ranges),
             (0 if table is None else table.shape[0], tile, pdl),
             num_warps=max(1, min(4, tile // 32)),
             **options,
@@ -252,6 +270,8 @@ class Bounds:
             q_lengths = q_lengths.contiguous()
         if kv_lengths is not None and not kv_lengths.is_contiguous():
             kv_lengths = kv_lengths.contiguous()
+        if self.keys is not None:
+            self.keys(call, memory)
         self._bounds((memory, call.segments, lo, hi, q_lengths, kv_lengths))
         if self._order is not None:
             self._order((memory,))

@@ -14,8 +14,12 @@ import torch
 from hopper_cases import COUNT, KINDS, draw
 
 from fastattn.backends.triton.hopper import launch
-from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL
+from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
 from fastattn.call import Call, Problem
+
+#: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
+MASK_KINDS = dict.fromkeys(("intervals", "entry", "holes"), "intervals")
+MASK_KINDS |= {"bool": "bool", "bias": "additive", "edge": "additive"}
 
 _on_hopper = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -35,6 +39,13 @@ def test_takes_what_it_is_made_for() -> None:
         dtype=torch.float16, left=5, right=3, softcap=30.0, sinks=True, q_lengths=True, kv_lengths=True, return_lse=True
     )
     assert launch.reasons(everything) == []
+    for mask, shape in (
+        ("segments", (5, 9)),
+        ("intervals", (1, 300)),
+        ("bool", (2, 1, 1, 500)),
+        ("additive", (1, 8, 1, 1)),
+    ):
+        assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
 
 
 @pytest.mark.parametrize(
@@ -43,8 +54,8 @@ def test_takes_what_it_is_made_for() -> None:
         ({"capability": (10, 0)}, "compute capability 9.0, this device is 10.0"),
         ({"device": "cpu", "capability": (0, 0)}, "this device is a cpu"),
         ({"dtype": torch.float32}, "not float32"),
-        ({"mask": "bool", "mask_shape": (1, 1, 300, 500)}, "has no bool mask"),
-        ({"mask": "segments"}, "has no segments mask"),
+        ({"mask": "bool", "mask_shape": (1, 1, 300, 500)}, "has no bool mask with a row for each query"),
+        ({"mask": "additive", "mask_shape": (2, 8, 300, 1)}, "has no additive mask with a row for each query"),
         ({"head_dim": 264}, "head dim 264"),
         ({"value_dim": 20}, "value dim 20"),
         ({"kv_len": 0}, "no queries or no keys"),
@@ -96,6 +107,17 @@ def test_no_binary_depends_on_a_length() -> None:
         assert launch.flags(problem(right=0, q_len=500, **other)).mask == BAND
 
 
+def test_masks_by_row_share_a_binary() -> None:
+    """Whatever else hides keys is in the bounds."""
+    bands = ({}, {"right": 0}, {"left": 100, "right": 0}, {"kv_lengths": True}, {"q_lengths": True, "kv_lengths": True})
+    for masks, keys in (
+        ((("segments", (5, 9)), ("segments", (3, 1)), ("intervals", (2, 300)), ("intervals", (1, 1))), False),
+        ((("bool", (2, 1, 1, 500)), ("additive", (1, 8, 1, 500)), ("additive", (1, 1, 1, 1))), True),
+    ):
+        found = {launch.flags(problem(mask=kind, mask_shape=shape, **band)) for kind, shape in masks for band in bands}
+        assert found == {Flags("bf16", (128, 128), INTERVALS, keys=keys, short=True)}
+
+
 def test_layouts_that_the_copy_engine_reads() -> None:
     x = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
     assert launch.readable(x)
@@ -130,8 +152,13 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
                 right=case["right"],
                 q_lengths=kind.q_lengths,
                 kv_lengths=kind.kv_lengths,
+                mask=MASK_KINDS.get(case["mask"][0], "segments") if case["mask"] else "none",
+                mask_shape=(1, 1, 1, 1),
             )
         )
+        if kind.masks:
+            assert case["mask"][0] in kind.masks and found.mask == INTERVALS
+            continue
         if kind.band == "full":
             assert found.mask == FULL
         if kind.band == "causal" and not kind.kv_lengths:

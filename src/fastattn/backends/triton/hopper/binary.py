@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 CAPABILITY = (9, 0)
-FULL, ALIGNED, BAND = 0, 1, 2  #: see `hopper_tiles.py`, which cannot be imported without triton
+FULL, ALIGNED, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Flags:
     dtype: str  #: "bf16" or "fp16"
     dims: tuple[int, int]  #: a key of `BLOCKS`
     mask: int
+    keys: bool = False  #: with INTERVALS: keys have biases
     q_lengths: bool = False
     kv_lengths: bool = False
     sinks: str = ""  #: their dtype in Triton's words, or "": none
@@ -103,6 +104,10 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         signature["q_lengths_ptr"] = "*i32"
     if flags.kv_lengths:
         signature["kv_lengths_ptr"] = "*i32"
+    if flags.mask == INTERVALS:
+        signature["bounds_ptr"] = "*i32"
+    if flags.keys:
+        signature["bias_ptr"] = "*fp32"
     values = {
         "BLOCK_M": TILE,
         "BLOCK_N": blocks.keys,
@@ -112,6 +117,7 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         "Q_SLOTS": blocks.q_slots,
         "STAGED": blocks.staged,
         "MASK": flags.mask,
+        "KEYS": flags.keys,
         "Q_LENGTHS": flags.q_lengths,
         "KV_LENGTHS": flags.kv_lengths,
         "SINKS": bool(flags.sinks),

@@ -16,9 +16,23 @@ from ...._compat import torch as torch_internals
 from ....call import Call, Problem
 from ....shape_cache import shape_cache
 from ...layout import Output, copied
+from ...scratch import scratch
 from ..cuda_driver import Description, Function, describe, make_current
 from ..launcher import has_triton
-from .binary import ALIGNED, BAND, BLOCKS, CAPABILITY, FULL, ROWS, SHORT, SHORT_BLOCKS, TILE, Flags, compile_binary
+from .binary import (
+    ALIGNED,
+    BAND,
+    BLOCKS,
+    CAPABILITY,
+    FULL,
+    INTERVALS,
+    ROWS,
+    SHORT,
+    SHORT_BLOCKS,
+    TILE,
+    Flags,
+    compile_binary,
+)
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
@@ -26,7 +40,7 @@ _MOST_KEYS = 1 << 28  #: nor do lengths
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
 _ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_INTEGERS = struct.Struct("10i2f")
+_INTEGERS = struct.Struct("12i2f")
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -38,8 +52,8 @@ def reasons(problem: Problem) -> list[str]:
         why.append("triton is not installed: pip install fastattn[cuda]")
     if p.dtype not in (torch.bfloat16, torch.float16):
         why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
-    if p.mask != "none":
-        why.append(f"has no {p.mask} mask")
+    if p.dense_mask and p.mask_shape[2] != 1:
+        why.append(f"has no {p.mask} mask with a row for each query")
     if p.empty:
         why.append("no queries or no keys")
     elif dims(p) is None:
@@ -64,7 +78,9 @@ def dims(p: Problem) -> tuple[int, int] | None:
 def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     """Names the binary that serves the problem."""
     lengths = p.q_lengths or p.kv_lengths
-    if not p.banded:
+    if p.mask != "none":
+        mask = INTERVALS
+    elif not p.banded:
         mask = FULL
     elif p.causal and p.left < 0 and p.q_len == p.kv_len and not lengths:
         mask = ALIGNED
@@ -76,8 +92,9 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         dtype="fp16" if p.dtype == torch.float16 else "bf16",
         dims=found,
         mask=mask,
-        q_lengths=p.q_lengths,
-        kv_lengths=p.kv_lengths,
+        keys=p.dense_mask,
+        q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else
+        kv_lengths=p.kv_lengths and mask != INTERVALS,
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
@@ -122,9 +139,12 @@ def _processors(index: int) -> int:
 
 
 class Forward:
-    """The kernel bound to one problem: see `backends.base.Backend.bind`. Strides may differ from call to call."""
+    """The kernel bound to one problem: see `backends.base.Backend.bind`. Strides of q, k and v may differ from call to
+    call, those of masks may not."""
 
-    __slots__ = ("_arguments", "_blocks", "_device", "_flags", "_function", "_output", "_problem", "_programs")
+    __slots__ = (
+        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_output", "_problem", "_programs",
+    )  # fmt: skip
 
     def __init__(self, problem: Problem, call: Call) -> None:
         p = self._problem = problem
@@ -141,7 +161,17 @@ class Forward:
             bytes_of_a_head = p.kv_len * (p.head_dim + p.value_dim) * 2
             section = min(heads, max(1, _L2 // bytes_of_a_head) * p.group)
         left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
-        integers = p.batch, p.q_heads, p.group, p.q_len, p.kv_len, left, right, rows, section, p.value_dim // 8
+        self._bounds: Any = None
+        bias_strides = (0, 0)
+        if self._flags.mask == INTERVALS:
+            from ..bounds import Bounds
+
+            self._bounds = Bounds(p, call, TILE, ordered=True)
+            if self._bounds.keys is not None:
+                bias_strides = self._bounds.keys.strides
+        integers = (
+            p.batch, p.q_heads, p.group, p.q_len, p.kv_len, left, right, rows, section, p.value_dim // 8, *bias_strides,
+        )  # fmt: skip
         self._arguments = _Arguments(self._flags, self._blocks.staged, integers)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -165,10 +195,17 @@ class Forward:
         k, k_described = _described(k, half, keys)
         v, v_described = _described(v, half, keys)
         described = q_described, k_described, v_described, _described(out, half, ROWS)[1]
-        pointers = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
-        self._arguments.launch(
-            self._function, self._programs, self._device, described, (out, lse, *pointers), inner, scale
-        )
+        kept = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
+        addresses = [0 if x is None else x.data_ptr() for x in (out, lse, *kept)]
+        bounds = self._bounds
+        if bounds is None:
+            addresses += (0, 0)
+        else:
+            memory = scratch(q.device, bounds.size)
+            bounds(call, memory)
+            address = memory.data_ptr()
+            addresses += (address, 0 if bounds.keys is None else address + 4 * bounds.keys.bias_at)
+        self._arguments.launch(self._function, self._programs, self._device, described, addresses, inner, scale)
         return out, lse
 
 
@@ -184,7 +221,8 @@ class _Arguments:
     def __init__(self, flags: Flags, staged: bool, integers: tuple[int, ...]) -> None:
         self._staged = staged
         self._integers = integers
-        self._present = (True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths)
+        bounds = flags.mask == INTERVALS
+        self._present = (True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys)
         self._local = threading.local()
 
     def launch(
@@ -193,7 +231,7 @@ class _Arguments:
         programs: int,
         device: int,
         described: tuple[Description, ...],
-        tensors: tuple[Tensor | None, ...],
+        addresses: list[int],
         inner: float,
         scale: float,
     ) -> None:
@@ -205,9 +243,7 @@ class _Arguments:
         for i in range(4 if self._staged else 3):
             places[9 * i] = described[i].address
         _INTEGERS.pack_into(numbers, 0, *self._integers, inner, scale)
-        for i, x in enumerate(tensors):
-            if x is not None:
-                pointers[i] = x.data_ptr()
+        pointers[: len(addresses)] = addresses
         function.launch(programs, device, torch_internals.raw_stream(device), places)
 
     def _make(self) -> tuple[Any, Any, Any]:
@@ -218,6 +254,6 @@ class _Arguments:
         for _ in range(4 if self._staged else 3):
             where += [0] + 8 * [unused]
         where += [ctypes.addressof(pointers) + 8 * i for i, present in enumerate(self._present) if present]
-        where += [ctypes.addressof(numbers) + 4 * i for i in range(12)]
+        where += [ctypes.addressof(numbers) + 4 * i for i in range(14)]
         where += 2 * [unused]
         return (ctypes.c_void_p * len(where))(*where), numbers, pointers

@@ -7,102 +7,18 @@ Blocks of keys are counted from the last key that the tile sees, not from key 0.
 lies between a row's length and the capacity is never loaded, and cannot be NaN in a product with a probability of 0.
 The other end of the row may cut a block, whose first keys then have negative indices: the copy engine fills
 them with 0.
+
+With bounds of each row (INTERVALS) what lies before a tile's first key is as unknown as what lies past its last. There
+the last block begins at the first key, and repeats keys of the block before it, which it masks. Only a tile of fewer
+keys than a block has is left with others in it: see `masking.drop_unseen`.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ...._compat.gluon import aggregate, as_value
-
-#: What hides keys. FULL: nothing but lengths. ALIGNED: causal, as many keys as queries. BAND: left and right, as data.
-FULL = gl.constexpr(0)
-ALIGNED = gl.constexpr(1)
-BAND = gl.constexpr(2)
-
-
-@aggregate
-class Config:
-    """What a binary is made for."""
-
-    BLOCK_M: gl.constexpr  # query rows of a tile, half of them for each of two warp groups
-    BLOCK_N: gl.constexpr  # keys of a block
-    D: gl.constexpr  # head dim, padded
-    DV: gl.constexpr  # value dim, padded
-    STAGES: gl.constexpr  # blocks of keys and values in shared memory
-    Q_SLOTS: gl.constexpr  # tiles of queries in shared memory
-    STAGED: gl.constexpr  # the output goes through shared memory and the copy engine
-    MASK: gl.constexpr
-    Q_LENGTHS: gl.constexpr
-    KV_LENGTHS: gl.constexpr
-    SINKS: gl.constexpr
-    SOFTCAP: gl.constexpr
-    LSE: gl.constexpr
-    TURNS: gl.constexpr  # the two warp groups take turns at the tensor cores
-
-    @gluon.constexpr_function
-    def __init__(
-        self,
-        BLOCK_M,
-        BLOCK_N,
-        D,
-        DV,
-        STAGES,
-        Q_SLOTS,
-        STAGED,
-        MASK,
-        Q_LENGTHS,
-        KV_LENGTHS,
-        SINKS,
-        SOFTCAP,
-        LSE,
-        TURNS,
-    ):
-        self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.D = gl.constexpr(D)
-        self.DV = gl.constexpr(DV)
-        self.STAGES = gl.constexpr(STAGES)
-        self.Q_SLOTS = gl.constexpr(Q_SLOTS)
-        self.STAGED = gl.constexpr(STAGED)
-        self.MASK = gl.constexpr(MASK)
-        self.Q_LENGTHS = gl.constexpr(Q_LENGTHS)
-        self.KV_LENGTHS = gl.constexpr(KV_LENGTHS)
-        self.SINKS = gl.constexpr(SINKS)
-        self.SOFTCAP = gl.constexpr(SOFTCAP)
-        self.LSE = gl.constexpr(LSE)
-        self.TURNS = gl.constexpr(TURNS)
-
-
-@aggregate
-class Shape:
-    """The call's integers, all of them data."""
-
-    q_lengths: gl.tensor | gl.constexpr  # int32 [B] or None
-    kv_lengths: gl.tensor | gl.constexpr
-    batch: gl.tensor
-    heads: gl.tensor
-    group: gl.tensor  # query heads per K/V head
-    q_len: gl.tensor
-    kv_len: gl.tensor
-    left: gl.tensor
-    right: gl.tensor
-    rows: gl.tensor  # tiles of one head
-    section: gl.tensor  # heads whose keys and values fit the L2 cache together
-
-    @gluon.constexpr_function
-    def __init__(self, q_lengths, kv_lengths, batch, heads, group, q_len, kv_len, left, right, rows, section):
-        self.q_lengths = as_value(q_lengths)
-        self.kv_lengths = as_value(kv_lengths)
-        self.batch = batch
-        self.heads = heads
-        self.group = group
-        self.q_len = q_len
-        self.kv_len = kv_len
-        self.left = left
-        self.right = right
-        self.rows = rows
-        self.section = section
+from ..bounds import FIELDS, HEADER
+from .parts import BAND, FULL, INTERVALS
 
 
 @gluon.jit
@@ -132,9 +48,50 @@ def keys_of(b, shape, cfg):
 def span(m, b, shape, cfg):
     """The keys of row block m of batch entry b.
 
-    Returns the position of its first query, the first key of the first block, and how many blocks there are: at least
-    one, so that a tile without keys is no special case. Blocks go upwards without a band, downwards with one.
+    Returns an anchor, the first key of the first block, and how many blocks there are: at least one, so that a tile
+    without keys is no special case. Blocks go upwards without a band, downwards with one. The anchor is the position of
+    the first query, or with INTERVALS the first key that the tile sees.
     """
+    if cfg.MASK == INTERVALS:
+        return _span_of_bounds(m, b, shape, cfg)
+    else:
+        return _span_of_band(m, b, shape, cfg)
+
+
+@gluon.jit
+def _span_of_bounds(m, b, shape, cfg):
+    at = shape.bounds + tile_fields(m, b, shape)
+    begin = gl.load(at)
+    end = gl.load(at + 1)
+    n = gl.maximum((end - begin + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
+    return begin, end - cfg.BLOCK_N, n
+
+
+@gluon.jit
+def tile_fields(m, b, shape):
+    """Where the bounds of a tile are."""
+    return HEADER + (b * shape.rows + m) * FIELDS
+
+
+@gluon.jit
+def row_bounds(m, b, shape, cfg):
+    """Where the tile's first lo is, and its first hi."""
+    tiles = shape.batch * shape.rows
+    lo = HEADER + tiles * FIELDS + (b * shape.rows + m) * cfg.BLOCK_M
+    return lo, lo + tiles * cfg.BLOCK_M
+
+
+@gluon.jit
+def in_order(rank, shape, cfg):
+    """The tile, and its batch entry, of which `rank` others of a head see more keys. Only with INTERVALS."""
+    tiles = shape.batch * shape.rows
+    at = gl.load(shape.bounds + HEADER + tiles * (FIELDS + 2 * cfg.BLOCK_M) + rank)
+    b = at // shape.rows
+    return at - b * shape.rows, b
+
+
+@gluon.jit
+def _span_of_band(m, b, shape, cfg):
     kv_len = keys_of(b, shape, cfg)
     position = m * cfg.BLOCK_M + kv_len - queries_of(b, shape, cfg)
     if cfg.MASK == FULL:
@@ -152,10 +109,12 @@ def span(m, b, shape, cfg):
 
 
 @gluon.jit
-def block_start(first, j, cfg):
+def block_start(anchor, first, j, cfg):
     """The first key of block j."""
     if cfg.MASK == FULL:
         return first + j * cfg.BLOCK_N
+    elif cfg.MASK == INTERVALS:
+        return gl.maximum(first - j * cfg.BLOCK_N, gl.minimum(anchor, first))
     else:
         return first - j * cfg.BLOCK_N
 
@@ -195,8 +154,10 @@ def _pick(shape, level, which, cfg, WARPS: gl.constexpr):
 
 @gluon.jit
 def total_tiles(shape, cfg, WARPS: gl.constexpr):
-    """Tiles of the call; with lengths of queries those that have queries."""
-    if cfg.Q_LENGTHS:
+    """Tiles of the call; with lengths of queries those that have queries, with bounds those that see keys."""
+    if cfg.MASK == INTERVALS:
+        return gl.load(shape.bounds) * shape.heads
+    elif cfg.Q_LENGTHS:
         lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
         i = gl.arange(0, 32, layout=lanes)
         found = 0
@@ -233,7 +194,12 @@ def start_walk(shape, cfg, WARPS: gl.constexpr):
 def tile(i, total, pid, programs, level, before, count, shape, cfg, WARPS: gl.constexpr):
     """Row block, batch entry and head of this program's i-th tile; the walk (level, before, count) moved on to it."""
     t = i * programs + gl.where((i & 1) == 1, programs - 1 - pid, pid)
-    if cfg.Q_LENGTHS:
+    if cfg.MASK == INTERVALS:
+        t = gl.maximum(gl.minimum(t, total - 1), 0)
+        rank = t // shape.heads
+        h = t - rank * shape.heads
+        m, b = in_order(rank, shape, cfg)
+    elif cfg.Q_LENGTHS:
         # Row blocks from the last to the first; in each, the entries that reach it, and their heads.
         t = gl.maximum(gl.minimum(t, total - 1), 0)
         while (t >= before + count * shape.heads) & (level > 0):

@@ -1,0 +1,136 @@
+"""What hides keys in the Hopper forward, inside the blocks that a tile visits."""
+
+# No `from __future__ import annotations`: Triton reads the annotations as objects.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from ...._compat.gluon import barrier
+from .parts import ALIGNED, BAND, FULL, INTERVALS, ROWS, Seen
+from .tiles import block_start, row_bounds, tile_fields
+from .turns import here
+
+_WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
+_AT_ONCE = gl.constexpr(4)  # rows whose bounds it loads together
+
+
+@gluon.jit
+def look(m, b, h, group: gl.constexpr, layout: gl.constexpr, shape, cfg):
+    """What the rows of a consumer's tile see. Only with INTERVALS. layout: of the rows."""
+    at = shape.bounds + tile_fields(m, b, shape)
+    lo_at, hi_at = row_bounds(m, b, shape, cfg)
+    rows = group * ROWS + gl.arange(0, ROWS, layout=layout)
+    lo = gl.load(shape.bounds + lo_at + rows)
+    hi = gl.load(shape.bounds + hi_at + rows)
+    biased = 0
+    bias = 0
+    if cfg.KEYS:
+        biased = gl.load(at + 5)
+        bias = shape.bias + (b.to(gl.int64) * shape.bias_b + h.to(gl.int64) * shape.bias_h)
+    return Seen(lo, hi, gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), biased, bias)
+
+
+@gluon.jit
+def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
+    """Two numbers of blocks, cut and edge: blocks from `cut` on may hold keys before the first that all rows see,
+    blocks before `edge` keys past the last."""
+    cut = n
+    edge = 0
+    if cfg.MASK == INTERVALS:
+        cut = gl.maximum(first + cfg.BLOCK_N - seen.highest, 0) // cfg.BLOCK_N
+        edge = (gl.maximum(first + cfg.BLOCK_N - seen.lowest, 0) + cfg.BLOCK_N - 1) // cfg.BLOCK_N
+    if cfg.MASK == BAND:
+        bottom = gl.maximum(anchor + (group * ROWS + ROWS - 1) - shape.left, 0)
+        cut = gl.maximum(first + cfg.BLOCK_N - bottom, 0) // cfg.BLOCK_N
+    if cfg.BLOCK_N < cfg.BLOCK_M:
+        if cfg.MASK == BAND:
+            top = anchor + group * ROWS + shape.right
+            edge = (gl.maximum(first + cfg.BLOCK_N - 1 - top, 0) + cfg.BLOCK_N - 1) // cfg.BLOCK_N
+        elif cfg.MASK == ALIGNED:
+            edge = (cfg.BLOCK_M - group * ROWS + cfg.BLOCK_N - 1) // cfg.BLOCK_N
+    return cut, edge
+
+
+@gluon.jit
+def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
+    """s, the scores of block j, with -inf where a row does not see a key. anchor, first: see `span`."""
+    start = block_start(anchor, first, j, cfg)
+    cols = gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
+    if cfg.MASK == FULL:
+        s = gl.where((cols >= 0 - start)[None, :], s, float("-inf"))
+    elif cfg.MASK == INTERVALS:
+        # The last block may begin late, at the tile's first key: then its end repeats the block before.
+        end = first - (j - 1) * cfg.BLOCK_N - start
+        visible = (cols[None, :] >= (seen.lo - start)[:, None]) & (
+            cols[None, :] < gl.minimum(seen.hi - start, end)[:, None]
+        )
+        s = gl.where(visible, s, float("-inf"))
+    else:
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (anchor + group * ROWS - start)
+        if cfg.MASK == BAND:
+            visible = cols[None, :] <= (rows + shape.right)[:, None]
+            visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, 0 - start)[:, None])
+        else:
+            visible = cols[None, :] <= rows[:, None]
+        s = gl.where(visible, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def load_bias(anchor, first, j, seen, cfg):
+    """What block j's keys add to the exponents of their scores, in base 2, a key in each thread. Only with KEYS."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    keys = block_start(anchor, first, j, cfg) + gl.arange(0, cfg.BLOCK_N, layout=layout)
+    bias = gl.zeros([cfg.BLOCK_N], gl.float32, layout)
+    if seen.biased != 0:
+        bias = gl.load(seen.bias + keys)  # before key 0 there is memory too: what is there is masked
+    return bias
+
+
+@gluon.jit
+def share_bias(bias, pipe, seen, group: gl.constexpr):
+    """Puts it where all threads of the consumer find it."""
+    if seen.biased != 0:
+        barrier()  # the last block's has been read
+        pipe.bias.index(group).store(bias)
+        barrier()
+
+
+@gluon.jit
+def with_bias(s, scale, pipe, seen, group: gl.constexpr):
+    """The scores as exponents in base 2."""
+    s = s * scale
+    if seen.biased != 0:
+        s += pipe.bias.index(group).load(gl.SliceLayout(0, s.type.layout))[None, :]
+    return s
+
+
+@gluon.jit
+def drop_unseen(v, start, anchor, gaps, m, b, shape, cfg):
+    """Writes 0 to the values of the keys of a block that no row of the tile sees. Only with INTERVALS.
+
+    Such a key may hold anything, NaN too, which a probability of 0 does not make 0 in the product. Both consumers do
+    it, each before its own product, and write the same.
+
+    v: [BLOCK_N, DV] in shared memory. start: the block's first key. anchor: the first key that the tile sees; keys past
+    the last are not in a block. gaps: not 0 where rows do not see all keys in between.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    b = here(b)
+    start = here(start)
+    keys = start + gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(1, layout))
+    visible = keys >= anchor
+    if gaps != 0:
+        visible = keys < start  # none yet
+        lo_at, hi_at = row_bounds(m, b, shape, cfg)
+        for row in range(0, cfg.BLOCK_M, _AT_ONCE):
+            for i in gl.static_range(_AT_ONCE):
+                lo = gl.load(shape.bounds + lo_at + row + i)
+                hi = gl.load(shape.bounds + hi_at + row + i)
+                visible = visible | ((keys >= lo) & (keys < hi))
+    for column in gl.static_range(0, cfg.DV, _WIDE):
+        part = v.slice(column, _WIDE, dim=1)
+        x = part.load(layout)
+        part.store(gl.where(visible[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+    barrier()

@@ -1,0 +1,94 @@
+"""The Hopper forward's own source in a model of the machine, against plain attention in float64: see `hopper_model`."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+import naive
+from hopper_masks import MASKS, draw, unseen
+
+from fastattn.call import Call
+
+pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
+
+#: 2 * heads, queries, keys: about a block, several, and more of the one or the other
+SIZES = ((1, 130, 130), (2, 300, 300), (1, 257, 400), (2, 140, 700), (1, 400, 90))
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels of bounds run natively")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+
+
+def equals_the_truth(rng: random.Random, dim: int, mask: str, **options: object) -> None:
+    """One call, with NaN in every query that sees nothing and every key that nothing sees."""
+    import hopper_model
+
+    batch, (kv_heads, q_len, kv_len) = rng.randint(1, 3), rng.choice(SIZES)
+    if mask in ("packed", "left", "gaps") and rng.random() < 0.7:
+        kv_len = q_len
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    heads = 2 * kv_heads
+    q = torch.randn(batch, heads, q_len, dim).to(dtype)
+    k, v = torch.randn(2, batch, kv_heads, kv_len, dim).to(dtype)
+    right, left = rng.choice((-1, 0, 0, 60)), rng.choice((-1, -1, 0, 100))
+    drawn = draw(mask, rng, batch, heads, q_len, kv_len, "cpu") if mask else None
+    lengths = {}
+    if "segments" not in (drawn.fields if drawn else {}) and rng.random() < 0.5:
+        for name, most in ("q_lengths", q_len), ("kv_lengths", kv_len):
+            lengths[name] = torch.tensor([rng.randint(-1, most + 2) for _ in range(batch)], dtype=torch.int32)
+    sinks = torch.randn(heads) if rng.random() < 0.3 else None
+    softcap = rng.choice((0.0, 0.0, 20.0))
+    argument = drawn.argument if drawn else None
+    expected = naive.attention(
+        q.double(), k.double(), v.double(), mask=argument, window=(left, right), sinks=sinks, softcap=softcap or None,
+        **lengths,
+    )  # fmt: skip
+    tensor_mask = isinstance(argument, torch.Tensor)
+    visible = naive.visible(q, k, mask=None if tensor_mask else argument, window=(left, right), **lengths)
+    rows, keys = unseen(visible)
+    if drawn:  # under a band alone only lengths exclude anything
+        q.masked_fill_(rows, torch.nan)
+        k.masked_fill_(keys, torch.nan)
+        v.masked_fill_(keys, rng.choice((torch.nan, torch.inf)))
+    call = Call(
+        q, k, v, sinks=sinks, scale=dim**-0.5, left=left, right=right, softcap=softcap, return_lse=True,
+        **lengths, **(drawn.fields if drawn else {}),
+    )  # fmt: skip
+    out, lse = hopper_model.forward(call, rng, rng.choice((1, 3, 7)), options)
+    assert not out.isnan().any() and not lse.isnan().any()
+    torch.testing.assert_close(out.double(), expected.out, atol=0.02, rtol=0.02)
+    fine = expected.lse.isinf() | (expected.lse < -1e30)
+    torch.testing.assert_close(lse.double()[~fine], expected.lse[~fine], atol=1e-3, rtol=1e-4)
+    assert torch.equal(lse == -torch.inf, expected.lse == -torch.inf)
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["blocks", "short"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask: str, short: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(3):
+        equals_the_truth(rng, 64, mask, short=short)
+
+
+@pytest.mark.parametrize("dim", [128, 192, 256])
+@pytest.mark.parametrize("mask", ["", "packed", "gaps", "holes", "bias"])
+def test_head_dims(dim: int, mask: str, seed: int) -> None:
+    """With wide heads there is one place for queries, and the output is not staged."""
+    rng = random.Random(seed)
+    for _ in range(2):
+        equals_the_truth(rng, dim, mask, short=False)
+
+
+def test_bands_and_lengths(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(8):
+        equals_the_truth(rng, 64, "", short=rng.random() < 0.5)

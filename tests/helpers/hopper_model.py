@@ -1,0 +1,463 @@
+"""The Hopper forward without a GPU: its own source, run as Python with numpy in place of Gluon.
+
+What it shares with the kernel is every line of it: which tiles, which blocks, which barriers in which order. What it
+has of its own is a model of the machine: threads for the three groups of warps, barriers with phases, a copy engine and
+tensor cores that are done when they like. A wait too few gives wrong numbers, a wait too many hangs.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastattn
+
+FOLDER = Path(fastattn.__file__).parent / "backends" / "triton" / "hopper"
+FILES = ("parts", "tiles", "turns", "masking", "softmax", "output", "producer", "consumer", "forward")
+PATIENCE = 20.0  #: seconds; a wait that takes longer never ends
+
+
+class Value:
+    """A scalar or a tensor of a kernel."""
+
+    def __init__(self, a: Any) -> None:
+        self.a = np.asarray(a)
+
+    type = SimpleNamespace(layout=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.a.shape
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        assert not bitcast
+        return Value(_rounded(self.a, dtype)) if dtype in _ROUND else Value(self.a.astype(dtype))
+
+    def reshape(self, shape: list[int]) -> Value:
+        return Value(self.a.reshape(shape))
+
+    def __getitem__(self, key: Any) -> Value:
+        return Value(self.a[key])
+
+    def __bool__(self) -> bool:
+        return bool(self.a)
+
+    def __index__(self) -> int:
+        return int(self.a)
+
+    def __neg__(self) -> Value:
+        return Value(-self.a)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _divided(x: Any, y: Any) -> Any:
+    """As C divides: towards 0."""
+    q = np.abs(x) // np.abs(y)
+    return np.where((np.asarray(x) < 0) != (np.asarray(y) < 0), -q, q)
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "floordiv": _divided,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "lshift": np.left_shift,
+    "rshift": np.right_shift, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal,
+}  # fmt: skip
+
+
+def _operator(f: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Value, Any], Any]:
+    def apply(self: Value, other: Any) -> Any:
+        if isinstance(other, Pointer):
+            return NotImplemented
+        x, y = self.a, _plain(other)
+        return Value(f(y, x) if swapped else f(x, y))
+
+    return apply
+
+
+for _name, _f in _OPERATORS.items():
+    setattr(Value, f"__{_name}__", _operator(_f, False))
+    if _name not in ("lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(Value, f"__r{_name}__", _operator(_f, True))
+
+
+def _plain(x: Any) -> Any:
+    """Floats as a kernel has them: 32 bits."""
+    x = x.a if isinstance(x, Value) else x
+    return np.float32(x) if isinstance(x, float) else x
+
+
+_ROUND = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _rounded(a: Any, dtype: str) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(_ROUND[dtype]).float().numpy()
+
+
+class Pointer:
+    """Into a flat array. Reading or writing outside of it is an error."""
+
+    def __init__(self, memory: Any, at: Any = 0, element: Any = None) -> None:
+        self.memory, self.at = memory, np.asarray(at)
+        self.dtype = SimpleNamespace(element_ty=element)
+
+    def __add__(self, n: Any) -> Pointer:
+        return Pointer(self.memory, self.at + _plain(n), self.dtype.element_ty)
+
+    __radd__ = __add__
+
+    def places(self, mask: Any) -> tuple[Any, Any]:
+        mask = np.broadcast_to(True if mask is None else _plain(mask), self.at.shape)
+        at = np.where(mask, self.at, 0)
+        assert (at >= 0).all() and (at < len(self.memory)).all(), "outside of the tensor"
+        return at, mask
+
+
+class Shared:
+    """Shared memory."""
+
+    def __init__(self, a: Any, dtype: Any) -> None:
+        self.a, self.dtype = a, dtype
+
+    def index(self, i: Any) -> Any:
+        found = self.a[int(i)]
+        return found if isinstance(found, Barrier) else Shared(found, self.dtype)
+
+    def reshape(self, shape: list[int]) -> Shared:
+        found = self.a.reshape(shape)
+        assert np.shares_memory(found, self.a)
+        return Shared(found, self.dtype)
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.a.transpose(order), self.dtype)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.a[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.a.copy())
+
+    def store(self, x: Value) -> None:
+        assert self.a.shape == x.a.shape
+        self.a[...] = x.a
+
+
+class Barrier:
+    """An mbarrier."""
+
+    def __init__(self) -> None:
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def check(self) -> None:
+        assert self.pending >= 0, "more arrive than the barrier counts"
+        if self.pending == 0 and self.bytes == 0:
+            self.phase += 1
+            self.pending = self.count
+
+
+class Descriptor:
+    """What the copy engine knows of a tensor [B, H, S, D]."""
+
+    layout = None
+
+    def __init__(self, x: Any, rows: int, columns: int, dtype: str) -> None:
+        self.x, self.rows, self.columns, self.dtype = x, rows, columns, dtype
+
+    def box(self, place: list[Any]) -> tuple[Any, slice, slice]:
+        """The part of the tensor that a box covers, and the rows and columns of the box that it fills."""
+        b, h, row, column = (int(x) for x in place)
+        length, dim = self.x.shape[2:]
+        begin, end = (min(max(x, 0), length) for x in (row, row + self.rows))
+        width = min(self.columns, dim - column)
+        return self.x[b, h, begin:end, column : column + width], slice(begin - row, end - row), slice(0, width)
+
+
+class Machine:
+    """One multiprocessor that runs one program."""
+
+    def __init__(self, pid: int, programs: int, rng: random.Random) -> None:
+        self.pid, self.programs, self.rng = pid, programs, rng
+        self.changed = threading.Condition()
+        self.copies: list[Callable[[], None]] = []
+        self.turns: dict[int, list[int]] = {9: [0, 0], 10: [0, 0]}  # half arrived, times complete
+        self.errors: list[BaseException] = []
+        self.working = 0
+        self.own = threading.local()  # products that a group of warps has issued
+
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: ready() or bool(self.errors), PATIENCE) or self.errors:
+                raise RuntimeError(f"waits for ever: {what}")
+
+    def copy_engine(self) -> None:
+        """Does what it was asked for, in any order."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: bool(self.copies) or not self.working or bool(self.errors), PATIENCE)
+                if not self.copies:
+                    return
+                self.copies.pop(self.rng.randrange(len(self.copies)))()
+                self.changed.notify_all()
+
+    def run(self, parts: list[Any]) -> None:
+        self.working = len(parts)
+
+        def work(f: Any, arguments: Any) -> None:
+            try:
+                with np.errstate(all="ignore"):
+                    f(*arguments)
+                assert not getattr(self.own, "products", []), "a product that nobody has waited for"
+            except BaseException as error:
+                with self.changed:
+                    self.errors.append(error)
+            with self.changed:
+                self.working -= 1
+                self.changed.notify_all()
+
+        threads = [threading.Thread(target=work, args=part, daemon=True) for part in parts]
+        threads.append(threading.Thread(target=self.copy_engine, daemon=True))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * PATIENCE)
+        if self.errors:
+            raise self.errors[0]
+
+
+class Model:
+    """The kernel's functions, and what they call."""
+
+    def __init__(self) -> None:
+        self.machine: Any = None
+        self.names: dict[str, Any] = self._names()
+        for file in FILES:
+            path = FOLDER / f"{file}.py"
+            tree = ast.parse(path.read_text(), str(path))
+            tree.body = [x for x in tree.body if not isinstance(x, ast.Import | ast.ImportFrom)]
+            exec(compile(tree, str(path), "exec"), self.names)
+        # Pairs of 16-bit numbers in registers are none of the algorithm.
+        self.names["pack"] = lambda p, dtype, cfg: Value(_rounded(p.a, dtype))
+        self.names["as_operand"] = lambda p, dtype, layout, cfg: Value(_rounded(p.a, dtype))
+
+    def launch(self, programs: int, rng: random.Random, arguments: dict[str, Any]) -> None:
+        for pid in range(programs):
+            self.machine = Machine(pid, programs, rng)
+            self.names["forward_kernel"](**arguments)
+
+    def _names(self) -> dict[str, Any]:
+        from fastattn.backends.triton.bounds import FIELDS, HEADER
+
+        def jit(f: Any = None, **_: Any) -> Any:
+            return f if f is not None else lambda f: f
+
+        def aggregate(cls: Any) -> Any:
+            names = tuple(cls.__annotations__)
+
+            def make(self: Any, *values: Any) -> None:
+                for name, value in zip(names, values, strict=True):
+                    setattr(self, name, value)
+
+            cls.__init__ = make
+            return cls
+
+        class Constant:
+            def __new__(cls, x: Any) -> Any:
+                return x
+
+        gl = SimpleNamespace(
+            constexpr=Constant, tensor=Value, shared_memory_descriptor=Shared, static_range=range,
+            int32=np.int32, int64=np.int64, float32=np.float32, bfloat16="bf16", float16="fp16",
+            program_id=lambda axis: Value(self.machine.pid),
+            num_programs=lambda axis: Value(self.machine.programs),
+            arange=lambda a, b, layout: Value(np.arange(a, b)),
+            zeros=lambda shape, dtype, layout: Value(np.zeros(shape, np.float32 if dtype in _ROUND else dtype)),
+            zeros_like=lambda x: Value(np.zeros_like(x.a)),
+            full=lambda shape, x, dtype, layout: Value(np.full(shape, x, dtype)),
+            where=lambda c, x, y: Value(np.where(_plain(c), _plain(x), _plain(y))),
+            maximum=lambda x, y: Value(np.maximum(_plain(x), _plain(y))),
+            minimum=lambda x, y: Value(np.minimum(_plain(x), _plain(y))),
+            max=lambda x, axis: Value(np.fmax.reduce(x.a, axis)),
+            sum=lambda x, axis: Value(x.a.sum(axis)),
+            exp2=lambda x: Value(np.exp2(x.a)), log2=lambda x: Value(np.log2(x.a)),
+            convert_layout=lambda x, layout: x,
+            load=self._load, store=self._store, inline_asm_elementwise=self._asm,
+            allocate_shared_memory=self._allocate,
+            warp_specialize=lambda parts, warps, registers: self.machine.run(parts),
+        )  # fmt: skip
+        for layout in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
+                       "SwizzledSharedLayout"):  # fmt: skip
+            setattr(gl, layout, lambda *arguments: arguments)
+        nothing = lambda *_: None  # noqa: E731
+        return {
+            "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
+            "HEADER": HEADER.value, "FIELDS": FIELDS.value,
+            "mbarrier": SimpleNamespace(
+                MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
+                arrive=self._arrive,
+            ),
+            "tma": SimpleNamespace(store_wait=nothing), "fence_async_shared": nothing, "barrier": nothing,
+            "load_tile": self._load_tile, "store_tile": self._store_tile,
+            "warpgroup_mma": self._product, "warpgroup_mma_wait": self._product_wait,
+        }  # fmt: skip
+
+    def _load(self, p: Pointer, mask: Any = None, other: Any = 0) -> Value:
+        at, mask = p.places(mask)
+        return Value(np.where(mask, p.memory[at], other).astype(p.memory.dtype))
+
+    def _store(self, p: Pointer, x: Any, mask: Any = None) -> None:
+        at, mask = p.places(mask)
+        p.memory[at[mask]] = np.broadcast_to(_plain(x), at.shape)[mask]
+
+    def _asm(self, asm: str, constraints: str, arguments: list[Any], **_: Any) -> Any:
+        operation = asm.split()[0]
+        if operation in ("bar.sync", "bar.arrive"):
+            number = int(asm.split()[1].rstrip(","))
+            turn = self.machine.turns[number]
+            with self.machine.changed:
+                before = turn[1]
+                turn[0] += 1
+                if turn[0] == 2:
+                    turn[:] = [0, before + 1]
+                self.machine.changed.notify_all()
+            if operation == "bar.sync":
+                self.machine.wait_until(lambda: turn[1] > before, f"turn {number}")
+        elif operation == "tanh.approx.f32":
+            return Value(np.tanh(arguments[0].a))
+        elif operation == "popc.b32":
+            return Value(int(arguments[0]).bit_count())
+        elif operation == "mov.u32":
+            return arguments[0]
+        else:
+            assert "nanosleep" in asm, asm
+
+    def _allocate(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        if layout == "barrier":
+            return Shared([Barrier() for _ in range(shape[0])], dtype)
+        return Shared(np.full(shape, np.nan, np.float32), dtype)
+
+    def _init(self, x: Barrier, count: int) -> None:
+        x.count = x.pending = count
+
+    def _arrive(self, x: Barrier) -> None:
+        with self.machine.changed:
+            x.pending -= 1
+            x.check()
+            self.machine.changed.notify_all()
+
+    def _expect(self, x: Barrier, size: int) -> None:
+        with self.machine.changed:
+            x.bytes += size
+        self._arrive(x)
+
+    def _wait(self, x: Barrier, phase: Any) -> None:
+        self.machine.wait_until(lambda: x.phase & 1 != int(phase), f"a barrier in phase {x.phase}")
+
+    def _load_tile(self, x: Descriptor, place: list[Any], full: Barrier, into: Shared) -> None:
+        target = into.a.reshape(x.rows, x.columns)
+        part, rows, columns = x.box(place)
+
+        def copy() -> None:
+            target[...] = 0
+            target[rows, columns] = part
+            full.bytes -= target.size * 2
+            full.check()
+
+        with self.machine.changed:
+            target[...] = np.nan  # what was there is gone from now on
+            self.machine.copies.append(copy)
+            self.machine.changed.notify_all()
+
+    def _store_tile(self, x: Descriptor, place: list[Any], source: Shared) -> None:
+        part, rows, columns = x.box(place)
+        part[...] = source.a.reshape(x.rows, x.columns)[rows, columns]
+
+    def _product(self, a: Any, b: Shared, acc: Value, use_acc: bool = True, is_async: bool = False) -> Value:
+        """Issued. Early or late, as it likes, it reads shared memory."""
+        found = Value(np.nan)
+
+        def compute() -> None:
+            if not found.a.shape:
+                found.a = a.a @ b.a + (acc.a if use_acc else 0)
+
+        if self.machine.rng.random() < 0.3:
+            compute()
+        self.machine.own.__dict__.setdefault("products", []).append(compute)
+        return found
+
+    def _product_wait(self, pending: int, deps: list[Any]) -> Any:
+        products = self.machine.own.__dict__.setdefault("products", [])
+        while len(products) > pending:
+            products.pop(0)()
+        return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a call, as the kernel computes them. The call's tensors are on the CPU; the kernels of
+    `bounds.py` run in Triton's interpreter.
+
+    changes: of the `Flags`. Outputs begin as NaN.
+    """
+    from dataclasses import replace
+
+    from fastattn.backends.triton.bounds import Bounds
+    from fastattn.backends.triton.hopper import launch
+    from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, TILE
+    from fastattn.call import Problem
+
+    p = Problem.of(call)
+    flags = replace(launch.flags(p, None if call.sinks is None else call.sinks.dtype), **(changes or {}))
+    blocks, (dim, value_dim) = flags.blocks, flags.dims
+    out = np.full((p.batch, p.q_len, p.q_heads, p.value_dim), np.nan, np.float32)
+    lse = np.full(p.batch * p.q_heads * p.q_len, np.nan, np.float32)
+
+    def described(x: Any, rows: int, columns: int) -> Descriptor:
+        return Descriptor(x.float().numpy() if isinstance(x, torch.Tensor) else x, rows, columns, flags.dtype)
+
+    def pointer(x: Any) -> Any:
+        return None if x is None else Pointer((x.float() if x.is_floating_point() else x).numpy())
+
+    bounds_ptr = bias_ptr = None
+    strides = (0, 0)
+    if flags.mask == INTERVALS:
+        bounds = Bounds(p, call, TILE, ordered=True)
+        memory = torch.full((bounds.size,), 0x7F, dtype=torch.uint8)
+        bounds(call, memory)
+        bounds_ptr = Pointer(memory.view(torch.int32).numpy())
+        if bounds.keys is not None:
+            bias_ptr = Pointer(memory.view(torch.float32).numpy(), bounds.keys.bias_at)
+            strides = bounds.keys.strides
+    rows = -(-p.q_len // TILE)
+    left, right = (launch._OPEN if side < 0 else min(side, launch._OPEN) for side in (p.left, p.right))
+    log2_e = math.log2(math.e)
+    inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
+    integers = {
+        "batch": p.batch, "heads": p.q_heads, "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len, "left": left,
+        "right": right, "rows": rows, "section": p.group, "dv8": p.value_dim // 8, "bias_b": strides[0],
+        "bias_h": strides[1],
+    }  # fmt: skip
+    names = dict(
+        MASK=flags.mask, KEYS=flags.keys, Q_LENGTHS=flags.q_lengths, KV_LENGTHS=flags.kv_lengths,
+        SINKS=bool(flags.sinks), SOFTCAP=flags.softcap, LSE=True, BLOCK_M=TILE, BLOCK_N=blocks.keys, D=dim,
+        DV=value_dim, STAGES=blocks.stages, Q_SLOTS=blocks.q_slots, STAGED=blocks.staged, TURNS=blocks.turns,
+    )  # fmt: skip
+    arguments = {
+        "q_desc": described(call.q, ROWS, dim), "k_desc": described(call.k, blocks.keys, dim),
+        "v_desc": described(call.v, blocks.keys, value_dim),
+        "out_desc": described(out.transpose(0, 2, 1, 3), ROWS, value_dim),
+        "out_ptr": Pointer(out.reshape(-1), element=flags.dtype), "lse_ptr": Pointer(lse),
+        "sinks_ptr": pointer(call.sinks), "q_lengths_ptr": pointer(call.q_lengths),
+        "kv_lengths_ptr": pointer(call.kv_lengths), "bounds_ptr": bounds_ptr, "bias_ptr": bias_ptr,
+        **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),
+        "scale": Value(np.float32(scale)), **names,
+    }  # fmt: skip
+    Model().launch(min(programs, rows * p.batch * p.q_heads), rng, arguments)
+    return torch.from_numpy(out).transpose(1, 2), torch.from_numpy(lse).view(p.batch, p.q_heads, p.q_len)
