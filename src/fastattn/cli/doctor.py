@@ -285,7 +285,7 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
 
 
 def _plans() -> Iterator[Finding]:
-    from ..backends.cudnn import disk
+    from ..common import disk
 
     folder, refusal = disk.directory(), disk.refusal()
     if folder is None:
