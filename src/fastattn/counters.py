@@ -14,13 +14,21 @@ def stats() -> dict[str, Any]:
         "calls": forward calls served, by backend, and backward calls as "<backend>.backward".
         "plans": the cuDNN plans: held now, built while a caller waited and in the background (numbers and
             milliseconds), read from disk, evicted; see `backends.cudnn.plan_cache.PlanCache.stats`.
+        "binaries": binaries of our own kernels: held now, compiled while a caller waited and in the background (numbers
+            and milliseconds), read from disk, failures; see `backends.triton.binaries.store.Binaries.stats`.
         "cache": everything cached per shape or kind of call: "entries" and "bytes" of device memory, "drops" by
             reason, and "sections", each with its entries, bytes and bounds.
     """
     from .backends.cudnn.plans import shared
+    from .backends.triton.binaries.store import shared as binaries
     from .dispatch.serve import calls_served
 
-    return {"calls": calls_served(), "plans": shared.stats(), "cache": shape_cache.stats()}
+    return {
+        "calls": calls_served(),
+        "plans": shared.stats(),
+        "binaries": binaries.stats(),
+        "cache": shape_cache.stats(),
+    }
 
 
 def clear_plans() -> None:

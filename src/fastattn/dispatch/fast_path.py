@@ -22,7 +22,8 @@ from ..shape_cache import Reason, shape_cache
 from ..validation import Arguments, default_scale, is_plain_scale
 from . import registry, routes, serve
 
-_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Cached` by key
+#: `Cached` by key
+_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 
 
 class Cached(NamedTuple):

@@ -42,6 +42,17 @@ def make_current(device: int) -> None:
         _check(driver.cuCtxSetCurrent(context), "setting a context")
 
 
+def use_device(device: int) -> None:
+    """Makes the context that torch uses on a device this thread's, whichever it had: for threads of our own. Modules
+    may then be loaded while another thread captures a CUDA graph in "global" mode, torch's default."""
+    driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), "finding a device")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "finding a context")
+    _check(driver.cuCtxSetCurrent(context), "setting a context")
+    _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed)), "setting a thread's capture mode")
+
+
 class Function:
     """A kernel of a binary, on every device that asks for it."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..binaries.flag_set import Binary
+
 CAPABILITY = (9, 0)
 FULL, ALIGNED, BAND = 0, 1, 2  #: see `hopper_tiles.py`, which cannot be imported without triton
 
@@ -56,15 +58,18 @@ class Flags:
     def blocks(self) -> Blocks:
         return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
 
+    # What a `FlagSet` has.
 
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """A compiled kernel: machine code for SM 9.0, and all that launching it needs."""
+    @property
+    def capability(self) -> tuple[int, int]:
+        return CAPABILITY
 
-    cubin: bytes
-    name: str
-    shared: int  #: bytes of shared memory
-    threads: int
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ()
+
+    def compile(self) -> Binary:
+        return compile_binary(self)
 
 
 def compile_binary(flags: Flags) -> Binary:
