@@ -83,6 +83,54 @@ class Function:
         if status:
             _check(status, "launching a kernel")
 
+    def launch_grid(
+        self,
+        grid: tuple[int, int, int],
+        device: int,
+        stream: int,
+        arguments: ctypes.Array[ctypes.c_void_p],
+        overlaps: bool = False,
+    ) -> None:
+        """As `launch`, over three dims. overlaps: it may start while the kernel before it in the stream still runs, to
+        wait for that one itself (programmatic dependent launch)."""
+        handle = self._handles.get(device) or self.load(device)
+        place = ctypes.c_void_p(stream)
+        if overlaps:
+            config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(self._threads, 1, 1), self._shared)
+            config.stream, config.attributes, config.count = place, _OVERLAP, 1
+            status = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, arguments, None)
+        else:
+            status = _driver().cuLaunchKernel(handle, *grid, self._threads, 1, 1, self._shared, place, arguments, None)
+        if status:
+            _check(status, "launching a kernel")
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of whose 64 bytes for a value ours takes the first four."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("_pad", ctypes.c_uint32),
+        ("value", ctypes.c_uint32),
+        ("_rest", ctypes.c_uint32 * 15),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint32),
+    )
+
+
+_OVERLAP = (_Attribute * 1)(_Attribute(id=6, value=1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
 
 class Description:
     """What the copy engine knows of a tensor (CUtensorMap). Immutable: addresses of it may be passed anywhere."""

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,13 @@ class Child:
             with suppress(OSError):
                 process.stdin.close()
 
+    def kill(self) -> None:
+        """From any thread, at once."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # the assembler too
+
     def end(self) -> None:
         """Ends the process, if there is one."""
         self.hang_up()
@@ -106,7 +114,7 @@ class Child:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 with suppress(OSError):
-                    os.killpg(process.pid, 9)  # the assembler too
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             _close(process)
         if self._said is not None:
@@ -274,7 +282,7 @@ class Compilers:
         return self._stopped
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Kills the processes and drops the queue; nothing is taken on afterwards."""
+        """Ends the processes and drops the queue; nothing is taken on afterwards."""
         with self._state:
             self._stopped = True
             self._tasks.clear()
@@ -282,9 +290,14 @@ class Compilers:
             threads, children = list(self._threads), list(self._children)
         for child in children:
             child.hang_up()
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout)
+        end = time.monotonic() + PATIENCE
+        others = [thread for thread in threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, end - time.monotonic()))
+        for child in children:
+            child.kill()
+        for thread in others:
+            thread.join(timeout)
 
     def _run(self) -> None:
         child, me = self._make(), threading.current_thread()
