@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,57 +14,21 @@ import torch
 from cases import Case, assert_right, make, reference_results
 from cases import run as run_case
 from served import Served
-from stand_in_compiler import Flags, command
+from stand_in_backend import StandIn, stand_in_binaries
+from stand_in_compiler import Flags
 
 import fastattn
 from fastattn.backends.base import NotReady
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.backends.torch import TorchBackend
 from fastattn.backends.triton.binaries import store
-from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.store import TRIES, Binaries
 from fastattn.call import Call, Problem
-from fastattn.dispatch import fast_path, refusals, registry, routes
+from fastattn.dispatch import fast_path, refusals, routes
 
 pytestmark = pytest.mark.usefixtures("fresh_caches", "fresh_warnings")
 
 CASE = Case(dtype=torch.float32, q_len=9, kv_len=9, mask="causal")
-
-
-class StandIn:
-    """In place of decode: what it computes the reference computes, once its binary is there."""
-
-    name = "decode"
-    reads_lse = True
-
-    def __init__(self, flags: Flags) -> None:
-        self.flags = flags
-        self.late = False  #: it notices only when it is called
-        self.bound = 0
-        self.told: list[torch.Tensor] = []  #: log-sum-exps, by backwards
-
-    def reasons(self, problem: Problem) -> list[str]:
-        return []
-
-    def binaries(self, problem: Problem) -> list[Flags]:
-        return [self.flags]
-
-    def bind(self, problem: Problem, call: Call) -> Any:
-        kernel = ReferenceBackend().bind(problem, call)
-        if self.late:
-            return SimpleNamespace(forward=partial(self.forward, kernel), backward=kernel.backward)
-        store.shared.function(self.flags)
-        self.bound += 1
-
-        def backward(call: Call, out: torch.Tensor, lse: torch.Tensor, *rest: Any) -> Any:
-            self.told.append(lse)
-            return kernel.backward(call, out, lse, *rest)
-
-        return SimpleNamespace(forward=kernel.forward, backward=backward)
-
-    def forward(self, kernel: Any, call: Call) -> Any:
-        store.shared.function(self.flags)
-        return kernel.forward(call)
 
 
 @pytest.fixture
@@ -76,21 +39,14 @@ def go(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Binaries]:
-    monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(tmp_path / "kept"))
-    for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON", "FASTATTN_BACKENDS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested=""))
-    found = Binaries(Compilers(command(tmp_path / "log"), most=1))
-    monkeypatch.setattr(store, "shared", found)
+    found = stand_in_binaries(tmp_path, monkeypatch)
     yield found
     found.compilers.stop()
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch, go: Path) -> StandIn:
-    found, others = StandIn(Flags(f"until {go}")), registry.backend
-    monkeypatch.setattr(registry, "backend", lambda name: found if name == "decode" else others(name))
-    return found
+    return StandIn(Flags(f"until {go}")).installed(monkeypatch)
 
 
 def served(inputs: Any, backend: str | None = None, case: Case = CASE) -> dict[str, int]:

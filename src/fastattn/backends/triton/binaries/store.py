@@ -163,9 +163,13 @@ class Binaries:
         text = failure.why if failure is not None else "there is nobody to do it"
         raise (Refusal if final else Setback)(f"its kernel could not be compiled: {text}")
 
+    def missing(self, every: Iterable[FlagSet]) -> list[FlagSet]:
+        """Those that are neither there nor on disk, each once."""
+        return [flags for flags in dict.fromkeys(every) if self.find(flags) is None]
+
     def make_all(self, every: Iterable[FlagSet], device: int | None = None) -> Iterator[tuple[FlagSet, str]]:
         """Makes all that are not there, in several processes. Yields each, and why it could not be made or ""."""
-        missing = [flags for flags in dict.fromkeys(every) if self.find(flags) is None]
+        missing = self.missing(every)
         with self.compilers.widened():
             why = hindrance()
             jobs = [None if why else self._submit(flags, device, awaited=True) for flags in missing]

@@ -58,6 +58,11 @@ class Flags:
     def blocks(self) -> Blocks:
         return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
 
+    def __str__(self) -> str:
+        words = ["Hopper forward", self.dtype, f"{self.dims[0]}/{self.dims[1]}", ("full", "aligned", "band")[self.mask]]
+        words += [name for name in ("q_lengths", "kv_lengths", "softcap", "lse", "short") if getattr(self, name)]
+        return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
+
     # What a `FlagSet` has.
 
     @property
