@@ -187,6 +187,7 @@ def _warm_kind(kind: Kind, device: torch.device) -> Family:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         plans.shared.wait()  # some are built in the background, and lost if the process ends now
+    store.shared.wait()  # what a backward asked for, on a thread of torch's
     after = stats()["plans"]
     return Family(
         str(kind),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -43,14 +45,23 @@ def make_current(device: int) -> None:
 
 
 def use_device(device: int) -> None:
-    """Makes the context that torch uses on a device this thread's, whichever it had: for threads of our own. Modules
-    may then be loaded while another thread captures a CUDA graph in "global" mode, torch's default."""
+    """Makes the context that torch uses on a device this thread's, whichever it had: for threads of our own."""
     driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
-    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
     _check(driver.cuDeviceGet(ctypes.byref(handle), device), "finding a device")
     _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "finding a context")
     _check(driver.cuCtxSetCurrent(context), "setting a context")
-    _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed)), "setting a thread's capture mode")
+
+
+@contextmanager
+def _during_captures() -> Iterator[None]:
+    """Within the block this thread may load a module while it, or another one, captures a CUDA graph in "global" mode,
+    torch's default: that would end the capture otherwise."""
+    driver, mode = _driver(), ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "setting a thread's capture mode")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # as it was
 
 
 class Function:
@@ -68,9 +79,10 @@ class Function:
             handle = self._handles.get(device)
             if handle is None:
                 module, handle, driver = ctypes.c_void_p(), ctypes.c_void_p(), _driver()
-                _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), "loading a kernel")
-                _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, self._name), "finding a kernel")
-                _check(driver.cuFuncSetAttribute(handle, _MAX_SHARED, self._shared), "its shared memory")
+                with _during_captures():
+                    _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), "loading a kernel")
+                    _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, self._name), "finding a kernel")
+                    _check(driver.cuFuncSetAttribute(handle, _MAX_SHARED, self._shared), "its shared memory")
                 self._handles[device] = handle
         return handle
 

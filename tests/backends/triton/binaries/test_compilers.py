@@ -66,9 +66,10 @@ def end_of(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-def program(start: str, rest: str) -> subprocess.Popen[str]:
+def program(start: str, rest: str, **variables: str) -> subprocess.Popen[str]:
     text = PROGRAM.format(paths=[str(Path(__file__).parents[3] / "helpers"), SRC], start=start) + rest
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | variables
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_a_kernel_is_compiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1.0, 2.5])
-def test_it_ends_with_a_parent_that_is_killed(seconds: float) -> None:
+def test_it_ends_with_a_parent_that_is_killed(seconds: float, tmp_path: Path) -> None:
     """In the middle of its work: in the compiler, or in the assembler that it has started."""
     pytest.importorskip("triton")
     rest = f"""
@@ -115,15 +116,15 @@ child.compile(Flags("bf16", (128, 128), BAND, kv_lengths=True, softcap=True, lse
 print("too late", flush=True)
 time.sleep(60)
 """
-    parent = program("", rest)
+    parent = program("", rest, TMPDIR=str(tmp_path))
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    assert alive(pid)
+    assert alive(pid) and list(tmp_path.iterdir())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert end_of(pid, 10.0)
     assert not parent.stdout.read()
-    assert group(pid) == []
+    assert group(pid) == [] and not list(tmp_path.iterdir())
     parent.stdout.close()
 
 

@@ -106,7 +106,7 @@ def test_what_a_call_is_told(binaries: Binaries, tmp_path: Path) -> None:
     assert binaries.function(flags) is binaries.ready(flags)
 
 
-@pytest.mark.parametrize("how", ["variable", "block", "deterministic"])
+@pytest.mark.parametrize("how", ["variable", "block", "deterministic", "captured"])
 def test_a_call_that_is_to_wait_waits(binaries: Binaries, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     assert mode() == "background"
     if how == "variable":
@@ -116,6 +116,10 @@ def test_a_call_that_is_to_wait_waits(binaries: Binaries, monkeypatch: pytest.Mo
         with waiting():
             assert binaries.function(Flags()) is not None
         assert mode() == "background"
+    elif how == "captured":
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            monkeypatch.setattr(torch.cuda, name, lambda: True)
+        assert binaries.function(Flags()) is not None
     else:
         torch.use_deterministic_algorithms(True)
         try:
@@ -160,6 +164,23 @@ def test_many_threads_make_one(binaries: Binaries, log: Path) -> None:
     for thread in threads:
         thread.join(20.0)
     assert len(found) == 8 and len(set(map(id, found))) == 1 and len(compiled(log)) == 1
+
+
+def test_a_module_is_loaded_although_a_graph_is_captured(binaries: Binaries, driver: Driver) -> None:
+    modes = [0]  # of this thread: "global"
+
+    def exchange(mode: Any) -> int:
+        modes.append(mode._obj.value)
+        mode._obj.value = modes[-2]
+        return 0
+
+    def load(module: Any, data: bytes) -> int:
+        assert modes[-1] == 2
+        return 0
+
+    driver.cuThreadExchangeStreamCaptureMode, driver.cuModuleLoadData = exchange, load  # type: ignore[method-assign]
+    binaries.make(Flags()).load(0)
+    assert modes == [0, 2, 0]
 
 
 # What goes wrong.

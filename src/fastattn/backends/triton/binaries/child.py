@@ -40,8 +40,9 @@ def main() -> None:
     for name, place in settings["packages"].items():
         _adopt(name, place)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    folder = tempfile.mkdtemp(prefix="fastattn-")  # Triton's cache: others may write to the user's own
-    os.environ["TRITON_CACHE_DIR"] = folder
+    folder = tempfile.mkdtemp(prefix="fastattn-")
+    tempfile.tempdir = os.environ["TMPDIR"] = folder  # what a process that is killed has left is found by its end
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "cache")  # others may write to the user's own
     threading.Thread(target=_listen, args=(inward, settings["parent"], requests, folder), daemon=True).start()
     try:
         while True:

@@ -46,9 +46,10 @@ _waits: ContextVar[bool] = ContextVar("fastattn_waits", default=False)
 def mode() -> str:
     """FASTATTN_COMPILE, as it is to be taken here and now. ValueError: it is set to something else."""
     found = choice("FASTATTN_COMPILE", MODES, MODES[0])
-    if found == "background" and (_waits.get() or torch.are_deterministic_algorithms_enabled()):
-        return "wait"
-    return found
+    if found != "background":
+        return found
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return "wait" if captured or torch.are_deterministic_algorithms_enabled() or _waits.get() else found
 
 
 @contextmanager
