@@ -10,14 +10,11 @@ begin later are left out, with a line.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -70,12 +67,6 @@ def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> d
     return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
 
 
-def _compile(flags: Any) -> None:
-    from fastattn.backends.triton.hopper.binary import compile_binary
-
-    compile_binary(flags)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -87,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("hopper_forward: needs a GPU of compute capability 9.0, torch sees none", file=sys.stderr)
         return 2
+    from fastattn.backends.triton.binaries.store import shared
     from fastattn.backends.triton.hopper.launch import Forward, flags
 
     begun = time.monotonic()
@@ -99,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if call is not None:
                 wanted.add(flags(Problem.of(call), None if call.sinks is None else call.sinks.dtype))
         del call
-    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
-        list(pool.map(_compile, wanted))
+    for flags_of_one, why in shared.make_all(wanted, torch.cuda.current_device()):
+        if why:
+            raise RuntimeError(f"{flags_of_one}: {why}")
     print(f"{len(wanted)} binaries after {time.monotonic() - begun:.0f} s", flush=True)
     found: dict[str, Any] = {"benchmark": "hopper forward", "unit": "us", "rows": {}}
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")

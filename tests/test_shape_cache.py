@@ -38,11 +38,12 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.bench.peers._flex",
     "fastattn.integrations.transformers.kv_cache._check_offsets",
     "fastattn._compat.liger.operations", "fastattn._compat.torch.driver_version",
+    "fastattn._compat.triton_compiler.compiler", "fastattn.backends.triton.binaries.label._environment",
     "fastattn._compat.triton.launches_as_known", "fastattn.backends.triton.cuda_driver._driver",
     # by the class of a model or a module
     "fastattn._compat.transformers._cache_argument",
     # by the features that a kernel is compiled for
-    "fastattn.backends.triton.hopper.launch.function", "fastattn.backends.triton.hopper.launch._processors",
+    "fastattn.backends.triton.binaries.label._source", "fastattn.backends.triton.hopper.launch._processors",
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
@@ -52,7 +53,7 @@ KEPT_BY_OTHER_THINGS = {
     # lists of live objects
     "fastattn.shape_cache._functions", "fastattn.common.forks._wishes",
     "fastattn.backends.scratch._threads",
-    "fastattn.backends.cudnn.worker._workers",
+    "fastattn.backends.cudnn.worker._workers", "fastattn.backends.triton.binaries.compilers._pools",
 }  # fmt: skip
 _CALLS = {
     "torch": Case(dtype=torch.float32, mask="causal", q_len=9, kv_len=9),

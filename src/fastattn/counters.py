@@ -15,10 +15,13 @@ def stats() -> dict[str, Any]:
         "handed_to_torch": calls of the drop-in (`fastattn.drop_in`) that torch's own function served, by reason.
         "plans": the cuDNN plans: held now, built while a caller waited and in the background (numbers and
             milliseconds), read from disk, evicted; see `backends.cudnn.plan_cache.PlanCache.stats`.
+        "binaries": binaries of our own kernels: held now, compiled while a caller waited and in the background (numbers
+            and milliseconds), read from disk, failures; see `backends.triton.binaries.store.Binaries.stats`.
         "cache": everything cached per shape or kind of call: "entries" and "bytes" of device memory, "drops" by
             reason, and "sections", each with its entries, bytes and bounds.
     """
     from .backends.cudnn.plans import shared
+    from .backends.triton.binaries.store import shared as binaries
     from .dispatch.handed_over import handed_over
     from .dispatch.serve import calls_served
 
@@ -26,6 +29,7 @@ def stats() -> dict[str, Any]:
         "calls": calls_served(),
         "handed_to_torch": handed_over(),
         "plans": shared.stats(),
+        "binaries": binaries.stats(),
         "cache": shape_cache.stats(),
     }
 

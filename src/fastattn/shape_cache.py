@@ -27,6 +27,7 @@ class Reason(Enum):
 
     CLEARED = "cleared"  #: the user called `clear_plans()`: everything is dropped
     BACKEND_REFUSED = "backend refused"  #: another backend serves some calls from now on: what routes them is dropped
+    BINARY_READY = "binary ready"  #: a kernel was compiled: what passed over its backend until then is dropped
 
 
 class Size(dict[str, int]):
@@ -86,6 +87,12 @@ class ShapeCache:
         for holder in self._all():
             if reason is Reason.CLEARED or reason in holder.dropped_for:
                 holder.clear()
+
+    def drops(self, reason: Reason) -> int:
+        """How often entries were dropped for a reason. Who reads it before and after can tell whether what he made in
+        between, and keeps, was made in time to be dropped."""
+        with self._lock:
+            return self._drops[reason]
 
     def stats(self) -> dict[str, Any]:
         """ "sections": for each name the sizes and bounds (`Size`) of its holders together; "entries" and "bytes": of

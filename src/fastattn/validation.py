@@ -161,6 +161,12 @@ LIMITS = {torch.float32: (1e-30, 1e30), torch.float64: (1e-290, 1e290)}
 PLAIN_SCALES = LIMITS[torch.float32]
 
 
+def is_plain_scale(scale: object) -> bool:
+    """True for a scale that `validated` leaves unchanged for any dtype of q."""
+    least, most = PLAIN_SCALES
+    return type(scale) is float and least <= scale <= most
+
+
 def check_scale(scale: float, dtype: torch.dtype) -> float:
     """The scale as a float. dtype: of q, after promotion. Raises ValueError."""
     value, most = _number("scale", scale), LIMITS[work_dtype(dtype)][1]

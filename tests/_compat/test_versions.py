@@ -93,3 +93,13 @@ def test_gone_says_what_and_where_and_what_to_do(monkeypatch: pytest.MonkeyPatch
 def test_what_is_not_installed_is_said() -> None:
     with pytest.raises(Gone, match=r"^nothing is not installed: fastattn needs it for nothing\.at\.all$"):
         need("nothing", "nothing.at.all")
+
+
+def test_compilers_are_listed_one_by_one() -> None:
+    """From the oldest version that is promised to the newest one tested."""
+    assert (versions.COMPILERS[0], versions.COMPILERS[-1]) == versions.TESTED["triton"]
+    for installed in (*versions.COMPILERS, f"{versions.COMPILERS[-1]}.2", f"{versions.COMPILERS[0]}.0+git123"):
+        assert not versions.untested_compiler(installed), installed
+    major, minor = numbers(versions.COMPILERS[-1])
+    for installed in (f"{major}.{minor + 1}.0", f"{major + 1}.0", "3.5.9", "3.60", "of an unknown version", ""):
+        assert "was not tested" in versions.untested_compiler(installed), installed

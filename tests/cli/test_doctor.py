@@ -1,11 +1,13 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastattn
+from fastattn.backends.triton.binaries import store
 from fastattn.cli import doctor
 from fastattn.dispatch import registry
 
@@ -214,3 +216,23 @@ def test_a_version_newer_than_the_newest_tested_is_said(monkeypatch, subject, pa
     found = findings()[subject]
     assert found.state == "ok"
     assert found.text.endswith(f"newer than the newest version tested, {newest}") is bool(newest)
+
+
+def test_it_says_who_compiles_our_kernels(monkeypatch):
+    for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested=""))
+    assert doctor._guard("kernels", doctor._kernels) == [
+        doctor.Finding("kernels", "ok", "compiled in the background, other backends serve until then")
+    ]
+    monkeypatch.setenv("FASTATTN_COMPILE", "off")
+    assert findings()["kernels"].state == "off"
+    monkeypatch.setenv("FASTATTN_COMPILE", "maybe")
+    found = findings()
+    assert found["FASTATTN_COMPILE=maybe"].state == "broken" and "expected one of" in found["kernels"].text
+    monkeypatch.delenv("FASTATTN_COMPILE")
+    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
+    (found,) = doctor._guard("kernels", doctor._kernels)
+    assert found.state == "missing" and "FASTATTN_UNTESTED_TRITON=1 lets it" in found.text
+    monkeypatch.setenv("FASTATTN_UNTESTED_TRITON", "1")
+    assert findings()["kernels"].state == "ok"

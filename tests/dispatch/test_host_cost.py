@@ -107,7 +107,9 @@ def layer(mask: bool) -> Callable[[], Any]:
 
 def cache_step() -> Callable[[], Any]:
     """A token of generation, in one layer."""
-    cache = fastattn.KVCache(layers=1, batch=B, kv_heads=HKV, head_dim=D, capacity=64, dtype=torch.float32, device="cpu")
+    cache = fastattn.KVCache(
+        layers=1, batch=B, kv_heads=HKV, head_dim=D, capacity=64, dtype=torch.float32, device="cpu"
+    )
     q, k, v = made(H, 1), made(HKV, 1), made(HKV, 1)
 
     def run() -> Any:

@@ -13,9 +13,12 @@ ENTRIES = re.findall(r"^\| `(.+?)` \| ", PAGE, re.MULTILINE)
 
 #: Messages that nobody is shown, by file and text: what becomes of them instead.
 INTERNAL = {
-    ("backends/cudnn/disk.py", "*"): "caught: the plan is built anew, with a line in the log",
+    ("common/disk.py", "*"): "caught: the plan is built, the kernel compiled anew, with a line in the log",
     ("*", "unreachable: *"): "a mistake of ours",
-    ("backends/cudnn/folder.py", "*"): "the same",
+    ("common/folder.py", "*"): "the same",
+    ("backends/triton/binaries/flag_set.py", "*"): "caught: the kernel is compiled anew",
+    ("backends/triton/binaries/compilers.py", "*"): "what follows `its kernel could not be compiled: `",
+    ("backends/triton/binaries/child.py", "*"): "the same",
     ("parallel/plan.py", "* is not in *"): "a mistake of ours",
     ("__init__.py", "module * has no attribute *"): "Python's own message",
     ("bench/implementations.py", "torch's *"): "an entry of a result file: what an implementation cannot do",

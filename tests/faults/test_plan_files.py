@@ -21,16 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn.backends.cudnn import disk
-from fastattn.backends.cudnn import folder as folders
 from fastattn.backends.cudnn.graphs import Operand, PlanKey
 from fastattn.backends.cudnn.plan import Plan
 from fastattn.backends.cudnn.plan_cache import PlanCache
+from fastattn.common import disk as files
+from fastattn.common import folder as folders
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 
 PAYLOAD = b"a plan: " + bytes(range(256)) * 8
 KEY = PlanKey("forward", 0, (Operand("q", (1, 1, 7, 8), (8, 8, 8, 1), torch.float16),))
-HEADER = len(disk.MAGIC) + 32 + 8
+HEADER = len(disk.FILES.magic) + 32 + 8
 
 
 class Cudnn:
@@ -92,7 +93,7 @@ def plan_files(tmp_path: Path) -> list[Path]:
 def regions(whole: bytes) -> dict[str, range]:
     """The parts of a plan file."""
     label = HEADER + len(disk._label(KEY))
-    ends = [0, len(disk.MAGIC), HEADER - 8, HEADER, label, len(whole)]
+    ends = [0, len(disk.FILES.magic), HEADER - 8, HEADER, label, len(whole)]
     assert whole[HEADER:label] == disk._label(KEY) and whole[label:] == PAYLOAD
     names = ("magic", "digest", "length", "label", "payload")
     return {name: range(*pair) for name, pair in zip(names, itertools.pairwise(ends))}
@@ -145,17 +146,17 @@ def test_damage_never_reaches_cudnn(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
-@given(data=st.binary(max_size=200) | st.builds(lambda tail: disk.MAGIC + tail, st.binary(max_size=200)))
+@given(data=st.binary(max_size=200) | st.builds(lambda tail: disk.FILES.magic + tail, st.binary(max_size=200)))
 def test_any_bytes_at_all(data: bytes) -> None:
     with pytest.raises(ValueError):
-        disk._unpack(data, b"label", b"key")
+        disk.FILES.unpack(data, b"label", b"key")
 
 
-@pytest.mark.parametrize("length", [0, 1, len(disk.MAGIC), 2**31, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, len(disk.FILES.magic), 2**31, 2**63, 2**64 - 1])
 def test_a_file_that_is_whole_and_lies_about_its_label(length: int, cudnn: Cudnn, file: Path) -> None:
     """Its code is right: not damaged, but made by something else."""
     body = length.to_bytes(8, "little") + disk._label(KEY) + PAYLOAD
-    file.write_bytes(disk.MAGIC + hmac.digest(secret(file.parent), body, "sha256") + body)
+    file.write_bytes(disk.FILES.magic + hmac.digest(secret(file.parent), body, "sha256") + body)
     fresh()
     assert cudnn.taken == [] and cudnn.built == 1
 
@@ -172,11 +173,11 @@ def test_what_is_no_file_of_ours(thing: str, cudnn: Cudnn, file: Path, tmp_path:
         file.symlink_to(tmp_path / "nothing")
     elif thing == "link to another plan":
         other = tmp_path / "other.plan"
-        other.write_bytes(disk._pack(PAYLOAD, b"another label", secret(file.parent)))
+        other.write_bytes(disk.FILES.pack(PAYLOAD, b"another label", secret(file.parent)))
         file.symlink_to(other)
     elif thing == "huge":
         with file.open("wb") as sparse:
-            sparse.truncate(disk.MAX_FILE + 1)
+            sparse.truncate(disk.FILES.max_file + 1)
     else:
         file.write_bytes(whole)
         file.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IWGRP)
@@ -302,7 +303,7 @@ def test_no_home(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FASTATTN_PLAN_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert disk.directory() is None
+    assert files.directory() is None
     for turn in range(2):
         assert fresh().key == KEY
         assert cudnn.built == turn + 1

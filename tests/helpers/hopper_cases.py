@@ -20,9 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the reference would not be deterministic
+os.environ.setdefault("FASTATTN_COMPILE", "wait")
 
 LIMIT = 60.0  #: seconds a case may take, the compiler's not counted
 COUNT = 10  #: cases of a kind
@@ -286,14 +286,6 @@ def run_kind(name: str, count: int, start: int) -> int:
     return bad
 
 
-def _compile(flags: Any) -> float:
-    from fastattn.backends.triton.hopper.binary import compile_binary
-
-    start = time.monotonic()
-    compile_binary(flags)
-    return time.monotonic() - start
-
-
 def needed(kinds: dict[str, Kind]) -> set[Any]:
     """The binaries that the kinds' cases take, as far as their flags do not depend on what is drawn."""
     from fastattn.backends.triton.hopper.launch import flags
@@ -318,12 +310,14 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
 
 
 def compile_all(wanted: set[Any]) -> None:
-    """Compiles binaries side by side, into Triton's cache on the disk."""
-    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), get_context("spawn")) as pool:
-        start = time.monotonic()
-        seconds = list(pool.map(_compile, wanted))
-        took = time.monotonic() - start
-        print(f"compiled {len(wanted)} binaries in {took:.0f} s, the slowest in {max(seconds):.0f} s", flush=True)
+    """Compiles binaries side by side, and keeps them on the disk."""
+    from fastattn.backends.triton.binaries.store import shared
+
+    start = time.monotonic()
+    for flags, why in shared.make_all(wanted):
+        if why:
+            print(f"{flags}: {why}", flush=True)
+    print(f"compiled {int(shared.stats()['compiles'])} binaries in {time.monotonic() - start:.0f} s", flush=True)
 
 
 def supervise(name: str, count: int) -> tuple[int, list[str]]:

@@ -18,6 +18,10 @@ TESTED = {
     "peft": ("0.19", "0.21"),
 }
 
+#: Versions of Triton that may compile our own kernels without anybody looking: a compiler with a defect gives wrong
+#: numbers, not an error. Under each of these all kinds of kernels were compiled and their machine code was read.
+COMPILERS = ("3.6", "3.7", "3.8", "3.9")
+
 
 class Gone(ImportError):
     """A name of another library is not there in the version that is installed."""
@@ -34,6 +38,14 @@ def newer_than_tested(name: str, installed: str) -> str:
     newest = TESTED[name][1] if name in TESTED else ""
     found, known = numbers(installed), numbers(newest)
     return newest if known and found[: len(known)] > known else ""
+
+
+def untested_compiler(installed: str) -> str:
+    """Why a version of Triton is not to compile our own kernels, "" where it is one of `COMPILERS`."""
+    found = numbers(installed)
+    if any(found[: len(known)] == known for known in map(numbers, COMPILERS)):
+        return ""
+    return f"Triton {installed} was not tested ({COMPILERS[0]} to {COMPILERS[-1]} were)"
 
 
 def need(package: str, name: str) -> Any:

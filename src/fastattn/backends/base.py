@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..call import Call, Gradients, Problem
+from ..shape_cache import Reason, shape_cache
+from .triton.binaries.flag_set import FlagSet
 
 
 class Refusal(RuntimeError):
@@ -20,6 +24,23 @@ class Setback(Refusal):
 
 class OutOfMemory(Setback):
     """An allocation failed outside of torch's allocator, which could not give back unused memory and try again."""
+
+
+class NotReady(Refusal):
+    """The binary that a call needs is not there. Another backend serves calls like it until it is; nobody is warned.
+
+    coming: it is being compiled, and `Reason.BINARY_READY` drops what passes over this backend as soon as it is there.
+    until: when the backend is asked again at the latest, by time.monotonic(). make: has it compiled and waits for it,
+    for a call that no other backend can serve; raises Refusal where that cannot be done. seen: `shape_cache.drops` of
+    that reason, read before the binary was looked for.
+    """
+
+    def __init__(
+        self, why: str, coming: bool, make: Callable[[], object], seen: int | None = None, until: float = math.inf
+    ) -> None:
+        super().__init__(why)
+        self.coming, self.make, self.until = coming, make, until
+        self.seen = shape_cache.drops(Reason.BINARY_READY) if seen is None else seen
 
 
 class Kernel(Protocol):
@@ -58,4 +79,14 @@ class Backend(Protocol):
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         """The kernel for every call of the same kind as this one. Reads nothing of the call that is data."""
+        ...
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """A backend whose kernels are binaries of ours: see `triton/binaries/`."""
+
+    def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        """The flag sets that calls like this one need: the problem's own first, then those of other lengths and
+        strides."""
         ...

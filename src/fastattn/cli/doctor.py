@@ -22,12 +22,14 @@ TRANSFORMERS = (5, 4)
 
 SWITCHES = {
     "FASTATTN_BACKENDS": "the backends that may serve calls, in this order",
+    "FASTATTN_COMPILE": "our own kernels: wait = a call waits for its own; off = only those on disk are used",
     "FASTATTN_CUDNN": "0 turns the cuDNN backend off",
     "FASTATTN_DEBUG": "1 checks layouts and more at run time, and shows tracebacks on the command line",
     "FASTATTN_INTERPRET": "1 lets the decode backend run on a CPU, with TRITON_INTERPRET=1: for its tests",
     "FASTATTN_PLANS": "cuDNN plans: static = one for each shape, built at once; dynamic = only those for every length",
-    "FASTATTN_PLAN_CACHE": "the directory where compiled cuDNN plans are kept, or off",
+    "FASTATTN_PLAN_CACHE": "the directory where cuDNN plans and compiled kernels are kept, or off",
     "FASTATTN_TEST_SEED": "other random inputs for the tests",
+    "FASTATTN_UNTESTED_TRITON": "1 lets a version of Triton compile our own kernels that was not tested",
     "TRITON_INTERPRET": "1 runs Triton's kernels in Python: right, and very slow",
 }
 
@@ -93,6 +95,7 @@ def examine() -> list[Finding]:
     findings = [_untested(finding) for finding in findings]
     for name in _names():
         findings += _guard(f"backend {name}", partial(_backend, name))
+    findings += _guard("kernels", _kernels)
     findings += _guard("plans on disk", _plans)
     return findings + _guard("switches", _switches)
 
@@ -298,8 +301,23 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
     return [], max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, expected))
 
 
+def _kernels() -> Iterator[Finding]:
+    """Whether our own kernels may be compiled here."""
+    from ..backends.triton.binaries import store
+
+    why = store.hindrance()
+    if not why:
+        how = {"background": "in the background, other backends serve until then", "wait": "while a call waits"}
+        yield Finding("kernels", "ok", f"compiled {how[store.mode()]}")
+    elif store.mode() == "off":
+        yield Finding("kernels", "off", f"{why}: only those on disk are used")
+    else:
+        needed = "tested" in why or _has_gpu()
+        yield Finding("kernels", "missing" if needed else "none", f"those that are not on disk are not compiled: {why}")
+
+
 def _plans() -> Iterator[Finding]:
-    from ..backends.cudnn import disk
+    from ..common import disk
 
     folder, refusal = disk.directory(), disk.refusal()
     if folder is None:
@@ -313,11 +331,13 @@ def _plans() -> Iterator[Finding]:
 
 def _switches() -> Iterator[Finding]:
     from ..backends.cudnn.plan_policy import policy
+    from ..backends.triton.binaries.store import mode
     from ..config import complaint, is_on
     from ..dispatch.registry import listed
 
     checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": policy}
-    on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET")
+    checks["FASTATTN_COMPILE"] = mode
+    on_or_off = ("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET", "FASTATTN_UNTESTED_TRITON")
     checks |= {name: partial(is_on, name, False) for name in on_or_off}
     for name, value in switches().items():
         text = SWITCHES.get(name, "")

@@ -23,7 +23,8 @@ from ..validation import PLAIN_SCALES
 from . import eager, registry, routes, serve
 from .eager import Bound
 
-_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED])  #: `Bound`s by key
+#: `Bound`s by key
+_cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 
 
 class _NotPlain(Exception):

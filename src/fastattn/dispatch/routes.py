@@ -8,15 +8,15 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..backends.base import Backend, Kernel
+from ..backends.base import Backend, Compiled, Kernel, Refusal, Setback
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
 from ..shape_cache import Reason, shape_cache
 from . import preference, registry
-from .refusals import late_refusal
+from .refusals import LateRefusal, late_refusal, record
 from .registry import BackendError
 
-_routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED])
+_routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 
 
 class Route(NamedTuple):
@@ -28,11 +28,12 @@ class Route(NamedTuple):
     #: 0: no backend that would take the problem was passed over; else one was, for a late refusal, and this is when it
     #: is asked again (by time.monotonic()), inf for never.
     until: float = 0.0
+    coming: bool = False  #: the one passed over is to serve as soon as its binary is there, which drops the route
 
     @property
     def lasts(self) -> bool:
         """Whether it holds for good."""
-        return self.until in (0.0, math.inf)
+        return self.until in (0.0, math.inf) and not self.coming
 
     @property
     def holds(self) -> bool:
@@ -51,10 +52,23 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
     # as long as the look-up.
     key = CALL.kind(call), names
     found: Route | None = _routes.get(key)
-    if found is None or not found.holds:
+    tried: set[str] = set()
+    while found is None or not found.holds:
+        seen = shape_cache.drops(Reason.BINARY_READY)
         problem = Problem.of(call)
-        chosen, until = _select(problem, names)
-        found = _routes[key] = Route(problem, chosen, chosen.bind(problem, call), until)
+        chosen, until, coming = _select(problem, names)
+        try:
+            kernel = chosen.bind(problem, call)
+        except Refusal as error:  # what it lacks shows when a kernel is bound
+            if isinstance(error, Setback) and chosen.name in tried:  # nobody else is left
+                raise
+            tried.add(chosen.name)
+            record(chosen.name, problem, error)
+            continue
+        found = _routes[key] = Route(problem, chosen, kernel, until, coming)
+        if coming and shape_cache.drops(Reason.BINARY_READY) != seen:  # it came before the route could be dropped
+            _routes.pop(key, None)
+            found = None
     return found
 
 
@@ -80,29 +94,54 @@ def nobody(refusals: dict[str, list[str]]) -> BackendError:
 
 
 def _reasons(name: str, problem: Problem) -> list[str]:
-    """What a backend refuses by itself, and what it refused when it was called."""
-    late = late_refusal(name, problem)
-    return [*registry.backend(name).reasons(problem), *([late.why] if late else [])]
+    """What a backend refuses by itself, what it refused when it was called, and what it would."""
+    backend, late = registry.backend(name), late_refusal(name, problem)
+    why = [*backend.reasons(problem), *([late.why] if late else [])]
+    return why or _not_ready(backend, problem)
 
 
-def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float]:
-    """The same as `select`, and until when the choice holds: see `Route.until`."""
+def _not_ready(backend: Backend, problem: Problem) -> list[str]:
+    """That the binary of a problem is not there, without having it compiled."""
+    if not isinstance(backend, Compiled):
+        return []
+    from ..backends.triton.binaries.store import mode, shared
+
+    own = next(iter(backend.binaries(problem)), None)
+    if own is None or mode() == "wait" or shared.find(own) is not None:
+        return []
+    return [shared.state(own)[0] or f"its kernel could not be compiled: {shared.failed(own)}"]
+
+
+def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float, bool]:
+    """The same as `select`, and how long the choice holds: see `Route`."""
     refusals: dict[str, list[str]] = {}
-    until, waiting = 0.0, None
+    until, coming, waiting = 0.0, False, None
+    unmade: list[tuple[str, LateRefusal]] = []
     for name in preference.ordered(problem, tuple(names)):
         why = registry.backend(name).reasons(problem)
         late = None if why else late_refusal(name, problem)
         if not why and late is None:
-            if name == "reference" and problem.device == "cuda" and not problem.empty:
+            if name == "reference" and problem.device == "cuda" and not problem.empty and not coming:
                 _warn_slow(refusals)
-            return registry.backend(name), until
+            return registry.backend(name), until, coming
         if late is not None:
             why = [late.why]
             until = min(until or math.inf, late.until)
-            waiting = waiting or (name if late.until < math.inf else None)
+            coming |= late.coming
+            if late.make is not None:
+                unmade.append((name, late))
+            elif waiting is None and late.until < math.inf:
+                waiting = name
         refusals[name] = why
     if waiting is not None:  # nobody else is left: it may go well now
-        return registry.backend(waiting), until
+        return registry.backend(waiting), until, False
+    for name, late in unmade:  # nobody else is left: the call waits
+        try:
+            late.make()  # type: ignore[misc]
+        except Refusal as error:
+            refusals[name] = [str(error)]
+        else:
+            return registry.backend(name), until, False
     raise nobody(refusals)
 
 

@@ -33,6 +33,9 @@ class Warmth:
     families: tuple[Family, ...]
     notes: tuple[str, ...]  #: what was left out, and why
     milliseconds: float
+    compiled: int = 0  #: kernels of our own
+    kernels_loaded: int = 0  #: kernels of our own that were on disk
+    failed: tuple[str, ...] = ()  #: kernels that could not be compiled, and why
 
     @property
     def built(self) -> int:
@@ -47,7 +50,7 @@ class Warmth:
     @property
     def complete(self) -> bool:
         """Whether every family is ready and as fast as possible on this kind of device."""
-        return not any(family.avoidable for family in self.families)
+        return not self.failed and not any(family.avoidable for family in self.families)
 
     def __str__(self) -> str:
         rows = [
@@ -59,6 +62,9 @@ class Warmth:
             f"{len(rows)} families on {self.device} in {self.milliseconds / 1e3:.1f} s: "
             f"{self.built} plans built, {self.loaded} read from disk."
         )
+        if self.compiled or self.kernels_loaded:
+            lines.append(f"{self.compiled} kernels compiled, {self.kernels_loaded} read from disk.")
+        lines += [f"Not compiled: {text}." for text in self.failed]
         if not self.device.startswith("cuda"):
             lines.append("Plans are for NVIDIA GPUs: on this device there was nothing to build.")
         families: dict[str, list[str]] = {}

@@ -7,14 +7,18 @@ those (see docs/plans.md): a plan depends on a length or a batch size only by th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..api import Explanation, explain, scaled_dot_product_attention
+from ..backends.base import Compiled
 from ..backends.cudnn import plans
+from ..backends.triton.binaries import store
+from ..backends.triton.binaries.flag_set import FlagSet
 from ..counters import stats
 from ..dispatch import registry, routes
 from ..masks import Intervals, Segments
@@ -42,7 +46,8 @@ def warmup(
     layouts: Sequence[str] = ("token_major", "cache"),
     progress: bool = True,
 ) -> Warmth:
-    """Builds plans and kernels, so that no later call of these kinds waits for a build.
+    """Builds plans and kernels, so that no later call of these kinds waits for a build, or is served by a slower kernel
+    until its own is compiled.
 
     It warms up every combination of the arguments, for any length up to `max_length`, by calling the op on small random
     tensors. The state of torch's random generators is unchanged. A device without plans (the CPU) has little to build.
@@ -108,9 +113,48 @@ def warm(
     check_positive("max_length", max_length)
     check_flag("progress", progress)
     kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(on))]
-    start = time.perf_counter()
-    families = tuple(_warm_kind(kind, on) for kind in track(kinds, str, progress))
-    return Warmth(str(on), families, tuple(notes), (time.perf_counter() - start) * 1e3)
+    start, before = time.perf_counter(), stats()["binaries"]
+    failed = _compile(kinds, on, progress)
+    with store.waiting():
+        families = tuple(_warm_kind(kind, on) for kind in track(kinds, str, progress))
+    after = stats()["binaries"]
+    return Warmth(
+        str(on),
+        families,
+        tuple(notes),
+        (time.perf_counter() - start) * 1e3,
+        sum(int(after[name] - before[name]) for name in ("compiles", "background_compiles")),
+        int(after["disk_loads"] - before["disk_loads"]),
+        failed,
+    )
+
+
+def _compile(kinds: Sequence[Kind], device: torch.device, progress: bool) -> tuple[str, ...]:
+    """Compiles the kernels that calls of all kinds need, side by side. Returns which failed, and why."""
+    missing = store.shared.missing(_flag_sets(kinds, device))
+    made = store.shared.make_all(missing, device.index)
+    shown = track(missing, lambda flags: f"compiling {flags}", progress)
+    return tuple([f"{flags}: {why}" for flags, (_, why) in zip(shown, made, strict=True) if why])
+
+
+def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
+    """Of the backends that will serve calls of all kinds once their kernels are there."""
+    backends = [registry.backend(name) for name in registry.allowed()]
+    if not any(isinstance(backend, Compiled) for backend in backends):
+        return []
+    found: dict[FlagSet, None] = {}
+    for kind in kinds:
+        for trial in kind.trials:
+            try:
+                with _trial(kind, trial, device) as (q, k, v, arguments):
+                    problem = explain(q, k, v, **arguments).problem
+            except torch.OutOfMemoryError:  # the call itself will say so
+                torch.cuda.empty_cache()
+                continue
+            first = next((backend for backend in backends if not backend.reasons(problem)), None)
+            if isinstance(first, Compiled):
+                found |= dict.fromkeys(first.binaries(problem))
+    return list(found)
 
 
 def _has_plans(device: torch.device) -> bool:
@@ -143,6 +187,7 @@ def _warm_kind(kind: Kind, device: torch.device) -> Family:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         plans.shared.wait()  # some are built in the background, and lost if the process ends now
+    store.shared.wait()  # what a backward asked for, on a thread of torch's
     after = stats()["plans"]
     return Family(
         str(kind),
@@ -155,8 +200,9 @@ def _warm_kind(kind: Kind, device: torch.device) -> Family:
     )
 
 
-def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
-    """Makes one call. Returns which backend served it, and why the others did not."""
+@contextmanager
+def _trial(kind: Kind, trial: Trial, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    """The arguments of a call, and the state of torch in which it is to be made."""
     a, training = kind.attention, kind.phase.endswith("training")
     with torch.inference_mode(False), torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
         generator = torch.Generator(device).manual_seed(0)
@@ -165,23 +211,27 @@ def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
             (a.kv_heads, trial.kv_len, a.head_dim),
             (a.kv_heads, trial.kv_len, a.value_dim),
         )
-        inputs = [
-            _tensor(layout, (kind.batch, *shape), row, a.dtype, generator)
+        q, k, v = (
+            _tensor(layout, (kind.batch, *shape), row, a.dtype, generator).requires_grad_(training)
             for layout, shape, row in zip(LAYOUTS[trial.layout], shapes, a.rows)
-        ]
+        )
         arguments: dict[str, Any] = {"mask": kind.mask, "window": kind.window, "softcap": a.softcap}
         if a.sinks:
-            arguments["sinks"] = torch.randn(a.q_heads, dtype=a.dtype, device=device, generator=generator)
-        if training:
-            wanted = [x.requires_grad_() for x in (*inputs, *([arguments["sinks"]] if a.sinks else []))]
-        arguments |= _lengths(trial, kind.batch, kind.mask == "causal", device)
-        q, k, v = inputs
+            sinks = torch.randn(a.q_heads, dtype=a.dtype, device=device, generator=generator)
+            arguments["sinks"] = sinks.requires_grad_(training)
+        yield q, k, v, arguments | _lengths(trial, kind.batch, kind.mask == "causal", device)
+
+
+def _call(kind: Kind, trial: Trial, device: torch.device) -> Explanation:
+    """Makes one call. Returns which backend served it, and why the others did not."""
+    with _trial(kind, trial, device) as (q, k, v, arguments):
         try:
             out = scaled_dot_product_attention(q, k, v, **arguments)
         except registry.BackendError:
             return explain(q, k, v, **arguments)
-        if training:
+        if q.requires_grad:
             assert isinstance(out, Tensor)
+            wanted = [x for x in (q, k, v, arguments.get("sinks")) if x is not None]
             torch.autograd.grad(out, wanted, torch.zeros_like(out))
         return explain(q, k, v, **arguments)  # after the call, because a backend may refuse only when it is called
 

@@ -18,9 +18,10 @@ from plan_files import PAYLOAD, key
 
 from fastattn._compat import torch as torch_internals
 from fastattn.backends.cudnn import disk
-from fastattn.backends.cudnn.folder import KEY
 from fastattn.backends.cudnn.graphs import PlanKey
 from fastattn.backends.cudnn.plan_cache import PlanCache
+from fastattn.common import disk as files
+from fastattn.common.folder import KEY
 
 
 @pytest.fixture(autouse=True)
@@ -145,16 +146,16 @@ def test_switched_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FASTATTN_PLAN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert disk.directory() == tmp_path / "fastattn" / "plans"
+    assert files.directory() == tmp_path / "fastattn" / "plans"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert disk.directory() == tmp_path / "home" / ".cache" / "fastattn" / "plans"
+    assert files.directory() == tmp_path / "home" / ".cache" / "fastattn" / "plans"
 
     def homeless() -> Path:
         raise RuntimeError("no home")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert disk.directory() is None
+    assert files.directory() is None
     assert disk.load(key()) is None
     disk.store(key(), PAYLOAD)
 
@@ -179,11 +180,11 @@ def test_a_disk_that_does_not_take_files(folder: Path, monkeypatch: pytest.Monke
 def test_the_least_recently_used_files_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.store(key(0), PAYLOAD)
     size = the_file(folder).stat().st_size
-    monkeypatch.setattr(disk, "MAX_BYTES", 4 * size + 10)
+    monkeypatch.setattr(files, "MAX_BYTES", 4 * size + 10)
     for length in range(1, 4):
         disk.store(key(length), PAYLOAD)
     for age, length in enumerate((0, 3, 2, 1)):  # 1 is the oldest
-        path = folder / disk._name(disk._label(key(length)))
+        path = folder / disk.FILES.name(disk._label(key(length)))
         os.utime(path, (1000 - age, 1000 - age))
     assert disk.load(key(1)) == PAYLOAD, "used now"
     disk.store(key(9), PAYLOAD)

@@ -19,7 +19,8 @@ from other_users import ALICE, MALLORY, as_root, user
 from plan_files import PAYLOAD, key
 
 from fastattn.backends.cudnn import disk
-from fastattn.backends.cudnn import folder as folders
+from fastattn.common import disk as files
+from fastattn.common import folder as folders
 from fastattn.common import notice
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
@@ -43,12 +44,12 @@ def folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_of(folder: Path, length: int = 7) -> Path:
-    return folder / disk._name(disk._label(key(length)))
+    return folder / disk.FILES.name(disk._label(key(length)))
 
 
 def forged(secret: bytes = bytes(32)) -> bytes:
     """A plan file that is right in every way but that its writer did not know the folder's key."""
-    return disk._pack(HOSTILE, disk._label(key()), secret)
+    return disk.FILES.pack(HOSTILE, disk._label(key()), secret)
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -238,7 +239,7 @@ def test_only_plans_are_ever_removed(folder: Path, monkeypatch: pytest.MonkeyPat
     """A folder in which the user has other things, some with names much like ours."""
     disk.store(key(0), PAYLOAD)
     size = plan_of(folder, 0).stat().st_size
-    monkeypatch.setattr(disk, "MAX_BYTES", 2 * size)
+    monkeypatch.setattr(files, "MAX_BYTES", 2 * size)
     hashed = "0" * 64
     others = [
         "business.plan", "draft.tmp", f"{hashed}.tmp", f"{hashed}.plan.bak", f"{hashed}.PLAN", f"{hashed[1:]}.plan",
@@ -264,7 +265,7 @@ def test_only_plans_are_ever_removed(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_files_of_others_are_not_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.store(key(0), PAYLOAD)
     os.chown(plan_of(folder, 0), MALLORY, MALLORY)
-    monkeypatch.setattr(disk, "MAX_BYTES", 1)
+    monkeypatch.setattr(files, "MAX_BYTES", 1)
     disk.store(key(1), PAYLOAD)
     assert plan_of(folder, 0).exists() and not plan_of(folder, 1).exists()
 
@@ -281,17 +282,17 @@ def test_a_folder_that_others_may_write_to_is_not_used(folder: Path, mode: int) 
     disk.store(key(8), PAYLOAD)
     disk.discard(key())
     assert everything(folder) == before
-    assert "may write to it" in (disk.refusal() or "")
+    assert "may write to it" in (files.refusal() or "")
     folder.chmod(0o755)
     assert disk.load(key()) == PAYLOAD
-    assert disk.refusal() is None
+    assert files.refusal() is None
 
 
 def test_a_folder_below_one_that_all_may_write_to_is_not_used(folder: Path, place: Path) -> None:
     disk.store(key(), PAYLOAD)
     place.chmod(0o777)
     assert disk.load(key()) is None
-    assert "exchange" in (disk.refusal() or "")
+    assert "exchange" in (files.refusal() or "")
     place.chmod(0o1777)  # as /tmp
     assert disk.load(key()) == PAYLOAD
     place.chmod(0o775)  # a umask of 002
@@ -332,7 +333,7 @@ def test_links_of_others_are_not_followed(folder: Path, place: Path) -> None:
         folder.symlink_to(place / "mine")
     disk.store(key(), PAYLOAD)
     assert everything(place / "mine") == {}
-    assert "what leads to it" in (disk.refusal() or "")
+    assert "what leads to it" in (files.refusal() or "")
 
 
 @as_root
@@ -408,7 +409,7 @@ def test_a_tilde_is_the_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(place))
     for chosen in ("~/plans", "~"):
         monkeypatch.setenv("FASTATTN_PLAN_CACHE", chosen)
-        assert disk.directory() == Path(str(place) + chosen[1:])
+        assert files.directory() == Path(str(place) + chosen[1:])
 
 
 @pytest.mark.parametrize("chosen", ["plans", "./plans", "../plans", "~nobody-of-this-name/plans", " /plans"])
@@ -431,9 +432,9 @@ def test_a_relative_xdg_folder_is_no_folder(base: str, place: Path, monkeypatch:
     monkeypatch.delenv("FASTATTN_PLAN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(place / "home"))
-    assert disk.directory() == place / "home" / ".cache" / "fastattn" / "plans"
+    assert files.directory() == place / "home" / ".cache" / "fastattn" / "plans"
     monkeypatch.setenv("HOME", "home")
-    assert disk.directory() is None
+    assert files.directory() is None
 
 
 def test_no_descriptor_is_left_open(folder: Path, place: Path) -> None:

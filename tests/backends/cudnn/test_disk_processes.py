@@ -19,6 +19,7 @@ import pytest
 from plan_files import key
 
 from fastattn.backends.cudnn import disk
+from fastattn.common import disk as files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes and signals")
 
@@ -104,7 +105,7 @@ def stop_at(point: str, number: int, version: int) -> None:
     elif point == "written":
         os.replace = stop  # type: ignore[assignment]
     elif point == "renamed":
-        disk._trim = stop
+        files._trim = stop
     else:
         os.scandir = stop  # type: ignore[assignment]
     disk.store(key(number), payload(number, version))
@@ -269,7 +270,7 @@ def test_what_killed_ones_leave_goes_after_an_hour(server: Server, folder: Path)
 def test_what_killed_ones_leave_counts_as_room(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are killed within the hour: all files together stay within the limit."""
     limit = 5 * SIZE
-    monkeypatch.setattr(disk, "MAX_BYTES", limit)
+    monkeypatch.setattr(files, "MAX_BYTES", limit)
     for turn in range(12):
         kill(server.tell("stop_at", "written", 0, 0))
         for path in age(folder, 60.0):  # all that are there: the older, the sooner they go

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +44,26 @@ def make_current(device: int) -> None:
         _check(driver.cuCtxSetCurrent(context), "setting a context")
 
 
+def use_device(device: int) -> None:
+    """Makes the context that torch uses on a device this thread's, whichever it had: for threads of our own."""
+    driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), "finding a device")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "finding a context")
+    _check(driver.cuCtxSetCurrent(context), "setting a context")
+
+
+@contextmanager
+def _during_captures() -> Iterator[None]:
+    """Within the block this thread may load a module while it, or another one, captures a CUDA graph in "global" mode,
+    torch's default: that would end the capture otherwise."""
+    driver, mode = _driver(), ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "setting a thread's capture mode")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # as it was
+
+
 class Function:
     """A kernel of a binary, on every device that asks for it."""
 
@@ -57,9 +79,10 @@ class Function:
             handle = self._handles.get(device)
             if handle is None:
                 module, handle, driver = ctypes.c_void_p(), ctypes.c_void_p(), _driver()
-                _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), "loading a kernel")
-                _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, self._name), "finding a kernel")
-                _check(driver.cuFuncSetAttribute(handle, _MAX_SHARED, self._shared), "its shared memory")
+                with _during_captures():
+                    _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), "loading a kernel")
+                    _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, self._name), "finding a kernel")
+                    _check(driver.cuFuncSetAttribute(handle, _MAX_SHARED, self._shared), "its shared memory")
                 self._handles[device] = handle
         return handle
 
@@ -71,6 +94,54 @@ class Function:
         )
         if status:
             _check(status, "launching a kernel")
+
+    def launch_grid(
+        self,
+        grid: tuple[int, int, int],
+        device: int,
+        stream: int,
+        arguments: ctypes.Array[ctypes.c_void_p],
+        overlaps: bool = False,
+    ) -> None:
+        """As `launch`, over three dims. overlaps: it may start while the kernel before it in the stream still runs, to
+        wait for that one itself (programmatic dependent launch)."""
+        handle = self._handles.get(device) or self.load(device)
+        place = ctypes.c_void_p(stream)
+        if overlaps:
+            config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(self._threads, 1, 1), self._shared)
+            config.stream, config.attributes, config.count = place, _OVERLAP, 1
+            status = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, arguments, None)
+        else:
+            status = _driver().cuLaunchKernel(handle, *grid, self._threads, 1, 1, self._shared, place, arguments, None)
+        if status:
+            _check(status, "launching a kernel")
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of whose 64 bytes for a value ours takes the first four."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("_pad", ctypes.c_uint32),
+        ("value", ctypes.c_uint32),
+        ("_rest", ctypes.c_uint32 * 15),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint32),
+    )
+
+
+_OVERLAP = (_Attribute * 1)(_Attribute(id=6, value=1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Description:

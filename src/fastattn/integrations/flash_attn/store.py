@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends.triton.launcher import native
-from ...dispatch.operators import plain
+from ...dispatch.eager import plain
 
 
 class Places(NamedTuple):

@@ -47,7 +47,9 @@ class Decision(NamedTuple):
 
 _OURS, _OURS_AS_IT_IS, _TORCHS = Decision(), Decision(as_it_is=True), Decision(KERNELS)
 
-_decisions = shape_cache.section("drop-in", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED])  #: `Decision` by kind
+_decisions = shape_cache.section(
+    "drop-in", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY]
+)  #: `Decision`s
 
 
 def at_once(query: Any) -> str:

@@ -118,6 +118,15 @@ def test_masks_by_row_share_a_binary() -> None:
         assert found == {Flags("bf16", (128, 128), INTERVALS, keys=keys, short=True)}
 
 
+def test_every_binary_of_other_lengths_is_known_beforehand() -> None:
+    for changes in ({}, {"right": 0}, {"left": 9, "right": 0}, {"kv_lengths": True, "right": 0}, {"head_dim": 256}):
+        listed = launch.all_flags(problem(**changes))
+        assert listed[0] == launch.flags(problem(**changes)) and len(set(listed)) == len(listed)
+        others = [(q_len, kv_len) for q_len in (1, 5, 768, 769, 4000) for kv_len in (1, 5, 768, 769, 4000)]
+        found = {launch.flags(problem(q_len=q_len, kv_len=kv_len, **changes)) for q_len, kv_len in others}
+        assert found <= set(listed)
+
+
 def test_layouts_that_the_copy_engine_reads() -> None:
     x = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
     assert launch.readable(x)

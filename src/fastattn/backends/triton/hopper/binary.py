@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..binaries.flag_set import Binary
+
 CAPABILITY = (9, 0)
 FULL, ALIGNED, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
 
@@ -57,15 +59,23 @@ class Flags:
     def blocks(self) -> Blocks:
         return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
 
+    def __str__(self) -> str:
+        words = ["Hopper forward", self.dtype, f"{self.dims[0]}/{self.dims[1]}", ("full", "aligned", "band")[self.mask]]
+        words += [name for name in ("q_lengths", "kv_lengths", "softcap", "lse", "short") if getattr(self, name)]
+        return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
 
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """A compiled kernel: machine code for SM 9.0, and all that launching it needs."""
+    # What a `FlagSet` has.
 
-    cubin: bytes
-    name: str
-    shared: int  #: bytes of shared memory
-    threads: int
+    @property
+    def capability(self) -> tuple[int, int]:
+        return CAPABILITY
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ()
+
+    def compile(self) -> Binary:
+        return compile_binary(self)
 
 
 def compile_binary(flags: Flags) -> Binary:

@@ -6,6 +6,7 @@ import ctypes
 import math
 import struct
 import threading
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from ....call import Call, Problem
 from ....shape_cache import shape_cache
 from ...layout import Output, copied
 from ...scratch import scratch
+from ..binaries import store as binaries
 from ..cuda_driver import Description, Function, describe, make_current
 from ..launcher import has_triton
 from .binary import (
@@ -31,7 +33,6 @@ from .binary import (
     SHORT_BLOCKS,
     TILE,
     Flags,
-    compile_binary,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -102,6 +103,13 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     )
 
 
+def all_flags(p: Problem) -> list[Flags]:
+    """The binaries of the problem and of problems that differ from it in lengths alone: its own first."""
+    own = flags(p)
+    lengths = ((p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1))
+    return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
+
+
 def readable(x: Tensor) -> bool:
     """True when the copy engine can read or write `x` `[B, H, S, D]` (2 bytes an element) where it lies."""
     step = _ALIGNMENT // x.element_size()
@@ -126,11 +134,9 @@ def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
     return x, found
 
 
-@cache
-def function(name: Flags) -> Function:
-    """The binary of that name, ready to be launched. Compiles it the first time: seconds, off the disk milliseconds."""
-    binary = compile_binary(name)
-    return Function(binary.cubin, binary.name, binary.shared, binary.threads)
+def function(name: Flags, device: int | None = None) -> Function:
+    """The binary of that name, ready to be launched: see `Binaries.function`, also for what it raises."""
+    return binaries.shared.function(name, device)
 
 
 @cache
@@ -150,7 +156,7 @@ class Forward:
         p = self._problem = problem
         self._flags = flags(p, None if call.sinks is None else call.sinks.dtype)
         self._blocks = self._flags.blocks
-        self._function = function(self._flags)
+        self._function = function(self._flags, call.q.device.index)
         self._output = Output(p, call.q)
         self._device = call.q.device.index
         rows = -(-p.q_len // TILE)

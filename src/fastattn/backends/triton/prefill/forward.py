@@ -129,9 +129,7 @@ class PrefillKernel(_Forward):
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q, scale = self._problem, call.q, call.scale
-        if not scale > 0:  # the kernel takes the maximum of scores before it scales them
-            q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-        out = self._output(call.q)
+        out = self._output(q)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         lists = self._lists(call) if self._lists else None
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)

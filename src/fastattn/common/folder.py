@@ -1,10 +1,11 @@
 """A folder that nobody but this user can have filled, held by a descriptor: what was checked is what is used.
 
-A plan from disk is handed to cuDNN, which believes it, so that whoever can write one runs code here. Three things stand
-in the way. The folder belongs to the user who runs (the effective one: root in somebody's home trusts nothing there),
-and nobody else may write to it or exchange what leads to it. The files in it are regular, the user's, and nobody else's
-to write. And each carries a code (HMAC) made with a key that is in the folder, for the user's eyes only, and knows
-which file it is: a folder that was unpacked from an archive, or copied, has another inode, and so no key and no plans.
+A plan from disk is handed to cuDNN, a kernel to the driver, and both believe it, so that whoever can write one runs
+code here. Three things stand in the way. The folder belongs to the user who runs (the effective one: root in somebody's
+home trusts nothing there), and nobody else may write to it or exchange what leads to it. The files in it are regular,
+the user's, and nobody else's to write. And each carries a code (HMAC) made with a key that is in the folder, for the
+user's eyes only, and knows which file it is: a folder that was unpacked from an archive, or copied, has another inode,
+and so no key and no plans.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""Launching a plain Triton kernel by its binary: no launch waits for Triton's compiler, nor goes through its binder."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._compat import torch as torch_internals
+from ..cuda_driver import Function, make_current
+from . import store
+from .triton_kernel import ALIGNMENT, TritonFlags, flags_of
+
+_UNUSED = 2  #: arguments that Triton adds to each kernel: scratch memory, of which ours have none
+
+
+class BinaryLauncher:
+    """A kernel with its grid, integers and constants, as `triton.launcher.Launcher`: all that is left to say of a
+    launch is tensors and floats. From launch to launch these are None at the same places, and tensors of the same
+    dtypes.
+
+    The kernel takes tensors, integers, floats, constants, in this order, and declares every integer
+    `do_not_specialize`. options: num_warps and the like; with `launch_pdl` it may start while the kernel before it
+    still runs.
+    """
+
+    __slots__ = (
+        *("_aligned", "_capability", "_constants", "_device", "_functions", "_grid", "_integers", "_kernel"),
+        *("_local", "_options", "_overlaps"),
+    )
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        capability: tuple[int, int],
+        integers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        **options: int,
+    ) -> None:
+        self._kernel = kernel
+        x, y, z = (*grid, 1, 1)[:3]
+        self._grid = x, y, z
+        self._device = device.index
+        self._capability = capability
+        self._integers = integers
+        self._constants = constants
+        self._options = options
+        self._overlaps = bool(options.get("launch_pdl"))
+        self._aligned: Function | None = None  #: the binary for tensors that all are
+        self._functions: dict[TritonFlags, Function] = {}
+        self._local = threading.local()
+
+    def flags(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> TritonFlags:
+        """The binary that a launch with these takes."""
+        pointers = [
+            None if x is None else (str(x.dtype).removeprefix("torch."), not x.data_ptr() % ALIGNMENT) for x in tensors
+        ]
+        return flags_of(
+            self._kernel, self._capability, pointers, self._integers, floats, self._constants, self._options
+        )
+
+    def prepare(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
+        """Finds the binary, before a launch. Raises what `Binaries.function` raises."""
+        self._find(tensors, floats)
+
+    def __call__(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
+        """Launches the kernel on torch's current stream of the device. Raises what `prepare` raises."""
+        index = self._device
+        if index != torch_internals.current_device():
+            with torch.cuda.device(index):
+                return self(tensors, floats)
+        addresses = [x.data_ptr() for x in tensors if x is not None]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        function = None if bits % ALIGNMENT else self._aligned
+        if function is None:
+            function = self._find(tensors, floats)
+            if not bits % ALIGNMENT:
+                self._aligned = function
+        kept = self._local.__dict__
+        if not kept:
+            make_current(index)
+            kept["pack"], kept["values"], kept["places"] = _room(len(addresses), self._integers, floats)
+        kept["pack"].pack_into(kept["values"], 0, *addresses, *self._integers, *[x for x in floats if x is not None])
+        stream = torch_internals.raw_stream(index)
+        function.launch_grid(self._grid, index, stream, kept["places"], self._overlaps)
+
+    def _find(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...]) -> Function:
+        flags = self.flags(tensors, floats)
+        found = self._functions.get(flags)
+        if found is None:
+            found = self._functions[flags] = store.shared.function(flags, self._device)
+        return found
+
+
+def _room(pointers: int, integers: tuple[int, ...], floats: tuple[float | None, ...]) -> tuple[struct.Struct, Any, Any]:
+    """What packs a launch's values, eight bytes each, where to, and the addresses of them all, as the driver wants
+    them. (It knows itself how many bytes of each the kernel reads.)"""
+    count = len([x for x in floats if x is not None])
+    pack = struct.Struct("<" + "Q" * pointers + "q" * len(integers) + "f4x" * count)
+    values = ctypes.create_string_buffer(pack.size + 8)
+    first = ctypes.addressof(values)
+    places = [*range(first, first + pack.size, 8), *[first + pack.size] * _UNUSED]
+    return pack, values, (ctypes.c_void_p * len(places))(*places)
