@@ -26,13 +26,15 @@ Rows that see a key have exactly the bounds of `masks.bounds`, within the range 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...call import Call, Problem
+from .binaries.launcher import Launch, launcher_of
 from .key_bias import RANGE, KeyBias, is_key_mask, narrowed
-from .launcher import Launcher, overlaps
+from .launcher import overlaps
 from .masking import visible_keys
 
 HEADER = tl.constexpr(4)  #: numbers before the tiles
@@ -243,10 +245,11 @@ class Bounds:
         interval_strides = (0, 0) if lo is None else _strides(lo.contiguous() if self._strided else lo)
         pdl = overlaps(p.capability)
         options = {"launch_pdl": True} if pdl else {}
-        self._bounds = Launcher(
+        self._bounds = launcher_of(
             bounds_kernel,
             (self.tiles, p.batch),
             call.q.device,
+            p.capability,
             (*table_strides, *interval_strides, p.q_len, p.kv_len, left, right, count, count.bit_length(), *ranges),
             (0 if table is None else table.shape[0], tile, pdl),
             num_warps=max(1, min(4, tile // 32)),
@@ -255,9 +258,21 @@ class Bounds:
         block = 64
         self._order = None
         if ordered:
-            self._order = Launcher(
-                order_kernel, (-(-every // block),), call.q.device, (every, tile), (block, pdl), num_warps=4, **options
+            grid = (-(-every // block),)
+            self._order = launcher_of(
+                order_kernel, grid, call.q.device, p.capability, (every, tile), (block, pdl), num_warps=4, **options
             )
+
+    def launches(self, call: Call) -> list[Launch]:
+        """What `binaries.launcher.prepare` takes."""
+        memory = torch.empty(0, dtype=torch.uint8, device="meta")
+        tensors = memory, call.segments, call.lo, call.hi, call.q_lengths, call.kv_lengths
+        found: list[Launch] = [(self._bounds, tensors, ())]
+        if self._order is not None:
+            found.append((self._order, (memory,), ()))
+        if self.keys is not None:
+            found += self.keys.launches(call)
+        return found
 
     def __call__(self, call: Call, memory: Tensor) -> None:
         """Fills the memory: uint8, contiguous, at least `size` bytes on the call's device, its address a multiple of 16

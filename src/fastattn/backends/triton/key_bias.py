@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from ...call import Call, Problem
 from ...masks import LOWEST
-from .launcher import Launcher, overlaps
+from .binaries.launcher import Launch, launcher_of
+from .launcher import overlaps
 
 RANGE = tl.constexpr(4)  #: numbers of a row's range
 SLACK = 128  #: numbers before the first bias, so that a block that begins before key 0 can be read whole
@@ -116,15 +118,20 @@ class KeyBias:
         self.strides = (self.heads * p.kv_len if batch > 1 else 0, p.kv_len if self.heads > 1 else 0)
         mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
         pdl = overlaps(p.capability)
-        self._launch = Launcher(
+        self._launch = launcher_of(
             key_bias_kernel,
             (self.heads, batch),
             call.q.device,
+            p.capability,
             (*mask_strides[:2], mask_strides[3], self.heads, p.kv_len, self.ranges_at, self.bias_at),
             (1024, pdl),
             num_warps=4,
             **({"launch_pdl": True} if pdl else {}),
         )
+
+    def launches(self, call: Call) -> list[Launch]:
+        """See `Bounds.launches`."""
+        return [(self._launch, (torch.empty(0, dtype=torch.uint8, device="meta"), call.mask), ())]
 
     def __call__(self, call: Call, memory: Any) -> None:
         self._launch((memory, call.mask))

@@ -13,10 +13,40 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ..cuda_driver import Function, make_current
+from ..launcher import Launcher
 from . import store
 from .triton_kernel import ALIGNMENT, TritonFlags, flags_of
 
 _UNUSED = 2  #: arguments that Triton adds to each kernel: scratch memory, of which ours have none
+
+
+#: What `launcher_of`'s results are launched with, at bind: tensors and floats.
+Launch = tuple["BinaryLauncher | Launcher", Sequence[Tensor | None], tuple[float | None, ...]]
+
+
+def launcher_of(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    capability: tuple[int, int],
+    integers: tuple[int, ...],
+    constants: tuple[Any, ...],
+    **options: int,
+) -> BinaryLauncher | Launcher:
+    """Launches a kernel by its binary or, on the CPU, through Triton's interpreter."""
+    if device.type == "cpu":
+        return Launcher(kernel, grid, device, integers, constants, **options)
+    return BinaryLauncher(kernel, grid, device, capability, integers, constants, **options)
+
+
+def prepare(launches: Sequence[Launch]) -> None:
+    """Finds the binaries of all launches of a kernel that is being bound. Those that are not there are compiled side by
+    side. Raises what `Binaries.function` raises."""
+    found = [(x, tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+    for launcher, tensors, floats in found:
+        launcher.ask(tensors, floats)
+    for launcher, tensors, floats in found:
+        launcher.prepare(tensors, floats)
 
 
 class BinaryLauncher:
@@ -65,6 +95,11 @@ class BinaryLauncher:
         return flags_of(
             self._kernel, self._capability, pointers, self._integers, floats, self._constants, self._options
         )
+
+    def ask(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
+        """Has the binary compiled in the background, if it is not there and calls do not wait."""
+        if store.mode() == "background":
+            store.shared.ask(self.flags(tensors, floats), self._device)
 
     def prepare(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
         """Finds the binary, before a launch. Raises what `Binaries.function` raises."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ....call import Call, Gradients, Problem
 from ...base import Kernel
+from ..binaries.flag_set import FlagSet
 from . import launch
 
 
@@ -17,6 +20,9 @@ class HopperBackend:
 
     def reasons(self, problem: Problem) -> list[str]:
         return [*launch.reasons(problem), *(["has no gradients"] if problem.grads else [])]
+
+    def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        return launch.all_flags(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         return _HopperKernel(launch.Forward(problem, call))

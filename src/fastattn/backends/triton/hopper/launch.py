@@ -170,9 +170,11 @@ class Forward:
         self._bounds: Any = None
         bias_strides = (0, 0)
         if self._flags.mask == INTERVALS:
+            from ..binaries.launcher import prepare
             from ..bounds import Bounds
 
             self._bounds = Bounds(p, call, TILE, ordered=True)
+            prepare(self._bounds.launches(call))
             if self._bounds.keys is not None:
                 bias_strides = self._bounds.keys.strides
         integers = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ....call import Call, Problem
 from ...base import Kernel
+from ..binaries.flag_set import FlagSet
 from ..launcher import missing
 from . import launch_config
 
@@ -40,6 +43,11 @@ class PrefillBackend:
         if not why and not launch_config.fits(p):
             why.append("head and value dims take more shared memory than a program may have on this GPU")
         return why
+
+    def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        from .forward import binaries
+
+        return binaries(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         from .forward import bind

@@ -13,8 +13,11 @@ from ....call import Call, Gradients, Problem
 from ...base import Kernel
 from ...layout import Output
 from ...scratch import scratch
+from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
+from ..binaries.launcher import Launch as Prepared
 from ..bounds import Bounds
-from ..launcher import Launcher
+from ..representative import representative
 from ..tile_parts import parts
 from .block_lists import classify_kernel, list_kernel
 from .kernel import forward_kernel
@@ -22,6 +25,7 @@ from .launch_config import Launch, by_head, choose, listed
 
 _LOG2_E = math.log2(math.e)
 _CLASSIFIED = 4  #: blocks of keys that one program classifies
+_FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
 _TILE = 64  #: rows whose bounds one program finds
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
@@ -32,6 +36,20 @@ def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Kernel:
         return _WithSegments(problem, call, launch)
     readable, p = _readable(problem, call)
     return PrefillKernel(p, call, launch or choose(p)) if readable is call else _WithCopies(problem, launch)
+
+
+def binaries(problem: Problem) -> list[FlagSet]:
+    """See `Compiled.binaries`."""
+    call = representative(problem)
+    before: list[Prepared] = []
+    if call.segments is not None:
+        before = Bounds(problem, call, _TILE).launches(call)
+        shape = problem.batch, problem.q_len
+        problem = replace(problem, mask="intervals", mask_shape=shape, left=-1, right=-1)
+        call = representative(problem)
+    own = PrefillKernel(problem, call, choose(problem)).launches(call)
+    launches = [*own, *before]
+    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
 
 
 class _Forward:
@@ -54,6 +72,8 @@ class _WithSegments(_Forward):
         self._strides = self._bounds.tiles * _TILE, 1
         q = replace(p, mask="intervals", mask_shape=self._shape, left=-1, right=-1)
         nothing = torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")
+        if call.q.device.type == "cuda":
+            prepare(self._bounds.launches(call))
         self._kernel = bind(q, self._with_bounds(call, nothing), launch)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -114,10 +134,11 @@ class PrefillKernel(_Forward):
         integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
         self._forward = {
-            (in_k, precision): Launcher(
+            (in_k, precision): launcher_of(
                 forward_kernel,
                 grid,
                 call.q.device,
+                p.capability,
                 integers,
                 (*constants, in_k, by_head(p), precision),
                 num_warps=launch.warps,
@@ -126,6 +147,24 @@ class PrefillKernel(_Forward):
             for in_k in ((False, True) if _may_share(p, call) else (False,))
             for precision in _PRECISIONS.get(p.dtype, ("ieee",))
         }
+        if call.q.device.type == "cuda":
+            prepare(self.launches(call, self._in_k(call)))
+
+    def launches(self, call: Call, in_k: bool = False) -> list[Prepared]:
+        """What a call launches, the kernel first. in_k: v lies in k."""
+        p = self._problem
+
+        def made(dtype: torch.dtype) -> Tensor:
+            return torch.empty(0, dtype=dtype, device="meta")
+
+        out, lse = made(p.dtype), made(torch.float32) if self._lse else None
+        lists = made(torch.int32) if self._lists else None
+        launcher = self._forward[in_k, _precision(p)]
+        found: list[Prepared] = [(launcher, _tensors(call, out, lse, lists), _FLOATS)]
+        return found + self._lists.launches(call) if self._lists else found
+
+    def _in_k(self, call: Call) -> bool:
+        return (True, _precision(self._problem)) in self._forward and call.v.data_ptr() == call.k.data_ptr()
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q, scale = self._problem, call.q, call.scale
@@ -135,15 +174,14 @@ class PrefillKernel(_Forward):
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
         if p.mask != "additive":
             factor *= _LOG2_E
-        in_k = (True, _precision(p)) in self._forward and call.v.data_ptr() == call.k.data_ptr()
-        self._forward[in_k, _precision(p)](
-            (
-                *(q, call.k, call.v, out, lse, call.mask, lists),
-                *(call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths),
-            ),
-            (inner, factor),
-        )
+        self._forward[self._in_k(call), _precision(p)](_tensors(call, out, lse, lists), (inner, factor))
         return out, lse
+
+
+def _tensors(call: Call, out: Tensor, lse: Tensor | None, lists: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The kernel's tensors."""
+    read = call.mask, lists, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
+    return call.q, call.k, call.v, out, lse, *read
 
 
 class _Lists:
@@ -170,10 +208,18 @@ class _Lists:
         unit, strides, adjacent = _mask_layout(p, call.mask)
         integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *_band(p))
         constants = launch.block_m, launch.block_n, unit, adjacent
-        device = call.q.device
+        where = call.q.device, p.capability
         grid = entries, -(-key_blocks // _CLASSIFIED)
-        self._classify = Launcher(classify_kernel, grid, device, integers, (*constants, _CLASSIFIED), num_warps=4)
-        self._list = Launcher(list_kernel, (entries,), device, integers, (*constants, _LISTED, shared), num_warps=4)
+        self._classify = launcher_of(classify_kernel, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
+        self._list = launcher_of(list_kernel, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
+
+    def launches(self, call: Call) -> list[Prepared]:
+        """What a call launches."""
+        memory = torch.empty(0, dtype=torch.uint8, device="meta")
+        lists = torch.empty(0, dtype=torch.int32, device="meta")
+        states, lengths = memory if self._states else None, (call.q_lengths, call.kv_lengths)
+        found: list[Prepared] = [(self._list, (call.mask, states, lists, *lengths), ())]
+        return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
 
     def __call__(self, call: Call) -> Tensor:
         memory = scratch(call.q.device, self._size + self._states)
