@@ -23,11 +23,26 @@ CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=75, head_dim=24, dt
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
-    """Several blocks of queries and keys in the shapes of this file, and lists for every mask."""
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """Several blocks of queries and keys in the shapes of this file, and lists for every mask. On a GPU the shapes are
+    larger instead: see `sized`."""
+    monkeypatch.setattr(launch, "LISTED_KEYS", 48)
+    if "cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
+        return
     choose = launch.choose
     monkeypatch.setattr(forward, "choose", lambda p: dataclasses.replace(choose(p), block_m=16, block_n=16))
-    monkeypatch.setattr(launch, "LISTED_KEYS", 48)
+
+
+def sized(case: Case, device: str) -> Case:
+    """The case with lengths that make as many of the GPU's blocks."""
+    if device == "cpu":
+        return case
+
+    def longer(x: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if x is None else tuple(5 * n for n in x)
+
+    longer_lengths = {name: longer(getattr(case, name)) for name in ("q_lengths", "kv_lengths")}
+    return case.but(q_len=5 * case.q_len, kv_len=5 * case.kv_len, **longer_lengths)
 
 
 SERVED = [
@@ -90,7 +105,7 @@ def test_blocks(name: str, dtype: torch.dtype, device: str) -> None:
     """Several blocks of queries and of keys: full, partial and hidden ones."""
     if dtype == FP16 and device == "cpu" and len(name) % 3:
         pytest.skip("the interpreter takes its time")
-    check(BLOCKS[name].but(dtype=dtype), "prefill", device)
+    check(sized(BLOCKS[name].but(dtype=dtype), device), "prefill", device)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -99,7 +114,9 @@ def test_blocks(name: str, dtype: torch.dtype, device: str) -> None:
 def test_broadcast_masks(kind: str, shape: str, listed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without lists of blocks."""
     monkeypatch.setattr(forward, "listed", lambda p, _: listed and p.mask_shape[3] > 1)
-    check(CASE.but(mask=f"{kind}:{shape}", keep=0.3, q_len=20, kv_len=50, head_dim=16), "prefill", device)
+    check(
+        sized(CASE.but(mask=f"{kind}:{shape}", keep=0.3, q_len=20, kv_len=50, head_dim=16), device), "prefill", device
+    )
 
 
 @pytest.mark.parametrize(
