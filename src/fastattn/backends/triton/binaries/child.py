@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -37,20 +38,24 @@ def main() -> None:
         return
     if hasattr(os, "nice"):
         os.nice(NICENESS)
-    for name, place in settings["packages"].items():
-        _adopt(name, place)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     folder = tempfile.mkdtemp(prefix="fastattn-")
     tempfile.tempdir = os.environ["TMPDIR"] = folder  # what a process that is killed has left is found by its end
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "cache")  # others may write to the user's own
     threading.Thread(target=_listen, args=(inward, settings["parent"], requests, folder), daemon=True).start()
     try:
+        for name, place in settings["packages"].items():
+            _adopt(name, place)
         while True:
             answer = _answer(requests.get(), settings["version"])
             _write(outward, len(answer).to_bytes(8, "little") + answer)
             for name in os.listdir(folder):
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    finally:  # nobody listens any more
+    except BrokenPipeError:  # nobody listens any more
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
         _end(folder)
 
 
@@ -96,6 +101,7 @@ def _listen(inward: int, parent: int, requests: queue.SimpleQueue[bytes], folder
 
 
 def _end(folder: str) -> None:
+    sys.stderr.flush()
     shutil.rmtree(folder, ignore_errors=True)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)

@@ -71,6 +71,7 @@ class Child:
         self._start, self._timeout = start, timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._said: IO[bytes] | None = None  #: its stderr
+        self._stopped = False
 
     def compile(self, flags: FlagSet) -> Binary:
         """Raises CompileError, or NoCompiler."""
@@ -80,7 +81,7 @@ class Child:
                 self._open()
             self._write(pickle.dumps(flags))
             answer = self._read()
-        except (OSError, EOFError, TimeoutError) as error:
+        except (OSError, ValueError, EOFError) as error:  # (ValueError: the pipe was closed)
             raise NoCompiler(self._why(error)) from error
         if answer[:1] != b"+":
             text = answer[1:].decode(errors="replace")
@@ -91,7 +92,12 @@ class Child:
         except ValueError as error:
             raise NoCompiler(self._why(error)) from error
 
-    def hang_up(self) -> None:
+    def stop(self) -> None:
+        """From any thread: there is to be no process from now on."""
+        self._stopped = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         """From any thread: the process ends as soon as it notices, whatever it does."""
         process = self._process
         if process is not None and process.stdin is not None:
@@ -107,7 +113,7 @@ class Child:
 
     def end(self) -> None:
         """Ends the process, if there is one."""
-        self.hang_up()
+        self._hang_up()
         process, self._process = self._process, None
         if process is not None:
             try:
@@ -145,6 +151,9 @@ class Child:
             bufsize=0,
             start_new_session=True,  # Ctrl-C is not meant for it
         )
+        if self._stopped:  # meanwhile
+            self._hang_up()
+            raise EOFError
         self._write(json.dumps(settings).encode())
 
     def _write(self, data: bytes) -> None:
@@ -289,7 +298,7 @@ class Compilers:
             self._state.notify_all()
             threads, children = list(self._threads), list(self._children)
         for child in children:
-            child.hang_up()
+            child.stop()
         end = time.monotonic() + PATIENCE
         others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
