@@ -158,6 +158,8 @@ def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int,
     for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
         held = stages if asynchronous else max(1, stages - 1)
         numbers = block_m * head + held * keys * (head + (0 if same else value)) + block_m * keys
+        if gaps(p) and size > 2:  # values that pass through registers to be cleared are stored again
+            numbers += keys * value
         mask = 8 * block_m * keys if p.dense_mask else 0
         if numbers * size + mask + _WIDE_REST <= shared:
             return keys, stages
