@@ -173,7 +173,7 @@ _WIDE_STEPS = ((32, 3), (16, 3), (32, 2), (16, 2))
 _WIDE_SAME = ((64, 2), *_WIDE_STEPS)
 _WIDE_FLOAT = ((MIN_DOT, 2),)  #: float32: without tensor cores the operands of a product sit in registers whole
 _WIDE_REST = 2048  #: bytes for what else the kernel exchanges
-_WIDE_RAGGED = 4  #: programs per SM when the rows' lengths differ: more write and read too much
+_WIDE_RAGGED = 2  #: programs per SM when the rows' lengths differ: more would write and read too much
 
 
 def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool) -> int:
