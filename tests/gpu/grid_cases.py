@@ -170,6 +170,20 @@ def _decode() -> Iterator[Case]:
         long.but(dtype=FP16, window=(100, 0), sinks=FP16, head_dim=64),
         long.but(dtype=FP32, kv_lengths=(1500, 257)),
         long.but(dtype=FP32, mask="bool:b1qk", q_len=4),
+        long.but(q_heads=80, kv_heads=1, head_dim=64),  # more heads than a tile has rows
+    )
+    wide = long.but(q_heads=8, kv_heads=1, head_dim=512)
+    yield from (
+        wide,
+        wide.but(head_dim=320, value_dim=256, q_heads=12, kv_heads=2),
+        wide.but(head_dim=576, value_dim=512, kv_lengths=(1500, 33), q_len=3),
+        wide.but(q_len=8, mask="intervals:b1", sinks=FP32),  # 64 rows
+        wide.but(q_len=8, mask="intervals:bq", window=(900, 0)),
+        wide.but(q_len=16, kv_lengths=(0, 1400), q_lengths=(16, 5), return_lse=True),
+        wide.but(head_dim=576, value_dim=512, q_heads=128, dtype=FP16),
+        wide.but(mask="additive:b1qk", softcap=30.0, layout="sliced"),
+        wide.but(dtype=FP32, q_len=4),
+        wide.but(dtype=FP32, mask="bool:b1qk", layout="misaligned"),
     )
 
 
@@ -195,7 +209,8 @@ def must_serve(backend: str, case: Case) -> bool:
     if backend == "torch":
         return c.softcap is None and c.sinks is None and not c.return_lse and "m" not in c.grads
     if backend == "decode":
-        few = c.q_len * c.q_heads // c.kv_heads <= 64
+        group = c.q_heads // c.kv_heads
+        few = c.q_len * group <= 64 or (c.q_len <= 16 and (group > 64 or max(c.head_dim, value_dim) > 256))
         return few and not c.grads and c.softcap is None and c.mask_kind in ("none", "causal", "intervals", "segments")
     trivial = c.q_len == c.kv_len == 1 and bool(c.grads)
     plain = c.softcap is None and "m" not in c.grads and not trivial

@@ -162,7 +162,7 @@ def problems(
     q_len = draw(st.just(kv_len) | st.just(1) | lengths(least, longest))
     dims = st.sampled_from([8, 16, 40, 33, 3, 1])
     if rows is not None:
-        q_len, dims = min(q_len, rows // group), st.sampled_from([8, 16, 40, 64])
+        q_len, dims = min(q_len, rows // group), st.sampled_from([8, 16, 40, 64, 72, 264])
         kv_len = draw(st.just(kv_len) | lengths(least, longest))
     floats = st.sampled_from(DTYPES)
     kinds = st.sampled_from(["bool", "additive", "finfo"])

@@ -19,6 +19,7 @@ _REFERENCE = ("tests/test_reference.py", "-k", "every_feature and dtype0 or ever
 _TORCH = ("tests/backends/test_torch.py",)
 _EMULATED = ("tests/differential/test_emulated.py",)
 _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layouts")
+_WIDE = ("tests/backends/triton/decode/test_wide_heads.py",)
 _KEYS = ("tests/backends/cudnn/test_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
@@ -193,6 +194,41 @@ MUTATIONS = (
         "        total += tl.exp(sink - base)\n",
         "        total += 0.0\n",
         _DECODE,
+    ),
+    Mutation(
+        "values are taken from the keys wherever they lie",
+        "backends/triton/decode/forward.py",
+        "kernel = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
+        "kernel = self._same",
+        (*_WIDE, "-k", "next_call or elsewhere"),
+    ),
+    Mutation(
+        "values at the keys' address are taken for their first columns, whatever the strides",
+        "backends/triton/decode/forward.py",
+        "return all(one == other for size, one, other in both if size > 1)",
+        "return bool(list(both))",
+        (*_WIDE, "-k", "elsewhere"),
+    ),
+    Mutation(
+        "a step whose first keys some rows do not see is not masked in wide heads",
+        "backends/triton/decode/kernel.py",
+        "if (step < inner_lo) | (",
+        "if (",
+        (*_WIDE, "-k", "test_features and window"),
+    ),
+    Mutation(
+        "the second part of the head dim is left out of the scores",
+        "backends/triton/head_dims.py",
+        "product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision=PRECISION)",
+        "product += 0.0",
+        (*_WIDE, "-k", "test_features and causal"),
+    ),
+    Mutation(
+        "blocks of rows that are neighbours count as tiles",
+        "backends/triton/decode/kernel.py",
+        "tiles = tl.num_programs(0) // blocks",
+        "tiles = tl.num_programs(0)",
+        (*_WIDE, "-k", "blocks_of_rows"),
     ),
     Mutation(
         "splits are combined as if they had the same greatest score",

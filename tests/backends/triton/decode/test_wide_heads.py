@@ -238,3 +238,50 @@ def test_the_device_says_how_much_shared_memory_there_is() -> None:
     assert keys[0] <= keys[1]
     held = [launch.choose(problem, 108, kib << 10) for kib in (99, 227)]
     assert held[0] != held[1]
+
+
+# Only natively: the sizes that are measured.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "batch, heads, length, dims", [(1, 8, 8192, (512, 512)), (1, 128, 4096, (576, 512)), (64, 128, 4096, (576, 512))]
+)
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_measured_sizes(batch: int, heads: int, length: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of a large batch the first and the last entry are compared. What is past the lengths is NaN."""
+    q, k = (torch.randn(batch, *x, device="cuda", dtype=dtype) for x in ((heads, 1, dims[0]), (1, length, dims[0])))
+    v = k[..., : dims[1]] if dims[1] < dims[0] else torch.randn(batch, 1, length, dims[1], device="cuda", dtype=dtype)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    for shorter in (0, 777):
+        lengths[-1] = length - shorter
+        k[-1, :, length - shorter :] = torch.nan
+        v[-1, :, length - shorter :] = torch.nan
+        out = fastattn.scaled_dot_product_attention(q, k, v, scale=0.04, kv_lengths=lengths, backend="decode")
+        for entry, end in ((0, int(lengths[0])), (-1, length - shorter)):
+            parts = q[entry], k[entry, :, :end], v[entry, :, :end]
+            want = naive.attention(*(x[None].double() for x in parts), scale=0.04).out
+            assert relative_error(out[entry], want[0]) < TOLERANCE[dtype][0]
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_length_of_absorbed_mla(kinds: list[bool]) -> None:
+    q, k = (
+        torch.randn(3, 128, 1, 576, device="cuda", dtype=BF16),
+        torch.randn(3, 1, 3000, 576, device="cuda", dtype=BF16),
+    )
+    lengths = torch.full((3,), 3000, dtype=torch.int32, device="cuda")
+
+    def attend() -> Tensor:
+        return fastattn.scaled_dot_product_attention(q, k, k[..., :512], kv_lengths=lengths, backend="decode")
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    assert kinds == [True, True]
+    for entries in ([1, 3000, 64], [0, 65, 2049], [3000] * 3):
+        lengths.copy_(torch.tensor(entries, dtype=torch.int32))
+        graph.replay()
+        want = naive.attention(q.double(), k.double(), k[..., :512].double(), kv_lengths=lengths).out
+        assert relative_error(out, want) < TOLERANCE[BF16][0]

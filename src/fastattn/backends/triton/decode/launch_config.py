@@ -158,6 +158,8 @@ def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int,
     for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
         held = stages if asynchronous else max(1, stages - 1)
         numbers = block_m * head + held * keys * (head + (0 if same else value)) + block_m * keys
+        if gaps(p) and size > 2:  # values that pass through registers to be cleared are stored again
+            numbers += keys * value
         mask = 8 * block_m * keys if p.dense_mask else 0
         if numbers * size + mask + _WIDE_REST <= shared:
             return keys, stages
@@ -171,7 +173,7 @@ _WIDE_STEPS = ((32, 3), (16, 3), (32, 2), (16, 2))
 _WIDE_SAME = ((64, 2), *_WIDE_STEPS)
 _WIDE_FLOAT = ((MIN_DOT, 2),)  #: float32: without tensor cores the operands of a product sit in registers whole
 _WIDE_REST = 2048  #: bytes for what else the kernel exchanges
-_WIDE_RAGGED = 4  #: programs per SM when the rows' lengths differ: more write and read too much
+_WIDE_RAGGED = 2  #: programs per SM when the rows' lengths differ: more would write and read too much
 
 
 def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool) -> int:
