@@ -93,7 +93,7 @@ def test_every_feature_again(name: str, long_ways: list[str], seed: int) -> None
         long_ways.clear()
         found = both(second)
         mask = second.options.get("mask")
-        odd = isinstance(mask, Tensor) and mask.dim() != 4 or (case.scale is not None and case.scale <= 0)
+        odd = (isinstance(mask, Tensor) and mask.dim() != 4) or (case.scale is not None and case.scale <= 0)
         assert long_ways == (["attention"] if odd else []), backend
         assert_same(found, want)
 
