@@ -63,7 +63,7 @@ def any_set(*names: str) -> bool:
     """Whether one of the variables is set to something: what a call asks first, quicker than for their values."""
     if _plain is None:
         return any(setting(name) for name in names)
-    for name in names:
+    for name in names:  # noqa: SIM110 (a generator takes three times as long)
         if _plain.get(_encoded(name)):
             return True
     return False

@@ -128,12 +128,12 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "forward, mask": (partial(forward, "mask"), Counts(12, 20, 1)),
     "forward, segments": (partial(forward, "segments"), Counts(13, 19, 1)),
     "forward, intervals": (partial(forward, "intervals"), Counts(18, 22, 1)),
-    "both": (partial(both, "causal"), Counts(23, 34, 5)),
-    "both, lengths": (partial(both, "lengths"), Counts(28, 41, 5)),
-    "both, mask": (partial(both, "mask"), Counts(27, 42, 5)),
-    "both, sinks": (partial(both, "sinks"), Counts(28, 42, 6)),
+    "both": (partial(both, "causal"), Counts(24, 34, 5)),
+    "both, lengths": (partial(both, "lengths"), Counts(29, 41, 5)),
+    "both, mask": (partial(both, "mask"), Counts(28, 42, 5)),
+    "both, sinks": (partial(both, "sinks"), Counts(29, 42, 6)),
     "varlen": (partial(packed, False), Counts(27, 41, 13)),
-    "varlen, both": (partial(packed, True), Counts(42, 63, 25)),
+    "varlen, both": (partial(packed, True), Counts(43, 63, 25)),
     "operator": (operator, Counts(18, 13, 2)),
     "layer": (partial(layer, False), Counts(15, 27, 2)),
     "layer, mask": (partial(layer, True), Counts(16, 27, 2)),
@@ -165,10 +165,10 @@ BF16 = torch.bfloat16
 CUDNN: dict[str, tuple[Callable[[], Callable[[], Any]], bool, Counts]] = {
     "dynamic": (partial(forward, "causal", BF16), False, Counts(17, 18, 8)),
     "static": (partial(forward, "causal", BF16), True, Counts(17, 18, 1)),
-    "dynamic, both": (partial(both, "causal", BF16), False, Counts(43, 48, 25)),
-    "static, both": (partial(both, "causal", BF16), True, Counts(44, 47, 5)),
-    "lengths, both": (partial(both, "lengths", BF16), False, Counts(48, 61, 31)),
-    "mask, both": (partial(both, "mask", BF16), False, Counts(102, 118, 38)),
+    "dynamic, both": (partial(both, "causal", BF16), False, Counts(44, 48, 25)),
+    "static, both": (partial(both, "causal", BF16), True, Counts(45, 47, 5)),
+    "lengths, both": (partial(both, "lengths", BF16), False, Counts(49, 61, 31)),
+    "mask, both": (partial(both, "mask", BF16), False, Counts(103, 118, 38)),
 }
 
 
