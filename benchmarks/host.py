@@ -241,7 +241,7 @@ def _contenders(name: str, device: torch.device, compiler: str | None) -> Iterat
         "fastattn": (case.ours, partial(_plans, case.plans))
     }
     if case.torchs is not None:
-        kernels = {"torch": nullcontext}
+        kernels: dict[str, Callable[[], AbstractContextManager[Any]]] = {"torch": nullcontext}
         if device.type == "cuda":
             kernels = {
                 "torch-cudnn": partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION),

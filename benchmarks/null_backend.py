@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -56,15 +57,18 @@ def null_backend() -> Iterator[None]:
     """Within the block it is the only backend, and nothing that is cached within it stays."""
     found = NullBackend()
 
-    def allowed() -> tuple[str, ...]:
-        return (found.name,)
-
     def backend(name: str) -> NullBackend:
         return found
 
     shape_cache.clear()
     try:
-        with mock.patch.object(registry, "allowed", allowed), mock.patch.object(registry, "backend", backend):
+        with (
+            mock.patch.object(registry, "NAMES", (found.name,)),
+            mock.patch.object(registry, "backend", backend),
+            mock.patch.dict(os.environ),
+        ):
+            for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
+                os.environ.pop(name, None)
             yield
     finally:
         shape_cache.clear()

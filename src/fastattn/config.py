@@ -59,6 +59,16 @@ def setting(name: str) -> str:
     return "" if value is None else os.environ.decodevalue(value)
 
 
+def any_set(*names: str) -> bool:
+    """Whether one of the variables is set to something: what a call asks first, quicker than for their values."""
+    if _plain is None:
+        return any(setting(name) for name in names)
+    for name in names:  # noqa: SIM110 (a generator takes three times as long)
+        if _plain.get(_encoded(name)):
+            return True
+    return False
+
+
 #: The dict that os.environ wraps; None in a Python where os.environ is built in another form.
 _plain = getattr(os.environ, "_data", None) if hasattr(os.environ, "encodekey") else None
 

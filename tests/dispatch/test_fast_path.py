@@ -480,16 +480,17 @@ def test_as_with_nothing_cached(situation: str) -> None:
     assert outcome(lambda: attend(*others)) == want_plain, "a call without any circumstances after it"
 
 
-def test_calls_that_want_gradients_are_not_cached() -> None:
+def test_calls_that_want_gradients_are_of_another_kind() -> None:
     arguments = good()
     arguments["k"].requires_grad_()
     attend(**arguments)
     attend(**good(), sinks=torch.zeros(H, requires_grad=True))
+    assert [bound.static[-1] for bound in fast_path._cached.values()] == ["k", "s"]
     attend(**good(), mask=torch.zeros(5, 7))
-    assert not fast_path._cached
+    assert len(fast_path._cached) == 2, "validation makes a mask of four dims of it"
     with torch.no_grad():
         attend(**arguments)
-    assert len(fast_path._cached) == 1
+    assert [bound.static[-1] for bound in fast_path._cached.values()] == ["k", "s", ""]
     assert attend(**arguments).requires_grad
 
 

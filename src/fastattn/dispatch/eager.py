@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
         bound: Bound = ctx.bound
         *tensors, out, lse = ctx.saved_tensors
-        call = Call(*tensors, ctx.scale, *bound.static)
+        call: Call = CALL.join(tensors, (ctx.scale, *bound.static))
         found = None
         if grad_out is None and grad_lse is None:
             found = Gradients()

@@ -40,6 +40,7 @@ def key_of(arguments: tuple[Any, ...], scale: Any, backend: Any) -> Any:
         return None
     if not (scale is None or (type(scale) is float and _LEAST <= scale <= _MOST)):
         return None
+    rest: Any
     # One function without loops for the usual arguments: nothing else takes as much of the time of a fast call.
     q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse = arguments
     if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN or type(return_lse) is not bool:

@@ -7,8 +7,6 @@ reads is real. The operators' arguments are the fields of `Call`, in order, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,34 +43,27 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, names = _unpack(arguments)
-    with _implementation(call.q):
+    with inside_operator(), eager.no_autocast(call.q):
         out, lse, route = serve.forward(call, names)
         if lse is None and call.grads and route.until:
             # A backend whose own backward does not read it may leave it out. Here it serves in place of one that had a
             # setback and may be back by the backward, of which a graph says already who may run it.
             lse = reference.forward(route.problem, call)[1]
         if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
-            lse = torch.zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype), device=call.q.device)
+            lse = call.q.new_zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype))
         return out, lse.contiguous()  # as a tracer was told
 
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
     call, names = _unpack(arguments)
-    with _implementation(call.q):
+    with inside_operator(), eager.no_autocast(call.q):
         found = serve.backward(call, names, out, lse, grad_out, grad_lse)
-    return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in found)
+    return tuple([call.q.new_empty(0) if gradient is None else gradient for gradient in found])
 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
     call, (names,) = CALL.unpack(arguments)
-    return call, tuple([name for name in names.split(",") if name])
-
-
-@contextmanager
-def _implementation(like: Tensor) -> Iterator[None]:
-    """The state of an operator's implementation."""
-    with inside_operator(), eager.no_autocast(like):
-        yield
+    return call, tuple(names.split(",")) if names else ()
 
 
 def _lse_shape(call: Call) -> tuple[int, ...]:

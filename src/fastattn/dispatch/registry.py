@@ -13,7 +13,7 @@ from functools import cache
 
 from .._compat.torch import constant_when_traced
 from ..backends.base import Backend
-from ..config import is_on, setting
+from ..config import any_set, is_on, setting
 
 NAMES = (
     "decode",
@@ -80,7 +80,7 @@ def allowed() -> tuple[str, ...]:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    if not (setting("FASTATTN_BACKENDS") or setting("FASTATTN_CUDNN")):  # (asked by every call)
+    if not any_set("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
         return NAMES
     names = listed()
     if not is_on("FASTATTN_CUDNN", True):
