@@ -318,6 +318,7 @@ def test_meta(name: str) -> None:
     q, k = torch.empty(2, 4, 6, 8, device="meta"), torch.empty(2, 4, 9, 8, device="meta")
     found = SDPA(q, k, k, is_causal=True)
     assert found.shape == q.shape and found.device.type == "meta"
+    assert "neither" in drop_in.explain(q, k, k).reason
 
 
 def test_fake_tensors(name: str) -> None:

@@ -22,6 +22,7 @@ from .translate import Translated, translate
 
 TRACED = "traced"
 VMAP = "mapped by torch.func.vmap: the mapped dim becomes a leading one"
+DEVICE = "a device that is neither a CPU nor CUDA: torch's kernels serve it"
 ON_A_CPU = "on a CPU torch's kernels serve it"
 KERNELS = "torch's kernels serve it: no backend before them can"
 SLOWER = "torch's kernels are faster: measured, with a dense mask on cuDNN"
@@ -60,9 +61,12 @@ def at_once(query: Any) -> str:
         return CLASS
     if torchs.watched_by_a_function_mode():  # asked first: it sees attributes of tensors too
         return MODE
-    if query.is_cpu and registry.allowed() == registry.NAMES and not setting("FASTATTN_INTERPRET"):
-        return ON_A_CPU
-    return ""
+    if query.is_cuda:
+        return ""
+    if not query.is_cpu:
+        return DEVICE
+    everything = registry.allowed() == registry.NAMES and not setting("FASTATTN_INTERPRET")
+    return ON_A_CPU if everything else ""
 
 
 def decision(
@@ -143,7 +147,7 @@ def _decided(
 ) -> tuple[Decision, bool]:
     """Who serves a call, and whether that holds for good."""
     candidates = _before_torch(names)
-    if not candidates or q.device.type == "meta":
+    if not candidates:
         return _TORCHS, True
     found = translated(q, k, v, mask, is_causal, enable_gqa)
     if isinstance(found, str):
@@ -238,8 +242,8 @@ def why_torch_when_traced(
         return DROPOUT
     if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool) or isinstance(scale, Tensor):
         return TYPES
-    if query.device.type == "meta":
-        return KERNELS
+    if query.device.type not in ("cpu", "cuda"):
+        return DEVICE
     if allowed.torch:
         if torch.compiler.is_exporting() or not query.is_cuda or query.shape[-1] > _LARGEST_HEAD_DIM:
             return KERNELS

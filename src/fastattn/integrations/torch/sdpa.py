@@ -19,6 +19,7 @@ from ..._compat import sdpa as torchs
 from ...dispatch import handed_over
 from .decide import (
     CLASS,
+    DEVICE,
     DROPOUT,
     MODE,
     TRACED,
@@ -167,7 +168,7 @@ def explain(
     for use under torch.compile.
     """
     found = Decision(at_once(query))
-    if found.why_torch not in (CLASS, MODE):
+    if found.why_torch not in (CLASS, DEVICE, MODE):
         found = decision(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     explanation = None
     if not found.why_torch or found.why_torch == DROPOUT or found.why_torch.startswith("torch's kernels"):
