@@ -477,6 +477,7 @@ MUTATIONS = (
         "(_deterministically if deterministic else _at_once)",
         "(_at_once if deterministic else _at_once)",
         ("tests/integrations/flash_attn/test_arguments.py", "-k", "deterministic"),
+    ),
     # the drop-in
     Mutation(
         "the drop-in gives the upper-left causal mask keys that nobody sees",
