@@ -34,6 +34,7 @@ from .label import FILES, label
 MODES = ("background", "wait", "off")
 #: Seconds until a binary whose compiler did not start, or died, is tried again, doubled each time; how many times.
 FIRST_RETRY, LAST_RETRY, TRIES = 10.0, 600.0, 4
+MOST = 4096  #: binaries held, and failures remembered; where there are more, all are looked for anew
 COUNTERS = (
     *("compiles", "compile_ms", "background_compiles", "background_compile_ms", "failures"),
     *("disk_loads", "disk_load_ms"),
@@ -302,6 +303,8 @@ class Binaries:
         with self._lock:
             if flags in self._ready:
                 return
+            if len(self._ready) >= MOST:
+                self._ready.clear()  # (what is bound keeps its own)
             self._ready[flags] = function
             self._failed.pop(flags, None)
             self._counters[f"{counter}s"] += 1
@@ -314,6 +317,8 @@ class Binaries:
             if failure and not self.compilers.stopped:
                 self._counters["failures"] += 1
                 last = self._failed.get(job.flags)
+                if len(self._failed) >= MOST:
+                    self._failed.clear()
                 found = self._failed[job.flags] = _Failure(failure, for_now)
                 if for_now:
                     if last is not None:
