@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..backends.base import Backend, Compiled, Kernel, Refusal, Setback
+from ..backends.base import Backend, Compiled, Kernel, OutOfMemory, Refusal, Setback
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
 from ..shape_cache import Reason, shape_cache
@@ -56,7 +56,9 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
             kernel = chosen.bind(problem, call)
         except Refusal as error:  # what it lacks shows when a kernel is bound
             if isinstance(error, Setback) and chosen.name in tried:  # nobody else is left
-                raise
+                if isinstance(error, OutOfMemory):
+                    raise
+                raise nobody(reasons(problem, names)) from error
             tried.add(chosen.name)
             record(chosen.name, problem, error)
             continue

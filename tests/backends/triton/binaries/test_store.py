@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,31 @@ def test_a_compiler_that_does_not_start(clock: Clock) -> None:
     with pytest.raises(Setback, match="nowhere"):
         binaries.make(Flags())
     binaries.compilers.stop()
+
+
+def test_a_system_without_threads(clock: Clock, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    binaries = Binaries(Compilers(command(log)), clock)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert binaries.ask(Flags()) is None
+        with pytest.raises(Setback, match="no thread or no process"):
+            binaries.make(Flags())
+    assert binaries.wait(1.0) and compiled(log) == []
+    assert binaries.make(Flags()) is not None
+    binaries.compilers.stop()
+
+
+def test_a_flag_set_that_cannot_be_sent(binaries: Binaries) -> None:
+    @dataclass(frozen=True)
+    class Local(Flags):
+        pass
+
+    with pytest.raises(Refusal, match=r"(?i)pickle"):
+        binaries.make(Local())
+    assert binaries.make(Flags()) is not None
 
 
 def test_a_driver_that_does_not_take_it(binaries: Binaries, driver: Driver, folder: Path) -> None:
