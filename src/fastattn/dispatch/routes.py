@@ -100,7 +100,8 @@ def _not_ready(backend: Backend, problem: Problem) -> list[str]:
     """That the binary of a problem is not there, without having it compiled."""
     if not isinstance(backend, Compiled):
         return []
-    from ..backends.triton.binaries.store import mode, shared
+    from ..backends.triton.binaries.policy import mode
+    from ..backends.triton.binaries.store import shared
 
     own = next(iter(backend.binaries(problem)), None)
     if own is None or mode() == "wait" or shared.find(own) is not None:

@@ -17,10 +17,12 @@ from stand_in_compiler import Driver, Flags, command, compiled, cubin, processes
 
 from fastattn.backends.base import NotReady, Refusal, Setback
 from fastattn.backends.triton import cuda_driver
+from fastattn.backends.triton.binaries import policy
 from fastattn.backends.triton.binaries import store as module
 from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.label import FILES, label
-from fastattn.backends.triton.binaries.store import TRIES, Binaries, mode, waiting
+from fastattn.backends.triton.binaries.policy import mode, waiting
+from fastattn.backends.triton.binaries.store import TRIES, Binaries
 from fastattn.shape_cache import Reason, shape_cache
 
 
@@ -46,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(tmp_path / "kept"))
     for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "compiler", lambda: SimpleNamespace(untested=""))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
     return tmp_path / "kept"
 
 
@@ -303,7 +305,7 @@ def test_off(binaries: Binaries, log: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_triton_that_was_not_tested_does_not_compile(binaries: Binaries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
     with pytest.raises(NotReady, match=r"Triton 9.9 was not tested; FASTATTN_UNTESTED_TRITON=1 lets it"):
         binaries.function(Flags())
     monkeypatch.setenv("FASTATTN_UNTESTED_TRITON", "1")
@@ -311,7 +313,7 @@ def test_a_triton_that_was_not_tested_does_not_compile(binaries: Binaries, monke
 
 
 def test_no_triton(binaries: Binaries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiler", lambda: None)
+    monkeypatch.setattr(policy, "compiler", lambda: None)
     with pytest.raises(NotReady, match="triton is not installed"):
         binaries.function(Flags())
 
