@@ -37,5 +37,5 @@ def stats() -> dict[str, Any]:
 def clear_plans() -> None:
     """Drops every cuDNN plan of this process, and everything else that is cached per shape or kind of call
     (`stats()["cache"]`): routes, launches, offsets and scratch memory on the GPU, refusals of backends. The next calls
-    make it again. Counters go on."""
+    make it again. Counters go on, and binaries of our own kernels, which depend on no shape, stay."""
     shape_cache.clear()

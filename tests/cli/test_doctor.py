@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.backends.triton.binaries import store
+from fastattn.backends.triton.binaries import policy
 from fastattn.cli import doctor
 from fastattn.dispatch import registry
 
@@ -221,7 +221,7 @@ def test_a_version_newer_than_the_newest_tested_is_said(monkeypatch, subject, pa
 def test_it_says_who_compiles_our_kernels(monkeypatch):
     for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested=""))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
     assert doctor._guard("kernels", doctor._kernels) == [
         doctor.Finding("kernels", "ok", "compiled in the background, other backends serve until then")
     ]
@@ -231,7 +231,7 @@ def test_it_says_who_compiles_our_kernels(monkeypatch):
     found = findings()
     assert found["FASTATTN_COMPILE=maybe"].state == "broken" and "expected one of" in found["kernels"].text
     monkeypatch.delenv("FASTATTN_COMPILE")
-    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
     (found,) = doctor._guard("kernels", doctor._kernels)
     assert found.state == "missing" and "FASTATTN_UNTESTED_TRITON=1 lets it" in found.text
     monkeypatch.setenv("FASTATTN_UNTESTED_TRITON", "1")

@@ -156,6 +156,19 @@ def test_nobody_else_and_no_compiler(backend: StandIn, monkeypatch: pytest.Monke
     assert explained(inputs) == ("torch", "its kernel is not compiled: FASTATTN_COMPILE=off")
 
 
+def test_a_call_that_waited_in_vain(backend: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another backend serves it, where one may."""
+    backend.flags = Flags("crash")
+    monkeypatch.setenv("FASTATTN_COMPILE", "wait")
+    inputs = make(CASE)
+    with pytest.warns(fastattn.FastattnWarning, match="decode could not serve a call .*the compiler's process ended"):
+        run_case(inputs, poison=False)
+    assert served(inputs) == {"torch": 1}
+    fastattn.clear_plans()
+    with pytest.raises(fastattn.BackendError, match=r"decode: .*the compiler's process ended with status -9"):
+        run_case(inputs, "decode", poison=False)
+
+
 def test_what_cannot_be_compiled_is_refused_with_a_warning(backend: StandIn, binaries: Binaries) -> None:
     backend.flags = Flags("wrong")
     inputs = make(CASE)

@@ -17,7 +17,7 @@ INTERNAL = {
     ("*", "unreachable: *"): "a mistake of ours",
     ("common/folder.py", "*"): "the same",
     ("backends/triton/binaries/flag_set.py", "*"): "caught: the kernel is compiled anew",
-    ("backends/triton/binaries/compilers.py", "*"): "what follows `its kernel could not be compiled: `",
+    ("backends/triton/binaries/process.py", "*"): "what follows `its kernel could not be compiled: `",
     ("backends/triton/binaries/child.py", "*"): "the same",
     ("parallel/plan.py", "* is not in *"): "a mistake of ours",
     ("__init__.py", "module * has no attribute *"): "Python's own message",

@@ -12,7 +12,7 @@ import torch
 from stand_in_compiler import Flags, command
 
 from fastattn.backends.reference import ReferenceBackend
-from fastattn.backends.triton.binaries import store
+from fastattn.backends.triton.binaries import policy, store
 from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.store import Binaries
 from fastattn.call import Call, Problem
@@ -24,7 +24,7 @@ def stand_in_binaries(folder: Path, monkeypatch: pytest.MonkeyPatch, most: int =
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(folder / "kept"))
     for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON", "FASTATTN_BACKENDS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested=""))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
     found = Binaries(Compilers(command(folder / "log"), most=most))
     monkeypatch.setattr(store, "shared", found)
     return found

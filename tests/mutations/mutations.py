@@ -24,6 +24,8 @@ _KEYS = ("tests/backends/cudnn/test_keys.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
 _OTHER_USERS = ("tests/backends/cudnn/test_disk_other_users.py",)
+_BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
+_NOT_READY = ("tests/dispatch/test_not_ready.py",)
 
 _FLASH = ("tests/integrations/flash_attn/test_flash_attn.py",)
 _FLASH_CACHE = ("tests/integrations/flash_attn/test_with_kvcache.py",)
@@ -265,6 +267,63 @@ MUTATIONS = (
         "stats = lse",
         _EMULATED,
     ),
+    # binaries
+    Mutation(
+        "a route that passes over a kernel outlives its coming",
+        "dispatch/routes.py",
+        "if coming and shape_cache.drops(Reason.BINARY_READY) != seen:",
+        "if False:",
+        _NOT_READY,
+    ),
+    Mutation(
+        "a kernel that comes while its lack is recorded is never asked for again",
+        "dispatch/refusals.py",
+        "if shape_cache.drops(Reason.BINARY_READY) != error.seen:",
+        "if False:",
+        _NOT_READY,
+    ),
+    Mutation(
+        "a backend whose kernel comes before the backward is told no log-sum-exp",
+        "dispatch/routes.py",
+        "until = min(until or math.inf, late.until)",
+        "until = 0.0 if late.coming else min(until or math.inf, late.until)",
+        _NOT_READY,
+    ),
+    Mutation(
+        "a binary's label forgets the compiler",
+        "backends/triton/binaries/label.py",
+        '"triton": found.identity if found else None,',
+        "",
+        _BINARIES,
+    ),
+    Mutation(
+        "a binary's label forgets the kernels' source",
+        "backends/triton/binaries/label.py",
+        "{_environment()}\\n{source}\\n",
+        "{_environment()}\\n",
+        _BINARIES,
+    ),
+    Mutation(
+        "one that waits for a kernel waits for all that were asked for before",
+        "backends/triton/binaries/compilers.py",
+        "heapq.heappush(self._tasks, (not waiting, self._count, task))",
+        "heapq.heappush(self._tasks, (True, self._count, task))",
+        _BINARIES,
+    ),
+    Mutation(
+        "a kernel that cannot be compiled is compiled again and again",
+        "backends/triton/binaries/store.py",
+        "if found is None and self.failed(flags) is None and not hindrance():",
+        "if found is None and not hindrance():",
+        _BINARIES,
+    ),
+    Mutation(
+        "a kernel of another alignment is launched",
+        "backends/triton/binaries/launcher.py",
+        "function = None if bits % ALIGNMENT else self._aligned",
+        "function = self._aligned",
+        _BINARIES,
+    ),
     # the rest
     Mutation(
         "a damaged plan file is trusted",
@@ -367,8 +426,8 @@ MUTATIONS = (
     Mutation(
         "cached calls stay when a backend has refused",
         "dispatch/fast_path.py",
-        "dropped_for=[Reason.BACKEND_REFUSED]",
-        "dropped_for=[]",
+        "dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY]",
+        "dropped_for=[Reason.BINARY_READY]",
         ("tests/faults/test_setbacks.py", "-k", "doubles_the_wait"),
     ),
     Mutation(

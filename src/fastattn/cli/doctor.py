@@ -303,13 +303,13 @@ def _try(name: str, gradients: bool) -> tuple[list[str], float]:
 
 def _kernels() -> Iterator[Finding]:
     """Whether our own kernels may be compiled here."""
-    from ..backends.triton.binaries import store
+    from ..backends.triton.binaries import policy
 
-    why = store.hindrance()
+    why = policy.hindrance()
     if not why:
         how = {"background": "in the background, other backends serve until then", "wait": "while a call waits"}
-        yield Finding("kernels", "ok", f"compiled {how[store.mode()]}")
-    elif store.mode() == "off":
+        yield Finding("kernels", "ok", f"compiled {how[policy.mode()]}")
+    elif policy.mode() == "off":
         yield Finding("kernels", "off", f"{why}: only those on disk are used")
     else:
         needed = "tested" in why or _has_gpu()
@@ -331,7 +331,7 @@ def _plans() -> Iterator[Finding]:
 
 def _switches() -> Iterator[Finding]:
     from ..backends.cudnn.plan_policy import policy
-    from ..backends.triton.binaries.store import mode
+    from ..backends.triton.binaries.policy import mode
     from ..config import complaint, is_on
     from ..dispatch.registry import listed
 

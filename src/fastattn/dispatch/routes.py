@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..backends.base import Backend, Compiled, Kernel, Refusal, Setback
+from ..backends.base import Backend, Compiled, Kernel, OutOfMemory, Refusal, Setback
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
 from ..shape_cache import Reason, shape_cache
@@ -61,7 +61,9 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
             kernel = chosen.bind(problem, call)
         except Refusal as error:  # what it lacks shows when a kernel is bound
             if isinstance(error, Setback) and chosen.name in tried:  # nobody else is left
-                raise
+                if isinstance(error, OutOfMemory):
+                    raise
+                raise nobody(reasons(problem, names)) from error
             tried.add(chosen.name)
             record(chosen.name, problem, error)
             continue
@@ -104,7 +106,8 @@ def _not_ready(backend: Backend, problem: Problem) -> list[str]:
     """That the binary of a problem is not there, without having it compiled."""
     if not isinstance(backend, Compiled):
         return []
-    from ..backends.triton.binaries.store import mode, shared
+    from ..backends.triton.binaries.policy import mode
+    from ..backends.triton.binaries.store import shared
 
     own = next(iter(backend.binaries(problem)), None)
     if own is None or mode() == "wait" or shared.find(own) is not None:

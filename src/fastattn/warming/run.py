@@ -19,6 +19,7 @@ from ..backends.base import Compiled
 from ..backends.cudnn import plans
 from ..backends.triton.binaries import store
 from ..backends.triton.binaries.flag_set import FlagSet
+from ..backends.triton.binaries.policy import waiting
 from ..counters import stats
 from ..dispatch import registry, routes
 from ..masks import Intervals, Segments
@@ -115,7 +116,7 @@ def warm(
     kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(on))]
     start, before = time.perf_counter(), stats()["binaries"]
     failed = _compile(kinds, on, progress)
-    with store.waiting():
+    with waiting():
         families = tuple(_warm_kind(kind, on) for kind in track(kinds, str, progress))
     after = stats()["binaries"]
     return Warmth(

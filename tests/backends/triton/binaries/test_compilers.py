@@ -17,8 +17,9 @@ import pytest
 from stand_in_compiler import Flags, command
 
 from fastattn._compat.triton_compiler import environment
-from fastattn.backends.triton.binaries.compilers import Child, CompileError, Compilers, NoCompiler
+from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.flag_set import Binary
+from fastattn.backends.triton.binaries.process import Child, CompileError, NoCompiler
 from fastattn.backends.triton.binaries.triton_kernel import flags_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
@@ -35,7 +36,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from stand_in_compiler import Flags, command
-from fastattn.backends.triton.binaries.compilers import Child
+from fastattn.backends.triton.binaries.process import Child
 child = Child({start})
 """
 

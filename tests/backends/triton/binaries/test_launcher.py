@@ -16,9 +16,10 @@ from stand_in_compiler import Driver, Flags, command
 from fastattn._compat import torch as torch_internals
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton import cuda_driver
-from fastattn.backends.triton.binaries import store
-from fastattn.backends.triton.binaries.compilers import Child, Compilers
+from fastattn.backends.triton.binaries import policy, store
+from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.launcher import BinaryLauncher
+from fastattn.backends.triton.binaries.process import Child
 from fastattn.backends.triton.binaries.store import Binaries
 from fastattn.backends.triton.binaries.triton_kernel import TritonFlags, flags_of
 from fastattn.backends.triton.cuda_driver import Function
@@ -39,7 +40,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 @pytest.fixture(autouse=True)
 def binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Binaries]:
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
-    monkeypatch.setattr(store, "compiler", lambda: SimpleNamespace(untested=""))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
     found = Binaries(Compilers(command(tmp_path / "log"), most=1))
     monkeypatch.setattr(store, "shared", found)
     yield found

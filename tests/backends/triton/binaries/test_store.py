@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from stand_in_compiler import Driver, Flags, command, compiled, cubin, processes
 
 from fastattn.backends.base import NotReady, Refusal, Setback
 from fastattn.backends.triton import cuda_driver
+from fastattn.backends.triton.binaries import policy
 from fastattn.backends.triton.binaries import store as module
 from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.label import FILES, label
-from fastattn.backends.triton.binaries.store import TRIES, Binaries, mode, waiting
+from fastattn.backends.triton.binaries.policy import mode, waiting
+from fastattn.backends.triton.binaries.store import TRIES, Binaries
 from fastattn.shape_cache import Reason, shape_cache
 
 
@@ -45,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTATTN_PLAN_CACHE", str(tmp_path / "kept"))
     for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "compiler", lambda: SimpleNamespace(untested=""))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
     return tmp_path / "kept"
 
 
@@ -239,6 +242,31 @@ def test_a_compiler_that_does_not_start(clock: Clock) -> None:
     binaries.compilers.stop()
 
 
+def test_a_system_without_threads(clock: Clock, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    binaries = Binaries(Compilers(command(log)), clock)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert binaries.ask(Flags()) is None
+        with pytest.raises(Setback, match="no thread or no process"):
+            binaries.make(Flags())
+    assert binaries.wait(1.0) and compiled(log) == []
+    assert binaries.make(Flags()) is not None
+    binaries.compilers.stop()
+
+
+def test_a_flag_set_that_cannot_be_sent(binaries: Binaries) -> None:
+    @dataclass(frozen=True)
+    class Local(Flags):
+        pass
+
+    with pytest.raises(Refusal, match=r"(?i)pickle"):
+        binaries.make(Local())
+    assert binaries.make(Flags()) is not None
+
+
 def test_a_driver_that_does_not_take_it(binaries: Binaries, driver: Driver, folder: Path) -> None:
     driver.refuse = 209
     with pytest.raises(Refusal, match="loading a kernel: a reason"):
@@ -277,7 +305,7 @@ def test_off(binaries: Binaries, log: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_triton_that_was_not_tested_does_not_compile(binaries: Binaries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
+    monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
     with pytest.raises(NotReady, match=r"Triton 9.9 was not tested; FASTATTN_UNTESTED_TRITON=1 lets it"):
         binaries.function(Flags())
     monkeypatch.setenv("FASTATTN_UNTESTED_TRITON", "1")
@@ -285,7 +313,7 @@ def test_a_triton_that_was_not_tested_does_not_compile(binaries: Binaries, monke
 
 
 def test_no_triton(binaries: Binaries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiler", lambda: None)
+    monkeypatch.setattr(policy, "compiler", lambda: None)
     with pytest.raises(NotReady, match="triton is not installed"):
         binaries.function(Flags())
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hopper_cases import COUNT, KINDS, draw
 
+from fastattn.backends.base import NotReady
+from fastattn.backends.triton.binaries.store import Binaries
 from fastattn.backends.triton.hopper import launch
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
 from fastattn.call import Call, Problem
@@ -125,6 +127,15 @@ def test_every_binary_of_other_lengths_is_known_beforehand() -> None:
         others = [(q_len, kv_len) for q_len in (1, 5, 768, 769, 4000) for kv_len in (1, 5, 768, 769, 4000)]
         found = {launch.flags(problem(q_len=q_len, kv_len=kv_len, **changes)) for q_len, kv_len in others}
         assert found <= set(listed)
+
+
+def test_a_call_is_not_bound_before_its_binary_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_COMPILE", "off")
+    monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
+    monkeypatch.setattr(launch.binaries, "shared", Binaries())
+    q = torch.empty(1, 2, 9, 128, dtype=torch.bfloat16)
+    with pytest.raises(NotReady, match="FASTATTN_COMPILE=off"):
+        launch.Forward(problem(), Call(q, q, q))
 
 
 def test_layouts_that_the_copy_engine_reads() -> None:

@@ -1,11 +1,4 @@
-"""Which binaries there are. Of one that is not, the disk is asked at once; then it is compiled in the background.
-
-FASTATTN_COMPILE=background     as above; under torch's deterministic algorithms as with "wait", because which
-                                kernel serves a call, and so how it rounds, must not depend on when one was compiled
-FASTATTN_COMPILE=wait           a call waits for its kernel: tests and measurements do
-FASTATTN_COMPILE=off            nothing is compiled; what is on disk is used
-FASTATTN_UNTESTED_TRITON=1      a version of Triton that was not tested may compile
-"""
+"""Which binaries there are. Of one that is not, the disk is asked at once; then it is compiled in the background."""
 
 from __future__ import annotations
 
@@ -14,64 +7,28 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-import torch
-
-from ...._compat.triton_compiler import compiler
 from ....common.forks import after_fork, renew_lock
-from ....config import choice, is_on
 from ....shape_cache import Reason, shape_cache
 from ...base import NotReady, Refusal, Setback
 from ...errors import says_memory
 from ..cuda_driver import Function, use_device
-from .compilers import Compile, CompileError, Compilers, NoCompiler
+from .compilers import Compile, Compilers
 from .flag_set import Binary, FlagSet
 from .label import FILES, label
+from .policy import hindrance, mode
+from .process import CompileError, NoCompiler
 
-MODES = ("background", "wait", "off")
 #: Seconds until a binary whose compiler did not start, or died, is tried again, doubled each time; how many times.
 FIRST_RETRY, LAST_RETRY, TRIES = 10.0, 600.0, 4
+MOST = 4096  #: binaries held, and failures remembered; where there are more, all are looked for anew
 COUNTERS = (
     *("compiles", "compile_ms", "background_compiles", "background_compile_ms", "failures"),
     *("disk_loads", "disk_load_ms"),
 )
 
 _log = logging.getLogger("fastattn")
-_waits: ContextVar[bool] = ContextVar("fastattn_waits", default=False)
-
-
-def mode() -> str:
-    """FASTATTN_COMPILE, as it is to be taken here and now. ValueError: it is set to something else."""
-    found = choice("FASTATTN_COMPILE", MODES, MODES[0])
-    if found != "background":
-        return found
-    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return "wait" if captured or torch.are_deterministic_algorithms_enabled() or _waits.get() else found
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    """Within the block calls of this thread or task wait for their kernels: it makes ready for others."""
-    token = _waits.set(True)
-    try:
-        yield
-    finally:
-        _waits.reset(token)
-
-
-def hindrance() -> str:
-    """Why nothing is compiled here, "" where it is."""
-    if mode() == "off":
-        return "FASTATTN_COMPILE=off"
-    found = compiler()
-    if found is None:
-        return "triton is not installed: pip install 'fastattn[cuda]'"
-    if found.untested and not is_on("FASTATTN_UNTESTED_TRITON", False):
-        return f"{found.untested}; FASTATTN_UNTESTED_TRITON=1 lets it compile"
-    return ""
 
 
 @dataclass(slots=True)
@@ -302,6 +259,8 @@ class Binaries:
         with self._lock:
             if flags in self._ready:
                 return
+            if len(self._ready) >= MOST:
+                self._ready.clear()  # (what is bound keeps its own)
             self._ready[flags] = function
             self._failed.pop(flags, None)
             self._counters[f"{counter}s"] += 1
@@ -314,6 +273,8 @@ class Binaries:
             if failure and not self.compilers.stopped:
                 self._counters["failures"] += 1
                 last = self._failed.get(job.flags)
+                if len(self._failed) >= MOST:
+                    self._failed.clear()
                 found = self._failed[job.flags] = _Failure(failure, for_now)
                 if for_now:
                     if last is not None:
