@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "operator": (operator, Counts(18, 13, 2)),
     "layer": (partial(layer, False), Counts(15, 27, 2)),
     "layer, mask": (partial(layer, True), Counts(16, 27, 2)),
-    "cache": (cache_step, Counts(71, 57, 31)),
+    "cache": (cache_step, Counts(51, 47, 31)),
 }
 
 
