@@ -72,6 +72,10 @@ def scaled_dot_product_attention(
     arguments = q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse
     key = fast_path.key_of(arguments, scale, backend)
     found = None if key is None else fast_path.attention(key, arguments, scale)
+    if found is None and (cast := fast_path.cast(arguments)) is not None:
+        arguments = cast
+        key = fast_path.key_of(arguments, scale, backend)
+        found = None if key is None else fast_path.attention(key, arguments, scale)
     if found is None:
         call = validated(Arguments(*arguments), scale)
         names = registry.names_for(backend)

@@ -128,13 +128,19 @@ class _Attention(torch.autograd.Function):
             found = Gradients()
         elif grad_out is not None and _still_holds(bound, call, grad_out, out):
             given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
+            autocast = torch.is_autocast_enabled(bound.device_type)
             try:
+                if autocast:  # (torch.autocast takes 4 us to say so)
+                    torch.set_autocast_enabled(bound.device_type, False)
                 found = bound.kernel.backward(call, out, given, grad_out, grad_lse)
             except Exception as error:
                 if not serve.refused(bound.route, error, but_for=(OutOfMemory,)):
                     raise
             else:
                 serve.count(bound.counted)
+            finally:
+                if autocast:
+                    torch.set_autocast_enabled(bound.device_type, True)
         if found is None:
             found = _backward(bound, call, out, lse, grad_out, grad_lse)
         if call.grads in _FEW:
@@ -157,7 +163,6 @@ def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> boo
         and q.dtype is k.dtype is v.dtype is bound.dtype
         and q.device == k.device == v.device == bound.device
         and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
-        and not torch.is_autocast_enabled(bound.device_type)
     ):
         return False
     # What torch dispatches alike (no batch of old vmap's, not negative, not sparse) need not be looked at again.

@@ -19,7 +19,7 @@ from ..backends.base import OutOfMemory
 from ..call import CALL, Call
 from ..masks import Intervals, Segments
 from ..shape_cache import Reason, shape_cache
-from ..validation import PLAIN_SCALES
+from ..validation import FLOATING, PLAIN_SCALES
 from . import eager, registry, routes, serve
 from .eager import Bound
 
@@ -68,6 +68,23 @@ def key_of(arguments: tuple[Any, ...], scale: Any, backend: Any) -> Any:
     # KeyError: of another type. RuntimeError: a sparse or nested tensor. AttributeError: no tensor.
     except (_NotPlain, KeyError, RuntimeError, AttributeError):
         return None
+
+
+def cast(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments as autocast wants them (and `validated` would make them), so that their like may be known; None
+    where it wants nothing. (In a model under autocast rotary embeddings leave q and k in float32.)"""
+    q, k, v = arguments[:3]
+    if torch.compiler.is_compiling() or torch_internals.may_be_watched():
+        return None
+    if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+        return None
+    dtypes, device = (q.dtype, k.dtype, v.dtype), q.device.type
+    if torch.float64 in dtypes or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if all([x is dtype for x in dtypes]) or any([x not in FLOATING for x in dtypes]):
+        return None
+    return q.to(dtype), k.to(dtype), v.to(dtype), *arguments[3:]
 
 
 def attention(key: Any, arguments: tuple[Any, ...], scale: float | None) -> tuple[Tensor, Tensor | None] | None:

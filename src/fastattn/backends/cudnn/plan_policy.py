@@ -13,7 +13,7 @@ import torch
 
 from ...common.forks import after_fork, renew_lock
 from ...common.notice import warn_once
-from ...config import choice
+from ...config import any_set, choice
 from .graphs import PlanKey
 
 #: Values of FASTATTN_PLANS, and the names that two of them had before.
@@ -39,7 +39,7 @@ def policy() -> str:
     algorithms: two plans round differently, and which of them serves a call depends on when the build was done.
     ValueError: the variable is set to something else.
     """
-    chosen = choice("FASTATTN_PLANS", _ALLOWED, "auto")
+    chosen = choice("FASTATTN_PLANS", _ALLOWED, "auto") if any_set("FASTATTN_PLANS") else "auto"
     if chosen in FORMER:
         warn_once(f"fastattn: FASTATTN_PLANS={chosen} is now called {FORMER[chosen]}; the old name will go.")
         chosen = FORMER[chosen]

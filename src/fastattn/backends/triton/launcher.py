@@ -95,7 +95,7 @@ class Launcher:
     tensors and floats be None at the same places. options: num_warps and the like.
     """
 
-    __slots__ = ("_aligned", "_constants", "_device", "_grid", "_integers", "_kernel", "_options")
+    __slots__ = ("_aligned", "_constants", "_device", "_grid", "_index", "_integers", "_kernel", "_options")
 
     def __init__(
         self,
@@ -109,6 +109,7 @@ class Launcher:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._device = device
+        self._index: int | None = device.index if device.type == "cuda" else None
         self._integers = integers
         self._constants = constants
         self._options = options
@@ -116,12 +117,12 @@ class Launcher:
 
     def __call__(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
         """Launches the kernel on torch's current stream of the device."""
-        device = self._device
-        if device.type != "cuda":  # Triton's interpreter
+        index = self._index
+        if index is None:  # Triton's interpreter
             self._launch_anew(tensors, floats)
             return
-        if device.index != torch_internals.current_device():  # Triton launches there
-            with torch.cuda.device(device):
+        if index != torch_internals.current_device():  # Triton launches there
+            with torch.cuda.device(self._device):
                 return self(tensors, floats)
         # Addresses: for a tensor, Triton would ask the driver where it lies.
         addresses = [None if x is None else x.data_ptr() for x in tensors]
@@ -143,7 +144,7 @@ class Launcher:
         triton_internals.launch(
             compiled,
             self._grid,
-            torch_internals.raw_stream(device.index),
+            torch_internals.raw_stream(index),
             *addresses,
             *self._integers,
             *floats,
@@ -158,4 +159,4 @@ class Launcher:
         pointers = tuple([None if x is None else (x.dtype, x.data_ptr() % _ALIGNMENT == 0) for x in tensors])
         wide = tuple([i for i, x in enumerate(self._integers) if x >= _INT32])
         absent = tuple([x is None for x in floats])
-        return self._kernel, self._device.index, pointers, wide, absent, self._constants, tuple(self._options.items())
+        return self._kernel, self._index, pointers, wide, absent, self._constants, tuple(self._options.items())
