@@ -24,6 +24,9 @@ _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _FILES = ("tests/faults/test_plan_files.py",)
 _OTHER_USERS = ("tests/backends/cudnn/test_disk_other_users.py",)
 
+_HOPPER = ("tests/backends/triton/hopper/test_model.py",)
+_BOUNDS = ("tests/backends/triton/test_bounds.py",)
+
 MUTATIONS = (
     # caches and keys
     Mutation(
@@ -374,5 +377,50 @@ MUTATIONS = (
         "_backward_above(128), GENERIC)",
         "_backward_above(256), GENERIC)",
         ("tests/gpuless/test_support_page.py",),
+    ),
+    # the Hopper forward
+    Mutation(
+        "keys before a tile's first one keep their values",
+        "backends/triton/hopper/masking.py",
+        "visible = keys >= anchor",
+        "visible = keys >= start",
+        _HOPPER,
+    ),
+    Mutation(
+        "a tile's last block counts keys of the block before twice",
+        "backends/triton/hopper/masking.py",
+        "gl.minimum(seen.hi - start, end)",
+        "(seen.hi - start)",
+        _HOPPER,
+    ),
+    Mutation(
+        "a consumer waits for a tile's last values before it gives back the queries",
+        "backends/triton/hopper/consumer.py",
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n"
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n",
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n"
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n",
+        _HOPPER,
+    ),
+    Mutation(
+        "tiles that see no key are left as they are",
+        "backends/triton/hopper/output.py",
+        "for t in range(total + pid, ",
+        "for t in range(total + pid + 1, ",
+        _HOPPER,
+    ),
+    Mutation(
+        "gaps between the keys of a tile's rows are not found",
+        "backends/triton/bounds.py",
+        "(lo > highest) | (hi < lowest)",
+        "(hi < lowest)",
+        _BOUNDS,
+    ),
+    Mutation(
+        "a mask of keys with a hole passes for padding",
+        "backends/triton/key_bias.py",
+        "(other > 0) | (count != end - first)",
+        "(other > 0)",
+        _BOUNDS,
     ),
 )
