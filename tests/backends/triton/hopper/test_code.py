@@ -20,8 +20,8 @@ from fastattn.backends.triton.hopper.binary import FULL, INTERVALS
 from fastattn.backends.triton.hopper.launch import _Arguments
 
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
-#: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `pack`. Bounds
-#: of rows take registers too: with Triton 3.6 up to 29 of these are spilled, with 3.9 more, and a few in the loops, most
+#: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `pack`.
+#: Bounds of rows take registers too: with Triton 3.6 up to 29 are spilled, with 3.9 more, and a few in the loops, most
 #: of them in blocks that are masked.
 _SPILLED, _SPILLED_UNMASKED, _SPILLED_BOUNDS = 16, 80, 130
 _IN_A_LOOP, _IN_A_WIDE_LOOP, _IN_A_LOOP_WITH_BOUNDS = 0, 3, 14
