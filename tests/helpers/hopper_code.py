@@ -73,6 +73,7 @@ class Code:
     raised: int  #: to what the consumers raise them, from what is in the machine code
     lowered: int  #: the producer
     shared: int
+    arguments: int  #: of the kernel, as the driver counts them
     stores: int  #: of spilled registers, all of them
     loops: list[Loop]
 
@@ -148,6 +149,7 @@ def read(name: str) -> Code:
         raised=max((int(m[2], 16) for m in changes if m and m[1] == "TRY_ALLOC" and int(m[2], 16) < 256), default=0),
         lowered=min((int(m[2], 16) for m in changes if m and m[1] == "DEALLOC"), default=0),
         shared=compiled.metadata.shared,
+        arguments=_count(r"\.param .*_param_\d+", compiled.asm["ptx"].split(".entry")[1].split(")")[0].splitlines()),
         stores=_count(r"\bSTL\b", lines),
         loops=[_loop(found) for found in _innermost(lines)],
     )

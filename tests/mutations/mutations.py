@@ -29,6 +29,8 @@ _NOT_READY = ("tests/dispatch/test_not_ready.py",)
 
 _FLASH = ("tests/integrations/flash_attn/test_flash_attn.py",)
 _FLASH_CACHE = ("tests/integrations/flash_attn/test_with_kvcache.py",)
+_HOPPER = ("tests/backends/triton/hopper/test_model.py",)
+_BOUNDS = ("tests/backends/triton/test_bounds.py",)
 
 MUTATIONS = (
     # caches and keys
@@ -700,5 +702,50 @@ MUTATIONS = (
             "-k",
             "as_on_a_gpu",
         ),
+    ),
+    # the Hopper forward
+    Mutation(
+        "keys before a tile's first one keep their values",
+        "backends/triton/hopper/masking.py",
+        "visible = keys >= anchor",
+        "visible = keys >= start",
+        _HOPPER,
+    ),
+    Mutation(
+        "a tile's last block counts keys of the block before twice",
+        "backends/triton/hopper/masking.py",
+        "gl.minimum(seen.hi - start, end)",
+        "(seen.hi - start)",
+        _HOPPER,
+    ),
+    Mutation(
+        "a consumer waits for a tile's last values before it gives back the queries",
+        "backends/triton/hopper/consumer.py",
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n"
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n",
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n"
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n",
+        _HOPPER,
+    ),
+    Mutation(
+        "tiles that see no key are left as they are",
+        "backends/triton/hopper/output.py",
+        "for t in range(total + pid, ",
+        "for t in range(total + pid + 1, ",
+        _HOPPER,
+    ),
+    Mutation(
+        "gaps between the keys of a tile's rows are not found",
+        "backends/triton/bounds.py",
+        "(lo > highest) | (hi < lowest)",
+        "(hi < lowest)",
+        _BOUNDS,
+    ),
+    Mutation(
+        "a mask of keys with a hole passes for padding",
+        "backends/triton/key_bias.py",
+        "(other > 0) | (count != end - first)",
+        "(other > 0)",
+        _BOUNDS,
     ),
 )

@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 from hopper_code import NAMES
 
-from fastattn.backends.triton.hopper.binary import FULL
+from fastattn.backends.triton.hopper.binary import FULL, INTERVALS
+from fastattn.backends.triton.hopper.launch import _Arguments
 
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
-#: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `_pack`.
-_SPILLED, _SPILLED_UNMASKED = 16, 80
+#: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `pack`.
+#: Bounds of rows take registers too: with Triton 3.6 up to 29 are spilled, with 3.9 more, and a few in the loops, most
+#: of them in blocks that are masked.
+_SPILLED, _SPILLED_UNMASKED, _SPILLED_BOUNDS = 16, 80, 130
+_IN_A_LOOP, _IN_A_WIDE_LOOP, _IN_A_LOOP_WITH_BOUNDS = 0, 3, 14
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -32,7 +36,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_code.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -47,13 +51,16 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
     assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
     assert code["shared"] <= _SHARED
+    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 12)._make()[0])
     if not wide:
-        assert code["stores"] <= (_SPILLED_UNMASKED if flags.mask == FULL else _SPILLED)
+        spilled = {FULL: _SPILLED_UNMASKED, INTERVALS: _SPILLED_BOUNDS}
+        assert code["stores"] <= spilled.get(flags.mask, _SPILLED)
     # Two consumers; each has the loop over blocks twice, with a tile after it and without.
     assert len(code["loops"]) == 4
     for loop in code["loops"]:
         assert loop["products"] == dim // 16 + keys // 16
         assert loop["waits"] == 2, "the assembler has put the products one after the other"
-        assert loop["stores"] + loop["loads"] <= (3 if wide else 0)
+        spilled_here = _IN_A_LOOP_WITH_BOUNDS if flags.mask == INTERVALS else _IN_A_WIDE_LOOP if wide else _IN_A_LOOP
+        assert loop["stores"] + loop["loads"] <= spilled_here
         assert (loop["turns"], loop["passed"]) == ((1, 1) if flags.blocks.turns else (0, 0))
         assert loop["beside"] >= 0.9 * loop["exponentials"] > 0, "the softmax does not run beside a product"

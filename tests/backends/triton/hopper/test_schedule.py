@@ -1,4 +1,4 @@
-"""Why tiles are sorted: how long the slowest of 132 multiprocessors works for a batch of sequences, in a model of times.
+"""Why tiles are sorted: how long the slowest of 132 processors works for a batch of sequences, by a model of times.
 
 The model's times are an H100's, roughly: a tile's own share, and that of each of its blocks of 128 keys.
 """

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .masking import drop_unseen, load_bias, look, mask, masked_blocks, share_bias
 from .output import clear, store
 from .parts import ALIGNED, BAND, INTERVALS, ROWS
-from .softmax import as_operand, bent, close, first_block, highest, pack, partial_sums, probabilities
+from .softmax import as_operand, bent, close, first_block, pack, partial_sums
 from .tiles import block_start, queries_of, share, span, start_walk, tile, total_tiles
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
@@ -35,7 +35,7 @@ def _attend(
         p_operand = as_operand(p, pipe.v.dtype, p_layout, cfg)
         k_slot, k_phase = next_slot(slot, phase, cfg.STAGES)
         if cfg.KEYS:
-            bias = load_bias(anchor, first, j, seen, cfg)
+            bias = load_bias(anchor, first, j, scale, seen, cfg)
         mbarrier.wait(pipe.k_full.index(k_slot), k_phase)
         k = pipe.k.index(k_slot).reshape([cfg.BLOCK_N, cfg.D])
         take_turn(group, cfg)
@@ -47,12 +47,12 @@ def _attend(
         v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
         acc = warpgroup_mma(p_operand, v, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        s = bent(s, inner, scale, pipe, seen, group, cfg)
+        s = bent(s, inner, pipe, seen, group, cfg)
         if cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M):
             if (j >= cut) | (j < edge):
                 s = mask(s, anchor, first, j, seen, group, shape, cfg)
-        new_base = gl.maximum(base, highest(s, scale, cfg))
-        p = probabilities(s, new_base, scale, cfg)
+        new_base = gl.maximum(base, gl.max(s, 1) * scale)
+        p = gl.exp2(s * scale - new_base[:, None])
         decay = gl.exp2(base - new_base)
         base = new_base
         l_i = l_i * gl.convert_layout(decay, gl.SliceLayout(1, l_i.type.layout))[:, None] + partial_sums(p, cfg)
@@ -102,7 +102,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     if cfg.MASK == INTERVALS:
         seen = look(m, b, h, group, row_layout, shape, cfg)
     if cfg.KEYS:
-        share_bias(load_bias(anchor, first, 0, seen, cfg), pipe, seen, group)
+        share_bias(load_bias(anchor, first, 0, scale, seen, cfg), pipe, seen, group)
     mbarrier.wait(pipe.q_full.index(group), 0)
     mbarrier.wait(pipe.k_full.index(0), 0)
     q = pipe.q.index(group).reshape([ROWS, cfg.D])
@@ -136,7 +136,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         q_slot, q_phase = next_slot(q_slot, q_phase, cfg.Q_SLOTS)
         k_slot, k_phase = next_slot(slot, phase, cfg.STAGES)
         if cfg.KEYS:
-            bias = load_bias(anchor, first, 0, seen, cfg)
+            bias = load_bias(anchor, first, 0, scale, seen, cfg)
         mbarrier.wait(pipe.q_full.index(q_slot * 2 + group), q_phase)
         mbarrier.wait(pipe.k_full.index(k_slot), k_phase)
         q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])

@@ -11,6 +11,7 @@ from .tiles import block_start, row_bounds, tile_fields
 from .turns import here
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
+_LOWEST = gl.constexpr(-1e38)  # exponent that a finite bias leads to
 _AT_ONCE = gl.constexpr(4)  # rows whose bounds it loads together
 
 
@@ -77,13 +78,17 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
 
 
 @gluon.jit
-def load_bias(anchor, first, j, seen, cfg):
-    """What block j's keys add to the exponents of their scores, in base 2, a key in each thread. Only with KEYS."""
+def load_bias(anchor, first, j, scale, seen, cfg):
+    """What block j's keys add to their scores, before these are scaled; a key in each thread. Only with KEYS."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     keys = block_start(anchor, first, j, cfg) + gl.arange(0, cfg.BLOCK_N, layout=layout)
     bias = gl.zeros([cfg.BLOCK_N], gl.float32, layout)
     if seen.biased != 0:
         bias = gl.load(seen.bias + keys)  # before key 0 there is memory too: what is there is masked
+        # Neither this nor the exponent becomes -inf where the mask is finite.
+        least = _LOWEST / gl.maximum(scale, 1.0)
+        low = (bias / scale < least) & (bias != float("-inf"))
+        bias = gl.where(low, least, bias / scale)
     return bias
 
 
@@ -97,9 +102,8 @@ def share_bias(bias, pipe, seen, group: gl.constexpr):
 
 
 @gluon.jit
-def with_bias(s, scale, pipe, seen, group: gl.constexpr):
-    """The scores as exponents in base 2."""
-    s = s * scale
+def with_bias(s, pipe, seen, group: gl.constexpr):
+    """The scores with what was put there added."""
     if seen.biased != 0:
         s += pipe.bias.index(group).load(gl.SliceLayout(0, s.type.layout))[None, :]
     return s

@@ -1,8 +1,8 @@
 """The softmax of the Hopper forward: exponents, sums, and the probabilities as the left operand of a product.
 
 Scores stay as the product gives them. `scale` (times log2(e), for exp2) is applied inside the exponent, where it costs
-nothing; with a softcap it is the cap that is applied there, and the scores are tanh(score * inner). A bias of the keys
-is added after the scale, so there the scores are scaled first.
+nothing; with a softcap it is the cap that is applied there, and the scores are tanh(score * inner). Biases of keys are
+divided by it and added to the scores.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
@@ -14,7 +14,7 @@ from .parts import FULL, INTERVALS, ROWS
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
-#: The base of a row without keys: finite, so that no -inf - -inf arises. A bias may be as low as -1e38 * log2(e).
+#: The base of a row without keys: finite, so that no -inf - -inf arises. With a bias exponents may be as low as -1e38.
 _LEAST = gl.constexpr(-1e30)
 _LEAST_BIASED = gl.constexpr(-3e38)
 
@@ -25,31 +25,13 @@ def _tanh(x):
 
 
 @gluon.jit
-def bent(s, inner, scale, pipe, seen, group: gl.constexpr, cfg):
-    """The scores under a softcap; with KEYS the exponents."""
+def bent(s, inner, pipe, seen, group: gl.constexpr, cfg):
+    """The scores under a softcap and with the keys' biases."""
     if cfg.SOFTCAP:
         s = _tanh(s * inner)
     if cfg.KEYS:
-        s = with_bias(s, scale, pipe, seen, group)
+        s = with_bias(s, pipe, seen, group)
     return s
-
-
-@gluon.jit
-def highest(s, scale, cfg):
-    """Each row's largest exponent."""
-    if cfg.KEYS:
-        return gl.max(s, 1)
-    else:
-        return gl.max(s, 1) * scale
-
-
-@gluon.jit
-def probabilities(s, base, scale, cfg):
-    """Before they are divided by their sum."""
-    if cfg.KEYS:
-        return gl.exp2(s - base[:, None])
-    else:
-        return gl.exp2(s * scale - base[:, None])
 
 
 @gluon.jit
@@ -58,10 +40,10 @@ def first_block(s, pipe, anchor, first, inner, scale, seen, group: gl.constexpr,
 
     The one block that always may be cut.
     """
-    s = bent(s, inner, scale, pipe, seen, group, cfg)
+    s = bent(s, inner, pipe, seen, group, cfg)
     s = mask(s, anchor, first, 0, seen, group, shape, cfg)
-    base = gl.maximum(highest(s, scale, cfg), _LEAST_BIASED if cfg.KEYS else _LEAST)
-    p = probabilities(s, base, scale, cfg)
+    base = gl.maximum(gl.max(s, 1) * scale, _LEAST_BIASED if cfg.KEYS else _LEAST)
+    p = gl.exp2(s * scale - base[:, None])
     return base, partial_sums(p, cfg), p
 
 
