@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import naive
 import pytest
 import torch
 from cases import BF16, FP32, Case, Inputs, Watcher, make
@@ -167,7 +168,7 @@ def test_an_unused_output_costs_no_backward(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("use_lse", [False, True])
 @pytest.mark.parametrize("function", [attend, operator])
 def test_create_graph_and_double_backward(function: Callable[..., Any], use_lse: bool) -> None:
-    """The first gradients are right though a graph is made for them; the second are refused."""
+    """The first gradients are right though a graph is made for them; the second too, but for the log-sum-exp."""
     q, k, v = qkv()
     want = torch.autograd.grad(function(q, k, v, backend="reference").square().sum(), (q, k, v))
     found = function(q, k, v, return_lse=True, backend="reference")
@@ -176,8 +177,17 @@ def test_create_graph_and_double_backward(function: Callable[..., Any], use_lse:
     assert all(x.requires_grad for x in got)
     if not use_lse:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match=r"^fastattn: double backward is not supported"):
-        sum(x.square().sum() for x in got).backward()
+    penalty = sum(x.square().sum() for x in got)
+    if use_lse:
+        with pytest.raises(RuntimeError, match=r"^fastattn: double backward is not supported for the log-sum-exp"):
+            penalty.backward()
+        return
+    penalty.backward()
+    plain = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    first = torch.autograd.grad(naive.attention(*plain).out.square().sum(), plain, create_graph=True)
+    sum(x.square().sum() for x in first).backward()
+    for mine, right in zip((q, k, v), plain, strict=True):
+        torch.testing.assert_close(mine.grad.double(), right.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_create_graph_where_only_another_way_is_differentiated_twice() -> None:

@@ -159,11 +159,16 @@ def test_no_gradient_no_graph() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_double_backward_is_refused(backend: str) -> None:
+def test_double_backward(backend: str) -> None:
+    """By autograd through the reference, whichever backend served."""
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     (grad,) = torch.autograd.grad(attend(q, q, q, backend=backend).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastattn: double backward is not supported"):
-        grad.sum().backward()
+    grad.square().sum().backward()
+    plain = q.detach().double().requires_grad_()
+    out = torch.softmax(plain @ plain.mT / 8**0.5, -1) @ plain
+    (grad,) = torch.autograd.grad(out.square().sum(), plain, create_graph=True)
+    grad.square().sum().backward()
+    torch.testing.assert_close(q.grad.double(), plain.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..backends.scratch import inside_operator
 from ..call import CALL, Call, Gradients, token_major, work_dtype
-from . import eager, serve
+from . import double_backward, eager, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
@@ -111,8 +111,24 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return (*CALL.gradients(found, call.grads), None)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("fastattn: double backward is not supported: attention's gradients are not differentiable")
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_out, grad_lse, _, _, *rest = inputs
+    call, _ = CALL.unpack(rest)
+    ctx.save_for_backward(grad_out, *CALL.tensors(call))
+    ctx.options = CALL.options(call)
+    ctx.of_lse = grad_lse is not None
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if ctx.of_lse:
+        raise RuntimeError("fastattn: double backward is not supported for the log-sum-exp, but for the output alone")
+    grad_out, *tensors = ctx.saved_tensors
+    call: Call = CALL.join(tensors, ctx.options)
+    with eager.no_autocast(call.q):
+        of_grad_out, found = double_backward.gradients(call, grad_out, Gradients(*grads))
+    # out and lse follow from the call: what flows through them is in the gradients of its tensors.
+    return (of_grad_out, None, None, None, *CALL.gradients(found, call.grads), None)
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -120,4 +136,6 @@ _library.impl("attention_backward", _attention_backward, "CompositeExplicitAutog
 torch.library.register_fake("fastattn::attention", _attention_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_backward", _attention_backward_fake, lib=_library)
 torch.library.register_autograd("fastattn::attention", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastattn::attention_backward", _no_double_backward, lib=_library)
+torch.library.register_autograd(
+    "fastattn::attention_backward", _double_backward, setup_context=_save_backward, lib=_library
+)

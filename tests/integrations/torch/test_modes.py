@@ -144,6 +144,14 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
         assert torch.autograd.gradgradcheck(SDPA, tuple(x.clone().requires_grad_() for x in (q, k, v)))
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"enable_gqa": True}], ids=str)
+def test_second_derivatives_of_the_op(options: Any) -> None:
+    q, k = (torch.randn(3, 2, n, 3, dtype=torch.double, requires_grad=True) for n in (3, 4))
+    with fastattn.use_backend("reference"):
+        assert drop_in.explain(q, k, k, **options).chosen == "reference"
+        assert torch.autograd.gradgradcheck(partial(SDPA, **options), (q, k, k))
+
+
 def test_dual_numbers_reach_torchs_kernels(name: str) -> None:
     q = torch.randn(1, 2, 4, 4)
     with forward_ad.dual_level():
