@@ -15,6 +15,7 @@ from ...._compat import torch as torch_internals
 from ..cuda_driver import Function, make_current
 from ..launcher import Launcher
 from . import store
+from .policy import mode
 from .triton_kernel import ALIGNMENT, TritonFlags, flags_of
 
 _UNUSED = 2  #: arguments that Triton adds to each kernel: scratch memory, of which ours have none
@@ -98,7 +99,7 @@ class BinaryLauncher:
 
     def ask(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
         """Has the binary compiled in the background, if it is not there and calls do not wait."""
-        if store.mode() == "background":
+        if mode() == "background":
             store.shared.ask(self.flags(tensors, floats), self._device)
 
     def prepare(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> None:
