@@ -354,3 +354,12 @@ def test_debugging_checks_calls_with_gradients(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(debug, "ENABLED", True)
     with pytest.raises(ValueError, match=r"^kv_lengths: expected lengths in 0\.\.7"):
         step(inputs, kv_lengths=torch.tensor([8, 1], dtype=torch.int32))
+
+
+def test_tensors_without_memory() -> None:
+    """On the device "meta", of which torch has no autocast to ask for."""
+    inputs = [x.detach().to("meta").requires_grad_() for x in qkv()]
+    for _ in range(3):
+        assert [x.is_meta for x in step(inputs)] == [True] * 4
+        attend(*[x.detach() for x in inputs])
+    assert not fast_path._cached

@@ -49,8 +49,9 @@ class Bound:
         self.strides = q.stride(), k.stride(), v.stride()
         #: of the tensors besides q, k and v; None: there are none
         self.extras = CALL.layouts(call)[3:] if any(x is not None for x in call[3:_TENSORS]) else None
-        #: of the routes, when this one held; -1: it is for now alone, and is looked up again for the backward
-        self.generation = routes.generation() if route.lasts else -1
+        #: of the routes, when this one held; -1: it is for now alone, and is looked up again for the backward. (There
+        #: is no autocast to ask for on the device "meta".)
+        self.generation = routes.generation() if route.lasts and self.device_type != "meta" else -1
         self.alike: int | None = None  #: how torch dispatches a gradient that has nothing unusual about it
 
 

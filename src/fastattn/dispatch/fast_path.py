@@ -124,9 +124,9 @@ def remember(key: Any, arguments: tuple[Any, ...], call: Call, names: tuple[str,
     again = _call(arguments, call.scale, CALL.static(call))
     if any(x is not y for x, y in zip(CALL.tensors(again), CALL.tensors(call), strict=True)):
         return  # validation made other tensors of these
-    route = routes.route(call, names)
-    if route.lasts and call.q.device.type != "meta":  # which has no autocast to ask for
-        _cached[key] = Bound(call, names, route)
+    bound = Bound(call, names, routes.route(call, names))
+    if bound.generation >= 0:
+        _cached[key] = bound
 
 
 #: The order in which `_call` gives the fields of `Call`. (By keyword it would take twice as long.)
