@@ -1,10 +1,10 @@
 """Compiles the decode kernels for a GPU that need not be there; a program, run by test_decode_native.py.
 
-    python compile_decode.py MAJOR MINOR [--every]
+    python compile_decode.py MAJOR MINOR [--wide | --every]
 
 Prints one line of JSON per kernel compiled: what it is, its registers, the bytes of shared memory that it takes and of
 registers that it spills, and whether Hopper's products wait for one another. --every: all launches of wide heads that
-the rules can choose, which takes minutes; else some of them, and those of other heads.
+the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
 """
 
 from __future__ import annotations
@@ -160,11 +160,12 @@ def code(compiled: Any) -> dict[str, Any]:
     }
 
 
-def main(major: int, minor: int, every: bool) -> None:
+def main(major: int, minor: int, flag: str = "") -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
     recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
     forward.attend_kernel, forward.combine_kernel = recorders
-    others = [] if every else [(name, False, tensors, options) for name, tensors, options in calls()]
+    every = flag == "--every"
+    others = [] if flag else [(name, False, tensors, options) for name, tensors, options in calls()]
     seen = set()
     for name, same, (q, k, v), options in (*others, *wide(every)):
         call = prepared(q, k, v, **options)
@@ -186,4 +187,4 @@ def main(major: int, minor: int, every: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), "--every" in sys.argv)
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
