@@ -1,11 +1,12 @@
 """Forward calls on each backend that takes them, beside torch's kernels: one process, in turns; needs a GPU.
 
-    python -m benchmarks.forward [ROW ...] [--json FILE] [--tune] [--seconds N]
+    python -m benchmarks.forward [ROW ...] [--json FILE] [--tune] [--seconds N] [--check | --time]
 
 ROW: words of the names of rows; all rows without any. First every kernel is compiled and compared with the float64
 reference, in several processes ("error": norm of the difference over norm). Then times: medians in microseconds of GPU
 work, captured in CUDA graphs, "cold" with the L2 cache flushed before each call, "hot" over many calls in a row; "host"
-is what one eager call costs the CPU. --tune: many launches of the prefill kernel for each row, hot, instead.
+is what one eager call costs the CPU. --tune: many launches of the prefill kernel for each row, hot, instead. --check:
+compiles and compares alone; --time: the rest alone.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--tune", action="store_true", help="launches of the prefill kernel")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time (default: 7)")
+    parser.add_argument("--check", action="store_true", help="compile and compare alone")
+    parser.add_argument("--time", action="store_true", help="without comparing")
     parser.add_argument("--seconds", type=float, default=1e9, help="rows that would begin later are left out")
     arguments = parser.parse_args(argv)
     output.check([arguments.json])
@@ -227,8 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     indices = [i for i, row in enumerate(ROWS) if not arguments.rows or any(x in row.name for x in arguments.rows)]
     found: dict[str, Any] = {"benchmark": "forward", "unit": "us", "rows": {}}
-    errors = prepare(indices, arguments.tune)
+    errors: dict[int, Any] = {} if arguments.time else prepare(indices, arguments.tune)
     print(f"compiled and compared after {time.monotonic() - begun:.0f} s", flush=True)
+    if arguments.check:
+        found["rows"] = {ROWS[i].name: checks for i, checks in errors.items()}
+        print(*(f"{name}: {checks}" for name, checks in found["rows"].items()), sep="\n")
+        write(arguments.json, "forward", argv, torch.device("cuda"), found)
+        return 0
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     try:
         for index in indices:
@@ -243,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{row.name:24} {list(found['rows'][row.name].items())[:5]}", flush=True)
                     continue
                 times = measure(contenders(row, torch.device("cuda")), flush, arguments.rounds)
-            found["rows"][row.name] = {"times": times, "checks": errors[index]}
-            print(line_of(row.name, times, errors[index]), flush=True)
-            failed = {name: x["failed"] for name, x in errors[index].items() if "failed" in x}
+            checks = errors.get(index, {})
+            found["rows"][row.name] = {"times": times, "checks": checks}
+            print(line_of(row.name, times, checks), flush=True)
+            failed = {name: x["failed"] for name, x in checks.items() if "failed" in x}
             if failed:
                 print(f"{'':24} {failed}")
     finally:  # what there is, should a row fail

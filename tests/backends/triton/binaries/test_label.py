@@ -20,7 +20,7 @@ from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, Flags
 FLAGS = Flags("bf16", (128, 128), ALIGNED)
 CHANGES: dict[str, Any] = {
     "dtype": "fp16", "dims": (64, 64), "mask": BAND, "q_lengths": True, "kv_lengths": True, "sinks": "fp32",
-    "softcap": True, "lse": True, "short": True,
+    "softcap": True, "lse": True, "short": True, "keys": True,
 }  # fmt: skip
 TRITON = TritonFlags("fastattn.a:b", (9, 0), ("i32",), (), (), ())
 TRITON_CHANGES: dict[str, Any] = {
