@@ -31,6 +31,7 @@ class Value:
 
     def __init__(self, a: Any) -> None:
         self.a = np.asarray(a)
+        self.product: Any = None  #: of a product of float32: what it is in float64
 
     type = SimpleNamespace(layout=None)
 
@@ -75,11 +76,25 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _operator(f: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Value, Any], Any]:
+    """Products keep what float32 does not hold: the compiler adds to them without rounding them first."""
+
     def apply(self: Value, other: Any) -> Any:
         if isinstance(other, Pointer):
             return NotImplemented
         x, y = self.a, _plain(other)
-        return Value(f(y, x) if swapped else f(x, y))
+        if f in (np.add, np.subtract):
+            product = self.product
+            if product is None and isinstance(other, Value):
+                y = y if other.product is None else other.product
+            else:
+                x = x if product is None else product
+        result = f(y, x) if swapped else f(x, y)
+        if f in (np.add, np.subtract) and np.result_type(self.a, _plain(other)) == np.float32:
+            result = np.asarray(result, np.float32)
+        found = Value(result)
+        if f is np.multiply and found.a.dtype == np.float32:
+            found.product = np.multiply(x, y, dtype=np.float64)
+        return found
 
     return apply
 

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .masking import drop_unseen, load_bias, look, mask, masked_blocks, share_bias
 from .output import clear, store
 from .parts import ALIGNED, BAND, INTERVALS, ROWS
-from .softmax import as_operand, bent, close, first_block, pack, partial_sums
+from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
 from .tiles import block_start, queries_of, share, span, start_walk, tile, total_tiles
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
@@ -20,8 +20,9 @@ def _attend(
 ):  # fmt: skip
     """All of a tile's blocks but the first, to whose P it adds up; the last block's P is left to the caller.
 
-    base: a row's largest score so far, scaled, which its exponents are counted from. Kept scaled: where the largest
-    score stays the difference of two bases is then exactly 0, also that of a row that has not seen a key.
+    base: a row's largest score so far, which its exponents are counted from. Kept scaled: where the largest score stays
+    the difference of two bases is then exactly 0, also that of a row that has not seen a key. (With biases of keys it
+    is not scaled: see `exponentials`.)
     """
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -51,9 +52,9 @@ def _attend(
         if cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M):
             if (j >= cut) | (j < edge):
                 s = mask(s, anchor, first, j, seen, group, shape, cfg)
-        new_base = gl.maximum(base, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - new_base[:, None])
-        decay = gl.exp2(base - new_base)
+        new_base = gl.maximum(base, largest(s, scale, cfg))
+        p = exponentials(s, new_base, scale, cfg)
+        decay = decay_of(base, new_base, scale, cfg)
         base = new_base
         l_i = l_i * gl.convert_layout(decay, gl.SliceLayout(1, l_i.type.layout))[:, None] + partial_sums(p, cfg)
         stay_below(n)
@@ -126,7 +127,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         done_h = h
         done_row = m * cfg.BLOCK_M + group * ROWS
         queries = queries_of(b, shape, cfg)
-        factor = close(base, l_i, b, h, done_row, queries, results, seen, shape, cfg)
+        factor = close(base, scale, l_i, b, h, done_row, queries, results, seen, shape, cfg)
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 4)
         anchor, first, n = span(m, b, shape, cfg)
         if cfg.MASK == INTERVALS:
@@ -166,7 +167,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
     row = m * cfg.BLOCK_M + group * ROWS
     queries = queries_of(b, shape, cfg)
-    factor = close(base, l_i, b, h, row, queries, results, seen, shape, cfg)
+    factor = close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg)
     p_operand = as_operand(p, pipe.v.dtype, p_layout, cfg)
     mbarrier.wait(pipe.v_full.index(slot), phase)
     v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])

@@ -42,9 +42,38 @@ def first_block(s, pipe, anchor, first, inner, scale, seen, group: gl.constexpr,
     """
     s = bent(s, inner, pipe, seen, group, cfg)
     s = mask(s, anchor, first, 0, seen, group, shape, cfg)
-    base = gl.maximum(gl.max(s, 1) * scale, _LEAST_BIASED if cfg.KEYS else _LEAST)
-    p = gl.exp2(s * scale - base[:, None])
+    base = gl.maximum(largest(s, scale, cfg), _LEAST_BIASED if cfg.KEYS else _LEAST)
+    p = exponentials(s, base, scale, cfg)
     return base, partial_sums(p, cfg), p
+
+
+@gluon.jit
+def largest(s, scale, cfg):
+    """The largest score of each row, as bases are kept: scaled, but with biases unscaled."""
+    top = gl.max(s, 1)
+    return top if cfg.KEYS else top * scale
+
+
+@gluon.jit
+def exponentials(s, base, scale, cfg):
+    """P. s: the scores, unscaled.
+
+    Without biases the difference is one instruction, whose product is not rounded. Where a bias is as low as the least
+    float32 that would leave more than 1e30 of the largest score: there the difference comes first, and is exact.
+    """
+    if cfg.KEYS:
+        return gl.exp2((s - base[:, None]) * scale)
+    else:
+        return gl.exp2(s * scale - base[:, None])
+
+
+@gluon.jit
+def decay_of(base, new_base, scale, cfg):
+    """What sums and outputs that were counted from one base are multiplied by to be counted from the next."""
+    if cfg.KEYS:
+        return gl.exp2((base - new_base) * scale)
+    else:
+        return gl.exp2(base - new_base)
 
 
 @gluon.jit
@@ -82,12 +111,14 @@ def as_operand(p, dtype: gl.constexpr, layout: gl.constexpr, cfg):
 
 
 @gluon.jit
-def close(base, l_i, b, h, row, queries, results, seen, shape, cfg):
+def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     """What a tile's output is to be multiplied by, as a row vector; stores the log-sum-exp.
 
     row, queries: the first row, and how many rows batch entry b has: rows from there on see nothing.
     """
     layout: gl.constexpr = base.type.layout
+    if cfg.KEYS:
+        base = base * scale
     total = gl.convert_layout(gl.sum(l_i, 1), layout)
     rows = row + gl.arange(0, ROWS, layout=layout)
     if cfg.Q_LENGTHS:  # whatever the queries past the length hold
