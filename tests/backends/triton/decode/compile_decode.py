@@ -3,8 +3,8 @@
     python compile_decode.py MAJOR MINOR [--wide | --every]
 
 Prints one line of JSON per kernel compiled: what it is, its registers, the bytes of shared memory that it takes and of
-registers that it spills, and whether Hopper's products wait for one another. --every: all launches of wide heads that
-the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
+registers that it spills, Hopper's products and whether they wait for one another. --every: all launches of wide heads
+that the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def code(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "registers": numbers["REG"],
         "spilled": numbers["STACK"],
+        "products": products,
         "serial": products > 0 and waits >= products,
     }
 
