@@ -1,8 +1,14 @@
 """Which blocks of keys a block of queries has to compute, under a tensor mask: the kernels.
 
-The result is, for each block of rows, a list of int32: how many blocks of keys are full (every row sees every key, and
-the mask adds nothing), how many are partial, the indices of the full ones, and from the list's end downwards those of
-the partial ones. Hidden blocks are in no list. Bands and lengths count, like the mask.
+The result is, for each block of rows, a list of int32:
+
+    0  the first block of the run: side by side, of each of them every row sees every key, and the mask adds nothing
+    1  how many blocks the run has
+    2  how many more blocks are not hidden
+    3  their indices
+
+Most masks (causal, a prefix, a window, padding) leave one run and a few blocks at its ends. Hidden blocks are in no
+list. Bands and lengths count, like the mask.
 
 A mask that all queries share is read by the kernel that writes the lists. Another one is classified first, by many
 programs, one byte a block.
@@ -19,6 +25,7 @@ _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
 #: Never specialised.
 INTEGERS = [*_MASK, "list_heads", "row_blocks", "q_len", "kv_len", "left", "right"]
 
+HEADER = tl.constexpr(3)  #: numbers before a list's indices
 _PARTIAL = tl.constexpr(1)
 _FULL = tl.constexpr(2)
 
@@ -122,7 +129,7 @@ def classify_kernel(
 def list_kernel(
     mask_ptr,
     states_ptr,  # of `classify_kernel`; None: the mask is the same for all queries
-    lists_ptr,  # int32 [list batch, list heads, row blocks, 2 + key blocks]
+    lists_ptr,  # int32 [list batch, list heads, row blocks, HEADER + key blocks]
     q_lengths_ptr,
     kv_lengths_ptr,
     mask_sb,
@@ -147,7 +154,7 @@ def list_kernel(
     entry = program // row_blocks
     b = entry // list_heads
     key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
-    lists_ptr += program.to(tl.int64) * (key_blocks + 2)
+    lists_ptr += program.to(tl.int64) * (key_blocks + HEADER)
     if states_ptr is None:
         if SHARED:
             first = b * 0
@@ -165,8 +172,10 @@ def list_kernel(
             first_full = tl.max(tl.where(sees, lo, 0), 0)
             last_full = tl.min(tl.where(sees, hi, kv_len), 0)
         mask_ptr += (b.to(tl.int64) * mask_sb + (entry - b * list_heads).to(tl.int64) * mask_sh) * MASK_UNIT
-    full = b * 0
-    partial = b * 0
+    run = b * 0  # its first block, how many it has so far, and whether it has ended
+    length = run
+    ended = run
+    others = run
     for begin in range(0, key_blocks, BLOCKS):
         n = begin + tl.arange(0, BLOCKS)
         if states_ptr is None:
@@ -182,11 +191,17 @@ def list_kernel(
             state = tl.load(states_ptr + program.to(tl.int64) * key_blocks + n, mask=n < key_blocks, other=0)
             is_full = state == _FULL
             is_partial = state == _PARTIAL
-        places = tl.cumsum(is_full.to(tl.int32), 0) + (full + 1)
-        tl.store(lists_ptr + places, n, mask=is_full)
-        places = key_blocks + 2 - tl.cumsum(is_partial.to(tl.int32), 0) - partial
-        tl.store(lists_ptr + places, n, mask=is_partial)
-        full += tl.sum(is_full.to(tl.int32), 0)
-        partial += tl.sum(is_partial.to(tl.int32), 0)
-    tl.store(lists_ptr, full)
-    tl.store(lists_ptr + 1, partial)
+        # The run goes on, or begins, at the first full block of this step, up to the next that is not.
+        begins = tl.where(length > 0, begin, tl.min(tl.where(is_full, n, key_blocks), 0))
+        stops = tl.min(tl.where((n >= begins) & (is_full == 0), n, begin + BLOCKS), 0)
+        here = tl.where(ended > 0, 0, tl.maximum(stops - begins, 0))
+        in_run = (n >= begins) & (n < begins + here)
+        run = tl.where((length == 0) & (here > 0), begins, run)
+        length += here
+        ended = tl.where((length > 0) & (stops < begin + BLOCKS), 1, ended)
+        listed = (is_full | is_partial) & (in_run == 0)
+        tl.store(lists_ptr + (HEADER - 1) + others + tl.cumsum(listed.to(tl.int32), 0), n, mask=listed)
+        others += tl.sum(listed.to(tl.int32), 0)
+    tl.store(lists_ptr, run)
+    tl.store(lists_ptr + 1, length)
+    tl.store(lists_ptr + 2, others)

@@ -19,7 +19,7 @@ from ..binaries.launcher import Launch as Prepared
 from ..bounds import Bounds
 from ..representative import representative
 from ..tile_parts import parts
-from .block_lists import classify_kernel, list_kernel
+from .block_lists import HEADER, classify_kernel, list_kernel
 from .kernel import forward_kernel
 from .launch_config import Launch, by_head, choose, listed
 
@@ -198,7 +198,7 @@ class _Lists:
         batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
         heads = p.mask_shape[1]
         entries = batch * heads * row_blocks
-        length = key_blocks + 2
+        length = key_blocks + HEADER.value
         steps = heads * row_blocks * length, row_blocks * length, length
         counts = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import float_bias, mask_tile, tanh, visible_keys
+from .block_lists import HEADER
 
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "list_sb", "list_sh", "list_sm"]
@@ -25,6 +26,28 @@ INTEGERS = [*_STRIDES, *_MASK_STRIDES, *_OTHERS]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _partial_start(lists_ptr, t, count, origin, before, end, BLOCK_N: tl.constexpr):
+    """The first key of the partial block t of `count`; of the last one where there are no more."""
+    if lists_ptr is not None:
+        t = tl.maximum(tl.minimum(t, count - 1), 0)
+        return tl.load(lists_ptr + HEADER + t, mask=t < count, other=0) * BLOCK_N
+    else:
+        return tl.where(t < before, origin + t * BLOCK_N, end + (t - before) * BLOCK_N)
+
+
+@triton.jit
+def _mask_of(
+    mask_ptr, i, start, valid, last, mask_si, mask_sj,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    """A block's entries of a tensor mask."""
+    j = start + tl.arange(0, BLOCK_N)
+    inside = (j < last)[None, :]
+    there = valid[:, None] & inside if ROWS else inside
+    return mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, ROWS, ADJACENT)
 
 
 @triton.jit
@@ -38,13 +61,9 @@ def _step(
     acc_rest,
     k_ptr,
     v_ptr,
-    mask_ptr,
     k_sj,
     v_sj,
-    mask_si,
-    mask_sj,
-    i,
-    valid,
+    mask,  # entries of a tensor mask, [rows, keys] or [1, keys], or None
     lo,
     hi,
     first,
@@ -60,9 +79,6 @@ def _step(
     VALUE: tl.constexpr,
     VALUE_REST: tl.constexpr,
     UNIT: tl.constexpr,
-    MASK_UNIT: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    MASK_ADJACENT: tl.constexpr,
     BIASED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GAPS: tl.constexpr,
@@ -85,15 +101,13 @@ def _step(
     if SOFTCAP:
         s = tanh(s * inner)
     if not FULL:
-        if mask_ptr is not None:
-            there = valid[:, None] & inside[None, :] if MASK_ROWS else inside[None, :]
-            bias = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
-            if mask_ptr.dtype.element_ty == tl.int1:
-                seen = seen & bias
-            else:
-                bias = float_bias(bias)
+        if mask is not None:
+            if BIASED:
+                bias = float_bias(mask)
                 seen = seen & (bias > float("-inf"))
                 s = s * factor + bias
+            else:
+                seen = seen & mask
         # Whatever a key that the row does not see holds, its score ends here.
         s = tl.where(seen, s, float("-inf"))
     top = tl.max(s, 1)
@@ -209,12 +223,12 @@ def forward_kernel(
     last = tl.max(tl.where(sees, hi, 0), 0)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head.to(tl.int64) * list_sh + block.to(tl.int64) * list_sm
-        full = tl.load(lists_ptr)
-        partial = tl.load(lists_ptr + 1)
-        end = 1 + (kv_len + BLOCK_N - 1) // BLOCK_N  # partial blocks are listed from here downwards
+        begin = tl.load(lists_ptr) * BLOCK_N
+        full = tl.load(lists_ptr + 1)
+        partial = tl.load(lists_ptr + 2)
         origin = 0
         before = 0
-        begin = 0
+        end = 0
     else:
         origin = first
         if mask_ptr is not None:
@@ -241,21 +255,28 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, VALUE], tl.float32)
     acc_rest = tl.zeros([BLOCK_M, VALUE_REST if VALUE_REST else VALUE], tl.float32)
     for t in range(full):
-        start = tl.load(lists_ptr + 2 + t) * BLOCK_N if lists_ptr is not None else begin + t * BLOCK_N
+        start = begin + t * BLOCK_N
         m, l, acc, acc_rest = _step(
-            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo,
-            hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT,
-            MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
+            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, k_sj, v_sj, None, lo, hi, first, last,
+            inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, BIASED,
+            SOFTCAP, GAPS, V_IN_K, PRECISION,
         )  # fmt: skip
+    bias = 0
+    if mask_ptr is not None:
+        start = _partial_start(lists_ptr, 0, partial, origin, before, end, BLOCK_N)
+        bias = _mask_of(mask_ptr, i, start, valid, last, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
     for t in range(partial):
-        if lists_ptr is not None:
-            start = tl.load(lists_ptr + end - t) * BLOCK_N
-        else:
-            start = tl.where(t < before, origin + t * BLOCK_N, end + (t - before) * BLOCK_N)
+        start = _partial_start(lists_ptr, t, partial, origin, before, end, BLOCK_N)
+        mask = bias
+        if mask_ptr is not None:  # of the next block, so that it is there when that begins
+            after = _partial_start(lists_ptr, t + 1, partial, origin, before, end, BLOCK_N)
+            bias = _mask_of(
+                mask_ptr, i, after, valid, last, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ROWS, MASK_ADJACENT
+            )
         m, l, acc, acc_rest = _step(
-            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, mask_ptr, k_sj, v_sj, mask_si, mask_sj, i, valid, lo,
-            hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT,
-            MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, V_IN_K, PRECISION,
+            start, q, q_rest, m, l, acc, acc_rest, k_ptr, v_ptr, k_sj, v_sj, mask if mask_ptr is not None else None,
+            lo, hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, BIASED,
+            SOFTCAP, GAPS, V_IN_K, PRECISION,
         )  # fmt: skip
 
     m = tl.where(sees, m, float("-inf"))

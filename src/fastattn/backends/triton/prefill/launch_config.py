@@ -104,6 +104,7 @@ def listed(problem: Problem, launch: Launch) -> bool:
 
 
 def by_head(problem: Problem) -> bool:
-    """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where blocks of rows have
-    different amounts to do: then the longest of all heads go first."""
-    return not problem.banded
+    """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where blocks of rows may
+    have different amounts to do: then those of all heads that probably have most go first."""
+    p = problem
+    return not (p.banded or (p.dense_mask and p.mask_shape[2] > 1))
