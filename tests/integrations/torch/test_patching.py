@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch_calls import TORCHS, TinyBlock, default_backends, distributed_step
 
 import fastattn
 from fastattn import drop_in
+from fastattn.common import notice
 from fastattn.integrations.torch import patching
 
 __all__ = ["default_backends"]
@@ -200,6 +202,34 @@ def test_somebody_who_comes_later_stays() -> None:
             drop_in.unpatch()
         assert functional.scaled_dot_product_attention is theirs
         assert run() == {}
+    finally:
+        functional.scaled_dot_product_attention = TORCHS
+
+
+def test_a_failure_on_the_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch, code: types.ModuleType) -> None:
+    def broken(module: types.ModuleType) -> set[str]:
+        raise RecursionError
+
+    with monkeypatch.context() as m:
+        m.setattr(patching, "_imported_as", broken)
+        with pytest.raises(RecursionError):
+            drop_in.patch()
+    assert functional.scaled_dot_product_attention is TORCHS
+    assert code.scaled_dot_product_attention is TORCHS
+    assert run() == {}
+
+
+def test_a_warning_that_is_an_error_leaves_nothing(code: types.ModuleType) -> None:
+    drop_in.patch()
+    other = functional.scaled_dot_product_attention = lambda *arguments, **options: TORCHS(*arguments, **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            notice._given.clear()
+            with pytest.raises(fastattn.FastattnWarning):
+                drop_in.unpatch()
+        assert functional.scaled_dot_product_attention is other
+        assert code.attend is TORCHS
     finally:
         functional.scaled_dot_product_attention = TORCHS
 

@@ -210,7 +210,6 @@ class _Allowed(NamedTuple):
 
     candidates: tuple[str, ...]  #: the backends before torch's kernels
     torch: bool  #: whether torch's kernels are
-    hopper: bool = False  #: whether the GPU is one, or newer
 
 
 @torch_internals.constant_when_traced
@@ -218,8 +217,13 @@ def _allowed_when_traced() -> _Allowed:
     if torchs.insists_on_torch() or torch_internals.transforms_active() or torchs.forward_ad_active():
         return _Allowed((), True)
     names = registry.allowed()
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _HOPPER
-    return _Allowed(_before_torch(names), "torch" in names, hopper)
+    return _Allowed(_before_torch(names), "torch" in names)
+
+
+@torch_internals.constant_when_traced
+def _on_hopper_when_traced() -> bool:
+    """Asked for calls on a GPU alone: it initialises CUDA."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _HOPPER
 
 
 def why_torch_when_traced(
@@ -250,7 +254,7 @@ def why_torch_when_traced(
         if query.dtype not in _HALF and autocast_dtype(query) not in _HALF:
             return KERNELS
         on_cudnn = not any([name not in ("decode", "cudnn") for name in allowed.candidates])
-        if mask is not None and on_cudnn and (allowed.hopper or not enable_gqa):
+        if mask is not None and on_cudnn and (not enable_gqa or _on_hopper_when_traced()):
             return SLOWER
     found = translated(query, key, value, mask, is_causal, enable_gqa)
     return found if isinstance(found, str) else ""

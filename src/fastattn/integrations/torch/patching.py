@@ -80,7 +80,12 @@ class _Patch:
         """Counts who wants the patch, and puts it there or takes it away."""
         with self._lock:
             if (asked or blocks > 0 or models > 0) and self.function is None:
-                self.install()
+                try:
+                    self.install()
+                except BaseException:
+                    if self.function is not None:
+                        self.remove()
+                    raise
             self.asked = self.asked if asked is None else asked
             self.blocks += blocks
             self.models += models
@@ -127,17 +132,18 @@ class _Patch:
 
     def remove(self) -> None:
         there = getattr(functional, _NAME)
-        if there is not self.function:  # it calls ours perhaps, which is torch's function from now on
-            warn_once(
-                f"fastattn: torch.nn.functional.{_NAME} was replaced by {_called(there)} after patch(): it stays there"
-            )
-        else:
+        theirs = there is not self.function  # it calls ours perhaps, which is torch's function from now on
+        if not theirs:
             setattr(functional, _NAME, torchs.scaled_dot_product_attention)
         known = [(module, name) for reference, name in self.records if (module := reference()) is not None]
         for module, name in [*known, *_holders(self.function)]:  # the second: imported since, too
             if vars(module).get(name) is self.function:
                 setattr(module, name, torchs.scaled_dot_product_attention)
         self.function, self.records = None, []
+        if theirs:  # last: a warning may be an error
+            warn_once(
+                f"fastattn: torch.nn.functional.{_NAME} was replaced by {_called(there)} after patch(): it stays there"
+            )
 
 
 def _called(function: Any) -> str:
