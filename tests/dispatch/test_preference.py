@@ -46,6 +46,30 @@ def test_where_torch_has_no_kernel_of_its_own(changes: dict[str, Any]) -> None:
     assert order[-1] == "reference"
 
 
+def test_a_softcap_over_many_queries_is_not_for_decode() -> None:
+    order = preference.ordered(but(softcap=30.0), NAMES)
+    assert order[:3] == ("hopper", "prefill", "decode")
+    assert preference.ordered(but(softcap=30.0, q_len=1), NAMES) == NAMES
+
+
+@pytest.mark.parametrize(
+    "changes, first",
+    [
+        ({"mask": "bool", "mask_shape": (1, 1, 1, 8192), "mask_dtype": torch.bool}, "prefill"),
+        ({"mask": "bool", "mask_shape": (1, 1, 300, 8192), "mask_dtype": torch.bool}, "prefill"),
+        ({"mask": "additive", "mask_shape": (1, 32, 300, 8192), "mask_dtype": torch.bfloat16}, "prefill"),
+        ({"mask": "additive", "mask_shape": (1, 1, 300, 8192), "mask_dtype": torch.bfloat16}, "hopper"),
+        ({}, "hopper"),
+    ],
+)
+def test_masks_on_hopper(changes: dict[str, Any], first: str) -> None:
+    """After decode, which takes few queries alone."""
+    order = preference.ordered(but(capability=(9, 0), **changes), NAMES)
+    assert order[0] == "decode"
+    assert order[1] == first
+    assert preference.ordered(but(capability=(8, 0), **changes), NAMES)[1] == "hopper"  # which refuses there
+
+
 @pytest.mark.parametrize("changes", [{}, {"right": 0}, {"dtype": torch.float32, "q_heads": 8, "kv_heads": 8}], ids=str)
 def test_plain_calls_keep_the_order(changes: dict[str, Any]) -> None:
     p = but(capability=(8, 0), **changes)
