@@ -1,0 +1,212 @@
+"""Deliberate mistakes: Triton and Gluon kernels, their binaries and launches."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+_DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layouts")
+_WIDE = ("tests/backends/triton/decode/test_wide_heads.py",)
+_BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
+_HOPPER = ("tests/backends/triton/hopper/test_model.py",)
+_BOUNDS = ("tests/backends/triton/test_bounds.py",)
+
+_PREFILL_MASKS = (
+    "tests/backends/triton/prefill/test_prefill.py",
+    "-k",
+    "blocks and (bool or finfo or additive or keys)",
+)
+
+MUTATIONS = (
+    Mutation(
+        "a window is one key short on the left in the decode kernel",
+        "backends/triton/masking.py",
+        "lo = tl.maximum(position - left, 0)",
+        "lo = tl.maximum(position - left + 1, 0)",
+        ("tests/backends/triton/decode/test_decode.py", "-k", "features and window"),
+    ),
+    Mutation(
+        "queries with strided elements are not copied for the decode kernel",
+        "backends/triton/decode/forward.py",
+        "if x.stride(3) != 1:",
+        "if x.stride(3) > 2:",
+        _DECODE,
+    ),
+    Mutation(
+        "the sink is forgotten when splits are combined",
+        "backends/triton/decode/combine.py",
+        "        total += tl.exp(sink - base)\n",
+        "        total += 0.0\n",
+        _DECODE,
+    ),
+    Mutation(
+        "values are taken from the keys wherever they lie",
+        "backends/triton/decode/forward.py",
+        "kernel = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
+        "kernel = self._same",
+        (*_WIDE, "-k", "next_call or elsewhere"),
+    ),
+    Mutation(
+        "values at the keys' address are taken for their first columns, whatever the strides",
+        "backends/triton/decode/forward.py",
+        "return all(one == other for size, one, other in both if size > 1)",
+        "return bool(list(both))",
+        (*_WIDE, "-k", "elsewhere"),
+    ),
+    Mutation(
+        "a step whose first keys some rows do not see is not masked in wide heads",
+        "backends/triton/decode/kernel.py",
+        "if (step < inner_lo) | (",
+        "if (",
+        (*_WIDE, "-k", "test_features and window"),
+    ),
+    Mutation(
+        "the second part of the head dim is left out of the scores",
+        "backends/triton/head_dims.py",
+        "product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision=PRECISION)",
+        "product += 0.0",
+        (*_WIDE, "-k", "test_features and causal"),
+    ),
+    Mutation(
+        "blocks of rows that are neighbours count as tiles",
+        "backends/triton/decode/kernel.py",
+        "tiles = tl.num_programs(0) // blocks",
+        "tiles = tl.num_programs(0)",
+        (*_WIDE, "-k", "blocks_of_rows"),
+    ),
+    Mutation(
+        "splits are combined as if they had the same greatest score",
+        "backends/triton/decode/combine.py",
+        "total = tl.sum(tl.exp(m_s - base) * l_s, 0)",
+        "total = tl.sum(l_s, 0)",
+        _DECODE,
+    ),
+    Mutation(
+        "the wrong head of a group in the decode kernel",
+        "backends/triton/decode/kernel.py",
+        "head = kv_head * GROUP + r % GROUP",
+        "head = kv_head + (r % GROUP) * KV_HEADS",
+        _DECODE,
+    ),
+    Mutation(
+        "a binary's label forgets the compiler",
+        "backends/triton/binaries/label.py",
+        '"triton": found.identity if found else None,',
+        "",
+        _BINARIES,
+    ),
+    Mutation(
+        "a binary's label forgets the kernels' source",
+        "backends/triton/binaries/label.py",
+        "{_environment()}\\n{source}\\n",
+        "{_environment()}\\n",
+        _BINARIES,
+    ),
+    Mutation(
+        "one that waits for a kernel waits for all that were asked for before",
+        "backends/triton/binaries/compilers.py",
+        "heapq.heappush(self._tasks, (not waiting, self._count, task))",
+        "heapq.heappush(self._tasks, (True, self._count, task))",
+        _BINARIES,
+    ),
+    Mutation(
+        "a kernel that cannot be compiled is compiled again and again",
+        "backends/triton/binaries/store.py",
+        "if found is None and self.failed(flags) is None and not hindrance():",
+        "if found is None and not hindrance():",
+        _BINARIES,
+    ),
+    Mutation(
+        "a kernel of another alignment is launched",
+        "backends/triton/binaries/launcher.py",
+        "function = None if bits % ALIGNMENT else self._aligned",
+        "function = self._aligned",
+        _BINARIES,
+    ),
+    Mutation(
+        "keys before a tile's first one keep their values",
+        "backends/triton/hopper/masking.py",
+        "visible = keys >= anchor",
+        "visible = keys >= start",
+        _HOPPER,
+    ),
+    Mutation(
+        "a tile's last block counts keys of the block before twice",
+        "backends/triton/hopper/masking.py",
+        "gl.minimum(seen.hi - start, end)",
+        "(seen.hi - start)",
+        _HOPPER,
+    ),
+    Mutation(
+        "a consumer waits for a tile's last values before it gives back the queries",
+        "backends/triton/hopper/consumer.py",
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n"
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n",
+        "        _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)\n"
+        "        mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))\n",
+        _HOPPER,
+    ),
+    Mutation(
+        "tiles that see no key are left as they are",
+        "backends/triton/hopper/output.py",
+        "for t in range(total + pid, ",
+        "for t in range(total + pid + 1, ",
+        _HOPPER,
+    ),
+    Mutation(
+        "gaps between the keys of a tile's rows are not found",
+        "backends/triton/bounds.py",
+        "(lo > highest) | (hi < lowest)",
+        "(hi < lowest)",
+        _BOUNDS,
+    ),
+    Mutation(
+        "a mask of keys with a hole passes for padding",
+        "backends/triton/key_bias.py",
+        "(other > 0) | (count != end - first)",
+        "(other > 0)",
+        _BOUNDS,
+    ),
+    # the prefill kernel
+    Mutation(
+        "a run of full blocks goes on behind a gap",
+        "backends/triton/prefill/block_lists.py",
+        "here = tl.where(ended > 0, 0, tl.maximum(stops - begins, 0))",
+        "here = tl.maximum(stops - begins, 0)",
+        _PREFILL_MASKS,
+    ),
+    Mutation(
+        "a block whose mask adds something counts as full",
+        "backends/triton/prefill/block_lists.py",
+        'return bias > float("-inf"), bias == 0.0',
+        'return bias > float("-inf"), bias > float("-inf")',
+        _PREFILL_MASKS,
+    ),
+    Mutation(
+        "keys between the rows' intervals are loaded",
+        "backends/triton/prefill/kernel.py",
+        "inside = tl.max(seen.to(tl.int32), 0) > 0",
+        "inside = (j >= first) & (j < last)",
+        ("tests/backends/triton/prefill/test_prefill.py", "-k", "nan"),
+    ),
+    Mutation(
+        "a row that sees nothing is not cleared",
+        "backends/triton/prefill/kernel.py",
+        "acc = tl.where(sees[:, None], acc * shrink, 0.0)",
+        "acc = acc * shrink",
+        ("tests/backends/triton/prefill/test_prefill.py", "-k", "blocks and lengths"),
+    ),
+    Mutation(
+        "the least bias times log2(e) is -inf",
+        "backends/triton/prefill/kernel.py",
+        "p = tl.exp2((s - base[:, None]) * _LOG2_E)",
+        "p = tl.exp2(s * _LOG2_E - (base * _LOG2_E)[:, None])",
+        _PREFILL_MASKS,
+    ),
+    Mutation(
+        "decode takes many queries with a softcap first",
+        "dispatch/preference.py",
+        '("hopper", "prefill", "decode"),',
+        '("decode", "hopper", "prefill"),',
+        ("tests/dispatch/test_preference.py",),
+    ),
+)
