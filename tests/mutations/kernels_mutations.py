@@ -15,10 +15,6 @@ _PREFILL_MASKS = (
     "-k",
     "blocks and (bool or finfo or additive or keys)",
 )
-    "tests/backends/triton/prefill/test_prefill.py",
-    "-k",
-    "blocks and (bool or finfo or additive or keys)",
-)
 
 MUTATIONS = (
     Mutation(
