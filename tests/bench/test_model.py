@@ -292,3 +292,17 @@ def test_on_a_gpu(capsys):
         assert len(result.fresh) == 2
     environment = report.as_dict("x")["environment"]
     assert all(environment[key] for key in ("gpu", "compute_capability", "gpu_memory", "driver", "cuda", "cudnn"))
+
+
+def test_no_trial_changes_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled for the first run, or for the second, is used by another one before anything is timed."""
+    runs: list[int] = []
+    compiled = {1: 2, 2: 1}  # after so many runs, so many kernels
+    held = [5]
+    monkeypatch.setattr(bench.binaries, "stats", lambda: {"binaries": held[0]})
+    monkeypatch.setattr(bench.binaries, "wait", lambda: held.append(held.pop() + compiled.get(len(runs), 0)))
+    bench._settle(lambda: runs.append(1))
+    assert len(runs) == 3
+    runs[:] = [1] * 5
+    bench._settle(lambda: runs.append(1))
+    assert len(runs) == 6

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..backends.triton.binaries.store import shared as binaries
 from ..lm import Loaded, set_attention
 from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
@@ -182,7 +183,7 @@ def _measure(
             say("Fused by liger-kernel: " + ", ".join(runner.fused_ops))
         yield
         result.calls.clear()  # those by which the runners were tried
-        _trial(loaded, runner, settings, 0, 0)
+        _settle(lambda: _trial(loaded, runner, settings, 0, 0))
         advance()
         yield
         p, g, b = settings.prompt_lengths or settings.prompt_tokens, settings.generation_tokens, settings.batch_size
@@ -214,6 +215,16 @@ def _measure(
         result.error = "out of memory"
         say(f"{result.attn}: {result.error}, given up")
         release()
+
+
+def _settle(run: Callable[[], object]) -> None:
+    """Runs what is to be timed until no kernel is compiled for it any more, so that no trial changes its kernels."""
+    for _ in range(3):
+        before = binaries.stats()["binaries"]
+        run()
+        binaries.wait()
+        if binaries.stats()["binaries"] == before:
+            break
 
 
 def _trial(loaded: Loaded, runner: Runner, settings: Settings, number: int, others: int) -> Trial:
