@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.backends.base import Kernel
 from fastattn.backends.layout import Output, TokenMajor
 from fastattn.call import Call, Gradients, Problem
-from fastattn.dispatch import registry
+from fastattn.dispatch import registry, serve
 from fastattn.shape_cache import shape_cache
 
 
@@ -72,3 +72,5 @@ def null_backend() -> Iterator[None]:
             yield
     finally:
         shape_cache.clear()
+        for name in (found.name, f"{found.name}.backward"):
+            serve._calls.pop(name, None)

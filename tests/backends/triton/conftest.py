@@ -26,7 +26,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poison() -> Iterator[None]:
     """What is not written is NaN: torch fills outputs and scratch with it under this setting."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -282,13 +282,16 @@ def test_dropout_of_packed_sequences_and_its_gradient() -> None:
 
 
 def test_deterministic_covers_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastattn.dispatch import serve
+    from fastattn.backends.torch import _TorchKernel
 
     seen: list[bool] = []
-    backward = serve.backward
-    monkeypatch.setattr(
-        serve, "backward", lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), backward(*a))[1]
-    )
+    backward = _TorchKernel.backward
+
+    def spied(*arguments: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return backward(*arguments)
+
+    monkeypatch.setattr(_TorchKernel, "backward", spied)
     q, k, v = (torch.randn(2, 5, 2, 8, requires_grad=True) for _ in "qkv")
     plain = flash_attn_func(q, k, v, causal=True)
     out = flash_attn_func(q, k, v, causal=True, deterministic=True)

@@ -253,7 +253,7 @@ def why_torch_when_traced(
             return KERNELS
         if query.dtype not in _HALF and autocast_dtype(query) not in _HALF:
             return KERNELS
-        on_cudnn = not any([name not in ("decode", "cudnn") for name in allowed.candidates])
+        on_cudnn = not any([name not in ("decode", "hopper", "cudnn") for name in allowed.candidates])
         if mask is not None and on_cudnn and (not enable_gqa or _on_hopper_when_traced()):
             return SLOWER
     found = translated(query, key, value, mask, is_causal, enable_gqa)

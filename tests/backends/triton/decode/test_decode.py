@@ -18,6 +18,8 @@ from fastattn.backends.triton.decode import DecodeBackend
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Problem
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 #: Several steps and splits with few keys: 8 queries to a tile, heads padded, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=4, kv_heads=1, q_len=2, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
 

@@ -17,6 +17,8 @@ import fastattn
 from fastattn import Intervals
 from fastattn.backends.triton.decode import launch_config as launch
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 DIMS = ((72, 72), (80, 80), (96, 96), (192, 128), (320, 256), (512, 512), (576, 512))
 #: Several steps of 16 keys and several splits; 8 rows to a tile, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=4, kv_heads=1, q_len=2, kv_len=75, dtype=FP32, return_lse=True)

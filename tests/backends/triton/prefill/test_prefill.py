@@ -18,6 +18,8 @@ from fastattn.backends.triton.prefill import PrefillBackend, forward
 from fastattn.backends.triton.prefill import launch_config as launch
 from fastattn.call import Problem
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 #: Several blocks of queries and keys, heads padded, lengths that are multiples of nothing.
 CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=75, head_dim=24, dtype=FP32, return_lse=True)
 

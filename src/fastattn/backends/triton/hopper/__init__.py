@@ -19,7 +19,12 @@ class HopperBackend:
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
-        return [*launch.reasons(problem), *(["has no gradients"] if problem.grads else [])]
+        why = launch.reasons(problem)
+        if problem.grads:
+            why.append("has no gradients")
+        if problem.dense_mask:
+            why.append("its kernel for masks of keys has not been verified on a GPU since it was last changed")
+        return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         return launch.all_flags(problem)
