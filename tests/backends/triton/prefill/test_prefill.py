@@ -269,6 +269,12 @@ def test_output_layout(device: str) -> None:
     assert lse.dtype == torch.float32
 
 
+def test_the_interpreter_waits_for_no_binary(device: str) -> None:
+    x = make(CASE, device)
+    found = fastattn.explain(x.q, x.k, x.v, backend="prefill")
+    assert device == "cuda" or found.chosen == "prefill", str(found)
+
+
 def compare(q: Tensor, k: Tensor, v: Tensor, tolerance: float = 1e-5, **options: Any) -> None:
     """Prefill against the float64 reference, log-sum-exp included."""
     options["return_lse"] = True

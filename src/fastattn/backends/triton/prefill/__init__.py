@@ -45,6 +45,8 @@ class PrefillBackend:
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        if problem.device != "cuda":  # Triton's interpreter has none
+            return []
         from .forward import binaries
 
         return binaries(problem)
