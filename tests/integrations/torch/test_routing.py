@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,8 @@ def test_nobody_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     own_caches(monkeypatch)
     go = tmp_path / "go"
     binaries = stand_in_binaries(tmp_path, monkeypatch)
+    late = threading.Timer(10.0, go.touch)  # so that a call that waits ends
+    late.start()
     try:
         StandIn(Flags(f"until {go}")).installed(monkeypatch)
         inputs = make(TorchCall())
@@ -283,6 +286,7 @@ def test_nobody_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
                 assert_right(inputs.call(SDPA), truth(inputs), FP32)
             assert served() == {} and handed() == {decide.KERNELS: 2}
             assert not decide._decisions
+            assert not go.exists()
             go.touch()
             assert binaries.wait(20.0)
             assert_right(inputs.call(SDPA), truth(inputs), FP32)
@@ -290,6 +294,7 @@ def test_nobody_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             assert drop_in.explain(*arguments).chosen == "decode"
         assert binaries.stats()["background_compiles"] == 1 and binaries.stats()["compiles"] == 0
     finally:
+        late.cancel()
         binaries.compilers.stop()
 
 
