@@ -171,8 +171,11 @@ def _decided(
 
 
 def _asked(problem: Problem, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The backends that are asked before torch's kernels. Of those that `preference.py` brings before torch's, all but
-    for what torch's function has its own fast way: a mask that is a tensor, and "causal" with more queries than keys."""
+    """The backends that are asked before torch's kernels.
+
+    Those that `preference.py` brings before torch's are among them, but not for calls for which torch's function has a
+    fast way of its own: with a mask that is a tensor, or "causal" with more queries than keys.
+    """
     before = _before_torch(names)
     if problem.dense_mask or problem.left >= 0 or problem.right > 0:
         return before

@@ -47,7 +47,7 @@ class PrefillBackend:
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         from .forward import binaries
 
-        return binaries(problem)
+        return binaries(problem) if problem.device == "cuda" else []  # the interpreter takes none
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         from .forward import bind
