@@ -67,6 +67,19 @@ def test_second_derivatives_of_masks_and_sinks() -> None:
     )
 
 
+@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0), (0, 0)])
+def test_of_nothing(queries: int, keys: int) -> None:
+    """Of calls without queries or keys: zeros, not an error."""
+    inputs = [leaf(1, 2, queries, 3), leaf(1, 1, keys, 3), leaf(1, 1, keys, 3)]
+    for _ in range(2):
+        out = attend(*inputs)
+        grad_out = torch.ones_like(out, requires_grad=True)
+        first = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
+        for one in (*inputs, grad_out):
+            (found,) = torch.autograd.grad(sum(x.square().sum() for x in first), one, retain_graph=True)
+            assert torch.equal(found, torch.zeros_like(one))
+
+
 def test_third_derivatives() -> None:
     def second(q: Tensor) -> Tensor:
         (first,) = torch.autograd.grad(attend(q, q, q, mask="causal").square().sum(), q, create_graph=True)

@@ -95,6 +95,22 @@ def test_rules_name_backends_and_their_reason() -> None:
             assert isinstance(rule.holds(PROBLEM), bool)
 
 
+def test_explain_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need no compiler: a call that they will serve is not said to wait for one."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    q = torch.randn(1, 2, 80, 16)
+    for backend in ("decode", "prefill"):
+        with fastattn.use_backend(backend, "reference"):
+            found = fastattn.explain(q[:, :, :4], q, q)
+            assert found.chosen == backend and found.reasons[backend] == []
+            before = fastattn.stats()["calls"].get(backend, 0)
+            fastattn.scaled_dot_product_attention(q[:, :, :4], q, q)
+            assert fastattn.stats()["calls"][backend] == before + 1
+
+
 def test_explain_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 3, 16)
     assert "in this order because" not in str(fastattn.explain(q, q, q))

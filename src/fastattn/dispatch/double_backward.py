@@ -18,7 +18,10 @@ def gradients(call: Call, grad_out: Tensor, grads: Gradients) -> tuple[Tensor | 
 
     Differentiable itself where gradients are enabled.
     """
-    again = torch.is_grad_enabled()
+    problem, again = Problem.of(call), torch.is_grad_enabled()
+    if problem.empty:  # nothing depends on anything
+        zeros = {name: torch.zeros_like(getattr(call, name)) for name, x in LETTERS.items() if x in call.grads}
+        return (torch.zeros_like(grad_out) if grad_out.requires_grad else None), Gradients(**zeros)
     with torch.enable_grad():
         # Each input by itself, also where one tensor is several of them.
         inputs = {
@@ -26,7 +29,7 @@ def gradients(call: Call, grad_out: Tensor, grads: Gradients) -> tuple[Tensor | 
             for name in Gradients._fields
             if LETTERS[name] in call.grads and (x := getattr(call, name)) is not None
         }
-        out, _ = reference.forward(Problem.of(call), call._replace(**inputs))
+        out, _ = reference.forward(problem, call._replace(**inputs))
         first = torch.autograd.grad(out, list(inputs.values()), grad_out, create_graph=True)
         pairs = [(one, grad) for name, one in zip(inputs, first) if (grad := getattr(grads, name)) is not None]
         wanted = [*inputs.values(), *([grad_out] if grad_out.requires_grad else [])]

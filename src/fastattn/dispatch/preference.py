@@ -68,7 +68,11 @@ RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
             ("hopper", "prefill", "decode"),
             "with a softcap decode takes 224 us for many queries, prefill 142 and hopper 69 (on SM 9.0)",
         ),
-        Rule(_large, ("decode", "hopper", "prefill"), "torch has no fused kernel for head dims over 256"),
+        Rule(
+            _large,
+            ("decode", "hopper", "prefill"),
+            "for head dims over 256 prefill takes 188 us where torch's kernels take 383 (on SM 9.0)",
+        ),
         Rule(_grouped_float, ("decode", "hopper", "prefill"), "torch has no fused float32 kernel for grouped heads"),
         Rule(
             _needs_dense_mask,

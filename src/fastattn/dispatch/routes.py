@@ -46,8 +46,12 @@ def generation() -> int:
     return _routes.generation
 
 
-def route(call: Call, names: tuple[str, ...]) -> Route:
-    """The route of a call over the named backends. Raises BackendError with every refusal."""
+def route(call: Call, names: tuple[str, ...], waits: bool = True) -> Route:
+    """The route of a call over the named backends. Raises BackendError with every refusal.
+
+    waits: where nobody but a backend whose binary is not there could serve the call, have it compiled and wait for it;
+    else that is one refusal more.
+    """
     # The kind is everything that Problem.of and Backend.bind read; these two and the backends' reasons take ten times
     # as long as the look-up.
     key = CALL.kind(call), names
@@ -56,7 +60,7 @@ def route(call: Call, names: tuple[str, ...]) -> Route:
     while found is None or not found.holds:
         seen = shape_cache.drops(Reason.BINARY_READY)
         problem = Problem.of(call)
-        chosen, until, coming = _select(problem, names)
+        chosen, until, coming = _select(problem, names, waits)
         try:
             kernel = chosen.bind(problem, call)
         except Refusal as error:  # what it lacks shows when a kernel is bound
@@ -115,7 +119,7 @@ def _not_ready(backend: Backend, problem: Problem) -> list[str]:
     return [shared.state(own)[0] or f"its kernel could not be compiled: {shared.failed(own)}"]
 
 
-def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float, bool]:
+def _select(problem: Problem, names: Sequence[str], waits: bool = True) -> tuple[Backend, float, bool]:
     """The same as `select`, and how long the choice holds: see `Route`."""
     refusals: dict[str, list[str]] = {}
     until, coming, waiting = 0.0, False, None
@@ -138,7 +142,7 @@ def _select(problem: Problem, names: Sequence[str]) -> tuple[Backend, float, boo
         refusals[name] = why
     if waiting is not None:  # nobody else is left: it may go well now
         return registry.backend(waiting), until, False
-    for name, late in unmade:  # nobody else is left: the call waits
+    for name, late in unmade if waits else ():  # nobody else is left: the call waits
         try:
             late.make()  # type: ignore[misc]
         except Refusal as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from caches import own_caches
 from emulated import emulate
 from served import Served
+from stand_in_backend import StandIn, stand_in_binaries
+from stand_in_compiler import Flags
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_calls import (
@@ -35,7 +39,7 @@ from fastattn import drop_in
 from fastattn._compat import sdpa as torchs
 from fastattn.backends.base import Setback
 from fastattn.backends.reference import ReferenceBackend
-from fastattn.dispatch import registry
+from fastattn.dispatch import preference, registry
 from fastattn.integrations.torch import decide, sdpa
 from fastattn.integrations.torch.translate import translate
 
@@ -262,6 +266,84 @@ def test_a_setback_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         served = Served()
         inputs.call(SDPA)
         assert served() == {"reference": 1}
+
+
+def test_nobody_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's function serves until the binary of the only backend that comes before it is there."""
+    own_caches(monkeypatch)
+    go = tmp_path / "go"
+    binaries = stand_in_binaries(tmp_path, monkeypatch)
+    late = threading.Timer(10.0, go.touch)  # so that a call that waits ends
+    late.start()
+    try:
+        StandIn(Flags(f"until {go}")).installed(monkeypatch)
+        inputs = make(TorchCall())
+        arguments = inputs.q, inputs.k, inputs.v
+        with fastattn.use_backend("decode", "torch"):
+            assert drop_in.explain(*arguments).chosen == "torch"  # and does not wait either: nobody said "go"
+            served, handed = Served(), Handed()
+            for _ in range(2):
+                assert_right(inputs.call(SDPA), truth(inputs), FP32)
+            assert served() == {} and handed() == {decide.KERNELS: 2}
+            assert not decide._decisions
+            assert not go.exists()
+            go.touch()
+            assert binaries.wait(20.0)
+            assert_right(inputs.call(SDPA), truth(inputs), FP32)
+            assert served() == {"decode": 1}
+            assert drop_in.explain(*arguments).chosen == "decode"
+        assert binaries.stats()["background_compiles"] == 1 and binaries.stats()["compiles"] == 0
+    finally:
+        late.cancel()
+        binaries.compilers.stop()
+
+
+def test_a_kernel_that_nothing_compiles_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own_caches(monkeypatch)
+    binaries = stand_in_binaries(tmp_path, monkeypatch)
+    monkeypatch.setenv("FASTATTN_COMPILE", "off")
+    try:
+        StandIn(Flags("slow 0")).installed(monkeypatch)
+        inputs = make(TorchCall())
+        with fastattn.use_backend("decode", "torch"):
+            assert_right(inputs.call(SDPA), truth(inputs), FP32)
+        assert list(decide._decisions.values()) == [decide.Decision(decide.KERNELS)]
+    finally:
+        binaries.compilers.stop()
+
+
+@pytest.mark.parametrize(
+    "call, chosen",
+    [
+        (TorchCall(), "prefill"),
+        (TorchCall(is_causal=True), "prefill"),
+        (TorchCall(mask="bool:6,9"), "torch"),
+        (TorchCall(q=(2, 4, 9, 8), k=(2, 4, 6, 8), is_causal=True), "torch"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_before_torch_by_preference(
+    call: TorchCall, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill kernel comes after torch's for most calls, and before them where these are slow."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    own_caches(monkeypatch)
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    rule = preference.Rule(lambda p: True, ("prefill",), "it was measured")
+    inputs = make(call)
+    with fastattn.use_backend("torch", "prefill"):  # somebody's own order
+        assert drop_in.explain(inputs.q, inputs.k, inputs.v, inputs.mask, **inputs.options).chosen == "torch"
+    names = tuple(name for name in registry.NAMES if name != "decode")
+    with fastattn.use_backend(*names), torch.no_grad():
+        explained = drop_in.explain(inputs.q, inputs.k, inputs.v, inputs.mask, **inputs.options)
+        assert explained.chosen == "torch"
+        own_caches(monkeypatch)
+        monkeypatch.setattr(preference, "rule_for", lambda p: rule)
+        served = Served()
+        assert_right(inputs.call(SDPA), truth(inputs), FP32)
+        assert served() == ({chosen: 1} if chosen != "torch" else {})
 
 
 def test_stats_and_their_section() -> None:

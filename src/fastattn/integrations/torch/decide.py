@@ -5,6 +5,7 @@ Cheap questions come first, and what they leave is looked up by the kind of the 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..._compat import sdpa as torchs
 from ..._compat import torch as torch_internals
 from ...call import Problem
 from ...config import setting
-from ...dispatch import registry, routes
+from ...dispatch import preference, refusals, registry, routes
 from ...shape_cache import Reason, shape_cache
 from ...validation import is_plain_scale, validated
 from .translate import Translated, translate
@@ -146,8 +147,7 @@ def _decided(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: Any, enable_gqa: bool, names: Any
 ) -> tuple[Decision, bool]:
     """Who serves a call, and whether that holds for good."""
-    candidates = _before_torch(names)
-    if not candidates:
+    if names[0] == "torch":
         return _TORCHS, True
     found = translated(q, k, v, mask, is_causal, enable_gqa)
     if isinstance(found, str):
@@ -157,17 +157,38 @@ def _decided(
     except (ValueError, TypeError) as error:
         name = str(error).partition(":")[0]  # the whole text may hold data, of which there is no end
         return Decision(f"fastattn does not take this {name}"), False
+    problem = Problem.of(call)
+    candidates = _asked(problem, names)
     try:
-        route = routes.route(call, candidates)
+        route = routes.route(call, candidates, waits="torch" not in names)  # else torch's kernels serve meanwhile
     except registry.BackendError:
-        # What a backend refuses by itself it refuses for good; a late refusal may be one for the time being.
-        problem = Problem.of(call)
-        return _TORCHS, all(registry.backend(name).reasons(problem) for name in candidates)
+        return _TORCHS, all(_refuses_for_good(name, problem) for name in candidates)
     if "torch" in names and _slower(route.backend.name, route.problem):
         return Decision(SLOWER), route.lasts
     a = found.arguments
     same = a.q is q and a.k is k and a.v is v and a.window is None and (is_causal or a.mask is mask)
     return (_OURS_AS_IT_IS if same and found.shape is None else _OURS), route.lasts
+
+
+def _asked(problem: Problem, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends that are asked before torch's kernels.
+
+    Those that `preference.py` brings before torch's are among them, but not for calls for which torch's function has a
+    fast way of its own: with a mask that is a tensor, or "causal" with more queries than keys.
+    """
+    before = _before_torch(names)
+    if problem.dense_mask or problem.left >= 0 or problem.right > 0:
+        return before
+    first = _before_torch(preference.ordered(problem, names))
+    return tuple([name for name in names if name in before or name in first])
+
+
+def _refuses_for_good(name: str, problem: Problem) -> bool:
+    """A late refusal may be one for the time being."""
+    late = refusals.late_refusal(name, problem)
+    return bool(registry.backend(name).reasons(problem)) or (
+        late is not None and late.until == math.inf and not late.coming
+    )
 
 
 def _slower(name: str, problem: Problem) -> bool:

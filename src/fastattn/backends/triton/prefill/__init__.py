@@ -49,7 +49,7 @@ class PrefillBackend:
             return []
         from .forward import binaries
 
-        return binaries(problem)
+        return binaries(problem) if problem.device == "cuda" else []  # the interpreter takes none
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         from .forward import bind
