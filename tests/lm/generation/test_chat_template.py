@@ -109,11 +109,15 @@ def test_a_template_that_does_not_end_is_ended(tokenizer, template, leaves_no_ch
 
 def test_ctrl_c_leaves_no_child(tokenizer, leaves_no_child):
     tokenizer.chat_template = "{{ 9 ** (9 ** 9) }}"
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        render_chat(tokenizer, MESSAGES)
-    timer.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without one
+    try:
+        timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            render_chat(tokenizer, MESSAGES)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_tokenizers_own_trouble_stays_in_the_child(tokenizer, monkeypatch, capfd):
