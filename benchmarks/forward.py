@@ -12,7 +12,6 @@ compiles and compares alone; --time: the rest alone.
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,8 +35,8 @@ from fastattn.validation import Arguments, validated
 
 from .command import captured, end, parser_of, write
 from .forward_calls import ROWS, Row
+from .turns import FLUSHED, between, measure
 
-FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
 OURS = tuple(name for name in NAMES if name not in ("torch", "reference"))
 TORCHS = {
     "torch cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -115,50 +114,14 @@ def _first(x: Any) -> Tensor:
     return x[0] if isinstance(x, tuple) else x
 
 
-def between(replay: Callable[[], None], times: int = 1) -> float:
-    """Microseconds of one replay of a graph."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(times):
-        replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / times
-
-
-def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Cold, hot and host microseconds of each, in turns. What cannot run is left out."""
-    graphs: dict[str, Callable[[], None]] = {}
-    for name, run in runs.items():
-        try:
-            graphs[name] = captured(run)
-        except (RuntimeError, NotImplementedError) as error:
-            if "CUDA error" in str(error):
-                raise
-            torch.cuda.synchronize()
-    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
-    times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            flush.zero_()
-            samples[name]["cold"].append(between(graph))
-            samples[name]["hot"].append(between(graph, times[name]))
-    for name in graphs:
-        for _ in range(20):
-            start = time.perf_counter()
-            runs[name]()
-            samples[name]["host"].append((time.perf_counter() - start) * 1e6)
-        torch.cuda.synchronize()
-    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
-
-
 def launches(row: Row) -> list[Any]:
     """Launches of the prefill kernel whose tiles fit the shared memory."""
+    from fastattn.backends.triton.limits import usual_shared_memory
     from fastattn.backends.triton.prefill import launch_config
 
     device = torch.device("cuda", 0)
     problem = Problem.of(_call(row, device))
-    limit = launch_config.SHARED_MEMORY.get(problem.capability, launch_config.SMALL)
+    limit = usual_shared_memory(problem.capability)
     tried = (launch_config.Launch(*numbers) for numbers in LAUNCHES)
     return [one for one in tried if launch_config.shared(problem, one) <= limit]
 

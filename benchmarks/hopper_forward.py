@@ -10,7 +10,6 @@ begin later are left out, with a line.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,53 +17,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastattn.bench import output
 from fastattn.call import Problem
 
-from .command import captured, end, parser_of, write
+from .command import end, parser_of, write
 from .hopper_rows import ROWS, calls_of, peers
+from .turns import FLUSHED, measure
 
 BUDGET = 230.0  #: seconds
-FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
-
-
-def between(replay: Callable[[], None], times: int = 1) -> float:
-    """Microseconds of one replay of a graph."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(times):
-        replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / times
-
-
-def measure(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Cold, hot and host microseconds of each, in turns."""
-    graphs: dict[str, Callable[[], None]] = {}
-    for name, run in runs.items():
-        try:
-            graphs[name] = captured(run)
-        except (RuntimeError, NotImplementedError) as error:
-            if "out of memory" in str(error) or name == "ours":
-                raise
-            torch.cuda.synchronize()
-    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
-    times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            flush.zero_()
-            samples[name]["cold"].append(between(graph))
-            samples[name]["hot"].append(between(graph, times[name]))
-    for name in graphs:
-        for _ in range(20):
-            start = time.perf_counter()
-            runs[name]()
-            samples[name]["host"].append((time.perf_counter() - start) * 1e6)
-            torch.cuda.synchronize()
-    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if same is not None:
                 runs["dense"] = partial(Forward(Problem.of(same), same), same)
                 runs["dense cudnn"] = peers(same, {"causal": same.right == 0}, None)["cudnn"]
-            found["rows"][name] = measure(runs, flush, 5 if arguments.quick else 15)
+            found["rows"][name] = measure(runs, flush, 5 if arguments.quick else 15, ("ours",))
             print(line_of(name, found["rows"][name]), flush=True)
             del call, same, mask, runs
     finally:  # what there is, should a row fail

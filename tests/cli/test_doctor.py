@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import fastattn
+from fastattn._compat.versions import numbers
 from fastattn.backends.triton.binaries import policy
-from fastattn.cli import doctor
+from fastattn.cli import doctor, machine_probes, own_probes
+from fastattn.cli.finding import Finding
 from fastattn.dispatch import registry
 
 
@@ -87,8 +89,8 @@ def test_torch_that_is_not_installed(monkeypatch, capsys):
     ],
 )
 def test_what_is_old_or_missing_comes_with_what_to_install(monkeypatch, package, version, subject, advice):
-    real = doctor.version_of
-    monkeypatch.setattr(doctor, "version_of", lambda name: version if name == package else real(name))
+    real = machine_probes.version_of
+    monkeypatch.setattr(machine_probes, "version_of", lambda name: version if name == package else real(name))
     found = findings()
     assert found[subject].advice == advice
     assert f"- {advice}" in doctor.render(list(found.values()))
@@ -96,21 +98,21 @@ def test_what_is_old_or_missing_comes_with_what_to_install(monkeypatch, package,
 
 @pytest.mark.parametrize("version", ["1.28", "1.28.0rc1", "1.100.2", "2.0"])
 def test_versions_that_are_new_enough(version):
-    assert doctor.numbers(version) >= doctor.CUDNN_FRONTEND
+    assert numbers(version) >= machine_probes.CUDNN_FRONTEND
 
 
 def test_with_a_gpu_what_is_absent_has_to_be_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
-    monkeypatch.setattr(doctor, "version_of", lambda name: None)
-    found = [*doctor._frontend(), *doctor._triton()]
+    monkeypatch.setattr(machine_probes, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine_probes, "version_of", lambda name: None)
+    found = [*machine_probes.frontend(), *machine_probes.triton()]
     assert [(f.state, f.advice) for f in found] == [("missing", "pip install 'fastattn[cuda]'")] * 2
 
 
 @pytest.mark.parametrize(
     "cuda, listed, state, advice",
     [
-        ("13.0", "GPU 0: NVIDIA H100 80GB HBM3 (UUID: x)", "broken", doctor.GET_DRIVER),
-        (None, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: x)", "broken", doctor.GET_TORCH),
+        ("13.0", "GPU 0: NVIDIA H100 80GB HBM3 (UUID: x)", "broken", machine_probes.GET_DRIVER),
+        (None, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: x)", "broken", machine_probes.GET_TORCH),
         (None, "No devices were found", "none", ""),
         (None, None, "none", ""),
     ],
@@ -118,8 +120,8 @@ def test_with_a_gpu_what_is_absent_has_to_be_installed(monkeypatch):
 def test_a_gpu_that_torch_cannot_use(monkeypatch, cuda, listed, state, advice):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(doctor, "ask", lambda *command: listed)
-    (found,) = doctor._gpu()
+    monkeypatch.setattr(machine_probes, "ask", lambda *command: listed)
+    (found,) = machine_probes.gpu()
     assert (found.state, found.advice) == (state, advice)
 
 
@@ -183,7 +185,7 @@ def test_a_switch_that_says_nothing_is_a_line(monkeypatch):
 def test_every_switch_of_the_source_is_known():
     source = Path(fastattn.__file__).parent
     read = {name for file in source.rglob("*.py") for name in re.findall(r"\"(FASTATTN_[A-Z_]+)\"", file.read_text())}
-    assert read - {"FASTATTN_"} <= set(doctor.SWITCHES)
+    assert read - {"FASTATTN_"} <= set(own_probes.SWITCHES)
 
 
 @pytest.mark.gpu
@@ -211,8 +213,8 @@ def test_on_a_gpu_every_backend_works(monkeypatch):
     ],
 )
 def test_a_version_newer_than_the_newest_tested_is_said(monkeypatch, subject, package, version, newest):
-    known = doctor.version_of
-    monkeypatch.setattr(doctor, "version_of", lambda name: version if name == package else known(name))
+    known = machine_probes.version_of
+    monkeypatch.setattr(machine_probes, "version_of", lambda name: version if name == package else known(name))
     found = findings()[subject]
     assert found.state == "ok"
     assert found.text.endswith(f"newer than the newest version tested, {newest}") is bool(newest)
@@ -222,8 +224,8 @@ def test_it_says_who_compiles_our_kernels(monkeypatch):
     for name in ("FASTATTN_COMPILE", "FASTATTN_UNTESTED_TRITON"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested=""))
-    assert doctor._guard("kernels", doctor._kernels) == [
-        doctor.Finding("kernels", "ok", "compiled in the background, other backends serve until then")
+    assert doctor._guard("kernels", own_probes.kernels) == [
+        Finding("kernels", "ok", "compiled in the background, other backends serve until then")
     ]
     monkeypatch.setenv("FASTATTN_COMPILE", "off")
     assert findings()["kernels"].state == "off"
@@ -232,7 +234,7 @@ def test_it_says_who_compiles_our_kernels(monkeypatch):
     assert found["FASTATTN_COMPILE=maybe"].state == "broken" and "expected one of" in found["kernels"].text
     monkeypatch.delenv("FASTATTN_COMPILE")
     monkeypatch.setattr(policy, "compiler", lambda: SimpleNamespace(untested="Triton 9.9 was not tested"))
-    (found,) = doctor._guard("kernels", doctor._kernels)
+    (found,) = doctor._guard("kernels", own_probes.kernels)
     assert found.state == "missing" and "FASTATTN_UNTESTED_TRITON=1 lets it" in found.text
     monkeypatch.setenv("FASTATTN_UNTESTED_TRITON", "1")
     assert findings()["kernels"].state == "ok"

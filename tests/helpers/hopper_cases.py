@@ -157,7 +157,7 @@ def draw(kind: Kind, rng: random.Random, i: int) -> dict[str, Any]:
         "sizes": (batch, kv_heads, group, q_len, kv_len),
         "left": left,
         "right": right,
-        "scale": rng.choice((None, None, 0.05, 0.3, -0.1)) if kind.lse else None,
+        "scale": rng.choice((None, None, 0.05, 0.3, 0.1)) if kind.lse else None,
         "softcap": rng.choice((5.0, 30.0, 50.0)) if kind.softcap else 0.0,
         "q_lengths": lengths(q_len) if kind.q_lengths else None,
         "kv_lengths": lengths(kv_len) if kind.kv_lengths else None,

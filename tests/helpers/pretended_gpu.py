@@ -16,7 +16,7 @@ from fastattn import masks
 from fastattn.backends import cudnn
 from fastattn.backends.cudnn import backward, forward, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
-from fastattn.backends.triton import decode, hopper, prefill
+from fastattn.backends.triton import decode, hopper, limits, prefill
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Call, Problem, token_major
 from fastattn.warming import run
@@ -77,7 +77,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     set_(cudnn.CudnnBackend, "reasons", lambda self, p: support.reasons(p, 91900))
     for ours in (hopper.HopperBackend, prefill.PrefillBackend):  # plans are what is looked at
         set_(ours, "reasons", lambda self, p: ["is not pretended"])
-    set_(decode, "missing", lambda device_type: [])
+    set_(limits, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)
     set_(plans, "shared", gpu)
     for module in (forward, backward):

@@ -45,7 +45,7 @@ def test_the_capacities_are_the_plans_own() -> None:
     assert (kinds.FORWARD_CAPACITY, kinds.BACKWARD_CAPACITY) == (geometry.MIN_CAPACITY, backward._MIN_CAPACITY)
     assert geometry.MIN_TOTAL == kinds.BACKWARD_CAPACITY and geometry.MIN_SEGMENTS == 16
     assert max(kinds.TILES) == launch.MAX_ROWS < kinds.MANY
-    assert (kinds.FEW, kinds.WIDE) == (launch.FEW_QUERIES, launch.WIDE)
+    assert (kinds.FEW_QUERIES, kinds.WIDE) == (launch.FEW_QUERIES, launch.WIDE)
 
 
 def test_the_calls_are_really_made(calls: list[dict[str, Any]]) -> None:

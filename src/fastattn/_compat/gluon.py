@@ -48,13 +48,5 @@ def aggregate(cls: Any) -> Any:
     return _aggregate_of(cls)
 
 
-def compiled(
-    kernel: Any, signature: dict[str, str], constants: Any, attributes: Any, capability: tuple[int, int], warps: int
-) -> Any:
-    """Compiles a Gluon kernel for NVIDIA GPUs of a capability, which need not be here. Triton's own result."""
-    import triton
-
-    source_of = need("triton", "triton.experimental.gluon._runtime.GluonASTSource")
-    target = need("triton", "triton.backends.compiler.GPUTarget")("cuda", 10 * capability[0] + capability[1], 32)
-    source = source_of(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+#: What `triton_compiler.compiled` takes as `source_of`.
+SOURCE_OF = "triton.experimental.gluon._runtime.GluonASTSource"

@@ -76,12 +76,12 @@ def compiled(
     attributes: dict[tuple[int, ...], Any],
     capability: tuple[int, int],
     options: dict[str, Any],
+    source_of: str = "triton.compiler.ASTSource",
 ) -> Any:
-    """Compiles a Triton kernel for NVIDIA GPUs of a capability, which need not be here. Triton's own result. Imports
-    triton."""
+    """Compiles a kernel for NVIDIA GPUs of a capability, which need not be here. Triton's own result. source_of: the
+    language. Imports triton."""
     import triton
 
-    source_of = need("triton", "triton.compiler.ASTSource")
     target = need("triton", "triton.backends.compiler.GPUTarget")("cuda", 10 * capability[0] + capability[1], 32)
-    source = source_of(kernel, signature, constants, attributes)
+    source = need("triton", source_of)(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)

@@ -64,6 +64,16 @@ class Kernel(Protocol):
         ...
 
 
+class ForwardOnly:
+    """A kernel without a backward: `Backend.reasons` refuses problems with gradients."""
+
+    __slots__ = ()
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """Not to be called."""
+        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+
+
 class Backend(Protocol):
     """One way of computing attention."""
 

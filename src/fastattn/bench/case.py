@@ -25,9 +25,8 @@ class Case:
     padding: tuple[int, ...] | None = None  #: tokens of padding on the left, for each batch entry; then Sq is Skv
     packed: tuple[int, ...] | None = None  #: lengths of sequences side by side in one batch entry, Sq = Skv in all
     additive: bool = False  #: a random additive mask, one for all heads and entries, beside the causal one
-    values: int = (
-        0  #: head dim of the values if they are the keys' first columns (absorbed MLA); 0: a tensor of their own
-    )
+    #: head dim of the values if they are the keys' first columns (absorbed MLA); 0: they are a tensor of their own
+    values: int = 0
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (self.q_len != 1 or len(self.lengths) != self.batch):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.triton.decode.launch_config import FEW_QUERIES, WIDE
 from ..validation import FLOATING, check_flag, check_softcap, check_window, is_count
 
 PHASES = ("prefill", "chunked", "decode", "training", "packed")
@@ -24,7 +25,6 @@ LAYOUTS = {
 FORWARD_CAPACITY, BACKWARD_CAPACITY = 1 << 14, 1 << 10
 MANY = 128  #: queries: too many for the decode kernel with any number of heads
 TILES = (16, 32, 64)  #: rows of the decode kernel's tiles: queries times heads per K/V head
-FEW, WIDE = 16, 256  #: queries that take several of them at most: of larger groups, or of head dims above 256
 LONG = 1024  #: keys that the decode kernel divides among several programs
 
 
@@ -174,8 +174,8 @@ def _few(group: int, longest: int, dim: int) -> list[int]:
         found += sorted({least, most}) if least <= most else []
     if group > TILES[-1]:
         found.append(1)
-    if (group > TILES[-1] or dim > WIDE) and FEW * group > TILES[-1]:  # several tiles
-        found.append(min(FEW, longest))
+    if (group > TILES[-1] or dim > WIDE) and FEW_QUERIES * group > TILES[-1]:  # several tiles
+        found.append(min(FEW_QUERIES, longest))
     return list(dict.fromkeys(found))
 
 

@@ -21,7 +21,7 @@ from ..backends.triton.binaries import store
 from ..backends.triton.binaries.flag_set import FlagSet
 from ..backends.triton.binaries.policy import waiting
 from ..counters import stats
-from ..dispatch import registry, routes
+from ..dispatch import preference, registry, routes
 from ..masks import Intervals, Segments
 from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
@@ -140,8 +140,8 @@ def _compile(kinds: Sequence[Kind], device: torch.device, progress: bool) -> tup
 
 def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
     """Of the backends that will serve calls of all kinds once their kernels are there."""
-    backends = [registry.backend(name) for name in registry.allowed()]
-    if not any(isinstance(backend, Compiled) for backend in backends):
+    names = registry.allowed()
+    if not any(isinstance(registry.backend(name), Compiled) for name in names):
         return []
     found: dict[FlagSet, None] = {}
     for kind in kinds:
@@ -152,7 +152,8 @@ def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
             except torch.OutOfMemoryError:  # the call itself will say so
                 torch.cuda.empty_cache()
                 continue
-            first = next((backend for backend in backends if not backend.reasons(problem)), None)
+            asked = (registry.backend(name) for name in preference.ordered(problem, names))
+            first = next((backend for backend in asked if not backend.reasons(problem)), None)
             if isinstance(first, Compiled):
                 found |= dict.fromkeys(first.binaries(problem))
     return list(found)

@@ -32,10 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...call import Call, Problem
+from .arguments import band, broadcast_strides
 from .binaries.launcher import Launch, launcher_of
 from .key_bias import RANGE, KeyBias, is_key_mask, narrowed
 from .launcher import overlaps
 from .masking import visible_keys
+from .representative import stand_in
 
 HEADER = tl.constexpr(4)  #: numbers before the tiles
 FIELDS = tl.constexpr(8)  #: numbers of a tile
@@ -235,14 +237,13 @@ class Bounds:
             end = self.keys.end
             ranges = self.keys.ranges_at, RANGE.value * self.keys.heads * (p.mask_shape[0] > 1), self.keys.heads
         self.size = 4 * end
-        far = p.q_len + p.kv_len
-        left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
+        left, right = band(p)
         table, lo, hi = call.segments, call.lo, call.hi
         count = 0 if table is None else table.shape[1]
         table_strides = (0, 0) if table is None else table.stride()
         #: Whether lo and hi have to be laid out alike before the kernel can read them.
-        self._strided = lo is not None and hi is not None and _strides(lo) != _strides(hi)
-        interval_strides = (0, 0) if lo is None else _strides(lo.contiguous() if self._strided else lo)
+        self._strided = broadcast_strides(lo, 2) != broadcast_strides(hi, 2)
+        interval_strides = broadcast_strides(lo.contiguous() if lo is not None and self._strided else lo, 2)
         pdl = overlaps(p.capability)
         options = {"launch_pdl": True} if pdl else {}
         self._bounds = launcher_of(
@@ -265,7 +266,7 @@ class Bounds:
 
     def launches(self, call: Call) -> list[Launch]:
         """What `binaries.launcher.prepare` takes."""
-        memory = torch.empty(0, dtype=torch.uint8, device="meta")
+        memory = stand_in(torch.uint8)
         tensors = memory, call.segments, call.lo, call.hi, call.q_lengths, call.kv_lengths
         found: list[Launch] = [(self._bounds, tensors, ())]
         if self._order is not None:
@@ -290,8 +291,3 @@ class Bounds:
         self._bounds((memory, call.segments, lo, hi, q_lengths, kv_lengths))
         if self._order is not None:
             self._order((memory,))
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """0 along the dims of which there is one."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -10,8 +10,10 @@ import triton.language as tl
 
 from ...call import Call, Problem
 from ...masks import LOWEST
+from .arguments import broadcast_strides
 from .binaries.launcher import Launch, launcher_of
 from .launcher import overlaps
+from .representative import stand_in
 
 RANGE = tl.constexpr(4)  #: numbers of a row's range
 SLACK = 128  #: numbers before the first bias, so that a block that begins before key 0 can be read whole
@@ -116,7 +118,7 @@ class KeyBias:
         self.bias_at = start + rows * RANGE.value + SLACK
         self.end = self.bias_at + rows * p.kv_len
         self.strides = (self.heads * p.kv_len if batch > 1 else 0, p.kv_len if self.heads > 1 else 0)
-        mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+        mask_strides = broadcast_strides(mask, 4)
         pdl = overlaps(p.capability)
         self._launch = launcher_of(
             key_bias_kernel,
@@ -131,7 +133,7 @@ class KeyBias:
 
     def launches(self, call: Call) -> list[Launch]:
         """See `Bounds.launches`."""
-        return [(self._launch, (torch.empty(0, dtype=torch.uint8, device="meta"), call.mask), ())]
+        return [(self._launch, (stand_in(torch.uint8), call.mask), ())]
 
     def __call__(self, call: Call, memory: Any) -> None:
         self._launch((memory, call.mask))

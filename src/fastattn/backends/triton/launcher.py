@@ -24,7 +24,7 @@ from ...shape_cache import shape_cache
 
 OVERLAP_CAPABILITY = (9, 0)  #: the first with programmatic dependent launch
 
-_INSTALL = "triton is not installed: pip install fastattn[cuda]"
+INSTALL = "triton is not installed: pip install fastattn[cuda]"
 _compiled = shape_cache.section("launches", 1 << 12)
 _kept = shape_cache.section("launches", 1 << 12)  #: `Launcher`s by what was said of their calls
 _INT32 = 1 << 31
@@ -47,7 +47,7 @@ def missing(device_type: str) -> list[str]:
     if device_type != "cpu" or not is_on("FASTATTN_INTERPRET", False):
         return ["needs an NVIDIA GPU"]
     if not has_triton():
-        return [_INSTALL]
+        return [INSTALL]
     if setting("TRITON_INTERPRET").lower() not in _TRITONS_ON:
         return ["FASTATTN_INTERPRET=1 needs TRITON_INTERPRET=1 as well, set before triton is imported"]
     return []
@@ -57,7 +57,7 @@ def missing(device_type: str) -> list[str]:
 def missing_on_a_gpu() -> list[str]:
     """What Triton needs and this machine lacks."""
     if not has_triton():
-        return [_INSTALL]
+        return [INSTALL]
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return [] if compiler else ["Triton needs a C compiler to launch its kernels: install gcc, or name one in CC"]
 

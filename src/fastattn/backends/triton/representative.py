@@ -8,9 +8,14 @@ from torch import Tensor
 from ...call import Call, Problem, token_major
 
 
+def stand_in(dtype: torch.dtype) -> Tensor:
+    """For a tensor that a launch makes itself: nothing of it is looked at but the dtype, and that it is aligned."""
+    return torch.empty(0, dtype=dtype, device="meta")
+
+
 def representative(p: Problem) -> Call:
     """A call of the problem on the meta device: token-major, and aligned as torch allocates."""
-    like = torch.empty(0, dtype=p.dtype, device="meta")
+    like = stand_in(p.dtype)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")

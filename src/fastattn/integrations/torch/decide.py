@@ -49,9 +49,8 @@ class Decision(NamedTuple):
 
 _OURS, _OURS_AS_IT_IS, _TORCHS = Decision(), Decision(as_it_is=True), Decision(KERNELS)
 
-_decisions = shape_cache.section(
-    "drop-in", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY]
-)  #: `Decision`s
+#: `Decision`s by kind of call
+_decisions = shape_cache.section("drop-in", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 
 
 def at_once(query: Any) -> str:
@@ -274,8 +273,8 @@ def why_torch_when_traced(
             return KERNELS
         if query.dtype not in _HALF and autocast_dtype(query) not in _HALF:
             return KERNELS
-        on_cudnn = not any([name not in ("decode", "hopper", "cudnn") for name in allowed.candidates])
-        if mask is not None and on_cudnn and (not enable_gqa or _on_hopper_when_traced()):
+        usual = set(allowed.candidates) <= set(_before_torch(registry.NAMES))  # of which cuDNN takes dense masks
+        if mask is not None and usual and (not enable_gqa or _on_hopper_when_traced()):
             return SLOWER
     found = translated(query, key, value, mask, is_causal, enable_gqa)
     return found if isinstance(found, str) else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastattn
 from fastattn import Intervals, Segments
 from fastattn.backends.triton import launcher as triton_launch
+from fastattn.backends.triton.limits import usual_shared_memory
 from fastattn.backends.triton.prefill import PrefillBackend, forward
 from fastattn.backends.triton.prefill import launch_config as launch
 from fastattn.call import Problem
@@ -320,7 +321,7 @@ def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 def test_every_launch_fits_the_shared_memory(dtype: torch.dtype, capability: tuple[int, int]) -> None:
-    limit = launch.SHARED_MEMORY.get(capability, launch.SMALL)
+    limit = usual_shared_memory(capability)
     for head, value in (
         (8, 8),
         (64, 64),
@@ -333,7 +334,7 @@ def test_every_launch_fits_the_shared_memory(dtype: torch.dtype, capability: tup
         (576, 8),
     ):
         p = but(dtype=dtype, head_dim=head, value_dim=value, capability=capability)
-        if dtype == FP32 and head + value > 1024 and limit == launch.SMALL:
+        if dtype == FP32 and head + value > 1024 and limit == 99 << 10:
             assert "shared memory" in PrefillBackend().reasons(p)[-1]
             continue
         found = launch.choose(p)

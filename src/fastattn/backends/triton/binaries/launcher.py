@@ -42,8 +42,8 @@ def launcher_of(
 
 def prepare(launches: Sequence[Launch]) -> None:
     """Finds the binaries of all launches of a kernel that is being bound. Those that are not there are compiled side by
-    side. Raises what `Binaries.function` raises."""
-    found = [(x, tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+    side. Raises what `Binaries.function` raises. Calls on the meta device stand for others: nothing is launched."""
+    found = [(x, tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher) and x.launches]
     for launcher, tensors, floats in found:
         launcher.ask(tensors, floats)
     for launcher, tensors, floats in found:
@@ -87,6 +87,11 @@ class BinaryLauncher:
         self._aligned: Function | None = None  #: the binary for tensors that all are
         self._functions: dict[TritonFlags, Function] = {}
         self._local = threading.local()
+
+    @property
+    def launches(self) -> bool:
+        """Whether it is on a GPU, and not on the meta device."""
+        return self._device is not None
 
     def flags(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> TritonFlags:
         """The binary that a launch with these takes."""

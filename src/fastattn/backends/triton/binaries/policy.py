@@ -18,6 +18,7 @@ import torch
 
 from ...._compat.triton_compiler import compiler
 from ....config import choice, is_on
+from ..launcher import INSTALL
 
 MODES = ("background", "wait", "off")
 
@@ -49,7 +50,7 @@ def hindrance() -> str:
         return "FASTATTN_COMPILE=off"
     found = compiler()
     if found is None:
-        return "triton is not installed: pip install 'fastattn[cuda]'"
+        return INSTALL
     if found.untested and not is_on("FASTATTN_UNTESTED_TRITON", False):
         return f"{found.untested}; FASTATTN_UNTESTED_TRITON=1 lets it compile"
     return ""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
-from ..masking import tanh, visible_keys
+from ..masking import float_bias, tanh, visible_keys
 
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
 # because the strides of q, k, v come in units of 8 elements (see `forward.py`).
@@ -162,9 +162,7 @@ def attend_kernel(
             if mask_ptr.dtype.element_ty == tl.int1:
                 seen = seen & bias
             else:
-                if mask_ptr.dtype.element_ty == tl.float64:  # what is finite must stay so in float32
-                    bias = tl.where(bias > float("-inf"), tl.maximum(bias, -3.4028234663852886e38), bias)
-                bias = bias.to(tl.float32)
+                bias = float_bias(bias)
                 seen = seen & (bias > float("-inf"))
                 # The least float32 is a legal bias. (Hence exp: scores times log2(e) for exp2 would make it -inf.)
                 s += bias

@@ -14,6 +14,7 @@ import torch
 
 from ....call import Problem
 from ....shape_cache import cached
+from ..limits import usual_shared_memory
 from ..tile_parts import MIN_PART, parts
 
 #: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
@@ -36,7 +37,6 @@ class Rule:
     stages: int  #: steps being loaded or computed
     programs_per_sm: int  #: programs among which the work is divided, for each SM
     ragged: int  #: the same when the rows' lengths differ, so that the SMs even out
-    shared: int  #: bytes of shared memory that a program may have, where the device is not there to be asked
     crowd_bytes: int  #: the K tile when there are more K/V heads than SMs: many programs of two warps fit each
 
 
@@ -46,13 +46,13 @@ class Rule:
 #: bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight have to
 #: fit its shared memory, 227 KiB on 10.x and 163 KiB on 8.0.
 RULES = {
-    (8, 0): Rule(shared=163 << 10, tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
-    (9, 0): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
-    (10, 0): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
-    (10, 3): Rule(shared=227 << 10, tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (8, 0): Rule(tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
+    (9, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (10, 3): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
 }
-#: 99 KiB, as on 8.6, 8.9 and 12.0
-DEFAULT = Rule(shared=99 << 10, tile_bytes=8192, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=8192)
+#: For 99 KiB, as on 8.6, 8.9 and 12.0.
+DEFAULT = Rule(tile_bytes=8192, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def choose(problem: Problem, sm_count: int, shared: int | None = None, same: boo
     block_m = _rows_of_a_block(p)
     head, value = parts(p.head_dim), _value_parts(p, block_m)
     if is_wide(p):
-        keys, stages = _wide_steps(p, block_m, rule.shared if shared is None else shared, same)
+        keys, stages = _wide_steps(p, block_m, usual_shared_memory(p.capability) if shared is None else shared, same)
         near = rows(p) > block_m and _few(p)
         count = _wide_splits(p, block_m, keys, sm_count, same)
         return Launch(count, block_m, keys, head, value, warps=8, stages=stages, near=near)

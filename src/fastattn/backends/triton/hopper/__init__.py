@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from ....call import Call, Gradients, Problem
-from ...base import Kernel
+from ....call import Call, Problem
+from ...base import ForwardOnly, Kernel
 from ..binaries.flag_set import FlagSet
 from . import launch
 
@@ -33,11 +31,8 @@ class HopperBackend:
         return _HopperKernel(launch.Forward(problem, call))
 
 
-class _HopperKernel:
+class _HopperKernel(ForwardOnly):
     __slots__ = ("forward",)
 
     def __init__(self, forward: launch.Forward) -> None:
         self.forward = forward  #: of a call: its output and log-sum-exp
-
-    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        raise AssertionError("unreachable: `reasons` refuses problems with gradients")

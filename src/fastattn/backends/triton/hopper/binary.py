@@ -89,7 +89,8 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
     """Triton's own result. changes: fields of `Blocks`, for measurements."""
     from triton.experimental.gluon import language as gl
 
-    from ...._compat.gluon import compiled
+    from ...._compat.gluon import SOURCE_OF
+    from ...._compat.triton_compiler import compiled
     from .forward import INTEGERS, forward_kernel
 
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[flags.dtype]
@@ -136,7 +137,9 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         "TURNS": blocks.turns,
     }
     names = forward_kernel.arg_names
-    constants = {(i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
+    constants: dict[tuple[int, ...], Any] = {
+        (i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"
+    }
     # The output is torch's own allocation: its rows are stored in wide pieces.
-    attributes = {(names.index("out_ptr"),): [["tt.divisibility", 16]]}
-    return compiled(forward_kernel, signature, constants, attributes, CAPABILITY, warps=4)
+    attributes: dict[tuple[int, ...], Any] = {(names.index("out_ptr"),): [["tt.divisibility", 16]]}
+    return compiled(forward_kernel, signature, constants, attributes, CAPABILITY, {"num_warps": 4}, SOURCE_OF)

@@ -20,7 +20,7 @@ from ...layout import Output, copied
 from ...scratch import scratch
 from ..binaries import store as binaries
 from ..cuda_driver import Description, Function, describe, make_current
-from ..launcher import has_triton
+from ..launcher import INSTALL, has_triton
 from .binary import (
     ALIGNED,
     BAND,
@@ -50,7 +50,7 @@ def reasons(problem: Problem) -> list[str]:
     if p.device != "cuda" or p.capability != CAPABILITY:
         why.append(f"is made for compute capability 9.0, this device is {_device(p)}")
     if not has_triton():
-        why.append("triton is not installed: pip install fastattn[cuda]")
+        why.append(INSTALL)
     if p.dtype not in (torch.bfloat16, torch.float16):
         why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
     if p.dense_mask and p.mask_shape[2] != 1:
@@ -183,16 +183,14 @@ class Forward:
         self._arguments = _Arguments(self._flags, self._blocks.staged, integers)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, v, scale = call.q, call.k, call.v, call.scale
-        if not scale > 0:  # the kernel takes the maximum of scores before it scales them
-            q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
         if self._device != torch_internals.current_device():
             with torch.cuda.device(self._device):
-                return self._launch(call, q, k, v, scale)
-        return self._launch(call, q, k, v, scale)
+                return self._launch(call)
+        return self._launch(call)
 
-    def _launch(self, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    def _launch(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, flags = self._problem, self._flags
+        q, k, v, scale = call.q, call.k, call.v, call.scale  # > 0: see `validation`
         out = self._output(call.q)
         lse = None
         if flags.lse:

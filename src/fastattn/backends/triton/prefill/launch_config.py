@@ -9,16 +9,10 @@ from dataclasses import dataclass
 
 from ....call import Problem
 from ....shape_cache import cached
+from ..limits import usual_shared_memory
 from ..tile_parts import parts
 
 MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
-#: Bytes of shared memory that one program may have, by compute capability. (0, 0): Triton's interpreter.
-SHARED_MEMORY = (
-    {(0, 0): 227 << 10}
-    | dict.fromkeys(((8, 0), (8, 7)), 163 << 10)
-    | dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 << 10)
-)
-SMALL = 99 << 10  #: of all others
 #: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
 #: the two launches more.
 LISTED_KEYS = 1024
@@ -60,7 +54,7 @@ def choose(problem: Problem) -> Launch:
     table = _HALF if p.dtype.itemsize == 2 else _FLOAT
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
-    limit = SHARED_MEMORY.get(p.capability, SMALL)
+    limit = usual_shared_memory(p.capability)
     while shared(p, found) > limit:
         found = _smaller(found)
     return found
@@ -68,7 +62,7 @@ def choose(problem: Problem) -> Launch:
 
 def fits(problem: Problem) -> bool:
     """Whether the smallest launch has room in the GPU's shared memory. Some float32 calls have none on small GPUs."""
-    return shared(problem, _LEAST) <= SHARED_MEMORY.get(problem.capability, SMALL)
+    return shared(problem, _LEAST) <= usual_shared_memory(problem.capability)
 
 
 def shared(problem: Problem, launch: Launch) -> int:

@@ -1,0 +1,54 @@
+"""Calls in CUDA graphs, timed in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .command import captured
+
+FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
+
+
+def between(replay: Callable[[], None], times: int = 1) -> float:
+    """Microseconds of one replay of a graph."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / times
+
+
+def measure(
+    runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, needed: Collection[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Cold, hot and host microseconds of each, in turns. What cannot run is left out, unless it is needed."""
+    graphs: dict[str, Callable[[], None]] = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = captured(run)
+        except (RuntimeError, NotImplementedError) as error:
+            if name in needed or "CUDA error" in str(error) or "out of memory" in str(error):
+                raise
+            torch.cuda.synchronize()
+    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
+    times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            flush.zero_()
+            samples[name]["cold"].append(between(graph))
+            samples[name]["hot"].append(between(graph, times[name]))
+    for name in graphs:
+        for _ in range(20):
+            start = time.perf_counter()
+            runs[name]()
+            samples[name]["host"].append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
