@@ -251,7 +251,10 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
         torch.cuda.synchronize()
     out, lse = results[0]
     error = ((out.double() - expected.out).norm() / expected.out.norm().clamp(min=1e-9)).item()
-    fine = error < WORST[kind.dtype] and out.shape == expected.out.shape
+    # Where a row sees nothing but keys that a bias makes low, scores of that size are rounded to float32 before softmax.
+    near = expected.lse > -1e30  # what a mask makes lower is clamped: see `key_bias`
+    largest = expected.lse[near].abs().max().item() if near.any() else 0.0
+    fine = error < WORST[kind.dtype] + largest * 2**-23 and out.shape == expected.out.shape
     # A row at a time too, so that a wrong one does not drown in many right ones.
     row = ((out.double() - expected.out).norm(dim=-1) / expected.out.norm(dim=-1).clamp(min=0.05)).max().item()
     fine &= row < 0.05
@@ -259,9 +262,8 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     text = f"error {error:.1e}, worst row {row:.1e}"
     if kind.lse:
         seen = expected.lse > -torch.inf
-        near = seen & (expected.lse > -1e30)  # what a mask makes lower is clamped: see `key_bias`
         apart = (lse.double() - expected.lse)[near].abs().max().item() if near.any() else 0.0
-        fine &= apart < 2e-3 and torch.equal(lse > -torch.inf, seen)
+        fine &= apart < 2e-3 + largest * 2**-22 and torch.equal(lse > -torch.inf, seen)
         same &= all(torch.equal(lse.view(torch.int32), x.view(torch.int32)) for _, x in results)
         text += f", lse {apart:.1e}"
     return bool(fine and same), text + ("" if same else ", DIFFERENT BITS")

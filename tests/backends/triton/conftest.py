@@ -23,6 +23,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             "triton was imported before TRITON_INTERPRET was set"
         )
         monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    else:
+        monkeypatch.setenv("FASTATTN_COMPILE", "wait")
     return request.param
 
 

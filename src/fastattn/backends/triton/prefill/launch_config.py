@@ -38,20 +38,23 @@ _HALF = {
     256: Launch(64, 64, 8, 2),
     512: Launch(64, 32, 8, 2),
 }
-#: For float32.
+#: For 2-byte elements and a mask with a row for each query, whose tiles need room beside the keys' and values'.
+_HALF_MASKED = _HALF | {128: Launch(64, 64, 4, 2)}
+#: For float32. Of 32 queries: three TF32 products by asynchronous instructions of 64 rows take half as long again.
 _FLOAT = {
     64: Launch(64, 64, 4, 2),
-    128: Launch(64, 32, 4, 2),
-    256: Launch(64, 32, 8, 2),
+    128: Launch(32, 64, 4, 2),
+    256: Launch(32, 32, 8, 2),
     512: Launch(32, 16, 8, 2),
 }
+_SPARE = 8 << 10  #: bytes of shared memory in which the compiler changes layouts
 
 
 @cached(1 << 12, "launches of the prefill kernel")
 def choose(problem: Problem) -> Launch:
     """The launch for a problem: the one that is listed for its head dims, made smaller until it fits the GPU."""
     p = problem
-    table = _HALF if p.dtype.itemsize == 2 else _FLOAT
+    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if _rows(p) else _HALF
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
     limit = usual_shared_memory(p.capability)
@@ -66,10 +69,22 @@ def fits(problem: Problem) -> bool:
 
 
 def shared(problem: Problem, launch: Launch) -> int:
-    """Bytes of shared memory that a launch takes: q, and K and V of each stage."""
-    p = problem
+    """Bytes of shared memory that a launch takes at most: q, K and V of each stage, a tile of a mask, and what the
+    compiler needs to transpose tiles and to change their layouts (found by compiling; `test_launches.py` does)."""
+    p, x = problem, launch
     head, value = sum(parts(p.head_dim)), sum(parts(p.value_dim))
-    return p.dtype.itemsize * (launch.block_m * head + launch.stages * launch.block_n * (head + value))
+    rows = x.block_m * head + x.stages * x.block_n * (head + value)
+    if p.dtype.itemsize == 4 and x.block_m > 16:
+        if x.block_m >= 64:  # asynchronous instructions want K and V transposed
+            rows += x.block_n * (head + value)
+        elif x.stages == 1:
+            rows += x.block_n * max(head, value)
+    mask = x.block_m * x.block_n * p.mask_dtype.itemsize if _rows(p) and p.mask_dtype else 0
+    return p.dtype.itemsize * rows + mask + (_SPARE if x.block_m > 16 else _SPARE // 4)
+
+
+def _rows(p: Problem) -> bool:
+    return p.dense_mask and p.mask_shape[2] > 1
 
 
 def _smaller(x: Launch) -> Launch:
@@ -101,4 +116,4 @@ def by_head(problem: Problem) -> bool:
     """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where blocks of rows may
     have different amounts to do: then those of all heads that probably have most go first."""
     p = problem
-    return not (p.banded or (p.dense_mask and p.mask_shape[2] > 1))
+    return not (p.banded or _rows(p))
