@@ -21,6 +21,7 @@ class NullBackend:
     """Serves everything with memory that nobody wrote to."""
 
     name = "null"
+    gives_lse = True
     reads_lse = True
 
     def reasons(self, problem: Problem) -> list[str]:

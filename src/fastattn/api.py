@@ -8,7 +8,7 @@ the backend that serves it (`routes.py`) and runs it (`serve.py`, through torch'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -94,17 +94,20 @@ class Explanation:
     chosen: str | None  #: None when every allowed backend refuses
     reasons: dict[str, list[str]]  #: backend -> refusals, empty when it can serve the call
     preference: str = ""  #: why the backends are asked in another order than for most calls; "": they are not
+    backward: Explanation | None = None  #: the same of the backward, where the call has gradients
 
     def __str__(self) -> str:
         width = max(len(name) for name in registry.NAMES)
         lines = []
+        what = "the backward" if self.problem.backward else "this call"
         for name, why in self.reasons.items():
-            state = "serves this call" if name == self.chosen else "could serve it, comes later in the list"
+            state = f"serves {what}" if name == self.chosen else "could serve it, comes later in the list"
             lines.append(f"{'->' if name == self.chosen else '  '} {name:<{width}}  {'; '.join(why) or state}")
         absent = "not allowed here (use_backend, backend=, FASTATTN_BACKENDS or FASTATTN_CUDNN)"
-        lines += [f"   {name:<{width}}  {absent}" for name in registry.NAMES if name not in self.reasons]
+        if not self.problem.backward:
+            lines += [f"   {name:<{width}}  {absent}" for name in registry.NAMES if name not in self.reasons]
         lines += [f"   in this order because {self.preference}"] if self.preference else []
-        return "\n".join(lines)
+        return "\n".join([*lines, *(["backward:", str(self.backward)] if self.backward else [])])
 
 
 def explain(
@@ -116,8 +119,12 @@ def explain(
     backend can serve is explained rather than raised (`chosen` is None).
     """
     call = validated(Arguments(q, k, v, **arguments), scale)
-    problem = Problem.of(call)
     names = registry.names_for(backend)
+    after = _explained(Problem.of(call, backward=True), names) if call.grads else None
+    return replace(_explained(Problem.of(call), names), backward=after)
+
+
+def _explained(problem: Problem, names: tuple[str, ...]) -> Explanation:
     refusals = routes.reasons(problem, names)
     chosen = next((name for name, why in refusals.items() if not why), None)
     rule = preference.rule_for(problem) if tuple(refusals) != names else None

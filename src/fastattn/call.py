@@ -149,6 +149,7 @@ class Problem:
     kv_lengths: bool
     return_lse: bool
     grads: str
+    backward: bool = False  #: what is to be computed: the gradients, from what the forward gave; else the forward
 
     @property
     def group(self) -> int:
@@ -182,7 +183,7 @@ class Problem:
         return 0 in (self.batch, self.q_heads, self.q_len, self.kv_len, self.head_dim, self.value_dim)
 
     @staticmethod
-    def of(call: Call) -> Problem:
+    def of(call: Call, backward: bool = False) -> Problem:
         q, k, v, mask, lo = call.q, call.k, call.v, call.mask, call.lo
         batch, q_heads, q_len, head_dim = q.shape
         kind: str = "none"
@@ -219,6 +220,7 @@ class Problem:
             kv_lengths=call.kv_lengths is not None,
             return_lse=call.return_lse,
             grads=call.grads,
+            backward=backward,
         )
 
 

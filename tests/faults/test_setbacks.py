@@ -341,7 +341,7 @@ def test_the_backend_that_is_back_by_the_backward_reads_no_log_sum_exp_that_is_n
 
         return SimpleNamespace(forward=forward, backward=backward)
 
-    fake = SimpleNamespace(name="cudnn", reads_lse=True, reasons=lambda p: [], bind=bind)
+    fake = SimpleNamespace(name="cudnn", gives_lse=True, reads_lse=True, reasons=lambda p: [], bind=bind)
     backend = registry.backend
     monkeypatch.setattr(registry, "backend", lambda name: fake if name == "cudnn" else backend(name))
     if entry == "operator":

@@ -202,8 +202,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     """From now on the backend "cudnn" takes tensors of the CPU, as if they were on a GPU of that capability."""
     cache, problem_of = EmulatedPlans(), Problem.of
 
-    def on_gpu(call: Call) -> Problem:
-        return dataclasses.replace(problem_of(call), device="cuda", index=0, capability=capability)
+    def on_gpu(call: Call, backward: bool = False) -> Problem:
+        return dataclasses.replace(problem_of(call, backward), device="cuda", index=0, capability=capability)
 
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))

@@ -251,7 +251,7 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
         torch.cuda.synchronize()
     out, lse = results[0]
     error = ((out.double() - expected.out).norm() / expected.out.norm().clamp(min=1e-9)).item()
-    # Where a row sees nothing but keys that a bias makes low, scores of that size are rounded to float32 before softmax.
+    # Where a row sees nothing but keys that a bias makes low, scores of that size are rounded to float32.
     near = expected.lse > -1e30  # what a mask makes lower is clamped: see `key_bias`
     largest = expected.lse[near].abs().max().item() if near.any() else 0.0
     fine = error < WORST[kind.dtype] + largest * 2**-23 and out.shape == expected.out.shape

@@ -54,8 +54,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     gpu = PretendedGpu()
     problem_of = Problem.of
 
-    def on_gpu(call: Call) -> Problem:
-        found = dataclasses.replace(problem_of(call), device="cuda", index=0, capability=(9, 0))
+    def on_gpu(call: Call, backward: bool = False) -> Problem:
+        found = dataclasses.replace(problem_of(call, backward), device="cuda", index=0, capability=(9, 0))
         gpu.problems.append(found)
         return found
 

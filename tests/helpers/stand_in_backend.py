@@ -34,6 +34,7 @@ class StandIn:
     """In place of decode: what it computes the reference computes, once its binary is there."""
 
     name = "decode"
+    gives_lse = True
     reads_lse = True
 
     def __init__(self, flags: Flags) -> None:

@@ -94,6 +94,7 @@ class ReadsLse:
     """A backend whose backward is a flash kernel's: probabilities from the log-sum-exp that it is given."""
 
     name = "cudnn"
+    gives_lse = True
     reads_lse = True
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -122,7 +123,9 @@ def test_a_backward_that_reads_the_log_sum_exp_is_given_the_whole_rows(
         return Route(Problem.of(call), backend, backend)
 
     # Only where a share of the gradients is computed: forwards go their usual way.
-    monkeypatch.setattr(serve, "route", lambda call, names: (route if call.grads else real)(call, names))
+    monkeypatch.setattr(
+        serve, "route", lambda call, names, **how: route(call, names) if call.grads else real(call, names, **how)
+    )
     monkeypatch.setattr(serve, "count", lambda name: None)
     pattern = Pattern(130, 1, **PATTERNS[name])
     q, k, v, do = inputs(130, (4, 2), 8, dtype=torch.float64)

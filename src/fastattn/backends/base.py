@@ -65,30 +65,34 @@ class Kernel(Protocol):
 
 
 class ForwardOnly:
-    """A kernel without a backward: `Backend.reasons` refuses problems with gradients."""
+    """A kernel for the forward: another one that `Backend.bind` gives, of this or of another backend, has the
+    backward."""
 
     __slots__ = ()
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Not to be called."""
-        raise AssertionError("unreachable: `reasons` refuses problems with gradients")
+        raise AssertionError("unreachable: it was bound to a forward")
 
 
 class Backend(Protocol):
     """One way of computing attention."""
 
     name: str
-    reads_lse: bool  #: by its backward: the forward's has to be there, whichever backend ran it
+    gives_lse: bool  #: its forward hands on the log-sum-exp where there are gradients
+    reads_lse: bool  #: its backward needs it
 
     def reasons(self, problem: Problem) -> list[str]:
-        """Why this backend cannot serve the problem, forward and (if it needs gradients) backward. Empty: it can.
+        """Why this backend cannot serve the problem, the forward of a call or (`problem.backward`) its backward. Empty:
+        it can. The two may be served by different backends.
 
         Depends on the problem and the machine alone, so it needs no data.
         """
         ...
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
-        """The kernel for every call of the same kind as this one. Reads nothing of the call that is data."""
+        """The kernel for every call of the same kind as this one: with the method that `problem.backward` says. Reads
+        nothing of the call that is data."""
         ...
 
 

@@ -13,6 +13,7 @@ class ReferenceBackend:
     """See `fastattn.reference`."""
 
     name = "reference"
+    gives_lse = True
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:

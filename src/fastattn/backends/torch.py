@@ -22,6 +22,7 @@ class TorchBackend:
     """`torch.nn.functional.scaled_dot_product_attention`, with masks and lengths as one dense mask."""
 
     name = "torch"
+    gives_lse = False
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:

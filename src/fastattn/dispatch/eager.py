@@ -18,7 +18,7 @@ from .._compat import torch as torch_internals
 from ..backends.base import OutOfMemory
 from ..call import CALL, Call, Gradients
 from ..validation import default_scale
-from . import registry, routes, serve
+from . import routes, serve
 
 _TENSORS = len(CALL.tensor_names)
 
@@ -27,8 +27,8 @@ class Bound:
     """What all calls of one kind share, found once: where they go, and what their `Call` has besides data."""
 
     __slots__ = (
-        "alike", "counted", "device", "device_type", "dtype", "extras", "generation", "kernel", "name", "names",
-        "names_without_lse", "route", "scale", "static", "strides",
+        "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "kernel", "name", "names",
+        "names_for_backward", "route", "scale", "static", "strides",
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
@@ -37,12 +37,9 @@ class Bound:
         self.route = route
         self.kernel = route.kernel
         self.name = route.backend.name
-        self.counted = f"{self.name}.backward"
         self.names = names
-        #: Where a backend has no log-sum-exp for its own backward, one that reads it cannot take its place.
-        self.names_without_lse = (
-            names if route.backend.reads_lse else tuple([n for n in names if not registry.backend(n).reads_lse])
-        )
+        self.names_for_backward = routes.names_for_backward(route.backend, names)
+        self.backward: routes.Route | None = None  #: of the backward, found with the first one, if it holds for good
         self.static: tuple[Any, ...] = CALL.static(call)  #: the options of the call that are not data
         self.scale = default_scale(q)
         self.dtype, self.device, self.device_type = q.dtype, q.device, q.device.type
@@ -129,16 +126,17 @@ class _Attention(torch.autograd.Function):
             found = Gradients()
         elif grad_out is not None and _still_holds(bound, call, grad_out, out):
             given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
+            route = bound.backward or _backward_route(bound, call)
             autocast = torch.is_autocast_enabled(bound.device_type)
             try:
                 if autocast:  # (torch.autocast takes 4 us to say so)
                     torch.set_autocast_enabled(bound.device_type, False)
-                found = bound.kernel.backward(call, out, given, grad_out, grad_lse)
+                found = route.kernel.backward(call, out, given, grad_out, grad_lse)
             except Exception as error:
-                if not serve.refused(bound.route, error, but_for=(OutOfMemory,)):
+                if not serve.refused(route, error, but_for=(OutOfMemory,)):
                     raise
             else:
-                serve.count(bound.counted)
+                serve.count(f"{route.backend.name}.backward")
             finally:
                 if autocast:
                     torch.set_autocast_enabled(bound.device_type, True)
@@ -175,13 +173,20 @@ def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> boo
     return True
 
 
+def _backward_route(bound: Bound, call: Call) -> routes.Route:
+    found = routes.route(call, bound.names_for_backward, backward=True)
+    if found.lasts:
+        bound.backward = found
+    return found
+
+
 def _backward(
     bound: Bound, call: Call, out: Tensor, lse: Tensor | None, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> Gradients:
     """The backward of a call whose route is to be found again."""
-    names = bound.names
+    names = bound.names_for_backward
     if lse is None:
-        names, lse = bound.names_without_lse, out.new_empty(0)
+        lse = out.new_empty(0)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     batched = not torch_internals.same_dispatch(grad_out, out)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backends.scratch import inside_operator
-from ..call import CALL, Call, Gradients, token_major, work_dtype
-from . import double_backward, eager, serve
+from ..call import CALL, Call, Gradients, Problem, token_major, work_dtype
+from . import double_backward, eager, routes, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
@@ -46,8 +46,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     with inside_operator(), eager.no_autocast(call.q):
         out, lse, route = serve.forward(call, names)
         if lse is None and call.grads and route.until:
-            # A backend whose own backward does not read it may leave it out. Here it serves in place of one that had a
-            # setback and may be back by the backward, of which a graph says already who may run it.
+            # A backend may leave it out. Here it serves in place of the first choice, which gives it, and by which
+            # `_attention_backward` goes.
             lse = reference.forward(route.problem, call)[1]
         if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
             lse = call.q.new_zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype))
@@ -56,6 +56,9 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
     call, names = _unpack(arguments)
+    first = routes.first_choice(Problem.of(call), names)
+    if first is not None:
+        names = routes.names_for_backward(first, names)
     with inside_operator(), eager.no_autocast(call.q):
         found = serve.backward(call, names, out, lse, grad_out, grad_lse)
     return tuple([call.q.new_empty(0) if gradient is None else gradient for gradient in found])

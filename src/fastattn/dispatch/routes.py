@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..backends.base import Backend, Compiled, Kernel, OutOfMemory, Refusal, Setback
@@ -20,7 +21,7 @@ _routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REF
 
 
 class Route(NamedTuple):
-    """Where all calls of one kind go."""
+    """Where all calls of one kind go, their forward or their backward."""
 
     problem: Problem
     backend: Backend
@@ -46,20 +47,21 @@ def generation() -> int:
     return _routes.generation
 
 
-def route(call: Call, names: tuple[str, ...], waits: bool = True) -> Route:
-    """The route of a call over the named backends. Raises BackendError with every refusal.
+def route(call: Call, names: tuple[str, ...], waits: bool = True, backward: bool = False) -> Route:
+    """The route of a call's forward, or of its backward, over the named backends. Raises BackendError with every
+    refusal.
 
     waits: where nobody but a backend whose binary is not there could serve the call, have it compiled and wait for it;
     else that is one refusal more.
     """
     # The kind is everything that Problem.of and Backend.bind read; these two and the backends' reasons take ten times
     # as long as the look-up.
-    key = CALL.kind(call), names
+    key = CALL.kind(call), names, backward
     found: Route | None = _routes.get(key)
     tried: set[str] = set()
     while found is None or not found.holds:
         seen = shape_cache.drops(Reason.BINARY_READY)
-        problem = Problem.of(call)
+        problem = Problem.of(call, backward)
         chosen, until, coming = _select(problem, names, waits)
         try:
             kernel = chosen.bind(problem, call)
@@ -81,7 +83,7 @@ def route(call: Call, names: tuple[str, ...], waits: bool = True) -> Route:
 def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
     names = registry.allowed() if names is None else tuple(names)
-    return {name: _reasons(name, problem) for name in preference.ordered(problem, names)}
+    return {name: _reasons(name, problem, names) for name in preference.ordered(problem, names)}
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
@@ -99,11 +101,36 @@ def nobody(refusals: dict[str, list[str]]) -> BackendError:
     return BackendError(f"no allowed backend can serve this call:\n{listed}")
 
 
-def _reasons(name: str, problem: Problem) -> list[str]:
+def _reasons(name: str, problem: Problem, names: tuple[str, ...]) -> list[str]:
     """What a backend refuses by itself, what it refused when it was called, and what it would."""
     backend, late = registry.backend(name), late_refusal(name, problem)
-    why = [*backend.reasons(problem), *([late.why] if late else [])]
+    why = [*_own_reasons(backend, problem, names), *([late.why] if late else [])]
     return why or _not_ready(backend, problem)
+
+
+def _own_reasons(backend: Backend, problem: Problem, names: tuple[str, ...]) -> list[str]:
+    """What a backend refuses by itself; and, of a forward, that nobody could go on from what it gives."""
+    why = backend.reasons(problem)
+    if why or problem.backward or not problem.grads:
+        return why
+    after = replace(problem, backward=True)
+    able = [other for other in map(registry.backend, names) if not other.reasons(after)]
+    if not able:
+        return ["no allowed backend has its backward"]
+    if not backend.gives_lse and all(other.reads_lse for other in able):
+        return ["does not give the log-sum-exp that the backward needs"]
+    return []
+
+
+def names_for_backward(forward: Backend, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the backends that may run the backward of a call whose forward one of them ran."""
+    return names if forward.gives_lse else tuple([name for name in names if not registry.backend(name).reads_lse])
+
+
+def first_choice(problem: Problem, names: tuple[str, ...]) -> Backend | None:
+    """The backend that serves a problem as long as none refuses it when it is called."""
+    backends = map(registry.backend, preference.ordered(problem, names))
+    return next((backend for backend in backends if not _own_reasons(backend, problem, names)), None)
 
 
 def _not_ready(backend: Backend, problem: Problem) -> list[str]:
@@ -125,7 +152,7 @@ def _select(problem: Problem, names: Sequence[str], waits: bool = True) -> tuple
     until, coming, waiting = 0.0, False, None
     unmade: list[tuple[str, LateRefusal]] = []
     for name in preference.ordered(problem, tuple(names)):
-        why = registry.backend(name).reasons(problem)
+        why = _own_reasons(registry.backend(name), problem, tuple(names))
         late = None if why else late_refusal(name, problem)
         if not why and late is None:
             if name == "reference" and problem.device == "cuda" and not problem.empty and not coming:

@@ -65,7 +65,7 @@ def backward(
 
     Raises what `forward` raises.
     """
-    attempts = Attempts(call, names)
+    attempts = Attempts(call, names, backward=True)
     try:
         while True:
             found = attempts.route()
@@ -89,10 +89,11 @@ class Attempts:
     a caller who catches the error to try a smaller batch has no memory for that one.
     """
 
-    __slots__ = ("_call", "_gave_back", "_left", "_names", "_setback")
+    __slots__ = ("_backward", "_call", "_gave_back", "_left", "_names", "_setback")
 
-    def __init__(self, call: Call, names: tuple[str, ...]) -> None:
+    def __init__(self, call: Call, names: tuple[str, ...], backward: bool = False) -> None:
         self._call = call
+        self._backward = backward
         self._names = self._left = names
         self._gave_back = False
         self._setback: Setback | None = None
@@ -101,12 +102,12 @@ class Attempts:
         """Raises BackendError when no backend is left, torch.OutOfMemoryError where that is for want of memory."""
         setback = self._setback
         try:
-            found = route(self._call, self._left)
+            found = route(self._call, self._left, backward=self._backward)
         except BackendError:
             if isinstance(setback, OutOfMemory):
                 raise torch.OutOfMemoryError(str(setback)) from setback
             if setback is not None:
-                raise nobody(reasons(Problem.of(self._call), self._names)) from setback
+                raise nobody(reasons(Problem.of(self._call, self._backward), self._names)) from setback
             raise
         if setback is not None:  # the shortened list does not show that a backend was passed over
             found = found._replace(until=time.monotonic())
@@ -141,7 +142,7 @@ def refused(found: Route, error: Exception, but_for: tuple[type[Refusal], ...] =
 def backward_by_lse(call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients | None:
     """The backward of a call from the rows' output and log-sum-exp over more keys than the call has: a share of the
     whole. None where the backend of the call's route does not read the log-sum-exp, or cannot serve the call."""
-    found = route(call, names)
+    found = route(call, names, backward=True)
     if not found.backend.reads_lse:
         return None
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,10 +153,11 @@ def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
             except torch.OutOfMemoryError:  # the call itself will say so
                 torch.cuda.empty_cache()
                 continue
-            asked = (registry.backend(name) for name in preference.ordered(problem, names))
-            first = next((backend for backend in asked if not backend.reasons(problem)), None)
-            if isinstance(first, Compiled):
-                found |= dict.fromkeys(first.binaries(problem))
+            for one in (problem, replace(problem, backward=True)) if problem.grads else (problem,):
+                asked = (registry.backend(name) for name in preference.ordered(one, names))
+                first = next((backend for backend in asked if not backend.reasons(one)), None)
+                if isinstance(first, Compiled):
+                    found |= dict.fromkeys(first.binaries(one))
     return list(found)
 
 

@@ -12,6 +12,7 @@ class CudnnBackend:
     """cuDNN's fused attention, forward and backward, for float16 and bfloat16."""
 
     name = "cudnn"
+    gives_lse = True
     reads_lse = True
 
     def reasons(self, problem: Problem) -> list[str]:
@@ -33,7 +34,7 @@ class CudnnBackend:
 
 
 class CudnnKernel:
-    """Forward and backward of all calls of one kind."""
+    """Forward and backward of all calls of one kind; bound to a backward, that alone."""
 
     __slots__ = ("backward", "forward")
 
@@ -41,5 +42,6 @@ class CudnnKernel:
         from .backward import Backward
         from .forward import bind_forward
 
-        self.forward = bind_forward(problem, call).forward
+        if not problem.backward:
+            self.forward = bind_forward(problem, call).forward
         self.backward = Backward(problem).backward

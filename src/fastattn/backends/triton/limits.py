@@ -24,8 +24,6 @@ def refusals(problem: Problem, head_dims: range, value_dims: range) -> list[str]
     if p.device == "cuda" and p.capability < MIN_CAPABILITY:
         why.append(f"needs compute capability 8.0 or newer, this GPU has {p.capability[0]}.{p.capability[1]}")
     why += missing(p.device)
-    if p.grads:
-        why.append("has no gradients")
     if p.dtype == torch.float64:
         why.append("float64 is the reference's")
     if p.empty:

@@ -15,10 +15,13 @@ class DecodeBackend:
     """See `kernel.py` and `forward.py`. triton is imported with the first call that it serves."""
 
     name = "decode"
+    gives_lse = True
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         p, why = problem, limits.refusals(problem, HEAD_DIMS, VALUE_DIMS)
+        if p.grads:
+            why.append("has no gradients")
         if not launch.fits(p):
             why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
         return why

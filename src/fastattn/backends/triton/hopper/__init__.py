@@ -14,12 +14,13 @@ class HopperBackend:
     """See `launch.py`. triton is imported when a kernel has to be compiled."""
 
     name = "hopper"
+    gives_lse = True
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         why = launch.reasons(problem)
-        if problem.grads:
-            why.append("has no gradients")
+        if problem.backward:
+            why.append("has no backward")
         if problem.dense_mask:
             why.append("its kernel for masks of keys has not been verified on a GPU since it was last changed")
         return why

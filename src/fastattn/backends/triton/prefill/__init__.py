@@ -19,10 +19,13 @@ class PrefillBackend:
     """See `kernel.py` and `forward.py`. triton is imported with the first call that it serves."""
 
     name = "prefill"
+    gives_lse = True
     reads_lse = False
 
     def reasons(self, problem: Problem) -> list[str]:
         p, why = problem, limits.refusals(problem, HEAD_DIMS, VALUE_DIMS)
+        if p.backward:
+            why.append("has no backward")
         if max(p.q_len, p.kv_len) > _MOST_TOKENS:
             why.append(f"takes up to {_MOST_TOKENS} tokens")
         if not why and not launch_config.fits(p):

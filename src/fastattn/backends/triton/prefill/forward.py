@@ -59,7 +59,7 @@ class PrefillKernel(ForwardOnly):
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         self._problem = p
         self._output = Output(p, call.q)
-        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
+        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse or p.grads else None
         self._lists = _Lists(p, call, launch) if listed(p, launch) else None
         integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
