@@ -75,10 +75,14 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
     out, lse = expected.out.detach().to(dtype), expected.lse.detach().float()
     with schedule.forced(split=options.get("split", 0), section=options.get("section", 0)):
         found = hopper_model.backward(call, out, lse, grad_out, grad_lse, rng)
-    names = ("dq", "dk", "dv", "dsinks")
+    names = "dq", "dk", "dv", "dsinks"
     for name, ours, truth in zip(names, found, wanted, strict=False):
         truth = torch.zeros_like(ours, dtype=torch.float64) if truth is None else truth
         assert not ours.isnan().any(), name
+        if name == "dsinks":  # one number for all rows, each with the rounding of its output
+            rounding = 0.03 if dtype == torch.bfloat16 else 0.004
+            assert (ours.double() - truth).abs().max() < rounding * (batch * q_len) ** 0.5
+            continue
         torch.testing.assert_close(ours.double(), truth, atol=0.03, rtol=0.03, msg=lambda text, n=name: f"{n}: {text}")
         error = (ours.double() - truth).norm() / truth.norm().clamp(min=1e-3)
         assert error < 0.012, (name, error)

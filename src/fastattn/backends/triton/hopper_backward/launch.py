@@ -85,8 +85,9 @@ def mask_of(p: Problem) -> int:
         return FULL
     if p.causal and p.left < 0 and p.q_len <= p.kv_len:
         return CAUSAL
-    # A query past the last key minus `right` sees nothing; keys before the first query's window, nobody sees.
-    return BAND if p.right < 0 or p.q_len - p.kv_len <= p.right else INTERVALS
+    # The first query stands at `ahead`. Before 0 it may see nothing; keys before its window are seen by nobody.
+    ahead = p.kv_len - p.q_len
+    return BAND if (p.right < 0 or -ahead <= p.right) and (p.left < 0 or ahead <= p.left) else INTERVALS
 
 
 def sizes(p: Problem, processors: int = 132) -> Sizes:

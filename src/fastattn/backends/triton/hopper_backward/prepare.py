@@ -66,11 +66,11 @@ def prepare_kernel(
     ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    place = pid.to(tl.int64)
     if dkv_sum_ptr is not None:
         nothing = tl.zeros([_ZEROS], tl.float32)
         for chunk in range(pid, zeros, tl.num_programs(0)):
-            tl.store(dkv_sum_ptr + chunk.to(tl.int64) * _ZEROS + tl.arange(0, _ZEROS), nothing)
-    place = pid.to(tl.int64)
+            tl.store(dkv_sum_ptr + (place * 0 + chunk) * _ZEROS + tl.arange(0, _ZEROS), nothing)
     tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
     bh = pid // tiles
     m = pid - bh * tiles
