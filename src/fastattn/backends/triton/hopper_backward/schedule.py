@@ -17,8 +17,10 @@ from .binary import KEYS, ROWS
 
 L2 = 26 << 20  #: bytes that programs may work on at a time: half of an H100's cache
 _OF_A_PROGRAM = 3.0  #: steps that its keys, its start and its end cost
-_OF_A_SUM = 10.0  #: steps that adding its dK and dV up in memory costs, where programs share a block
-_MISSES = 0.12  #: of a step, where what a section's heads work on is many times the cache
+_OF_A_SUM = 4.0  #: steps that adding its dK and dV up in memory costs, where programs share a block
+_OF_A_BLOCK = 0.02  #: steps of all processors that clearing and rounding these sums takes, for each block
+_MISSES = 0.25  #: of a step, where what a section's heads work on is many times the cache
+_SMALL = 0.06  #: of a step, where sections are much smaller than the processors: long programs come late
 
 
 class Choice(NamedTuple):
@@ -80,17 +82,17 @@ def splits(s: Sizes) -> tuple[int, ...]:
 
 
 def candidates(s: Sizes, parts: tuple[int, ...]) -> list[Choice]:
-    """What is compared: sections of powers of two of heads, or all heads in one."""
+    """What is compared: sections of powers of two of heads, of as many as fill the processors, or all heads in one."""
     found = []
     for split in parts:
         heads = s.batch * s.kv_heads * split
-        section = 1
-        while section < heads:
-            # Sections that fill the processors only in part would leave the longest programs to the end.
-            keep = min(heads // section, max(0, int((heads * blocks(s) - 2 * s.processors) / (section * blocks(s)))))
-            if keep:
+        powers = [1 << i for i in range(heads.bit_length())]
+        wave = max(1, round(s.processors / blocks(s)))
+        for section in sorted({*powers, wave, max(1, wave // 2)}):
+            # The rest, in one section, keeps the processors busy to the end: long programs come first in it.
+            keep = int((heads * blocks(s) - s.processors) / (section * blocks(s)))
+            if section < heads and keep > 0:
                 found.append(Choice(split, section, keep))
-            section *= 2
         found.append(Choice(split, heads, 0))
     return found
 
@@ -124,12 +126,15 @@ def estimate(s: Sizes, c: Choice) -> float:
     share = s.group / c.split
     extra = _OF_A_PROGRAM + (_OF_A_SUM if c.split > 1 else 0.0)
     slower = 1.0 + _MISSES * _missed(s, c)
+    if c.sections:
+        slower += _SMALL * max(0.0, 1.0 - c.section * blocks(s) / s.processors)
+    sums = _OF_A_BLOCK * s.batch * s.kv_heads * blocks(s) if c.split > 1 else 0.0
     even = programs * (mean(s) * share * slower + extra) / s.processors
     last = longest(s) * share * slower + extra
     # The end, when some processors have nothing left: short programs come last, except where all are as long.
     tail = last * (0.25 if s.triangular else 0.5)
     few = min(1.0, programs / s.processors)  # with fewer programs than processors the longest one counts
-    return max(even + tail * few, last)
+    return max(even + tail * few, last) + sums
 
 
 def _missed(s: Sizes, c: Choice) -> float:
