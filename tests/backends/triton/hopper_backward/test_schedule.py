@@ -19,12 +19,12 @@ SHAPES = [(1, 8, 4), (2, 8, 4), (4, 8, 4), (16, 8, 4), (2, 16, 1), (1, 24, 1), (
 @pytest.mark.parametrize("batch, kv_heads, group", SHAPES)
 @pytest.mark.parametrize("triangular", [True, False])
 def test_no_cliffs(batch: int, kv_heads: int, group: int, triangular: bool) -> None:
-    """From a length to the next the estimate grows as the work does, within 5%."""
+    """From a length to the next the estimate grows as the work does, within 6%."""
     last = 0.0
     for n in range(512, 6000, 16):
         sizes = Sizes(batch, kv_heads, group, n, n, 128, triangular)
         by_work = estimate(sizes, choose(sizes)) / (n * (n + 128))
-        assert last == 0 or 0.95 < by_work / last < 1.05, n
+        assert last == 0 or 0.94 < by_work / last < 1.04, n
         last = by_work
 
 

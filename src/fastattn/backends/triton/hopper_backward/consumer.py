@@ -95,8 +95,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         if cfg.SOFTCAP:
             s = _tanh(s * results.inner)
         p = gl.exp2(
-            mask(s, m, b, key, least, past, shape, cfg) * results.scale
-            - pipe.lse.index(slot).load(columns)[None, :]
+            mask(s, m, b, key, least, past, shape, cfg) * results.scale - pipe.lse.index(slot).load(columns)[None, :]
         )
         p_operand = gl.convert_layout(p.to(dtype), operand)
         dv = warpgroup_mma(p_operand, grad_out, dv, is_async=True)

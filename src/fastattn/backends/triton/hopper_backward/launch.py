@@ -342,9 +342,7 @@ class Backward:
                 *eighths, *strides[3], *strides[4],
             )  # fmt: skip
             device = torch.device(p.device, self._device) if self._device is not None else q.device
-            found = launcher_of(
-                prepare_kernel, (_rows(p),), device, p.capability, integers, (dim, ROWS), num_warps=4
-            )
+            found = launcher_of(prepare_kernel, (_rows(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
             if len(self._prepares) > 16:
                 self._prepares.clear()
             self._prepares[key] = found

@@ -20,7 +20,7 @@ _OF_A_PROGRAM = 3.0  #: steps that its keys, its start and its end cost
 _OF_A_SUM = 4.0  #: steps that adding its dK and dV up in memory costs, where programs share a block
 _OF_A_BLOCK = 0.02  #: steps of all processors that clearing and rounding these sums takes, for each block
 _MISSES = 0.25  #: of a step, where what a section's heads work on is many times the cache
-_SMALL = 0.06  #: of a step, where sections are much smaller than the processors: long programs come late
+_SMALL = 0.04  #: of a step, where sections are much smaller than the processors: long programs come late
 
 
 class Choice(NamedTuple):
