@@ -24,8 +24,17 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
 
-import hopper_cases
-from hopper_cases import COUNT, DEVICE, OTHER_WORK, REPEATS, Kind, compile_all, run_all, supervise
+import hopper_cases  # noqa: E402
+from hopper_cases import (  # noqa: E402
+    COUNT,
+    DEVICE,
+    OTHER_WORK,
+    REPEATS,
+    Kind,
+    compile_all,
+    run_all,
+    supervise,
+)
 
 WORST = {torch.bfloat16: 8e-3, torch.float16: 2e-3}  #: norm of the error over the norm of the reference
 APART = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  #: the same between runs, whose sums have another order

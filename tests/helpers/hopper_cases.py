@@ -320,7 +320,8 @@ def compile_all(wanted: Collection[Any]) -> None:
 
 
 def supervise(name: str, count: int, program: str = __file__) -> tuple[int, list[str]]:
-    """One kind in processes of its own, of this program or one like it. Returns the number of right cases, and a line for each other one."""
+    """One kind in processes of its own, of this program or one like it. Returns the number of right
+    cases, and a line for each other one."""
     start, right, wrong, running = 0, 0, [], ""
     while start < count:
         command = [sys.executable, program, name, str(count), str(start)]

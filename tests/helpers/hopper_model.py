@@ -356,7 +356,8 @@ class Model:
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
                 arrive=self._arrive,
             ),
-            "tma": SimpleNamespace(store_wait=nothing), "reinterpret": nothing, "fence_async_shared": nothing, "barrier": nothing,
+            "tma": SimpleNamespace(store_wait=nothing), "reinterpret": nothing,
+            "fence_async_shared": nothing, "barrier": nothing,
             "load_tile": self._load_tile, "store_tile": self._store_tile,
             "warpgroup_mma": self._product, "warpgroup_mma_wait": self._product_wait,
         }  # fmt: skip

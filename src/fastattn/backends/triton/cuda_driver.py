@@ -161,7 +161,8 @@ def describe(
     """A tensor `[B, H, S, D]` of 2-byte elements read or written in boxes of `rows` tokens of one head.
 
     address: a multiple of 16. strides: in elements, multiples of 8 (anything along dims of size 1), the last 1.
-    half: float16, otherwise bfloat16. columns: of a box, 64 or 32; the kernel asks for as many as it needs. What a box has outside of the tensor reads as 0 and is not written.
+    half: float16, otherwise bfloat16. columns: of a box, 64 or 32, as the kernel lays it out. What a box has outside of
+    the tensor reads as 0 and is not written.
     """
     made = Description()
     batch, heads, length, dim = shape

@@ -1,4 +1,4 @@
-"""The Hopper backward's own source in a model of the machine, against plain attention in float64: see `hopper_model`."""
+"""The Hopper backward's own source in a model of the machine, against autograd in float64: see `hopper_model`."""
 
 from __future__ import annotations
 

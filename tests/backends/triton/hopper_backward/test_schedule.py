@@ -1,4 +1,4 @@
-"""The order of the Hopper backward's work: every block is reached once, and no length is far worse than its neighbour."""
+"""The order of the Hopper backward's work: each block is reached once, no length is far worse than its neighbour."""
 
 from __future__ import annotations
 

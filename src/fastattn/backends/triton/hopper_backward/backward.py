@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .consumer import consume
-from .parts import HALF, KEYS, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
+from .parts import KEYS, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
 from .producer import produce
 
 #: Never specialised, and without a known alignment: one binary serves every length.

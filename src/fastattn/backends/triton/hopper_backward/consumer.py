@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...._compat.gluon import barrier, reinterpret, store_tile
 from .masking import common_range, drop_unseen, mask
-from .parts import HALF, INTERVALS, KEYS, ROWS, STAGES
+from .parts import HALF, INTERVALS, KEYS, ROWS
 from .sums import add, place
 from .tiles import block_of, holes_in_keys, visitors
 

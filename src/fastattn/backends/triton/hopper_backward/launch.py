@@ -228,11 +228,11 @@ class Backward:
             )  # fmt: skip
         self._memory = Memory(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
         parts = 4 * p.batch * p.kv_heads * blocks if self._split else 0
-        integers = (
+        counts = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
         )  # fmt: skip
         self._finish = launcher_of(
-            finish_kernel, (_rows(p) + parts,), device, p.capability, integers, (dim,), num_warps=4
+            finish_kernel, (_rows(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
         )
         self._function: Function | None = None
         if loads:
@@ -257,7 +257,7 @@ class Backward:
         lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device="meta")
         memory = torch.empty(self._memory.size, dtype=torch.uint8, device="meta")
         grads = [x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)]
-        found = []
+        found: list[Any] = []
         q = call.q.new_empty(0, device="meta")  # as `_in_place` leaves it: aligned
         for grad_lse in (None, lse) if p.return_lse else (None,):
             sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..bounds import FIELDS, HEADER
-from .parts import BAND, CAUSAL, FULL, HALF, INTERVALS, KEYS, ROWS
+from .parts import BAND, CAUSAL, HALF, INTERVALS, ROWS
 from .tiles import seen_at
 
 _WIDE = gl.constexpr(64)  # columns that `drop_unseen` takes at a time

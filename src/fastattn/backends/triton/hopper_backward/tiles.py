@@ -8,7 +8,7 @@ of them it visits the tiles of ROWS queries that may see a key of the block.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .parts import BAND, CAUSAL, FULL, INTERVALS, KEYS, ROWS
+from .parts import BAND, CAUSAL, INTERVALS, KEYS, ROWS
 
 _FIELDS = gl.constexpr(4)  # of a block in `extents.py`
 
