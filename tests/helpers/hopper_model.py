@@ -551,7 +551,7 @@ def backward(
 
     clean = [None, None]
     if flags.mask == INTERVALS:
-        shape = p.batch, p.q_heads, launch._tiles(p) * ROWS, flags.dim
+        shape = p.batch, p.q_heads, launch.tiles_of(p) * ROWS, flags.dim
         clean = [described(piece(x, p.dtype).view(shape), ROWS) for x in (where.clean_q, where.clean_grad_out)]
     dk, dv = (x.float().numpy() for x in found[1:])
     names = (

@@ -98,12 +98,11 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
             mask(s, m, b, key, least, past, shape, cfg) * results.scale - pipe.lse.index(slot).load(columns)[None, :]
         )
         p_operand = gl.convert_layout(p.to(dtype), operand)
+        if cfg.SOFTCAP:  # now, so that the scores need no registers any more
+            p = p * (1.0 - s * s)
         dv = warpgroup_mma(p_operand, grad_out, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = p * (dp - pipe.delta.index(slot).load(columns)[None, :])
-        if cfg.SOFTCAP:
-            ds = ds * (1.0 - s * s)
-        ds = ds.to(dtype)
+        ds = (p * (dp - pipe.delta.index(slot).load(columns)[None, :])).to(dtype)
         shared = pipe.ds.index(slot)
         shared.slice(group * HALF, HALF, 0).store(ds)
         ds_operand = gl.convert_layout(ds, operand)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
-import threading
 from functools import cache
 from typing import Any
 
@@ -19,19 +16,19 @@ from ...layout import copied
 from ...scratch import scratch
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
-from ..cuda_driver import Description, Function, describe, describe_flat, make_current
+from ..cuda_driver import Description, Function, describe, describe_flat
 from ..hopper.binary import CAPABILITY
 from ..hopper.launch import readable
 from ..launcher import INSTALL, has_triton
+from .arguments import Arguments
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
+from .memory import Memory, blocks_of, rows_of, tiles_of
 from .schedule import Sizes, choose
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
 _MOST_KEYS = 1 << 28  #: nor do lengths
 _INT32 = 1 << 31
-_ALIGNMENT = 256  #: bytes, of each piece of the memory
-_NUMBERS = struct.Struct("13i3f")
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -52,7 +49,7 @@ def reasons(problem: Problem) -> list[str]:
         why.append("no queries or no keys")
     elif dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
-    if max(p.q_len, p.kv_len) > _MOST_KEYS or _rows(p) * 2 * ROWS >= _INT32:
+    if max(p.q_len, p.kv_len) > _MOST_KEYS or rows_of(p) * 2 * ROWS >= _INT32:
         why.append("has more tokens than its integers count")
     return why
 
@@ -62,19 +59,6 @@ def dim_of(p: Problem) -> int | None:
     if p.head_dim % 8 or p.value_dim % 8:
         return None
     return min((d for d in DIMS if max(p.head_dim, p.value_dim) <= d), default=None)
-
-
-def _tiles(p: Problem) -> int:
-    return -(-p.q_len // ROWS)
-
-
-def _blocks(p: Problem) -> int:
-    return -(-p.kv_len // KEYS)
-
-
-def _rows(p: Problem) -> int:
-    """Tiles of queries, of all heads."""
-    return p.batch * p.q_heads * _tiles(p)
 
 
 def mask_of(p: Problem) -> int:
@@ -159,33 +143,6 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-class Memory:
-    """Where the pieces of one call's memory lie: bytes from its beginning, and in all."""
-
-    def __init__(self, p: Problem, dim: int, split: bool, bounds: int) -> None:
-        """bounds: bytes of what `Bounds` fills, 0: there are none."""
-        self.size = 0
-        rows, blocks = _rows(p), p.batch * p.kv_heads * _blocks(p)
-        self.bounds = self._add(bounds)
-        self.extents = self._add(4 * p.batch * (4 * _blocks(p) + _tiles(p) + KEYS * _blocks(p)) if bounds else 0)
-        self.rows = self._add(4 * rows * 2 * ROWS)
-        self.sinks = self._add(4 * rows if p.sinks else 0)
-        self.dq = self._add(4 * rows * ROWS * dim)
-        self.dkv = self._add(4 * 2 * blocks * KEYS * dim if split else 0)
-        self.clean_q = self._add(2 * rows * ROWS * dim if bounds else 0)
-        self.clean_grad_out = self._add(2 * rows * ROWS * dim if bounds else 0)
-
-    def _add(self, size: int) -> tuple[int, int]:
-        begin = self.size
-        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return begin, begin + size
-
-    @staticmethod
-    def piece(memory: Tensor, place: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """That piece of the memory, or None where there is no such thing."""
-        return memory[place[0] : place[1]].view(dtype) if place[1] > place[0] else None
-
-
 class Backward:
     """The kernels bound to one problem: see `backends.base.Backend.bind`. Strides of what the call's tensors are may
     differ from call to call, those of masks may not."""
@@ -203,14 +160,14 @@ class Backward:
         choice = choose(sizes(p, _processors(device.index) if device.type == "cuda" else 132))
         self._split = choice.split > 1
         self.flags = flags(p, self._split)
-        tiles, blocks, dim = _tiles(p), _blocks(p), self.flags.dim
+        tiles, blocks, dim = tiles_of(p), blocks_of(p), self.flags.dim
         self._programs = blocks * p.batch * p.kv_heads * choice.split
         left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
         integers = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, left, right, tiles, blocks, p.group // choice.split,
             choice.split, choice.section, choice.sections,
         )  # fmt: skip
-        self._arguments = _Arguments(self.flags, integers)
+        self._arguments = Arguments(self.flags, integers)
         self._bounds: Any = None
         self._extents: Any = None
         self._prepares: dict[Any, Any] = {}
@@ -232,7 +189,7 @@ class Backward:
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
         )  # fmt: skip
         self._finish = launcher_of(
-            finish_kernel, (_rows(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
+            finish_kernel, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
         )
         self._function: Function | None = None
         if loads:
@@ -295,10 +252,10 @@ class Backward:
         described = [
             _described(q, half, ROWS), _described(grad_out, half, ROWS),
             _described(k, half, KEYS, key_columns(dim)), _described(v, half, KEYS),
-            _flat(base + where.rows[0], _rows(p) * 2 * ROWS), _described(dk, half, HALF), _described(dv, half, HALF),
+            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS), _described(dk, half, HALF), _described(dv, half, HALF),
         ]  # fmt: skip
         if self._bounds is not None:
-            shape = p.batch, p.q_heads, _tiles(p) * ROWS, dim
+            shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
             for place in (where.clean_q, where.clean_grad_out):
                 clean = Memory.piece(memory, place, q.dtype)
                 assert clean is not None
@@ -336,13 +293,13 @@ class Backward:
 
             p, dim = self._problem, self.flags.dim
             eighths = [stride // 8 for x in strides[:3] for stride in x]
-            zeros = p.batch * p.kv_heads * _blocks(p) * (2 * KEYS * dim // 4096) if self._split else 0
+            zeros = p.batch * p.kv_heads * blocks_of(p) * (2 * KEYS * dim // 4096) if self._split else 0
             integers = (
-                p.batch, p.q_heads, p.q_len, _tiles(p), _blocks(p), zeros, p.head_dim // 8, p.value_dim // 8,
+                p.batch, p.q_heads, p.q_len, tiles_of(p), blocks_of(p), zeros, p.head_dim // 8, p.value_dim // 8,
                 *eighths, *strides[3], *strides[4],
             )  # fmt: skip
             device = torch.device(p.device, self._device) if self._device is not None else q.device
-            found = launcher_of(prepare_kernel, (_rows(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
+            found = launcher_of(prepare_kernel, (rows_of(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
             if len(self._prepares) > 16:
                 self._prepares.clear()
             self._prepares[key] = found
@@ -375,56 +332,3 @@ class Backward:
     def _finish_tensors(self, memory: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
         pieces = self._memory.dq, self._memory.dkv
         return [*[Memory.piece(memory, place, torch.float32) for place in pieces], dq, dk, dv]
-
-
-class _Arguments:
-    """The main kernel's arguments as the driver wants them: an array of addresses, one array a thread.
-
-    A description is followed by its tensor's shape and strides, which no kernel of ours reads; the last two arguments
-    are scratch memory of Triton's, of which the kernel has none.
-    """
-
-    __slots__ = ("_integers", "_local", "_present", "_ranks")
-
-    def __init__(self, flags: Flags, integers: tuple[int, ...]) -> None:
-        self._integers = integers
-        bounds = flags.mask == INTERVALS
-        self._ranks = (4, 4, 4, 4, 1, 4, 4, *((4, 4) if bounds else ()))
-        self._present = (True, flags.split, bounds, bounds)
-        self._local = threading.local()
-
-    def launch(
-        self,
-        function: Function,
-        programs: int,
-        device: int,
-        described: list[Description],
-        addresses: list[int],
-        inner: float,
-        scale: float,
-        factor: float,
-    ) -> None:
-        kept = self._local.__dict__
-        if not kept:
-            make_current(device)
-            kept.update(zip(("places", "numbers", "pointers"), self._make(), strict=True))
-        places, numbers, pointers = kept["places"], kept["numbers"], kept["pointers"]
-        at = 0
-        for rank, one in zip(self._ranks, described, strict=True):
-            places[at] = one.address
-            at += 1 + 2 * rank
-        _NUMBERS.pack_into(numbers, 0, *self._integers, inner, scale, factor)
-        pointers[: len(addresses)] = addresses
-        function.launch(programs, device, torch_internals.raw_stream(device), places)
-
-    def _make(self) -> tuple[Any, Any, Any]:
-        numbers = ctypes.create_string_buffer(_NUMBERS.size)
-        pointers = (ctypes.c_uint64 * 5)()
-        unused = ctypes.addressof(pointers) + 8 * 4  # zeros, for what is not read
-        where = []
-        for rank in self._ranks:
-            where += [0] + 2 * rank * [unused]
-        where += [ctypes.addressof(pointers) + 8 * i for i, present in enumerate(self._present) if present]
-        where += [ctypes.addressof(numbers) + 4 * i for i in range(16)]
-        where += 2 * [unused]
-        return (ctypes.c_void_p * len(where))(*where), numbers, pointers

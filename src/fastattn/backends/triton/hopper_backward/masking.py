@@ -35,12 +35,11 @@ def mask(s, m, b, key, least, end, shape, cfg):
         if position < HALF - 1:
             s = gl.where(rows[:, None] <= (cols + position)[None, :], s, float("-inf"))
     elif cfg.MASK == BAND:
-        cut = (position + shape.right < HALF - 1) | (position + (ROWS - 1) - shape.left > 0)
-        if cut | (key + HALF > shape.kv_len):
-            top = gl.minimum(cols + (position + shape.right), shape.kv_len - 1 - key)
-            bottom = cols + (position - shape.left)
-            seen = (rows[:, None] <= top[None, :]) & (rows[:, None] >= bottom[None, :])
-            s = gl.where(seen, s, float("-inf"))
+        if (position + shape.right < HALF - 1) | (position + (ROWS - 1) - shape.left > 0):
+            inside = rows[:, None] - (cols + (position - shape.left))[None, :]
+            s = gl.where((inside >= 0) & (inside <= shape.left + shape.right), s, float("-inf"))
+        if key + HALF > shape.kv_len:
+            s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))
     elif cfg.MASK == INTERVALS:
         if (least > key) | (end < key + HALF):
             at = HEADER + shape.batch * shape.tiles * FIELDS + (b * shape.tiles + m) * ROWS
