@@ -94,11 +94,11 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         s = warpgroup_mma_wait(1, deps=[s])
         if cfg.SOFTCAP:
             s = _tanh(s * results.inner)
-        p = gl.exp2(
-            mask(s, m, b, key, least, past, shape, cfg) * results.scale - pipe.lse.index(slot).load(columns)[None, :]
-        )
+        s = mask(s, m, b, key, least, past, shape, cfg)
+        p = gl.exp2(s * results.scale - pipe.lse.index(slot).load(columns)[None, :])
         p_operand = gl.convert_layout(p.to(dtype), operand)
         if cfg.SOFTCAP:  # now, so that the scores need no registers any more
+            s = gl.maximum(s, -1.0)  # where it is hidden, and P is 0
             p = p * (1.0 - s * s)
         dv = warpgroup_mma(p_operand, grad_out, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
