@@ -155,9 +155,9 @@ MUTATIONS = (
     ),
     Mutation(
         "keys that nobody sees stay in shared memory",
-        "backends/triton/hopper_backward/tiles.py",
-        "(b * shape.blocks + n) * _FIELDS + 2)",
-        "(b * shape.blocks + n) * _FIELDS + 3)",
+        "backends/triton/hopper_backward/consumer.py",
+        "if holes_in_keys(n, b, shape, cfg) != 0:",
+        "if holes_in_keys(n, b, shape, cfg) > KEYS:",
         _BACKWARD,
     ),
     Mutation(
@@ -182,7 +182,7 @@ MUTATIONS = (
         _BACKWARD,
     ),
     Mutation(
-        "a tile past a block"s window is left out",
+        "a tile past a block's window is left out",
         "backends/triton/hopper_backward/tiles.py",
         "(gl.maximum(last, -1) + ROWS) // ROWS)",
         "(gl.maximum(last, -1)) // ROWS)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..binaries import store
 from ..binaries.flag_set import FlagSet
 from ..cuda_driver import Description, Function, describe, describe_flat
 from ..hopper.binary import CAPABILITY
-from ..hopper.launch import readable
+from ..hopper.launch import _processors, readable
 from ..launcher import INSTALL, has_triton
 from .arguments import Arguments
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
@@ -128,11 +127,6 @@ def _flat(address: int, count: int) -> Description:
     if found is None:
         found = _descriptions[key] = describe_flat(address, count, ROWS)
     return found
-
-
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _in_place(x: Tensor) -> Tensor:
