@@ -48,7 +48,8 @@ def reasons(problem: Problem) -> list[str]:
         why.append("no queries or no keys")
     elif dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
-    if max(p.q_len, p.kv_len) > _MOST_KEYS or rows_of(p) * 2 * ROWS >= _INT32:
+    keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
+    if max(p.q_len, p.kv_len) > _MOST_KEYS or max(rows_of(p) * 2 * ROWS, keys) >= _INT32:
         why.append("has more tokens than its integers count")
     return why
 
