@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -309,7 +310,7 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
     return found
 
 
-def compile_all(wanted: set[Any]) -> None:
+def compile_all(wanted: Collection[Any]) -> None:
     """Compiles binaries side by side, and keeps them on the disk."""
     from fastattn.backends.triton.binaries.store import shared
 
@@ -320,11 +321,12 @@ def compile_all(wanted: set[Any]) -> None:
     print(f"compiled {int(shared.stats()['compiles'])} binaries in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def supervise(name: str, count: int) -> tuple[int, list[str]]:
-    """One kind in processes of its own. Returns the number of right cases, and a line for each other one."""
+def supervise(name: str, count: int, program: str = __file__) -> tuple[int, list[str]]:
+    """One kind in processes of its own, of this program or one like it. Returns the number of right
+    cases, and a line for each other one."""
     start, right, wrong, running = 0, 0, [], ""
     while start < count:
-        command = [sys.executable, __file__, name, str(count), str(start)]
+        command = [sys.executable, program, name, str(count), str(start)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
 
@@ -367,6 +369,11 @@ def main() -> int:
     kinds = {name: kind for name, kind in KINDS.items() if name.startswith(tuple(arguments.only.split(",")))}
     torch.cuda.init()
     compile_all(needed(kinds))
+    return run_all(kinds, supervise, arguments.json)
+
+
+def run_all(kinds: Collection[str], supervise: Callable[[str, int], tuple[int, list[str]]], path: str | None) -> int:
+    """All kinds, several at a time. path: of the summary. Returns the exit status."""
     bad: list[str] = []
     found: dict[str, Any] = {}
 
@@ -386,9 +393,9 @@ def main() -> int:
         list(pool.map(run, kinds))
     right, of = (sum(x[what] for x in found.values() if x) for what in ("right", "of"))
     print(f"{right} of {of} cases of {len(kinds)} kinds right, {len(bad)} wrong")
-    if arguments.json:
+    if path:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "right": right, "of": of}
-        Path(arguments.json).write_text(json.dumps(about | {"kinds": found}, indent=1) + "\n")
+        Path(path).write_text(json.dumps(about | {"kinds": found}, indent=1) + "\n")
     return min(len(bad), 1)
 
 

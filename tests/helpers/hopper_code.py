@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
@@ -127,11 +128,15 @@ def _innermost(lines: list[str]) -> list[list[str]]:
 
 
 def read(name: str) -> Code:
-    import triton
-
     from fastattn.backends.triton.hopper.binary import compile_kernel
 
-    compiled = compile_kernel(NAMES[name])
+    return read_compiled(compile_kernel(NAMES[name]))
+
+
+def read_compiled(compiled: Any) -> Code:
+    """compiled: Triton's own result."""
+    import triton
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

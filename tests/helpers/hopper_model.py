@@ -1,6 +1,6 @@
-"""The Hopper forward without a GPU: its own source, run as Python with numpy in place of Gluon.
+"""The Hopper forward and backward without a GPU: its own source, run as Python with numpy in place of Gluon.
 
-What it shares with the kernel is every line of it: which tiles, which blocks, which barriers in which order. What it
+What it shares with a kernel is every line of it: which tiles, which blocks, which barriers in which order. What it
 has of its own is a model of the machine: threads for the three groups of warps, barriers with phases, a copy engine and
 tensor cores that are done when they like. A wait too few gives wrong numbers, a wait too many hangs.
 """
@@ -21,8 +21,9 @@ import torch
 
 import fastattn
 
-FOLDER = Path(fastattn.__file__).parent / "backends" / "triton" / "hopper"
+FOLDERS = Path(fastattn.__file__).parent / "backends" / "triton"
 FILES = ("parts", "tiles", "turns", "masking", "softmax", "output", "producer", "consumer", "forward")
+BACKWARD_FILES = ("../hopper/turns", "parts", "tiles", "masking", "sums", "producer", "consumer", "backward")
 PATIENCE = 20.0  #: seconds; a wait that takes longer never ends
 
 
@@ -183,6 +184,7 @@ class Descriptor:
     """What the copy engine knows of a tensor [B, H, S, D]."""
 
     layout = None
+    element = 2  #: bytes
 
     def __init__(self, x: Any, rows: int, columns: int, dtype: str) -> None:
         self.x, self.rows, self.columns, self.dtype = x, rows, columns, dtype
@@ -194,6 +196,21 @@ class Descriptor:
         begin, end = (min(max(x, 0), length) for x in (row, row + self.rows))
         width = min(self.columns, dim - column)
         return self.x[b, h, begin:end, column : column + width], slice(begin - row, end - row), slice(0, width)
+
+
+class FlatDescriptor:
+    """What it knows of float32 numbers in a row."""
+
+    layout = None
+    rows, element = 1, 4
+
+    def __init__(self, x: Any, columns: int) -> None:
+        self.x, self.columns = x, columns
+
+    def box(self, place: list[Any]) -> tuple[Any, slice, slice]:
+        at = int(place[0])
+        assert 0 <= at <= len(self.x) - self.columns
+        return self.x[None, at : at + self.columns], slice(0, 1), slice(0, self.columns)
 
 
 class Machine:
@@ -248,25 +265,45 @@ class Machine:
             raise self.errors[0]
 
 
+def _half_of_dims(k: Shared, group: int, cfg: Any) -> Shared:
+    dims = cfg.D // 2
+    return Shared(k.a.reshape(-1, cfg.D)[:, group * dims : (group + 1) * dims], k.dtype)
+
+
+_adding = threading.Lock()
+
+
+def _add(pointers: Pointer, x: Value) -> None:
+    assert (pointers.at >= 0).all() and (pointers.at < len(pointers.memory)).all(), "outside of the tensor"
+    with _adding:
+        np.add.at(pointers.memory, pointers.at, x.a)
+
+
 class Model:
     """The kernel's functions, and what they call."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str = "hopper", files: tuple[str, ...] = FILES) -> None:
         self.machine: Any = None
         self.names: dict[str, Any] = self._names()
-        for file in FILES:
-            path = FOLDER / f"{file}.py"
+        for file in files:
+            path = FOLDERS / folder / f"{file}.py"
             tree = ast.parse(path.read_text(), str(path))
             tree.body = [x for x in tree.body if not isinstance(x, ast.Import | ast.ImportFrom)]
             exec(compile(tree, str(path), "exec"), self.names)
         # Pairs of 16-bit numbers in registers are none of the algorithm.
         self.names["pack"] = lambda p, dtype, cfg: Value(_rounded(p.a, dtype))
         self.names["as_operand"] = lambda p, dtype, layout, cfg: Value(_rounded(p.a, dtype))
+        # Nor are the places of shared memory, nor how numbers are added to memory.
+        self.names["half_of_dims"] = _half_of_dims
+        self.names["rows_of"] = lambda x, group, cfg: Shared(x.a.reshape(2, -1, cfg.D)[group], x.dtype)
+        self.names["add"] = _add
 
-    def launch(self, programs: int, rng: random.Random, arguments: dict[str, Any]) -> None:
+    def launch(
+        self, programs: int, rng: random.Random, arguments: dict[str, Any], kernel: str = "forward_kernel"
+    ) -> None:
         for pid in range(programs):
             self.machine = Machine(pid, programs, rng)
-            self.names["forward_kernel"](**arguments)
+            self.names[kernel](**arguments)
 
     def _names(self) -> dict[str, Any]:
         from fastattn.backends.triton.bounds import FIELDS, HEADER
@@ -309,8 +346,8 @@ class Model:
             warp_specialize=lambda parts, warps, registers: self.machine.run(parts),
         )  # fmt: skip
         for layout in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
-                       "SwizzledSharedLayout"):  # fmt: skip
-            setattr(gl, layout, lambda *arguments: arguments)
+                       "SwizzledSharedLayout", "NVMMASharedLayout"):  # fmt: skip
+            setattr(gl, layout, lambda *arguments, **named: arguments)
         nothing = lambda *_: None  # noqa: E731
         return {
             "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
@@ -319,7 +356,8 @@ class Model:
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
                 arrive=self._arrive,
             ),
-            "tma": SimpleNamespace(store_wait=nothing), "fence_async_shared": nothing, "barrier": nothing,
+            "tma": SimpleNamespace(store_wait=nothing), "reinterpret": nothing,
+            "fence_async_shared": nothing, "barrier": nothing,
             "load_tile": self._load_tile, "store_tile": self._store_tile,
             "warpgroup_mma": self._product, "warpgroup_mma_wait": self._product_wait,
         }  # fmt: skip
@@ -383,7 +421,7 @@ class Model:
         def copy() -> None:
             target[...] = 0
             target[rows, columns] = part
-            full.bytes -= target.size * 2
+            full.bytes -= target.size * x.element
             full.check()
 
         with self.machine.changed:
@@ -476,3 +514,68 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
     }  # fmt: skip
     Model().launch(min(programs, rows * p.batch * p.q_heads), rng, arguments)
     return torch.from_numpy(out).transpose(1, 2), torch.from_numpy(lse).view(p.batch, p.q_heads, p.q_len)
+
+
+def backward(
+    call: Any, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
+    rng: random.Random,
+) -> Any:  # fmt: skip
+    """Gradients of a call, as the kernels compute them: those before and after the main one in Triton's interpreter.
+    Tensors are on the CPU. Memory and gradients begin as NaN."""
+    from fastattn.backends.triton.hopper_backward import launch
+    from fastattn.backends.triton.hopper_backward.binary import HALF, INTERVALS, KEYS, ROWS
+    from fastattn.call import Problem
+
+    p = Problem.of(call)
+    bound = launch.Backward(p, call, loads=False)
+    where, flags = bound._memory, bound.flags
+    memory = torch.full((where.size // 4,), torch.nan).view(torch.uint8)
+
+    def piece(place: tuple[int, int], dtype: torch.dtype) -> Any:
+        return launch.Memory.piece(memory, place, dtype)
+
+    def numbers(place: tuple[int, int], dtype: torch.dtype = torch.float32) -> Any:
+        found = piece(place, dtype)
+        return None if found is None else Pointer(found.numpy())
+
+    lengths = (p.q_heads, p.q_len, p.head_dim), (p.kv_heads, p.kv_len, p.head_dim), (p.kv_heads, p.kv_len, p.value_dim)
+    found = [torch.full((p.batch, n, h, d), torch.nan, dtype=p.dtype).transpose(1, 2) for h, n, d in lengths]
+    if bound._bounds is not None:
+        bound._bounds(call, memory)
+        bound._extents(bound._extents_tensors(memory))
+    tensors = bound._prepare_tensors(memory, out, grad_out, lse, grad_lse, call.sinks, call.q)
+    bound._prepare(out, grad_out, lse, grad_lse, call.q)(tensors)
+
+    def described(x: Any, rows: int) -> Descriptor:
+        return Descriptor(x.float().numpy() if isinstance(x, torch.Tensor) else x, rows, flags.dim, flags.dtype)
+
+    clean = [None, None]
+    if flags.mask == INTERVALS:
+        shape = p.batch, p.q_heads, launch.tiles_of(p) * ROWS, flags.dim
+        clean = [described(piece(x, p.dtype).view(shape), ROWS) for x in (where.clean_q, where.clean_grad_out)]
+    dk, dv = (x.float().numpy() for x in found[1:])
+    names = (
+        "batch", "heads", "kv_heads", "q_len", "kv_len", "left", "right", "tiles", "blocks", "share", "split",
+        "section", "sections",
+    )  # fmt: skip
+    integers = dict(zip(names, bound._arguments._integers, strict=True))
+    log2_e = math.log2(math.e)
+    inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
+    arguments = {
+        "q_desc": described(call.q, ROWS), "grad_out_desc": described(grad_out, ROWS),
+        "k_desc": described(call.k, KEYS), "v_desc": described(call.v, KEYS),
+        "rows_desc": FlatDescriptor(piece(where.rows, torch.float32).numpy(), ROWS),
+        "dk_desc": described(dk, HALF), "dv_desc": described(dv, HALF),
+        "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers(where.dq),
+        "dkv_sum_ptr": numbers(where.dkv), "bounds_ptr": numbers(where.bounds, torch.int32),
+        "extents_ptr": numbers(where.extents, torch.int32), **{name: Value(x) for name, x in integers.items()},
+        "inner": Value(np.float32(inner)), "scale": Value(np.float32(scale)),
+        "factor": Value(np.float32(call.scale)), "D": flags.dim, "MASK": flags.mask, "SOFTCAP": flags.softcap,
+        "SPLIT": flags.split,
+    }  # fmt: skip
+    Model("hopper_backward", BACKWARD_FILES).launch(bound._programs, rng, arguments, "backward_kernel")
+    found[1].copy_(torch.from_numpy(dk))
+    found[2].copy_(torch.from_numpy(dv))
+    bound._finish(bound._finish_tensors(memory, *found), (call.scale,))
+    sums = piece(where.sinks, torch.float32)
+    return *found, None if sums is None else sums.view(p.q_heads, -1).sum(1)

@@ -8,6 +8,7 @@ _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layou
 _WIDE = ("tests/backends/triton/decode/test_wide_heads.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
+_BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
 
 _PREFILL_MASKS = (
@@ -151,6 +152,41 @@ MUTATIONS = (
         "for t in range(total + pid, ",
         "for t in range(total + pid + 1, ",
         _HOPPER,
+    ),
+    Mutation(
+        "keys that nobody sees stay in shared memory",
+        "backends/triton/hopper_backward/consumer.py",
+        "if holes_in_keys(n, b, shape, cfg) != 0:",
+        "if holes_in_keys(n, b, shape, cfg) > KEYS:",
+        _BACKWARD,
+    ),
+    Mutation(
+        "queries that see nothing are not copied away",
+        "backends/triton/hopper_backward/prepare.py",
+        "holes = ((some > 0) &",
+        "holes = ((some < 0) &",
+        _BACKWARD,
+    ),
+    Mutation(
+        "consumers do not meet before they multiply dS",
+        "backends/triton/hopper_backward/consumer.py",
+        "        fence_async_shared()\n        meet()\n        dq",
+        "        fence_async_shared()\n        dq",
+        _BACKWARD,
+    ),
+    Mutation(
+        "a tile of the next head is where it was before",
+        "backends/triton/hopper_backward/consumer.py",
+        "tile += shape.tiles - (end - first)",
+        "tile += shape.tiles - end",
+        _BACKWARD,
+    ),
+    Mutation(
+        "a tile past a block's window is left out",
+        "backends/triton/hopper_backward/tiles.py",
+        "(gl.maximum(last, -1) + ROWS) // ROWS)",
+        "(gl.maximum(last, -1)) // ROWS)",
+        _BACKWARD,
     ),
     Mutation(
         "gaps between the keys of a tile's rows are not found",

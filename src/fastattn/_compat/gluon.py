@@ -34,6 +34,15 @@ store_tile = _first((tma, "async_store"), (tma, "async_copy_shared_to_global"))
 barrier = _first((gl, "barrier"), (gl, "thread_barrier"))  #: of the warps of one partition
 
 
+def reinterpret(x: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """Shared memory as another shape and layout."""
+    method = x.reinterpret if hasattr(x, "reinterpret") else x._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
+reinterpret.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
 @dataclass_transform()
 def aggregate(cls: Any) -> Any:
     """A class whose annotations name the fields of one value of a kernel, in the order in which it is made of them."""

@@ -14,9 +14,10 @@ from functools import cache
 from typing import Any
 
 _BFLOAT16, _FLOAT16 = 9, 6  #: CUtensorMapDataType
-_SWIZZLE_128, _PROMOTE_TO_128 = 3, 2  #: CUtensorMapSwizzle, CUtensorMapL2promotion
+_FLOAT32 = 7
+_SWIZZLES = {64: 3, 32: 2}  #: CUtensorMapSwizzle, by the columns of a box: a row of it is swizzled as a whole
+_PROMOTE_TO_128 = 2  #: CUtensorMapL2promotion
 _MAX_SHARED = 8  #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_COLUMNS = 64  #: of 2 bytes: as many as a swizzled row has
 _DESCRIPTION = 128  #: bytes of a CUtensorMap, which lies at a multiple of 64
 
 _loading = threading.Lock()
@@ -154,11 +155,14 @@ class Description:
         self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
 
 
-def describe(address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int) -> Description:
+def describe(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int, columns: int = 64
+) -> Description:
     """A tensor `[B, H, S, D]` of 2-byte elements read or written in boxes of `rows` tokens of one head.
 
     address: a multiple of 16. strides: in elements, multiples of 8 (anything along dims of size 1), the last 1.
-    half: float16, otherwise bfloat16. What a box has outside of the tensor reads as 0 and is not written.
+    half: float16, otherwise bfloat16. columns: of a box, 64 or 32, as the kernel lays it out. What a box has outside of
+    the tensor reads as 0 and is not written.
     """
     made = Description()
     batch, heads, length, dim = shape
@@ -171,12 +175,33 @@ def describe(address: int, shape: tuple[int, ...], strides: tuple[int, ...], hal
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 4)(dim, length, heads, batch),
         (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(_COLUMNS, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(columns, rows, 1, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,  # not interleaved
-        _SWIZZLE_128,
+        _SWIZZLES[columns],
         _PROMOTE_TO_128,
         0,  # filled with zeros
     )
     _check(status, f"describing a tensor of shape {list(shape)} and strides {list(strides)}")
+    return made
+
+
+def describe_flat(address: int, count: int, box: int) -> Description:
+    """`count` float32 numbers, read `box` at a time. address: a multiple of 16."""
+    made = Description()
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(made.address),
+        _FLOAT32,
+        1,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 1)(count),
+        (ctypes.c_uint64 * 1)(0),  # not read: there is no other dim
+        (ctypes.c_uint32 * 1)(box),
+        (ctypes.c_uint32 * 1)(1),
+        0,
+        0,  # not swizzled
+        _PROMOTE_TO_128,
+        0,
+    )
+    _check(status, f"describing {count} numbers")
     return made

@@ -1,0 +1,226 @@
+"""The Hopper backward beside torch's cuDNN and FlashAttention, in one process, in turns; needs an H100 or H200.
+
+    python -m benchmarks.hopper_backward [--json FILE] [--quick] [--only TEXT,...] [--tune]
+
+Times are medians in microseconds of GPU work of the backward alone, captured in CUDA graphs: "cold" with the L2 cache
+flushed before each call, "hot" over many calls in a row; "host" is what one call costs the CPU. With --tune each row of
+a grid of lengths is timed with every choice of split and sections (`schedule.py`), beside the choice that the kernel
+makes by itself. Rows that would begin after four minutes (with --tune eight) are left out, with a line.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.bench import output
+from fastattn.call import Call, Problem, token_major
+
+from .command import end, parser_of, write
+from .turns import FLUSHED, measure
+
+BUDGET, TUNE_BUDGET = 240.0, 480.0  #: seconds
+
+# name: batch, query heads, K/V heads, queries, keys, head dim, and what else
+ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    f"B{b} {n}": ((b, 32, 8, n, n, 128), {"causal": True})
+    for b, n in (
+        *((1, n) for n in (512, 1000, 2048, 4096, 8192)),
+        *((2, n) for n in (512, 887, 1000, 1586, 2048, 2049, 2791, 2887, 3000, 3177, 3300, 3460, 3600, 4096, 8192)),
+        *((4, n) for n in (700, 1500, 2600, 3300, 4100)),
+        *((16, n) for n in (300, 512, 700)),
+    )
+} | {
+    f"B2 16/16 {n}": ((2, 16, 16, n, n, 128), {"causal": True}) for n in (700, 2048, 3300, 5000)
+} | {
+    "full 24/24 4608": ((1, 24, 24, 4608, 4608, 128), {}),
+    "full B2 1000": ((2, 24, 24, 1000, 1000, 128), {}),
+    "ViT B64 257 D64": ((64, 16, 16, 257, 257, 64), {}),
+    "SDXL B2 4096 D64": ((2, 10, 10, 4096, 4096, 64), {}),
+    "D64 causal B2 2048": ((2, 32, 8, 2048, 2048, 64), {"causal": True}),
+    "D96 causal B1 2048": ((1, 32, 32, 2048, 2048, 96), {"causal": True}),
+    "softcap B2 2048": ((2, 32, 8, 2048, 2048, 128), {"causal": True, "softcap": 50.0}),
+    "window 1024 B1 8192": ((1, 32, 8, 8192, 8192, 128), {"causal": True, "left": 1023}),
+    "window 127 D64 sinks 4096": ((1, 64, 8, 4096, 4096, 64), {"causal": True, "left": 127, "sinks": True}),
+    "packed 50 in 8192": ((1, 32, 8, 8192, 8192, 128), {"causal": True, "mask": "packed"}),
+    "left-padded B8 2048": ((8, 32, 8, 2048, 2048, 128), {"causal": True, "mask": "left"}),
+    "BERT B32 384 lengths D64": ((32, 12, 12, 384, 384, 64), {"lengths": True}),
+}  # fmt: skip
+#: Of --tune: batch, query heads, K/V heads, lengths.
+GRID = [
+    (b, heads, kv_heads, n)
+    for b, heads, kv_heads in ((1, 32, 8), (2, 32, 8), (4, 32, 8), (16, 32, 8), (2, 16, 16))
+    for n in (300, 512, 700, 1000, 1400, 2048, 2600, 3000, 3177, 3460, 4096, 6000)
+    if b * n <= 16384
+]
+
+
+def call_of(sizes: tuple[int, ...], what: dict[str, Any]) -> Call:
+    """A call with gradients."""
+    batch, heads, kv_heads, q_len, kv_len, dim = sizes
+    like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
+    q = token_major(like, batch, heads, q_len, dim).normal_()
+    k, v = (token_major(like, batch, kv_heads, kv_len, dim).normal_() for _ in range(2))
+    sinks = torch.randn(heads, device="cuda", dtype=torch.bfloat16) if what.get("sinks") else None
+    call = Call(
+        q, k, v, sinks=sinks, scale=dim**-0.5, left=what.get("left", -1), right=0 if what.get("causal") else -1,
+        softcap=what.get("softcap", 0.0), grads="qkv" + ("s" if sinks is not None else ""),
+    )  # fmt: skip
+    if what.get("lengths"):
+        lengths = torch.linspace(kv_len // 4, kv_len, batch, device="cuda").int()
+        call = call._replace(kv_lengths=lengths)
+    if "mask" in what:
+        from .hopper_rows import masked
+
+        call = call._replace(**masked(what["mask"], (*sizes, dim))[0])
+    return call
+
+
+def forward_of(call: Call) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by the Hopper forward."""
+    from fastattn.backends.triton.hopper.launch import Forward
+
+    out, lse = Forward(Problem.of(call), call)(call)
+    assert lse is not None
+    return out, lse
+
+
+def ours(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[], Any]:
+    """Our backward of a call."""
+    from fastattn.backends.triton.hopper_backward import launch
+
+    bound = launch.bind(Problem.of(call), call)
+    return partial(bound.backward, call, out, lse, grad_out, None)
+
+
+def peers(call: Call, grad_out: Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's backwards of a call without masks: the operators, whose forwards have run."""
+    plain = not any((call.softcap, call.left >= 0, call.sinks is not None, call.segments is not None))
+    if not plain or call.kv_lengths is not None:
+        return {}
+    aten, causal = torch.ops.aten, call.right == 0
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    found: dict[str, Callable[[], Any]] = {}
+    try:
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        found["cudnn"] = partial(
+            aten._scaled_dot_product_cudnn_attention_backward, grad_out, q, k, v, out, lse, seed, offset, None, cum_q,
+            cum_k, max_q, max_k, 0.0, causal, scale=scale,
+        )  # fmt: skip
+        found["cudnn"]()
+        torch.cuda.synchronize()
+    except (RuntimeError, TypeError) as error:
+        found.pop("cudnn", None)
+        print(f"cudnn: {str(error).splitlines()[0]}")
+    try:
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+        found["flash"] = partial(
+            aten._scaled_dot_product_flash_attention_backward, grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k,
+            0.0, causal, seed, offset, scale=scale,
+        )  # fmt: skip
+        found["flash"]()
+        torch.cuda.synchronize()
+    except (RuntimeError, TypeError) as error:
+        found.pop("flash", None)
+        print(f"flash: {str(error).splitlines()[0]}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = parser_of("hopper_backward", __doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--only", default="", metavar="TEXT,...", help="rows whose name contains one of these")
+    parser.add_argument("--tune", action="store_true", help="every choice of a schedule, on a grid of lengths")
+    arguments = parser.parse_args(argv)
+    output.check([arguments.json])
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("hopper_backward: needs a GPU of compute capability 9.0, torch sees none", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"benchmark": "hopper backward", "unit": "us", "rows": {}}
+    if arguments.tune:
+        found["tune"] = {}
+    rounds = 5 if arguments.quick else 15
+    try:
+        (_tune if arguments.tune else _rows)(found, arguments.only.split(","), rounds)
+    finally:  # what there is, should a row fail
+        write(arguments.json, "hopper_backward", argv, torch.device("cuda"), found)
+    return 0
+
+
+def _rows(found: dict[str, Any], only: list[str], rounds: int) -> None:
+    begun = time.monotonic()
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    print(f"{'':26}" + "".join(f"{x:>22}" for x in ("ours cold/hot/host", "cudnn", "flash")) + "  to cudnn (hot)")
+    for name, (sizes, what) in ROWS.items():
+        if not any(text in name for text in only):
+            continue
+        if time.monotonic() - begun > BUDGET:
+            print(f"{name:26} left out: no time")
+            found["rows"][name] = None
+            continue
+        call = call_of(sizes, what)
+        out, lse = forward_of(call)
+        grad_out = torch.randn_like(out)
+        runs = {"ours": ours(call, out, lse, grad_out)} | peers(call, grad_out)
+        found["rows"][name] = measure(runs, flush, rounds, ("ours",))
+        print(line_of(name, found["rows"][name]), flush=True)
+        del call, out, lse, grad_out, runs
+
+
+def line_of(name: str, row: dict[str, dict[str, float]]) -> str:
+    """A row of the table that is printed."""
+    cells = ["/".join(f"{x:.0f}" for x in row[peer].values()) if peer in row else "-" for peer in _PEERS]
+    best = row.get("cudnn", {}).get("hot", float("nan"))
+    return f"{name:26}{''.join(f'{cell:>22}' for cell in cells)}  {row['ours']['hot'] / best:.2f}"
+
+
+_PEERS = ("ours", "cudnn", "flash")
+
+
+def _tune(found: dict[str, Any], only: list[str], rounds: int) -> None:
+    from fastattn.backends.triton.hopper_backward import launch, schedule
+
+    begun = time.monotonic()
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    for batch, heads, kv_heads, n in GRID:
+        name = f"B{batch} {heads}/{kv_heads} {n}"
+        if not any(text in name for text in only):
+            continue
+        if time.monotonic() - begun > TUNE_BUDGET:
+            print(f"{name:26} left out: no time")
+            found["tune"][name] = None
+            continue
+        call = call_of((batch, heads, kv_heads, n, n, 128), {"causal": True})
+        out, lse = forward_of(call)
+        grad_out = torch.randn_like(out)
+        s = launch.sizes(Problem.of(call), torch.cuda.get_device_properties(0).multi_processor_count)
+        own = schedule.choose(s)
+        runs = {"own": ours(call, out, lse, grad_out)}
+        for choice in schedule.candidates(s, schedule.splits(s)):
+            with schedule.forced(*choice):
+                runs[" ".join(str(x) for x in choice)] = ours(call, out, lse, grad_out)
+        times = {x: y["hot"] for x, y in measure(runs, flush, max(3, rounds // 3), runs).items()}
+        estimates = {" ".join(str(x) for x in c): round(schedule.estimate(s, c), 1) for c in
+                     schedule.candidates(s, schedule.splits(s))}  # fmt: skip
+        found["tune"][name] = {"choice": list(own), "hot": times, "estimates": estimates}
+        best = min(times, key=lambda x: times[x])
+        ratio = times["own"] / times[best]
+        print(f"{name:20} own {tuple(own)!s:12} {times['own']:.0f}, best {best}: {times[best]:.0f} ({ratio:.2f})")
+        del call, out, lse, grad_out, runs
+
+
+if __name__ == "__main__":
+    end(main)

@@ -1,0 +1,101 @@
+"""Attention backward for Hopper (SM 9.0), in Gluon: the main kernel. `launch.py` launches it.
+
+A program has a block of 128 keys of one head and visits the tiles of 64 queries that see it, for each query head of the
+group. Its warps are those of the forward: a producer has the copy engine bring keys and values once, and per tile the
+queries, dO, log-sum-exp and delta; two consumers have 64 keys each. dK and dV stay in registers. dQ is a sum over
+blocks of keys: each step adds a tile of it to float32 numbers in memory (`sums.py`), which `finish.py` rounds.
+
+The files, from the whole to its parts: `producer.py` and `consumer.py`; of a consumer `masking.py` and `sums.py`; of
+both `tiles.py`. Before the kernel runs `prepare.py`, with bounds of rows also `extents.py`; after it `finish.py`.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations as objects.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .consumer import consume
+from .parts import KEYS, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
+from .producer import produce
+
+#: Never specialised, and without a known alignment: one binary serves every length.
+INTEGERS = [
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "left", "right", "tiles", "blocks", "share", "split", "section",
+    "sections",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=INTEGERS)
+def backward_kernel(
+    q_desc,  # for shapes see `parts.Loads` and `parts.Results`
+    grad_out_desc,
+    k_desc,
+    v_desc,
+    rows_desc,
+    dk_desc,
+    dv_desc,
+    clean_q_desc,  # None where not INTERVALS
+    clean_grad_out_desc,
+    dq_sum_ptr,
+    dkv_sum_ptr,  # from here on None where the configuration says so
+    bounds_ptr,
+    extents_ptr,
+    batch,
+    heads,
+    kv_heads,
+    q_len,
+    kv_len,
+    left,
+    right,
+    tiles,
+    blocks,
+    share,
+    split,
+    section,
+    sections,
+    inner,
+    scale,
+    factor,
+    D: gl.constexpr,
+    MASK: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SPLIT: gl.constexpr,
+):
+    cfg = Config(D, MASK, SOFTCAP, SPLIT)
+    shape = Shape(
+        bounds_ptr, extents_ptr, batch, heads, kv_heads, q_len, kv_len, left, right, tiles, blocks, share, split,
+        section, sections,
+    )  # fmt: skip
+    loads = Loads(q_desc, grad_out_desc, k_desc, v_desc, rows_desc, clean_q_desc, clean_grad_out_desc)
+    results = Results(dk_desc, dv_desc, dq_sum_ptr, dkv_sum_ptr, inner, scale, factor)
+    flags: gl.constexpr = mbarrier.MBarrierLayout()
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    pipe = Pipe(
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, ROWS, D], q_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, ROWS, D], grad_out_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], rows_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], rows_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, KEYS, D], k_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, KEYS, D], v_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, ROWS], ds_layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
+        gl.allocate_shared_memory(gl.int64, [2, 1], flags),
+    )
+    for i in gl.static_range(STAGES):
+        mbarrier.init(pipe.q_full.index(i), count=1)
+        mbarrier.init(pipe.grad_out_full.index(i), count=1)
+        mbarrier.init(pipe.empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(pipe.keys_full.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (pipe, results, 0, shape, cfg)),
+            (consume, (pipe, results, 1, shape, cfg)),
+            (produce, (loads, pipe, shape, cfg)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

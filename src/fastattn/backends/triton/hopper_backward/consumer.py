@@ -1,0 +1,144 @@
+"""A consumer of the Hopper backward: four warps that hold 64 keys of the block and multiply."""
+
+# No `from __future__ import annotations`: Triton reads the annotations as objects.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ...._compat.gluon import barrier, reinterpret, store_tile
+from .masking import common_range, drop_unseen, mask
+from .parts import HALF, INTERVALS, KEYS, ROWS
+from .sums import add, place
+from .tiles import block_of, holes_in_keys, visitors
+
+
+@gluon.jit
+def meet():
+    """Waits for the other consumer (named barrier 9, 256 threads)."""
+    gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def half_of_dims(k, group: gl.constexpr, cfg):
+    """All keys of the block, half of their dims: these lie together in shared memory."""
+    DIMS: gl.constexpr = cfg.D // 2
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=DIMS * 2, element_bitwidth=16, rank=2)
+    return reinterpret(k, k.dtype, [2, KEYS, DIMS], layout).index(group)
+
+
+@gluon.jit
+def rows_of(x, group: gl.constexpr, cfg):
+    """A part of the keys' or values' place that takes a consumer's dK or dV, [HALF, D]."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return reinterpret(x, x.dtype, [2, HALF, cfg.D], layout).index(group)
+
+
+@gluon.jit
+def consume(pipe, results, group: gl.constexpr, shape, cfg):
+    """In each step, for a tile of queries: S and dP, transposed; P and dS from them; then
+
+        dV += P^T dO,    dS to shared memory,    dQ = dS K (half of its dims each),    dK += dS^T Q.
+
+    No product is under way from one step to the next: the assembler would wait after each.
+    """
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.D // 2, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = pipe.q.dtype
+    n, b, kv_head, head = block_of(gl.program_id(0), shape, cfg)
+    first, end = visitors(n, b, shape, cfg)
+    zero = gl.zeros([HALF, ROWS], gl.float32, s_layout)
+    zero_dq = gl.zeros([ROWS, cfg.D // 2], gl.float32, dq_layout)
+    dk = gl.zeros([HALF, cfg.D], gl.float32, acc_layout)
+    dv = gl.zeros([HALF, cfg.D], gl.float32, acc_layout)
+    k_all = pipe.k.index(0).reshape([KEYS, cfg.D])
+    v_all = pipe.v.index(0).reshape([KEYS, cfg.D])
+    k = k_all.slice(group * HALF, HALF, 0)
+    v = v_all.slice(group * HALF, HALF, 0)
+    k_dims = half_of_dims(pipe.k.index(0), group, cfg)
+    key = n * KEYS + group * HALF
+    m = first
+    tile = (b * shape.heads + head) * shape.tiles + first
+    steps = gl.maximum(end - first, 0) * shape.share
+    if steps > 0:
+        mbarrier.wait(pipe.keys_full.index(0), 0)
+        mbarrier.wait(pipe.keys_full.index(1), 0)
+        if cfg.MASK == INTERVALS:
+            if holes_in_keys(n, b, shape, cfg) != 0:
+                drop_unseen(k_all, n, b, group, shape, cfg)
+                drop_unseen(v_all, n, b, group, shape, cfg)
+                meet()
+    for i in range(steps):
+        slot = i & 1
+        phase = (i >> 1) & 1
+        least, past = common_range(m, b, shape, cfg)
+        mbarrier.wait(pipe.q_full.index(slot), phase)
+        q = pipe.q.index(slot).reshape([ROWS, cfg.D])
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(pipe.grad_out_full.index(slot), phase)
+        grad_out = pipe.grad_out.index(slot).reshape([ROWS, cfg.D])
+        dp = warpgroup_mma(v, grad_out.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        if cfg.SOFTCAP:
+            s = _tanh(s * results.inner)
+        s = mask(s, m, b, key, least, past, shape, cfg)
+        p = gl.exp2(s * results.scale - pipe.lse.index(slot).load(columns)[None, :])
+        p_operand = gl.convert_layout(p.to(dtype), operand)
+        if cfg.SOFTCAP:  # now, so that the scores need no registers any more
+            s = gl.maximum(s, -1.0)  # where it is hidden, and P is 0
+            p = p * (1.0 - s * s)
+        dv = warpgroup_mma(p_operand, grad_out, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (p * (dp - pipe.delta.index(slot).load(columns)[None, :])).to(dtype)
+        shared = pipe.ds.index(slot)
+        shared.slice(group * HALF, HALF, 0).store(ds)
+        ds_operand = gl.convert_layout(ds, operand)
+        fence_async_shared()
+        meet()
+        dq = warpgroup_mma(shared.permute((1, 0)), k_dims, zero_dq, use_acc=False, is_async=True)
+        dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
+        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=[dq])
+        at = tile.to(gl.int64) * (ROWS * cfg.D) + group * (ROWS * (cfg.D // 2))
+        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)
+        dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
+        mbarrier.arrive(pipe.empty.index(slot))
+        m += 1
+        tile += 1
+        if m == end:  # on to the next head
+            m = first
+            tile += shape.tiles - (end - first)
+    dk = dk * results.factor
+    if cfg.SPLIT:
+        all_blocks = shape.batch * shape.kv_heads * shape.blocks
+        block = (b * shape.kv_heads + kv_head) * shape.blocks + n
+        if steps > 0:
+            inside = group * (HALF * cfg.D) + place(acc_layout, cfg.D)
+            add(results.dkv_sum + block.to(gl.int64) * (KEYS * cfg.D) + inside, dv)
+            add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (KEYS * cfg.D) + inside, dk)
+    else:
+        meet()  # the other consumer has read its keys and values
+        _store(results.dv, rows_of(pipe.v.index(0), group, cfg), dv.to(dtype), b, kv_head, key, cfg)
+        _store(results.dk, rows_of(pipe.k.index(0), group, cfg), dk.to(dtype), b, kv_head, key, cfg)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _store(descriptor, staging, x, b, kv_head, key, cfg):
+    staging.store(x)
+    fence_async_shared()
+    barrier()
+    store_tile(descriptor, [b, kv_head, key, 0], staging.reshape([1, 1, HALF, cfg.D]))

@@ -1,0 +1,329 @@
+"""Which calls the Hopper backward serves, which binaries a call takes, and its launches: three, with bounds five."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._compat import torch as torch_internals
+from ....call import Call, Gradients, Problem, token_major
+from ....shape_cache import shape_cache
+from ...layout import copied
+from ...scratch import scratch
+from ..binaries import store
+from ..binaries.flag_set import FlagSet
+from ..cuda_driver import Description, Function, describe, describe_flat
+from ..hopper.binary import CAPABILITY
+from ..hopper.launch import _processors, readable
+from ..launcher import INSTALL, has_triton
+from .arguments import Arguments
+from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
+from .memory import Memory, blocks_of, rows_of, tiles_of
+from .schedule import Sizes, choose
+
+_LOG2_E = math.log2(math.e)
+_OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
+_MOST_KEYS = 1 << 28  #: nor do lengths
+_INT32 = 1 << 31
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why the kernel cannot serve a problem with gradients. Empty: it can."""
+    p, why = problem, []
+    if p.device != "cuda" or p.capability != CAPABILITY:
+        found = f"{p.capability[0]}.{p.capability[1]}" if p.device == "cuda" else f"a {p.device}"
+        why.append(f"is made for compute capability 9.0, this device is {found}")
+    if not has_triton():
+        why.append(INSTALL)
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
+    if p.dense_mask:
+        why.append(f"has no {p.mask} mask")
+    if torch.are_deterministic_algorithms_enabled():
+        why.append("adds dQ up in an order that changes from run to run")
+    if p.empty:
+        why.append("no queries or no keys")
+    elif dim_of(p) is None:
+        why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
+    keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
+    if max(p.q_len, p.kv_len) > _MOST_KEYS or max(rows_of(p) * 2 * ROWS, keys) >= _INT32:
+        why.append("has more tokens than its integers count")
+    return why
+
+
+def dim_of(p: Problem) -> int | None:
+    """The padded dims, or None."""
+    if p.head_dim % 8 or p.value_dim % 8:
+        return None
+    return min((d for d in DIMS if max(p.head_dim, p.value_dim) <= d), default=None)
+
+
+def mask_of(p: Problem) -> int:
+    """What hides keys. INTERVALS wherever some query may see no key, or some key be seen by no query."""
+    if p.mask != "none" or p.q_lengths or p.kv_lengths:
+        return INTERVALS
+    if not p.banded:
+        return FULL
+    if p.causal and p.left < 0 and p.q_len <= p.kv_len:
+        return CAUSAL
+    # The first query stands at `ahead`. Before 0 it may see nothing; keys before its window are seen by nobody.
+    ahead = p.kv_len - p.q_len
+    return BAND if (p.right < 0 or -ahead <= p.right) and (p.left < 0 or ahead <= p.left) else INTERVALS
+
+
+def sizes(p: Problem, processors: int = 132) -> Sizes:
+    """What the order of the work depends on."""
+    dim = dim_of(p)
+    assert dim is not None
+    left = p.left if p.left >= 0 else -1
+    return Sizes(
+        p.batch, p.kv_heads, p.group, p.q_len, p.kv_len, dim, p.causal or p.mask == "segments", left, processors
+    )
+
+
+def flags(p: Problem, split: bool) -> Flags:
+    """Names the main kernel's binary."""
+    dim = dim_of(p)
+    assert dim is not None
+    return Flags("fp16" if p.dtype == torch.float16 else "bf16", dim, mask_of(p), p.softcap != 0, split)
+
+
+def binaries(problem: Problem) -> list[FlagSet]:
+    """All that calls like this one need: its own main kernel first."""
+    from ..representative import representative
+
+    call = representative(problem)
+    bound = Backward(problem, call, loads=False)
+    found: list[FlagSet] = [bound.flags]
+    if problem.group > 1:
+        found += [flags(problem, True), flags(problem, False)]
+    out = token_major(call.q, problem.batch, problem.q_heads, problem.q_len, problem.value_dim)
+    found += bound.others(call, out)
+    return list(dict.fromkeys(found))
+
+
+def bind(problem: Problem, call: Call) -> Backward:
+    """The kernel for every call of the same kind. Raises what `Binaries.function` raises."""
+    return Backward(problem, call)
+
+
+_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
+
+
+def _described(x: Tensor, half: bool, rows: int, columns: int = 64) -> Description:
+    """Of a readable tensor."""
+    key = x.data_ptr(), x.shape, x.stride(), half, rows, columns
+    found = _descriptions.get(key)
+    if found is None:
+        found = _descriptions[key] = describe(*key)
+    return found
+
+
+def _flat(address: int, count: int) -> Description:
+    key = address, count
+    found = _descriptions.get(key)
+    if found is None:
+        found = _descriptions[key] = describe_flat(address, count, ROWS)
+    return found
+
+
+def _in_place(x: Tensor) -> Tensor:
+    return x if readable(x) else copied(x)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+class Backward:
+    """The kernels bound to one problem: see `backends.base.Backend.bind`. Strides of what the call's tensors are may
+    differ from call to call, those of masks may not."""
+
+    __slots__ = (
+        *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_memory", "_prepares", "_problem"),
+        *("_programs", "_split", "flags"),
+    )
+
+    def __init__(self, problem: Problem, call: Call, loads: bool = True) -> None:
+        """loads: find the binaries."""
+        p = self._problem = problem
+        device = call.q.device
+        self._device = device.index
+        choice = choose(sizes(p, _processors(device.index) if device.type == "cuda" else 132))
+        self._split = choice.split > 1
+        self.flags = flags(p, self._split)
+        tiles, blocks, dim = tiles_of(p), blocks_of(p), self.flags.dim
+        self._programs = blocks * p.batch * p.kv_heads * choice.split
+        left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
+        integers = (
+            p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, left, right, tiles, blocks, p.group // choice.split,
+            choice.split, choice.section, choice.sections,
+        )  # fmt: skip
+        self._arguments = Arguments(self.flags, integers)
+        self._bounds: Any = None
+        self._extents: Any = None
+        self._prepares: dict[Any, Any] = {}
+        from ..binaries.launcher import launcher_of, prepare
+        from .finish import finish_kernel
+
+        if self.flags.mask == INTERVALS:
+            from ..bounds import Bounds
+            from .extents import extents_kernel
+
+            self._bounds = Bounds(p, call, ROWS)
+            self._extents = launcher_of(
+                extents_kernel, (blocks, p.batch), device, p.capability, (p.kv_len, tiles), (ROWS, KEYS, 64),
+                num_warps=4,
+            )  # fmt: skip
+        self._memory = Memory(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
+        parts = 4 * p.batch * p.kv_heads * blocks if self._split else 0
+        counts = (
+            p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
+        )  # fmt: skip
+        self._finish = launcher_of(
+            finish_kernel, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
+        )
+        self._function: Function | None = None
+        if loads:
+            if self._bounds is not None:
+                prepare(self._bounds.launches(call))
+            out = token_major(call.q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
+            prepare(self._launches(call, out))
+            self._function = store.shared.function(self.flags, device.index)
+
+    def others(self, call: Call, out: Tensor) -> list[FlagSet]:
+        """The binaries beside the main kernel's. out: as the forward returns it."""
+        from ..binaries.launcher import BinaryLauncher
+
+        launches = self._launches(call, out)
+        if self._bounds is not None:
+            launches = [*self._bounds.launches(call), *launches]
+        return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+
+    def _launches(self, call: Call, out: Tensor) -> list[Any]:
+        """What `binaries.launcher.prepare` takes; all tensors but the call's on the meta device."""
+        p = self._problem
+        lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device="meta")
+        memory = torch.empty(self._memory.size, dtype=torch.uint8, device="meta")
+        grads = [x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)]
+        found: list[Any] = []
+        q = call.q.new_empty(0, device="meta")  # as `_in_place` leaves it: aligned
+        for grad_lse in (None, lse) if p.return_lse else (None,):
+            sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")
+            tensors = self._prepare_tensors(memory, out, out, lse, grad_lse, sinks, q)
+            found.append((self._prepare(out, out, lse, grad_lse, call.q), tensors, ()))
+        if self._extents is not None:
+            found.append((self._extents, self._extents_tensors(memory), ()))
+        found.append((self._finish, self._finish_tensors(memory, *grads), (call.scale,)))
+        return found
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """See `backends.base.Kernel.backward`."""
+        if self._device != torch_internals.current_device():
+            with torch.cuda.device(self._device):
+                return self._backward(call, out, lse, grad_out, grad_lse)
+        return self._backward(call, out, lse, grad_out, grad_lse)
+
+    def _backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        p, flags, where = self._problem, self.flags, self._memory
+        q, k, v, out, grad_out = (_in_place(x) for x in (call.q, call.k, call.v, out, grad_out))
+        lse = _aligned(lse)
+        if grad_lse is not None:
+            grad_lse = _aligned(grad_lse.float())
+        sinks = None if call.sinks is None else _aligned(call.sinks.contiguous())
+        memory = scratch(q.device, where.size)[: where.size]
+        dq = token_major(q, p.batch, p.q_heads, p.q_len, p.head_dim)
+        dk = token_major(q, p.batch, p.kv_heads, p.kv_len, p.head_dim)
+        dv = token_major(q, p.batch, p.kv_heads, p.kv_len, p.value_dim)
+        if self._bounds is not None:
+            self._bounds(call, memory)
+            self._extents(self._extents_tensors(memory))
+        tensors = self._prepare_tensors(memory, out, grad_out, lse, grad_lse, sinks, q)
+        self._prepare(out, grad_out, lse, grad_lse, q)(tensors)
+        half, dim, base = flags.dtype == "fp16", flags.dim, memory.data_ptr()
+        described = [
+            _described(q, half, ROWS), _described(grad_out, half, ROWS),
+            _described(k, half, KEYS, key_columns(dim)), _described(v, half, KEYS),
+            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS), _described(dk, half, HALF), _described(dv, half, HALF),
+        ]  # fmt: skip
+        if self._bounds is not None:
+            shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
+            for place in (where.clean_q, where.clean_grad_out):
+                clean = Memory.piece(memory, place, q.dtype)
+                assert clean is not None
+                described.append(_described(clean.view(shape), half, ROWS))
+        addresses = [base + place[0] for place in (where.dq, where.dkv, where.bounds, where.extents)]
+        inner, scale = call.scale, call.scale * _LOG2_E
+        inner, scale = (call.scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale)
+        assert self._function is not None
+        self._arguments.launch(
+            self._function, self._programs, self._device, described, addresses, inner, scale, call.scale
+        )
+        self._finish(self._finish_tensors(memory, dq, dk, dv), (call.scale,))
+        dsinks = None
+        if call.sinks is not None and "s" in p.grads:
+            sums = Memory.piece(memory, where.sinks, torch.float32)
+            assert sums is not None
+            dsinks = sums.view(p.q_heads, -1).sum(1).to(call.sinks.dtype)
+        wanted = p.grads
+        return Gradients(
+            q=dq if "q" in wanted else None,
+            k=dk if "k" in wanted else None,
+            v=dv if "v" in wanted else None,
+            sinks=dsinks,
+        )
+
+    def _prepare(self, out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, q: Tensor) -> Any:
+        """The launcher for tensors of these strides."""
+        strides = [x.stride()[:3] for x in (out, grad_out, q, lse)]
+        strides.append((0, 0, 0) if grad_lse is None else grad_lse.stride())
+        key = *strides, grad_lse is None
+        found = self._prepares.get(key)
+        if found is None:
+            from ..binaries.launcher import launcher_of
+            from .prepare import prepare_kernel
+
+            p, dim = self._problem, self.flags.dim
+            eighths = [stride // 8 for x in strides[:3] for stride in x]
+            zeros = p.batch * p.kv_heads * blocks_of(p) * (2 * KEYS * dim // 4096) if self._split else 0
+            integers = (
+                p.batch, p.q_heads, p.q_len, tiles_of(p), blocks_of(p), zeros, p.head_dim // 8, p.value_dim // 8,
+                *eighths, *strides[3], *strides[4],
+            )  # fmt: skip
+            device = torch.device(p.device, self._device) if self._device is not None else q.device
+            found = launcher_of(prepare_kernel, (rows_of(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
+            if len(self._prepares) > 16:
+                self._prepares.clear()
+            self._prepares[key] = found
+        return found
+
+    def _prepare_tensors(
+        self,
+        memory: Tensor,
+        out: Tensor,
+        grad_out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        sinks: Tensor | None,
+        q: Tensor,
+    ) -> list[Tensor | None]:
+        where, piece = self._memory, Memory.piece
+        return [
+            out, grad_out, lse, grad_lse, sinks,
+            q if self._bounds is not None else None,
+            piece(memory, where.bounds, torch.int32), piece(memory, where.extents, torch.int32),
+            piece(memory, where.clean_q, q.dtype), piece(memory, where.clean_grad_out, q.dtype),
+            piece(memory, where.rows, torch.float32), piece(memory, where.dq, torch.float32),
+            piece(memory, where.dkv, torch.float32), piece(memory, where.sinks, torch.float32),
+        ]  # fmt: skip
+
+    def _extents_tensors(self, memory: Tensor) -> list[Tensor | None]:
+        pieces = self._memory.bounds, self._memory.extents
+        return [Memory.piece(memory, place, torch.int32) for place in pieces]
+
+    def _finish_tensors(self, memory: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
+        pieces = self._memory.dq, self._memory.dkv
+        return [*[Memory.piece(memory, place, torch.float32) for place in pieces], dq, dk, dv]

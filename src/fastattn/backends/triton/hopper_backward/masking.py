@@ -1,0 +1,67 @@
+"""What hides keys from queries in the Hopper backward. Scores are transposed: a row is a key, a column a query."""
+
+# No `from __future__ import annotations`: Triton reads the annotations as objects.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from ..bounds import FIELDS, HEADER
+from .parts import BAND, CAUSAL, HALF, INTERVALS, ROWS
+from .tiles import seen_at
+
+_WIDE = gl.constexpr(64)  # columns that `drop_unseen` takes at a time
+
+
+@gluon.jit
+def common_range(m, b, shape, cfg):
+    """The keys [least, end) that each query of a tile sees that sees any. Only with INTERVALS."""
+    least = 0
+    end = 0
+    if cfg.MASK == INTERVALS:
+        at = shape.bounds + HEADER + (b * shape.tiles + m) * FIELDS
+        least = gl.load(at + 2)
+        end = gl.load(at + 3)
+    return least, end
+
+
+@gluon.jit
+def mask(s, m, b, key, least, end, shape, cfg):
+    """s `[HALF, ROWS]` with -inf where a query does not see a key. key: the first of the consumer's. Queries that are
+    not there, or see nothing, have a log-sum-exp of +inf and are no matter here."""
+    rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, s.type.layout))
+    cols = gl.arange(0, ROWS, layout=gl.SliceLayout(0, s.type.layout))
+    position = m * ROWS + (shape.kv_len - shape.q_len) - key  # of the tile's first query, counted from the first key
+    if cfg.MASK == CAUSAL:
+        if position < HALF - 1:
+            s = gl.where(rows[:, None] <= (cols + position)[None, :], s, float("-inf"))
+    elif cfg.MASK == BAND:
+        if (position + shape.right < HALF - 1) | (position + (ROWS - 1) - shape.left > 0):
+            inside = rows[:, None] - (cols + (position - shape.left))[None, :]
+            s = gl.where((inside >= 0) & (inside <= shape.left + shape.right), s, float("-inf"))
+        if key + HALF > shape.kv_len:
+            s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))
+    elif cfg.MASK == INTERVALS:
+        if (least > key) | (end < key + HALF):
+            at = HEADER + shape.batch * shape.tiles * FIELDS + (b * shape.tiles + m) * ROWS
+            lo = gl.load(shape.bounds + at + cols) - key
+            hi = gl.load(shape.bounds + at + shape.batch * shape.tiles * ROWS + cols) - key
+            s = gl.where((rows[:, None] >= lo[None, :]) & (rows[:, None] < hi[None, :]), s, float("-inf"))
+    else:
+        if key + HALF > shape.kv_len:
+            s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def drop_unseen(keys, n, b, group: gl.constexpr, shape, cfg):
+    """Writes 0 over a consumer's keys (or values) that no query sees: they may hold NaN, and so would the products of
+    the dS that is 0. keys: [KEYS, D] in shared memory. Others see it after a fence and a barrier."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    seen = gl.load(seen_at(n, b, shape) + group * HALF + rows) != 0
+    own = keys.slice(group * HALF, HALF, dim=0)
+    for column in gl.static_range(0, cfg.D, _WIDE):
+        part = own.slice(column, _WIDE, dim=1)
+        x = part.load(layout)
+        part.store(gl.where(seen[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()

@@ -1,0 +1,122 @@
+"""What is done before the main kernel of the Hopper backward, once for each tile of queries: plain Triton.
+
+- delta = rowsum(dO * O) - dlse and the log-sum-exp in base 2, side by side, `[B * Hq * tiles, 2, ROWS]`: first the
+  log-sum-exp. It is +inf in rows past the tensor and in those that see nothing: their P is 0.
+- Zeros where the main kernel adds.
+- The sinks' gradient, -sum exp(sink - lse) * delta, of each tile.
+- With bounds of rows: copies of the queries and dO of tiles in which some query sees nothing, with 0 in those. What is
+  in these rows may be NaN, which a P of 0 does not make 0 in a product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..bounds import FIELDS, HEADER
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_ZEROS = tl.constexpr(4096)  # numbers that are cleared at a time
+PREPARE_INTEGERS = [
+    "batch", "heads", "q_len", "tiles", "blocks", "zeros", "dim8", "value8", "o_b", "o_h", "o_s", "g_b", "g_h", "g_s",
+    "q_b", "q_h", "q_s", "l_b", "l_h", "l_s", "d_b", "d_h", "d_s",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PREPARE_INTEGERS)
+def prepare_kernel(
+    out_ptr,  # [B, Hq, Sq, Dv], strides o_ in units of 8
+    grad_out_ptr,  # strides g_
+    lse_ptr,  # float32 [B, Hq, Sq], strides l_ in elements
+    grad_lse_ptr,  # or None; strides d_
+    sinks_ptr,  # [Hq], or None
+    q_ptr,  # [B, Hq, Sq, D], strides q_; from here on None without bounds
+    bounds_ptr,
+    extents_ptr,
+    clean_q_ptr,  # [B, Hq, tiles * ROWS, DIM]
+    clean_grad_out_ptr,
+    rows_ptr,  # float32, see above
+    dq_sum_ptr,  # float32 [B * Hq * tiles, ROWS * DIM]
+    dkv_sum_ptr,  # float32, `zeros` times 4096; or None
+    sink_sums_ptr,  # float32 [Hq, B * tiles], or None
+    batch,
+    heads,
+    q_len,
+    tiles,
+    blocks,
+    zeros,
+    dim8,
+    value8,
+    o_b,
+    o_h,
+    o_s,
+    g_b,
+    g_h,
+    g_s,
+    q_b,
+    q_h,
+    q_s,
+    l_b,
+    l_h,
+    l_s,
+    d_b,
+    d_h,
+    d_s,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    place = pid.to(tl.int64)
+    if dkv_sum_ptr is not None:
+        nothing = tl.zeros([_ZEROS], tl.float32)
+        for chunk in range(pid, zeros, tl.num_programs(0)):
+            tl.store(dkv_sum_ptr + (place * 0 + chunk) * _ZEROS + tl.arange(0, _ZEROS), nothing)
+    tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
+    bh = pid // tiles
+    m = pid - bh * tiles
+    b = bh // heads
+    h = bh - b * heads
+    row = tl.arange(0, ROWS)
+    i = m * ROWS + row
+    there = i < q_len
+    seeing = there
+    if bounds_ptr is not None:
+        at = bounds_ptr + HEADER + batch.to(tl.int64) * tiles * FIELDS + (b.to(tl.int64) * tiles + m) * ROWS + row
+        lo = tl.load(at)
+        hi = tl.load(at + batch.to(tl.int64) * tiles * ROWS)
+        seeing = there & (lo < hi)
+    c = tl.arange(0, DIM)
+    b64 = b.to(tl.int64)
+    i64 = i.to(tl.int64)
+    inside = seeing[:, None] & (c < value8 * 8)[None, :]
+    o_at = b64 * (o_b * 8) + h.to(tl.int64) * (o_h * 8) + i64[:, None] * (o_s * 8) + c[None, :]
+    g_at = b64 * (g_b * 8) + h.to(tl.int64) * (g_h * 8) + i64[:, None] * (g_s * 8) + c[None, :]
+    out = tl.load(out_ptr + o_at, mask=inside, other=0.0)
+    grad_out = tl.load(grad_out_ptr + g_at, mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + b64 * l_b + h.to(tl.int64) * l_h + i64 * l_s, mask=there, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if grad_lse_ptr is not None:
+        grad_lse = tl.load(grad_lse_ptr + b64 * d_b + h.to(tl.int64) * d_h + i64 * d_s, mask=there, other=0.0)
+        # The log-sum-exp of a row that sees nothing is its sink, or a constant.
+        if sinks_ptr is None:
+            grad_lse = tl.where(seeing, grad_lse, 0.0)
+        delta -= grad_lse
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+        found = tl.sum(tl.where(there, tl.exp2((sink - lse) * _LOG2_E) * delta, 0.0), 0)
+        tl.store(sink_sums_ptr + h.to(tl.int64) * batch * tiles + b * tiles + m, -found)
+    pair = rows_ptr + place * (2 * ROWS) + row
+    tl.store(pair, tl.where(seeing, lse * _LOG2_E, float("inf")))
+    tl.store(pair + ROWS, tl.where(seeing, delta, 0.0))
+    if bounds_ptr is not None:
+        some = tl.sum(seeing.to(tl.int32), 0)
+        holes = ((some > 0) & (some < tl.sum(there.to(tl.int32), 0))).to(tl.int32)
+        if h == 0:
+            tl.store(extents_ptr + batch.to(tl.int64) * blocks * 4 + b * tiles + m, holes)
+        if holes > 0:
+            copy = place * (ROWS * DIM) + row[:, None] * DIM + c[None, :]
+            tl.store(clean_grad_out_ptr + copy, grad_out)
+            q_at = b64 * (q_b * 8) + h.to(tl.int64) * (q_h * 8) + i64[:, None] * (q_s * 8) + c[None, :]
+            q = tl.load(q_ptr + q_at, mask=seeing[:, None] & (c < dim8 * 8)[None, :], other=0.0)
+            tl.store(clean_q_ptr + copy, q)

@@ -1,0 +1,149 @@
+"""The Hopper backward: what it takes, and, on a GPU, its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_backward_cases import COUNT, KINDS, draw, problem_of
+
+from fastattn.backends.base import NotReady
+from fastattn.backends.triton.binaries.store import Binaries
+from fastattn.backends.triton.hopper_backward import launch
+from fastattn.backends.triton.hopper_backward.binary import BAND, CAUSAL, FULL, INTERVALS
+from fastattn.call import Call, Problem
+
+_on_hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+def problem(**changes: object) -> Problem:
+    q, k = torch.empty(2, 8, 300, 128, dtype=torch.bfloat16), torch.empty(2, 2, 500, 128, dtype=torch.bfloat16)
+    plain = dataclasses.replace(Problem.of(Call(q, k, k, grads="qkv")), device="cuda", index=0, capability=(9, 0))
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_takes_what_it_is_made_for() -> None:
+    pytest.importorskip("triton")
+    assert launch.reasons(problem()) == []
+    everything = problem(
+        dtype=torch.float16, left=5, right=3, softcap=30.0, sinks=True, q_lengths=True, kv_lengths=True, grads="qkvs"
+    )
+    assert launch.reasons(everything) == []
+    for mask, shape in ("segments", (5, 9)), ("intervals", (1, 300)):
+        assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"capability": (10, 0)}, "compute capability 9.0, this device is 10.0"),
+        ({"device": "cpu", "capability": (0, 0)}, "this device is a cpu"),
+        ({"dtype": torch.float32}, "not float32"),
+        ({"mask": "bool", "mask_shape": (1, 1, 1, 500)}, "has no bool mask"),
+        ({"mask": "additive", "mask_shape": (2, 8, 300, 500), "grads": "qkvm"}, "has no additive mask"),
+        ({"head_dim": 136}, "head dim 136"),
+        ({"value_dim": 20}, "value dim 20"),
+        ({"kv_len": 0}, "no queries or no keys"),
+        ({"kv_len": (1 << 28) + 1}, "tokens"),
+        ({"q_len": 1 << 26}, "tokens"),
+    ],
+)
+def test_says_why_not(changes: dict[str, object], words: str) -> None:
+    pytest.importorskip("triton")
+    why = launch.reasons(problem(**changes))
+    assert len(why) == 1 and words in why[0]
+
+
+def test_refuses_where_results_must_repeat() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert any("order" in text for text in launch.reasons(problem()))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_what_hides_keys() -> None:
+    """Bounds of rows wherever a query may see nothing, or nobody may see a key."""
+    assert launch.mask_of(problem()) == FULL
+    assert launch.mask_of(problem(right=0)) == CAUSAL
+    assert launch.mask_of(problem(right=0, left=200)) == BAND
+    assert launch.mask_of(problem(right=0, left=199)) == INTERVALS  # keys before the first query's window
+    assert launch.mask_of(problem(right=0, q_len=501)) == INTERVALS  # the first query sees nothing
+    assert launch.mask_of(problem(right=1, q_len=501)) == BAND
+    assert launch.mask_of(problem(left=3, q_len=600)) == BAND
+    for other in ({"kv_lengths": True}, {"q_lengths": True}, {"mask": "segments"}, {"mask": "intervals"}):
+        assert launch.mask_of(problem(**other)) == INTERVALS
+
+
+def test_a_problem_of_every_mask_knows_its_binaries() -> None:
+    pytest.importorskip("triton")
+    for changes in ({}, {"right": 0}, {"mask": "segments", "mask_shape": (5, 9)}, {"sinks": True, "return_lse": True}):
+        found = launch.binaries(problem(**changes))
+        assert len(set(found)) == len(found)
+        kernels = [x.kernel.rpartition(":")[2] for x in found if hasattr(x, "kernel")]
+        assert kernels.count("finish_kernel") == 1
+        assert kernels.count("prepare_kernel") == (2 if changes.get("return_lse") else 1)
+        assert ("bounds_kernel" in kernels, "extents_kernel" in kernels) == ("mask" in changes,) * 2
+        main = [x for x in found if not hasattr(x, "kernel")]
+        own = main[0].split
+        assert main == [launch.flags(problem(**changes), split) for split in (own, not own)]
+
+
+def test_a_call_is_not_bound_before_its_binaries_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTATTN_COMPILE", "off")
+    monkeypatch.setenv("FASTATTN_PLAN_CACHE", "off")
+    monkeypatch.setattr(launch.store, "shared", Binaries())
+    q = torch.empty(1, 2, 9, 128, dtype=torch.bfloat16)
+    with pytest.raises(NotReady, match="FASTATTN_COMPILE=off"):
+        launch.bind(problem(batch=1, q_heads=2, kv_heads=2, q_len=9, kv_len=9), Call(q, q, q, grads="qkv"))
+
+
+def test_pieces_of_the_memory_are_apart() -> None:
+    p = problem(sinks=True, mask="segments", mask_shape=(5, 9))
+    where = launch.Memory(p, 128, True, 1000)
+    names = ("bounds", "extents", "rows", "sinks", "dq", "dkv", "clean_q", "clean_grad_out")
+    places = [getattr(where, name) for name in names]
+    for (_, end), (begin, _) in zip(places, [*places[1:], (where.size, 0)], strict=True):
+        assert end <= begin and begin % 256 == 0
+    assert all(begin < end for begin, end in places)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cases_are_what_their_kind_says(name: str) -> None:
+    """What the GPU test draws reaches the binary that it is to test."""
+    pytest.importorskip("triton")
+    kind = KINDS[name]
+    for i in range(COUNT):
+        case = draw(kind, random.Random(f"{name} {i}"), i)
+        found = problem_of(kind, case)
+        assert launch.reasons(found) == []
+        mask = launch.mask_of(found)
+        if kind.masks or kind.q_lengths or kind.kv_lengths:
+            assert mask == INTERVALS
+        elif kind.band in ("full", "causal"):
+            assert mask == (FULL if kind.band == "full" else CAUSAL)
+        if kind.split:
+            assert found.group % kind.split == 0
+
+
+@pytest.mark.gpu
+@_on_hopper
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_the_truth(name: str, seed: int) -> None:
+    """In a process of its own, that can be stopped: a kernel that waits for ever cannot be stopped from inside."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_backward_cases.py"), name, "6"]
+    environment = os.environ | {"FASTATTN_TEST_SEED": str(seed % 1000)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done ") == 6

@@ -1,0 +1,58 @@
+"""The machine code that Triton makes of the Hopper backward: no GPU is needed to see what would be slow, or wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hopper_backward_code import NAMES
+
+from fastattn.backends.triton.hopper_backward.arguments import Arguments
+
+_SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
+#: Spilled registers that a loop may touch at head dim 128: consumers have none to spare. Triton 3.6 needs 0 to 4 under
+#: a causal mask, 3.9 up to 22. Smaller heads and full attention spill none.
+_IN_A_LOOP = {"causal": 24, "band": 26, "intervals": 24, "everything": 24, "softcap": 46}
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compiled anew, in a process that is not told to interpret Triton."""
+    pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_backward_code.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_machine_code(name: str, codes: dict[str, Any]) -> None:
+    code, flags = codes[name], NAMES[name]
+    # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
+    assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
+    assert code["shared"] <= _SHARED
+    assert code["arguments"] == len(Arguments(flags, (0,) * 13)._make()[0])
+    allowed = 0
+    if flags.dim == 128:
+        allowed = max((n for word, n in _IN_A_LOOP.items() if word in name), default=0)
+    assert len(code["loops"]) in (2, 4)
+    for loop in code["loops"]:
+        # S, dP and dQ sum over all dims or keys, dV and dK over the tile's queries. (Of a loop that the compiler has
+        # written twice, the second begins behind the first products.)
+        whole = 2 * flags.dim // 16 + 2 * 4 + 8
+        assert loop["products"] in (whole, whole - flags.dim // 16)
+        assert loop["waits"] == 5, "the assembler has put the products one after the other"
+        assert loop["turns"] == 1
+        assert loop["stores"] + loop["loads"] <= allowed

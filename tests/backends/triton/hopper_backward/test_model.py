@@ -1,0 +1,143 @@
+"""The Hopper backward's own source in a model of the machine, against autograd in float64: see `hopper_model`."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+import naive
+from hopper_masks import draw, unseen
+
+from fastattn.call import Call
+
+pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels around the main one run natively")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+
+
+def equals_the_truth(rng: random.Random, **options: Any) -> None:
+    """One call. options: sizes (batch, K/V heads, group, queries, keys), dims, left, right, mask, lengths, sinks,
+    softcap, lse, dtype, split. NaN in every query that sees nothing, its dO, and every key that nothing sees."""
+    import hopper_model
+
+    from fastattn.backends.triton.hopper_backward import schedule
+
+    batch, kv_heads, group, q_len, kv_len = options["sizes"]
+    dim, value_dim = options.get("dims", (64, 64))
+    dtype = options.get("dtype") or rng.choice((torch.bfloat16, torch.float16))
+    heads, left, right = kv_heads * group, options.get("left", -1), options.get("right", -1)
+    q = torch.randn(batch, heads, q_len, dim).to(dtype)
+    k = torch.randn(batch, kv_heads, kv_len, dim).to(dtype)
+    v = torch.randn(batch, kv_heads, kv_len, value_dim).to(dtype)
+    grad_out = torch.randn(batch, heads, q_len, value_dim).to(dtype)
+    drawn = draw(options["mask"], rng, batch, heads, q_len, kv_len, "cpu") if options.get("mask") else None
+    lengths = {}
+    if options.get("lengths"):
+        for name, most in ("q_lengths", q_len), ("kv_lengths", kv_len):
+            lengths[name] = torch.tensor([rng.randint(-1, most + 2) for _ in range(batch)], dtype=torch.int32)
+    sinks = torch.randn(heads) if options.get("sinks") else None
+    softcap = options.get("softcap", 0.0)
+    grad_lse = torch.randn(batch, heads, q_len) if options.get("lse") else None
+    argument = drawn.argument if drawn else None
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    sink_leaf = None if sinks is None else sinks.double().requires_grad_()
+    expected = naive.attention(
+        *leaves, mask=argument, window=(left, right), sinks=sink_leaf, softcap=softcap or None, **lengths
+    )
+    rows, keys = unseen(naive.visible(q, k, mask=argument, window=(left, right), **lengths))
+    there = ~rows.expand(batch, heads, q_len, 1)
+    loss = (expected.out * grad_out.double() * there).sum()
+    if grad_lse is not None:
+        counted = torch.where(there[..., 0] if sinks is None else torch.ones_like(there[..., 0]), grad_lse.double(), 0)
+        loss = loss + (torch.where(counted != 0, expected.lse, 0.0) * counted).sum()
+    wanted = torch.autograd.grad(loss, [*leaves, *([] if sink_leaf is None else [sink_leaf])], allow_unused=True)
+    for x in (q, grad_out):
+        x.masked_fill_(rows, rng.choice((torch.nan, torch.inf)))
+    for x in (k, v):
+        x.masked_fill_(keys, torch.nan)
+    if grad_lse is not None and sinks is None:
+        grad_lse.masked_fill_(rows[..., 0], torch.nan)
+    call = Call(
+        q, k, v, sinks=sinks, scale=dim**-0.5, left=left, right=right, softcap=softcap, return_lse=True,
+        grads="qkv" + ("s" if sinks is not None else ""), **lengths, **(drawn.fields if drawn else {}),
+    )  # fmt: skip
+    out, lse = expected.out.detach().to(dtype), expected.lse.detach().float()
+    with schedule.forced(split=options.get("split", 0), section=options.get("section", 0)):
+        found = hopper_model.backward(call, out, lse, grad_out, grad_lse, rng)
+    names = "dq", "dk", "dv", "dsinks"
+    for name, ours, truth in zip(names, found, wanted, strict=False):
+        truth = torch.zeros_like(ours, dtype=torch.float64) if truth is None else truth
+        assert not ours.isnan().any(), name
+        if name == "dsinks":  # one number for all rows, each with the rounding of its output
+            rounding = 0.03 if dtype == torch.bfloat16 else 0.004
+            assert (ours.double() - truth).abs().max() < rounding * (batch * q_len) ** 0.5
+            continue
+        torch.testing.assert_close(ours.double(), truth, atol=0.03, rtol=0.03, msg=lambda text, n=name: f"{n}: {text}")
+        error = (ours.double() - truth).norm() / truth.norm().clamp(min=1e-3)
+        assert error < 0.012, (name, error)
+    for ours, hidden in zip(found, (rows, keys, keys), strict=False):  # exact zeros
+        assert not ours.masked_select(hidden.expand(ours.shape)).any()
+
+
+def test_full(seed: int) -> None:
+    rng = random.Random(seed)
+    for sizes in ((1, 1, 1, 130, 200), (2, 1, 2, 65, 257), (1, 2, 1, 200, 40)):
+        equals_the_truth(rng, sizes=sizes)
+    equals_the_truth(rng, sizes=(1, 1, 2, 100, 150), dims=(128, 128))
+    equals_the_truth(rng, sizes=(1, 1, 1, 100, 150), dims=(72, 40))
+
+
+def test_causal(seed: int) -> None:
+    rng = random.Random(seed)
+    for sizes in ((1, 1, 2, 300, 300), (2, 1, 1, 100, 333), (1, 1, 1, 1, 140)):
+        equals_the_truth(rng, sizes=sizes, right=0, lse=rng.random() < 0.5)
+    equals_the_truth(rng, sizes=(1, 1, 2, 190, 190), right=0, dims=(128, 96))
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_splits_and_sections(split: int, seed: int) -> None:
+    """Programs that share a block, and every order of heads, reach each block once."""
+    rng = random.Random(seed)
+    equals_the_truth(rng, sizes=(1, 2, 4, 150, 150), right=0, split=split, section=3)
+    equals_the_truth(rng, sizes=(1, 1, 4, 70, 200), split=split, section=1, dims=(128, 128))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_windows_and_sinks(softcap: float, seed: int) -> None:
+    rng = random.Random(seed)
+    for left, right in ((0, 0), (64, 0), (100, 30), (5, -1), (-1, 7)):
+        sizes = (1, 1, 2, 200, 200) if left != 5 else (1, 1, 1, 120, 300)
+        equals_the_truth(rng, sizes=sizes, left=left, right=right, softcap=softcap, sinks=rng.random() < 0.6, lse=True)
+
+
+def test_lengths(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(4):
+        equals_the_truth(
+            rng, sizes=(2, 1, 2, rng.randint(1, 200), rng.randint(1, 300)), lengths=True, right=rng.choice((-1, 0)),
+            left=rng.choice((-1, 60)), sinks=rng.random() < 0.5, lse=True,
+        )  # fmt: skip
+    equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), right=0)  # rows that see nothing
+
+
+@pytest.mark.parametrize("mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes"])
+def test_masks(mask: str, seed: int) -> None:
+    rng = random.Random(seed)
+    for split in (1, 2):
+        q_len = rng.randint(60, 300)
+        kv_len = q_len if mask in ("packed", "left", "gaps") else rng.randint(60, 300)
+        equals_the_truth(
+            rng, sizes=(2, 1, 2, q_len, kv_len), mask=mask, right=rng.choice((-1, 0, 60)), left=rng.choice((-1, 40)),
+            split=split, sinks=rng.random() < 0.3, softcap=rng.choice((0.0, 3.0)), lse=rng.random() < 0.5,
+        )  # fmt: skip

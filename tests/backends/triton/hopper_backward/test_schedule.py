@@ -1,0 +1,80 @@
+"""The order of the Hopper backward's work: each block is reached once, no length is far worse than its neighbour."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
+
+from fastattn.backends.triton.hopper_backward import schedule
+from fastattn.backends.triton.hopper_backward.schedule import Choice, Sizes, candidates, choose, estimate, splits
+
+SHAPES = [(1, 8, 4), (2, 8, 4), (4, 8, 4), (16, 8, 4), (2, 16, 1), (1, 24, 1), (64, 16, 1), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("batch, kv_heads, group", SHAPES)
+@pytest.mark.parametrize("triangular", [True, False])
+def test_no_cliffs(batch: int, kv_heads: int, group: int, triangular: bool) -> None:
+    """From a length to the next the estimate grows as the work does, within 6%."""
+    last = 0.0
+    for n in range(512, 6000, 16):
+        sizes = Sizes(batch, kv_heads, group, n, n, 128, triangular)
+        by_work = estimate(sizes, choose(sizes)) / (n * (n + 128))
+        assert last == 0 or 0.94 < by_work / last < 1.04, n
+        last = by_work
+
+
+def test_the_choice_is_the_best_candidate() -> None:
+    for batch, kv_heads, group in SHAPES:
+        for n in (40, 300, 1000, 3177, 9000):
+            sizes = Sizes(batch, kv_heads, group, n, n, 128, True)
+            best = min(estimate(sizes, c) for c in candidates(sizes, splits(sizes)))
+            assert estimate(sizes, choose(sizes)) == best
+
+
+def test_few_programs_are_split() -> None:
+    assert choose(Sizes(1, 8, 4, 1000, 1000, 128, True)).split > 1
+    assert choose(Sizes(64, 16, 1, 257, 257, 64, False)).split == 1
+    assert choose(Sizes(16, 8, 4, 4096, 4096, 128, True)).split == 1
+
+
+def test_a_choice_can_be_forced() -> None:
+    sizes = Sizes(2, 8, 4, 1000, 1000, 128, True)
+    with schedule.forced(2, 3, 1):
+        assert choose(sizes) == Choice(2, 3, 1)
+    with schedule.forced(split=1):
+        assert choose(sizes).split == 1
+    with schedule.forced(split=3):  # does not divide the group
+        assert choose(sizes).split in splits(sizes)
+    assert choose(sizes) == schedule._best(sizes)
+
+
+def test_every_block_has_its_programs(seed: int) -> None:
+    """The kernel's own order of programs, in the model of the machine."""
+    pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
+    from types import SimpleNamespace
+
+    from hopper_model import BACKWARD_FILES, Model, Value
+
+    names = Model("hopper_backward", BACKWARD_FILES).names
+    rng = random.Random(seed)
+    for _ in range(20):
+        batch, kv_heads, group, n = rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 2, 4)), rng.randint(1, 9)
+        sizes = Sizes(batch, kv_heads, group, n * 128, n * 128, 128, True, processors=rng.choice((4, 132)))
+        choice = rng.choice(candidates(sizes, splits(sizes)))
+        integers = {
+            "batch": batch, "kv_heads": kv_heads, "heads": kv_heads * group, "blocks": n, "split": choice.split,
+            "share": group // choice.split, "section": choice.section, "sections": choice.sections,
+        }  # fmt: skip
+        shape = SimpleNamespace(**{name: Value(x) for name, x in integers.items()})
+        programs = n * batch * kv_heads * choice.split
+        found = [tuple(int(x) for x in names["block_of"](Value(i), shape, None)) for i in range(programs)]
+        share = group // choice.split
+        assert sorted(found) == [
+            (block, b, h, h * group + part * share)
+            for block in range(n) for b in range(batch) for h in range(kv_heads) for part in range(choice.split)
+        ]  # fmt: skip

@@ -1,0 +1,286 @@
+"""Random calls of the Hopper backward against float64, on a GPU: a program for test_backward.py, or to run by hand.
+
+    python hopper_backward_cases.py [--json FILE] [--only PREFIX,...]
+                                              every kind (whose name begins so), in processes of their own
+    python hopper_backward_cases.py KIND [COUNT] [I]   one kind, in this process, from its case I on
+
+As `hopper_cases.py`, whose drawing it shares. The truth are autograd's gradients of `naive.attention` in float64; the
+output and the log-sum-exp that the backward is given are the truth's too, rounded as a forward rounds them. What nobody
+sees is NaN, and so is all memory before it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+
+import hopper_cases  # noqa: E402
+from hopper_cases import (  # noqa: E402
+    COUNT,
+    DEVICE,
+    OTHER_WORK,
+    REPEATS,
+    Kind,
+    compile_all,
+    run_all,
+    supervise,
+)
+
+WORST = {torch.bfloat16: 8e-3, torch.float16: 2e-3}  #: norm of the error over the norm of the reference
+APART = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  #: the same between runs, whose sums have another order
+MOST = 3e7  #: scores of a case
+
+
+@dataclass(frozen=True)
+class BackwardKind(Kind):
+    grad_lse: bool = False
+    expanded: bool = False  #: dO is one row for all: its strides are 0
+    split: int = 0  #: forced
+
+
+_128, _64 = ((128, 128),), ((64, 64),)
+KINDS = {
+    "causal": BackwardKind(_128, "causal"),
+    "causal-fp16": BackwardKind(_128, "causal", torch.float16),
+    "full": BackwardKind(_128, "full"),
+    "chunk": BackwardKind(_128, "chunk"),
+    "window": BackwardKind(_128, "window"),
+    "left": BackwardKind(_128, "left", torch.float16),
+    "right": BackwardKind(_128, "right"),
+    "lse": BackwardKind(_128, "causal", grad_lse=True),
+    "sinks": BackwardKind(_128, "window", sinks=torch.bfloat16, grad_lse=True),
+    "sinks-float": BackwardKind(_128, "causal", sinks=torch.float32),
+    "softcap": BackwardKind(_128, "causal", softcap=True),
+    "softcap-chunk": BackwardKind(_128, "chunk", softcap=True),
+    "expanded": BackwardKind(_128, "causal", expanded=True),
+    "split-1": BackwardKind(_128, "causal", split=1),
+    "split-2": BackwardKind(_128, "causal", split=2),
+    "split-full": BackwardKind(_128, "full", split=2),
+    "padded": BackwardKind(((72, 72), (80, 80), (96, 96), (104, 88), (128, 64), (40, 120)), "chunk"),
+    "padded-full": BackwardKind(((72, 72), (80, 80), (96, 96)), "full"),
+    "64": BackwardKind(_64, "causal"),
+    "64-full": BackwardKind(((64, 64), (32, 32), (48, 8), (8, 56)), "full"),
+    "64-window": BackwardKind(_64, "window", sinks=torch.bfloat16, grad_lse=True),
+    "64-softcap": BackwardKind(_64, "chunk", softcap=True),
+    "64-split": BackwardKind(_64, "causal", split=2),
+    "keys": BackwardKind(_128, "full", kv_lengths=True),
+    "both": BackwardKind(_128, "chunk", q_lengths=True, kv_lengths=True, grad_lse=True),
+    "queries": BackwardKind(_128, "chunk", q_lengths=True),
+    "everything": BackwardKind(
+        _128, "window", torch.float16, q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True,
+        grad_lse=True,
+    ),
+    "mask-packed": BackwardKind(_128, "any", masks=("packed",)),
+    "mask-packed-fp16": BackwardKind(_128, "any", torch.float16, masks=("packed",)),
+    "mask-left": BackwardKind(_128, "any", masks=("left",)),
+    "mask-chunks": BackwardKind(_128, "chunk", masks=("chunks",), grad_lse=True),
+    "mask-gaps": BackwardKind(_128, "any", masks=("gaps", "wild")),
+    "mask-intervals": BackwardKind(_128, "any", masks=("intervals", "entry", "holes")),
+    "mask-lengths": BackwardKind(_128, "any", q_lengths=True, kv_lengths=True, masks=("intervals", "entry", "holes")),
+    "mask-everything": BackwardKind(
+        _128, "any", sinks=torch.float32, softcap=True, masks=("packed", "left", "gaps", "holes"), grad_lse=True
+    ),
+    "mask-split": BackwardKind(_128, "any", masks=("packed", "left", "gaps", "holes"), split=2),
+    "mask-64": BackwardKind(_64, "any", masks=("packed", "left", "gaps", "holes"), grad_lse=True),
+}  # fmt: skip
+
+
+def draw(kind: BackwardKind, rng: random.Random, i: int) -> dict[str, Any]:
+    """Shapes and numbers of one call."""
+    while True:
+        case = hopper_cases.draw(kind, rng, i)
+        batch, kv_heads, group, q_len, kv_len = case["sizes"]
+        fits = batch * kv_heads * group * q_len * kv_len < MOST
+        if fits and (kind.split == 0 or group % kind.split == 0):
+            return case
+
+
+def problem_of(kind: BackwardKind, case: dict[str, Any]) -> Any:
+    """Of a case, without its tensors: of masks only the kind."""
+    from fastattn.call import Problem
+
+    batch, kv_heads, group, q_len, kv_len = case["sizes"]
+    what = case["mask"][0] if case["mask"] else ""
+    mask = "none" if not what else "intervals" if what in ("intervals", "entry", "holes") else "segments"
+    shape = {"none": (), "intervals": (batch, q_len), "segments": (5, 9)}[mask]
+    return Problem(
+        "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, *case["dims"], mask, shape,
+        torch.int32 if what else None, case["left"], case["right"], case["softcap"], kind.sinks is not None,
+        kind.q_lengths, kind.kv_lengths, kind.grad_lse, "qkv" + ("s" if kind.sinks is not None else ""),
+    )  # fmt: skip
+
+
+def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
+    """Whether the kernels compute the case right, and a line about it."""
+    import hopper_masks
+    import naive
+
+    from fastattn.backends.triton.hopper_backward import launch, schedule
+    from fastattn.call import Call, Problem
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    batch, kv_heads, group, q_len, kv_len = case["sizes"]
+    dim, value_dim = case["dims"]
+    heads, layout = kv_heads * group, case["layout"]
+    make = hopper_cases.tensor
+    q = make(layout, batch, heads, q_len, dim, kind.dtype)
+    k = make(layout, batch, kv_heads, kv_len, dim, kind.dtype)
+    v = make(layout, batch, kv_heads, kv_len, value_dim, kind.dtype)
+    grad_out = make(rng.choice(("token", "head", "packed", "odd")), batch, heads, q_len, value_dim, kind.dtype)
+    if kind.expanded:
+        grad_out = torch.randn(batch, 1, 1, value_dim, device=DEVICE, dtype=kind.dtype).expand_as(grad_out)
+    sinks = None if kind.sinks is None else 2 * torch.randn(heads, device=DEVICE, dtype=kind.sinks)
+    found = {
+        name: None if case[name] is None else torch.tensor(case[name], dtype=torch.int32, device=DEVICE)
+        for name in ("q_lengths", "kv_lengths")
+    }
+    softcap, scale = case["softcap"], case["scale"] or dim**-0.5
+    if softcap:
+        q *= 8  # scores that the cap bends
+    fields, mask, window = {}, None, (case["left"], case["right"])
+    if case["mask"]:
+        name, mask_seed = case["mask"]
+        fields, mask, _ = hopper_masks.draw(name, random.Random(mask_seed), batch, heads, q_len, kv_len, DEVICE)
+    grad_lse = torch.randn(batch, q_len, heads, device=DEVICE).transpose(1, 2) if kind.grad_lse else None
+    leaves = [x.double().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    truth = naive.attention(
+        *leaves[:3], scale=scale, mask=mask, window=window, sinks=None if sinks is None else leaves[3],
+        softcap=softcap or None, **found,
+    )  # fmt: skip
+    rows, keys = hopper_masks.unseen(naive.visible(q, k, mask=mask, window=window, **found))
+    there = ~rows[..., 0].expand(batch, heads, q_len)
+    loss = (truth.out * (grad_out.double() * there[..., None])).sum()
+    if grad_lse is not None:
+        counted = grad_lse.double() if sinks is not None else torch.where(there, grad_lse.double(), 0.0)
+        loss = loss + (torch.where(counted != 0, truth.lse, 0.0) * counted).sum()
+    wanted = torch.autograd.grad(loss, leaves, allow_unused=True)
+    wanted = [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(wanted, leaves, strict=True)]
+    out = make(rng.choice(("token", "token", "head")), batch, heads, q_len, value_dim, kind.dtype)
+    out.copy_(truth.out.detach())
+    lse = truth.lse.detach().float()
+    if rng.random() < 0.3:  # another layout
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    del loss, truth, leaves
+    # What nobody sees.
+    if not kind.expanded:
+        grad_out.masked_fill_(rows, torch.nan)
+    q.masked_fill_(rows, torch.inf if seed % 2 else torch.nan)
+    for x in (k, v):
+        x.masked_fill_(keys, torch.nan)
+    if grad_lse is not None and sinks is None:
+        grad_lse.masked_fill_(~there, torch.nan)
+    call = Call(
+        q, k, v, sinks=sinks, **fields, **found, scale=scale, left=case["left"], right=case["right"], softcap=softcap,
+        return_lse=kind.grad_lse, grads="qkv" + ("s" if sinks is not None else ""),
+    )  # fmt: skip
+    problem = Problem.of(call)
+    assert not launch.reasons(problem), launch.reasons(problem)
+    _poison(launch)
+    with schedule.forced(split=kind.split):
+        bound = launch.bind(problem, call)
+    beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
+    results = []
+    for _ in range(REPEATS):
+        with torch.cuda.stream(stream):
+            beside @ beside
+        results.append(bound.backward(call, out, lse, grad_out, grad_lse))
+        torch.cuda.synchronize()
+    worst, apart, texts, fine = WORST[kind.dtype], 0.0, [], True
+    for name, true, first in zip("qkvs", wanted, _named(results[0]), strict=False):
+        size = true.norm().clamp(min=1e-2)
+        error = ((first.double() - true).norm() / size).item()
+        limit = worst if name != "s" else 12 * worst  # one number for many rows, each with its output's rounding
+        fine &= error < limit and first.shape == true.shape
+        texts.append(f"d{name} {error:.1e}")
+        if name != "s":  # a row at a time too, so that a wrong one does not drown in many right ones
+            by_row = (first.double() - true).norm(dim=-1)
+            typical = true.norm(dim=-1).square().mean().sqrt().clamp(min=1e-2)
+            row = (by_row / true.norm(dim=-1).clamp(min=0.2 * typical.item())).max().item()
+            fine &= row < 0.15
+            texts.append(f"row {row:.1e}")
+            hidden = rows if name == "q" else keys
+            fine &= not first.masked_select(hidden.expand(first.shape)).any().item()  # exact zeros
+    for other in results[1:]:
+        for a, b in zip(_named(results[0]), _named(other), strict=True):
+            apart = max(apart, ((a.double() - b.double()).norm() / a.double().norm().clamp(min=1e-2)).item())
+    fine &= apart < APART[kind.dtype]
+    return bool(fine), ", ".join([*texts, f"apart {apart:.0e}", f"{bound.flags}, {bound._programs} programs"])
+
+
+def _named(found: Any) -> list[torch.Tensor]:
+    return [x for x in (found.q, found.k, found.v, found.sinks) if x is not None]
+
+
+def _poison(launch: Any) -> None:
+    """What the kernels are given to write to holds NaN."""
+    from fastattn import call
+    from fastattn.backends import scratch
+
+    def memory(device: torch.device, size: int) -> torch.Tensor:
+        found = scratch.scratch(device, size)
+        return found.fill_(0xFF)
+
+    def gradient(*arguments: Any) -> torch.Tensor:
+        found = call.token_major(*arguments)
+        return found if found.device.type == "meta" else found.fill_(torch.nan)
+
+    launch.scratch, launch.token_major = memory, gradient
+
+
+def run_kind(name: str, count: int, start: int) -> int:
+    """One kind in this process. Returns how many cases were wrong."""
+    kind, bad = KINDS[name], 0
+    for i in range(count):
+        seed = int(os.environ.get("FASTATTN_TEST_SEED") or 0) * 1000 + i
+        case = draw(kind, random.Random(f"{name} {seed}"), i)
+        if i < start:
+            continue
+        print(f"start {i} {case}", flush=True)
+        fine, text = check(kind, case, seed)
+        bad += not fine
+        print(f"{'done' if fine else 'WRONG'} {i} {text}", flush=True)
+    return bad
+
+
+def needed(kinds: dict[str, BackwardKind]) -> list[Any]:
+    """The binaries of the kinds' cases, as far as they do not depend on what is drawn."""
+    from fastattn.backends.triton.hopper_backward import launch
+
+    found: dict[Any, None] = {}
+    for name, kind in kinds.items():
+        for i in range(COUNT):
+            problem = problem_of(kind, draw(kind, random.Random(f"{name} {i}"), i))
+            found |= dict.fromkeys([launch.flags(problem, split) for split in (True, False)])
+            if i < 2:
+                found |= dict.fromkeys(launch.binaries(problem))
+    return list(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", default="", metavar="PREFIX,...")
+    arguments = parser.parse_args()
+    kinds = {name: kind for name, kind in KINDS.items() if name.startswith(tuple(arguments.only.split(",")))}
+    torch.cuda.init()
+    compile_all(needed(kinds))
+    return run_all(kinds, partial(supervise, program=__file__), arguments.json)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("FASTATTN_COMPILE", "wait")
+    if len(sys.argv) == 1 or sys.argv[1].startswith("-"):
+        sys.exit(main())
+    count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
+    sys.exit(min(run_kind(sys.argv[1], count, start), 1))

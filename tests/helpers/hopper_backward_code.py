@@ -1,0 +1,45 @@
+"""Compiles binaries of the Hopper backward for SM 9.0 and reads their machine code: see `hopper_code`.
+
+python hopper_backward_code.py [NAME ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+
+from hopper_code import Code, read_compiled  # noqa: E402
+
+from fastattn.backends.triton.hopper_backward.binary import BAND, CAUSAL, FULL, INTERVALS, Flags  # noqa: E402
+
+_MASKS = {"full": FULL, "causal": CAUSAL, "band": BAND, "intervals": INTERVALS}
+NAMES = {f"{name}-{dim}": Flags("bf16", dim, mask) for name, mask in _MASKS.items() for dim in (64, 128)} | {
+    "causal-128-fp16": Flags("fp16", 128, CAUSAL),
+    "causal-128-split": Flags("bf16", 128, CAUSAL, split=True),
+    "causal-128-softcap": Flags("bf16", 128, CAUSAL, softcap=True),
+    "intervals-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True),
+    "intervals-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True),
+}
+
+
+def read(name: str) -> Code:
+    from fastattn.backends.triton.hopper_backward.binary import compile_kernel
+
+    return read_compiled(compile_kernel(NAMES[name]))
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(NAMES)
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
+        print(json.dumps({name: asdict(code) for name, code in zip(names, pool.map(read, names), strict=True)}))
+
+
+if __name__ == "__main__":
+    main()
