@@ -150,6 +150,7 @@ class Problem:
     return_lse: bool
     grads: str
     backward: bool = False  #: what is to be computed: the gradients, from what the forward gave; else the forward
+    deterministic: bool = False  #: of a backward: under torch's deterministic algorithms
 
     @property
     def group(self) -> int:
@@ -221,6 +222,7 @@ class Problem:
             return_lse=call.return_lse,
             grads=call.grads,
             backward=backward,
+            deterministic=backward and torch.are_deterministic_algorithms_enabled(),
         )
 
 

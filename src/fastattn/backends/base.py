@@ -75,6 +75,16 @@ class ForwardOnly:
         raise AssertionError("unreachable: it was bound to a forward")
 
 
+class BackwardOnly:
+    """A kernel for the backward."""
+
+    __slots__ = ()
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Not to be called."""
+        raise AssertionError("unreachable: it was bound to a backward")
+
+
 class Backend(Protocol):
     """One way of computing attention."""
 

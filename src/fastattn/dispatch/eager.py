@@ -126,7 +126,9 @@ class _Attention(torch.autograd.Function):
             found = Gradients()
         elif grad_out is not None and _still_holds(bound, call, grad_out, out):
             given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
-            route = bound.backward or _backward_route(bound, call)
+            route = bound.backward
+            if route is None or route.problem.deterministic != torch.are_deterministic_algorithms_enabled():
+                route = _backward_route(bound, call)
             autocast = torch.is_autocast_enabled(bound.device_type)
             try:
                 if autocast:  # (torch.autocast takes 4 us to say so)

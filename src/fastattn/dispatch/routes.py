@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from ..backends.base import Backend, Compiled, Kernel, OutOfMemory, Refusal, Setback
 from ..call import CALL, Call, Problem
 from ..common.notice import warn_once
@@ -56,7 +58,7 @@ def route(call: Call, names: tuple[str, ...], waits: bool = True, backward: bool
     """
     # The kind is everything that Problem.of and Backend.bind read; these two and the backends' reasons take ten times
     # as long as the look-up.
-    key = CALL.kind(call), names, backward
+    key = CALL.kind(call), names, backward and (True, torch.are_deterministic_algorithms_enabled())
     found: Route | None = _routes.get(key)
     tried: set[str] = set()
     while found is None or not found.holds:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem, token_major
 from ....shape_cache import shape_cache
+from ...base import BackwardOnly
 from ...layout import copied
 from ...scratch import scratch
 from ..binaries import store
@@ -42,7 +43,7 @@ def reasons(problem: Problem) -> list[str]:
         why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
     if p.dense_mask:
         why.append(f"has no {p.mask} mask")
-    if torch.are_deterministic_algorithms_enabled():
+    if p.deterministic:
         why.append("adds dQ up in an order that changes from run to run")
     if p.empty:
         why.append("no queries or no keys")
@@ -138,7 +139,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-class Backward:
+class Backward(BackwardOnly):
     """The kernels bound to one problem: see `backends.base.Backend.bind`. Strides of what the call's tensors are may
     differ from call to call, those of masks may not."""
 
