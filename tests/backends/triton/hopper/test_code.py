@@ -51,7 +51,7 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
     assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
     assert code["shared"] <= _SHARED
-    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 12)._make()[0])
+    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 15)._make()[0])
     if not wide:
         spilled = {FULL: _SPILLED_UNMASKED, INTERVALS: _SPILLED_BOUNDS}
         assert code["stores"] <= spilled.get(flags.mask, _SPILLED)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
+from .. import prefill
 from ..binaries.flag_set import FlagSet
 from . import launch
 
@@ -20,14 +21,20 @@ class HopperBackend:
         why = launch.reasons(problem)
         if problem.grads:
             why.append("has no gradients")
-        if problem.dense_mask:
-            why.append("its kernel for masks of keys has not been verified on a GPU since it was last changed")
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        if launch.has_rows(problem):
+            from ..representative import representative
+
+            mask = representative(problem).mask
+            if mask is not None and not launch.tiles_readable(mask):
+                return prefill.PrefillBackend().binaries(problem)
         return launch.all_flags(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
+        if launch.has_rows(problem) and call.mask is not None and not launch.tiles_readable(call.mask):
+            return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
         return _HopperKernel(launch.Forward(problem, call))
 
 
