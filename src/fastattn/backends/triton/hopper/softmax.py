@@ -132,7 +132,7 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     if cfg.KEYS:
         base = base * scale
     if cfg.TILES == ADDITIVE:
-        base = base * _LOG2_E
+        base = gl.maximum(base * _LOG2_E, _LEAST_BIASED)  # finite: a row of finfo.min sees keys
     total = gl.convert_layout(gl.sum(l_i, 1), layout)
     rows = row + gl.arange(0, ROWS, layout=layout)
     if cfg.Q_LENGTHS:  # whatever the queries past the length hold
