@@ -5,11 +5,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .masking import drop_unseen, load_bias, look, mask, masked_blocks, share_bias, with_tile
+from .masking import drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
 from .output import clear, store
 from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS
 from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
-from .tiles import block_start, queries_of, read_list, share, span, start_walk, tile, total_tiles
+from .tiles import block_start, listed_index, queries_of, read_list, share, span, start_walk, tile, total_tiles
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
 
@@ -37,6 +37,8 @@ def _attend(
         k_slot, k_phase = next_slot(slot, phase, cfg.STAGES)
         if cfg.KEYS:
             bias = load_bias(anchor, first, j, scale, seen, cfg)
+        if cfg.LISTED:
+            index = listed_index(seen, j)  # early: it is there when it is needed
         mbarrier.wait(pipe.k_full.index(k_slot), k_phase)
         k = pipe.k.index(k_slot).reshape([cfg.BLOCK_N, cfg.D])
         take_turn(group, cfg)
@@ -52,14 +54,15 @@ def _attend(
         if cfg.LISTED:
             if j < seen.others:
                 s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
-                s = mask(s, anchor, first, j, seen, group, shape, cfg)
+                if is_cut(index, anchor, first, group, shape, cfg):
+                    s = mask(s, anchor, first, index, seen, group, shape, cfg)
             elif cfg.TILES == ADDITIVE:
                 s = s * scale
         elif cfg.TILES != NO_TILES:
             s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
-        if cfg.LISTED:
-            pass
-        elif cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M):
+        if not cfg.LISTED and (
+            cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M)
+        ):
             if (j >= cut) | (j < edge):
                 s = mask(s, anchor, first, j, seen, group, shape, cfg)
         new_base = gl.maximum(base, largest(s, scale, cfg))

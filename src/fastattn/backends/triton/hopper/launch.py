@@ -155,12 +155,17 @@ def tiles_readable(mask: Tensor) -> bool:
     return not any(stride % step for stride in broadcast_strides(mask, 4)[:3])
 
 
-def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
-    """The mask, or a copy that begins where the copy engine can read, and its description. Where it is broadcast there
-    is one batch entry, or head."""
+def once(mask: Any) -> Tensor:
+    """The mask with one batch entry, or head, where it was expanded along them."""
     for dim in (0, 1):
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
+    return mask  # type: ignore[no-any-return]
+
+
+def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
+    """The mask, or a copy that begins where the copy engine can read, and its description."""
+    mask = once(mask)
     if mask.data_ptr() % _ALIGNMENT:
         mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device).copy_(mask)
     key = mask.data_ptr(), mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys
@@ -216,13 +221,14 @@ class Forward:
         self._lists: Any = None
         list_strides: tuple[int, ...] = (0, 0, 0)
         if self._flags.tiles:
-            assert call.mask is not None
-            bias_strides = tuple([int(stride > 0) for stride in broadcast_strides(call.mask, 4)[:2]])
+            mask_once = once(call.mask)
+            bias_strides = tuple([int(size > 1) for size in mask_once.shape[:2]])
         if self._flags.listed:
             from ..binaries.launcher import prepare
             from ..prefill.lists import Lists
 
-            self._lists = Lists(p, call, TILE, self._blocks.keys)
+            entries = replace(p, mask_shape=tuple(mask_once.shape))
+            self._lists = Lists(entries, call._replace(mask=mask_once), TILE, self._blocks.keys)
             prepare(self._lists.launches(call))
             list_strides = self._lists.strides
             section = heads  # as with a band: the longest tiles first

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ...._compat.gluon import barrier
 from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, ROWS, Seen
-from .tiles import block_start, listed_index, row_bounds, tile_fields
+from .tiles import block_start, listed_start, row_bounds, tile_fields
 from .turns import here, next_slot
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
@@ -54,11 +54,12 @@ def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
 
 @gluon.jit
 def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
-    """s, the scores of block j, with -inf where a row does not see a key. anchor, first: see `span`."""
+    """s, the scores of block j (with LISTED, of the block of that index), with -inf where a row does not see a key.
+    anchor, first: see `span`."""
     least = 0
     if cfg.LISTED:
-        least = listed_index(seen, j) * cfg.BLOCK_N
-        start = gl.minimum(least, first)
+        least = j * cfg.BLOCK_N
+        start = listed_start(j, first, cfg)
     else:
         start = block_start(anchor, first, j, cfg)
     cols = gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
@@ -80,6 +81,17 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
             visible = cols[None, :] <= rows[:, None]
         s = gl.where(visible, s, float("-inf"))
     return s
+
+
+@gluon.jit
+def is_cut(index, anchor, first, group: gl.constexpr, shape, cfg):
+    """Whether `mask` hides anything of the block of that index. Only with LISTED."""
+    start = listed_start(index, first, cfg)
+    cut = start < index * cfg.BLOCK_N
+    if cfg.MASK == BAND:
+        position = anchor + group * ROWS  # of the consumer's first row
+        cut = cut | (start + cfg.BLOCK_N - 1 > position + shape.right) | (start < position + ROWS - 1 - shape.left)
+    return cut
 
 
 @gluon.jit

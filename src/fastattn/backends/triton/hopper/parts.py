@@ -121,3 +121,4 @@ class Listed:
     at: gl.tensor  # the list's indices
     others: gl.tensor  # blocks that take a tile of the mask, at least one: they come first
     run: gl.tensor  # what the number of a later block is short of its index
+    index: gl.tensor  # of the first block

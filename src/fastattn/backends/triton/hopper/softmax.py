@@ -47,7 +47,10 @@ def first_block(
     s = bent(s, inner, pipe, seen, group, cfg)
     if cfg.TILES != NO_TILES:
         s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
-    s = mask(s, anchor, first, 0, seen, group, shape, cfg)
+    if cfg.LISTED:
+        s = mask(s, anchor, first, seen.index, seen, group, shape, cfg)
+    else:
+        s = mask(s, anchor, first, 0, seen, group, shape, cfg)
     least: gl.constexpr = _LEAST_OF_TILES if cfg.TILES == ADDITIVE else _LEAST_BIASED if cfg.KEYS else _LEAST
     base = gl.maximum(largest(s, scale, cfg), least)
     p = exponentials(s, base, scale, cfg)

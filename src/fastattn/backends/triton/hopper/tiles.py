@@ -99,7 +99,8 @@ def read_list(m, b, h, shape, cfg):
     listed = gl.load(at + 2)
     others = gl.maximum(listed, 1)
     # Without a list the run's first block is block 0, which the pointer is made to say.
-    return Listed(at + gl.where(listed > 0, LIST_HEADER, 0), others, run - listed)
+    at += gl.where(listed > 0, LIST_HEADER, 0)
+    return Listed(at, others, run - listed, gl.load(at))
 
 
 @gluon.jit
