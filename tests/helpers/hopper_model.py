@@ -458,10 +458,12 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         assert launch.tiles_readable(call.mask)
         size = SIZES[flags.tiles]
         element = SimpleNamespace(primitive_bitwidth=8 * size)
-        mask_desc = Descriptor(call.mask.float().numpy(), ROWS, blocks.keys, element, size)
-        strides = tuple(int(n > 1) for n in call.mask.shape[:2])
+        once = launch.once(call.mask)
+        mask_desc = Descriptor(once.float().numpy(), ROWS, blocks.keys, element, size)
+        strides = tuple(int(n > 1) for n in once.shape[:2])
     if flags.listed:
-        lists = Lists(p, call, TILE, blocks.keys)
+        entries = replace(p, mask_shape=tuple(once.shape))
+        lists = Lists(entries, call._replace(mask=once), TILE, blocks.keys)
         bounds_ptr, list_strides = Pointer(lists(call).clone().numpy()), lists.strides
     rows = -(-p.q_len // TILE)
     left, right = (launch._OPEN if side < 0 else min(side, launch._OPEN) for side in (p.left, p.right))

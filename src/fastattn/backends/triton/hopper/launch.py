@@ -43,7 +43,7 @@ _MOST_KEYS = 1 << 28  #: nor do lengths
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
 _ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_MASKS = {torch.bool: "bool", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_BIASES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INTEGERS = struct.Struct("15i2f")
 
 
@@ -56,7 +56,7 @@ def reasons(problem: Problem) -> list[str]:
         why.append(INSTALL)
     if p.dtype not in (torch.bfloat16, torch.float16):
         why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
-    if has_rows(p) and p.mask_dtype not in _MASKS:
+    if has_rows(p) and p.mask == "additive" and p.mask_dtype not in _BIASES:
         why.append(f"has no {str(p.mask_dtype).removeprefix('torch.')} mask with a row for each query")
     if p.empty:
         why.append("no queries or no keys")
@@ -103,7 +103,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         dims=found,
         mask=mask,
         keys=p.dense_mask and not rows,
-        tiles=_MASKS[p.mask_dtype] if rows and p.mask_dtype else "",
+        tiles="" if not rows else "bool" if p.mask == "bool" else _BIASES[p.mask_dtype or p.dtype],
         listed=rows and p.kv_len >= LISTED_KEYS,
         q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else
         kv_lengths=p.kv_lengths and mask != INTERVALS,
