@@ -51,7 +51,16 @@ NAMES = {
     "rows-bool": Flags("bf16", _128, FULL, tiles="bool", listed=True),
     "rows-bias": Flags("bf16", _128, BAND, tiles="bf16", listed=True),
     "rows-everything": Flags(
-        "fp16", _128, BAND, tiles="fp32", listed=True, q_lengths=True, kv_lengths=True, sinks="fp32", softcap=True, lse=True
+        "fp16",
+        _128,
+        BAND,
+        tiles="fp32",
+        listed=True,
+        q_lengths=True,
+        kv_lengths=True,
+        sinks="fp32",
+        softcap=True,
+        lse=True,
     ),
     "rows-dense": Flags("bf16", _128, BAND, tiles="bf16", lse=True),
     "64-rows-bool": Flags("bf16", _64, FULL, tiles="bool", listed=True),

@@ -17,8 +17,8 @@ from fastattn import Intervals, Segments
 MASKS = ("packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge")
 
 
-#: Tensor masks with a row for each query, by name: their dtypes. What they hide is drawn: nothing, what a causal mask or a
-#: prefix does, squares, some keys, all; some rows see nothing. "odd": in a layout that the copy engine does not read.
+#: Tensor masks with a row for each query, by name: their dtypes. What they hide is drawn: nothing, what a causal mask
+#: or a prefix does, squares, some keys, all; some rows see nothing. "odd": in a layout that the copy engine does not read.
 ROWS = {"rows-bool": torch.bool, "rows-bf16": torch.bfloat16, "rows-fp16": torch.float16, "rows-fp32": torch.float32}
 ROWS |= {f"{name}-odd": dtype for name, dtype in ROWS.items()}
 
@@ -144,7 +144,11 @@ def _row_mask(name: str, rng: random.Random, batch: int, heads: int, q_len: int,
         low = rng.choice((-torch.inf, -torch.inf, torch.finfo(dtype).min, -1e4))
         mask.copy_(values.to(dtype).masked_fill(~seen, low))
     if rng.random() < 0.3:  # expanded, or stored as other tensors are
-        mask = mask.expand(batch, heads, -1, -1) if rng.random() < 0.5 else mask.transpose(0, 1).contiguous().transpose(0, 1)
+        mask = (
+            mask.expand(batch, heads, -1, -1)
+            if rng.random() < 0.5
+            else mask.transpose(0, 1).contiguous().transpose(0, 1)
+        )
         if not name.endswith("odd") and mask.stride(2) % 16:
             mask = memory[..., :kv_len]
     return mask

@@ -426,7 +426,7 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
     from dataclasses import replace
 
     from fastattn.backends.triton.bounds import Bounds
-    from fastattn.backends.triton.hopper import launch
+    from fastattn.backends.triton.hopper import launch, tensors
     from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, SIZES, TILE, tiles_of
     from fastattn.backends.triton.prefill.lists import Lists
     from fastattn.call import Problem
@@ -455,10 +455,10 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
             strides = bounds.keys.strides
     mask_desc, list_strides = None, (0, 0, 0)
     if flags.tiles:
-        assert launch.tiles_readable(call.mask)
+        assert tensors.tiles_readable(call.mask)
         size = SIZES[flags.tiles]
         element = SimpleNamespace(primitive_bitwidth=8 * size)
-        once = launch.once(call.mask)
+        once = tensors.once(call.mask)
         mask_desc = Descriptor(once.float().numpy(), ROWS, blocks.keys, element, size)
         strides = tuple(int(n > 1) for n in once.shape[:2])
     if flags.listed:

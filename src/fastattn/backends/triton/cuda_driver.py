@@ -154,7 +154,9 @@ class Description:
         self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
 
 
-def describe(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0) -> Description:
+def describe(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0
+) -> Description:
     """A tensor `[B, H, S, D]` read or written in boxes of `rows` tokens of one head.
 
     address: a multiple of 16. strides: in elements, multiples of 16 bytes (anything along dims of size 1), the last 1.

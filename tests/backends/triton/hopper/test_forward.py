@@ -16,7 +16,7 @@ from hopper_masks import ROWS
 
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
-from fastattn.backends.triton.hopper import HopperBackend, launch
+from fastattn.backends.triton.hopper import HopperBackend, launch, tensors
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
 from fastattn.call import Call, Problem
 
@@ -144,16 +144,16 @@ def test_masks_with_rows_take_tiles() -> None:
 def test_masks_that_the_copy_engine_reads() -> None:
     for dtype, step in (torch.bool, 16), (torch.bfloat16, 8), (torch.float32, 4):
         x = torch.empty(2, 4, 30, 20 * step, dtype=dtype)
-        assert launch.tiles_readable(x)
-        assert launch.tiles_readable(x[..., step : step + 7]) and launch.tiles_readable(x[..., 1:8])
-        assert launch.tiles_readable(x[:1, :1].expand(5, 4, 30, 20 * step))
-        assert launch.tiles_readable(x.transpose(1, 2).contiguous().transpose(1, 2))
-        assert not launch.tiles_readable(torch.empty(2, 4, 30, 20 * step + 1, dtype=dtype))
-        assert not launch.tiles_readable(x.mT) and not launch.tiles_readable(x[..., ::2])
-        assert not launch.tiles_readable(x[..., :1])
-        assert not launch.tiles_readable(x[:, :, :1].expand(2, 4, 30, 20 * step))
-        assert launch.once(x[:1, :1].expand(5, 4, 30, 20 * step)).shape == (1, 1, 30, 20 * step)
-        assert launch.once(x).shape == x.shape
+        assert tensors.tiles_readable(x)
+        assert tensors.tiles_readable(x[..., step : step + 7]) and tensors.tiles_readable(x[..., 1:8])
+        assert tensors.tiles_readable(x[:1, :1].expand(5, 4, 30, 20 * step))
+        assert tensors.tiles_readable(x.transpose(1, 2).contiguous().transpose(1, 2))
+        assert not tensors.tiles_readable(torch.empty(2, 4, 30, 20 * step + 1, dtype=dtype))
+        assert not tensors.tiles_readable(x.mT) and not tensors.tiles_readable(x[..., ::2])
+        assert not tensors.tiles_readable(x[..., :1])
+        assert not tensors.tiles_readable(x[:, :, :1].expand(2, 4, 30, 20 * step))
+        assert tensors.once(x[:1, :1].expand(5, 4, 30, 20 * step)).shape == (1, 1, 30, 20 * step)
+        assert tensors.once(x).shape == x.shape
 
 
 def test_other_masks_with_rows_get_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,16 +190,16 @@ def test_a_call_is_not_bound_before_its_binary_is_there(monkeypatch: pytest.Monk
 
 def test_layouts_that_the_copy_engine_reads() -> None:
     x = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
-    assert launch.readable(x)
-    assert launch.readable(x.transpose(1, 2))
-    assert launch.readable(x[:, :, 3:7])
-    assert launch.readable(torch.empty(2, 10, 3, 4, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2))
+    assert tensors.readable(x)
+    assert tensors.readable(x.transpose(1, 2))
+    assert tensors.readable(x[:, :, 3:7])
+    assert tensors.readable(torch.empty(2, 10, 3, 4, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2))
     one = torch.empty(1, 1, 10, 64, dtype=torch.bfloat16)
-    assert launch.readable(one.as_strided((1, 1, 10, 64), (3, 5, 64, 1)))  # strides of what there is one of
-    assert not launch.readable(x[..., 1:57])  # starts at 2 bytes
-    assert not launch.readable(x.mT)
-    assert not launch.readable(torch.empty(2, 4, 10, 68, dtype=torch.bfloat16)[..., :64])  # rows 136 bytes apart
-    assert not launch.readable(x[:, :1].expand(2, 4, 10, 64))
+    assert tensors.readable(one.as_strided((1, 1, 10, 64), (3, 5, 64, 1)))  # strides of what there is one of
+    assert not tensors.readable(x[..., 1:57])  # starts at 2 bytes
+    assert not tensors.readable(x.mT)
+    assert not tensors.readable(torch.empty(2, 4, 10, 68, dtype=torch.bfloat16)[..., :64])  # rows 136 bytes apart
+    assert not tensors.readable(x[:, :1].expand(2, 4, 10, 64))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,7 +8,7 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from .. import prefill
 from ..binaries.flag_set import FlagSet
-from . import launch
+from . import launch, tensors
 
 
 class HopperBackend:
@@ -28,12 +28,12 @@ class HopperBackend:
             from ..representative import representative
 
             mask = representative(problem).mask
-            if mask is not None and not launch.tiles_readable(mask):
+            if mask is not None and not tensors.tiles_readable(mask):
                 return prefill.PrefillBackend().binaries(problem)
         return launch.all_flags(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
-        if launch.has_rows(problem) and call.mask is not None and not launch.tiles_readable(call.mask):
+        if launch.has_rows(problem) and call.mask is not None and not tensors.tiles_readable(call.mask):
             return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
         return _HopperKernel(launch.Forward(problem, call))
 

@@ -86,8 +86,17 @@ class Flags:
         return TILED_BLOCKS[self.dims, SIZES[self.tiles]][1] if self.tiles else 0
 
     def __str__(self) -> str:
-        words = ["Hopper forward", self.dtype, f"{self.dims[0]}/{self.dims[1]}", ("full", "aligned", "band", "intervals")[self.mask]]
-        words += [name for name in ("keys", "listed", "q_lengths", "kv_lengths", "softcap", "lse", "short") if getattr(self, name)]
+        words = [
+            "Hopper forward",
+            self.dtype,
+            f"{self.dims[0]}/{self.dims[1]}",
+            ("full", "aligned", "band", "intervals")[self.mask],
+        ]
+        words += [
+            name
+            for name in ("keys", "listed", "q_lengths", "kv_lengths", "softcap", "lse", "short")
+            if getattr(self, name)
+        ]
         words += [f"mask {self.tiles}"] if self.tiles else []
         return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
 
@@ -113,7 +122,12 @@ def compile_binary(flags: Flags) -> Binary:
 
 
 #: In Triton's words, and in Gluon's.
-_ELEMENTS = {"bool": ("u8", "uint8"), "bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16"), "fp32": ("fp32", "float32")}
+_ELEMENTS = {
+    "bool": ("u8", "uint8"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp16": ("fp16", "float16"),
+    "fp32": ("fp32", "float32"),
+}
 
 
 def tiles_of(flags: Flags) -> int:

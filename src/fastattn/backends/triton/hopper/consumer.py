@@ -138,8 +138,28 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
         q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
         acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
-            q, pipe, acc, base, l_i, p, slot, phase, mask_slot, mask_phase, m, b, n, anchor, first, inner, scale, zero,
-            seen, group, shape, cfg,
+            q,
+            pipe,
+            acc,
+            base,
+            l_i,
+            p,
+            slot,
+            phase,
+            mask_slot,
+            mask_phase,
+            m,
+            b,
+            n,
+            anchor,
+            first,
+            inner,
+            scale,
+            zero,
+            seen,
+            group,
+            shape,
+            cfg,
         )
         mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))
         _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
@@ -186,8 +206,28 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
     q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
     acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
-        q, pipe, acc, base, l_i, p, slot, phase, mask_slot, mask_phase, m, b, n, anchor, first, inner, scale, zero,
-        seen, group, shape, cfg,
+        q,
+        pipe,
+        acc,
+        base,
+        l_i,
+        p,
+        slot,
+        phase,
+        mask_slot,
+        mask_phase,
+        m,
+        b,
+        n,
+        anchor,
+        first,
+        inner,
+        scale,
+        zero,
+        seen,
+        group,
+        shape,
+        cfg,
     )
     _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
     row = m * cfg.BLOCK_M + group * ROWS

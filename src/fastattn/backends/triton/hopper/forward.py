@@ -29,8 +29,8 @@ from .producer import produce
 
 #: Never specialised, and without a known alignment: one binary serves every length.
 INTEGERS = [
-    "batch", "heads", "group", "q_len", "kv_len", "left", "right", "rows", "section", "dv8", "bias_b", "bias_h", "list_b",
-    "list_h", "list_m",
+    "batch", "heads", "group", "q_len", "kv_len", "left", "right", "rows", "section", "dv8", "bias_b", "bias_h",
+    "list_b", "list_h", "list_m",
 ]  # fmt: skip
 
 

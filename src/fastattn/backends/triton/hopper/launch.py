@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ....shape_cache import shape_cache
-from ...layout import Output, copied
+from ...layout import Output
 from ...scratch import scratch
-from ..arguments import broadcast_strides
 from ..binaries import store as binaries
-from ..cuda_driver import Description, Function, describe, make_current
+from ..cuda_driver import Description, Function, make_current
 from ..launcher import INSTALL, has_triton
 from ..prefill.launch_config import LISTED_KEYS
 from .binary import (
@@ -36,12 +34,12 @@ from .binary import (
     TILE,
     Flags,
 )
+from .tensors import describe_mask, described, once
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
 _MOST_KEYS = 1 << 28  #: nor do lengths
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
-_ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _BIASES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INTEGERS = struct.Struct("15i2f")
@@ -117,62 +115,10 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
 def all_flags(p: Problem) -> list[Flags]:
     """The binaries of the problem and of problems that differ from it in lengths alone: its own first."""
     own = flags(p)
-    lengths = ((p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1))
+    lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
     if has_rows(p):
-        lengths = (lengths[0], (2, LISTED_KEYS - 1), (2, LISTED_KEYS))
+        lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
-
-
-def readable(x: Tensor) -> bool:
-    """True when the copy engine can read or write `x` `[B, H, S, D]` (2 bytes an element) where it lies."""
-    step = _ALIGNMENT // x.element_size()
-    if x.data_ptr() % _ALIGNMENT or (x.shape[3] > 1 and x.stride(3) != 1):
-        return False
-    return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
-
-
-#: Of readable tensors only: one that was seen before costs one look.
-_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
-
-
-def _described(x: Tensor, dtype: str, rows: int) -> tuple[Tensor, Description]:
-    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
-    key = x.data_ptr(), x.shape, x.stride(), dtype, rows
-    found = _descriptions.get(key)
-    if found is None:
-        if not readable(x):
-            x = copied(x)
-            key = x.data_ptr(), x.shape, x.stride(), dtype, rows
-        found = _descriptions[key] = describe(*key)
-    return x, found
-
-
-def tiles_readable(mask: Tensor) -> bool:
-    """True when the strides of a mask `[B|1, H|1, Sq, Skv]` let the copy engine read its tiles, wherever it lies."""
-    step = _ALIGNMENT // mask.element_size()
-    if mask.shape[3] == 1 or mask.stride(3) != 1 or mask.stride(2) < mask.shape[3]:
-        return False
-    return not any(stride % step for stride in broadcast_strides(mask, 4)[:3])
-
-
-def once(mask: Any) -> Tensor:
-    """The mask with one batch entry, or head, where it was expanded along them."""
-    for dim in (0, 1):
-        if mask.stride(dim) == 0:
-            mask = mask.narrow(dim, 0, 1)
-    return mask  # type: ignore[no-any-return]
-
-
-def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
-    """The mask, or a copy that begins where the copy engine can read, and its description."""
-    mask = once(mask)
-    if mask.data_ptr() % _ALIGNMENT:
-        mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device).copy_(mask)
-    key = mask.data_ptr(), mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys
-    found = _descriptions.get(key)
-    if found is None:
-        found = _descriptions[key] = describe(*key)
-    return mask, found
 
 
 def function(name: Flags, device: int | None = None) -> Function:
@@ -190,7 +136,8 @@ class Forward:
     call, those of masks may not. Strides of a mask with rows are `tiles_readable`."""
 
     __slots__ = (
-        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_lists", "_output", "_problem", "_programs",
+        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_lists", "_output", "_problem",
+        "_programs",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, call: Call) -> None:
@@ -255,16 +202,15 @@ class Forward:
         if not (flags.tiles and p.mask == "additive"):  # see `masking.with_tile`
             scale *= _LOG2_E
         dtype, keys = flags.dtype, self._blocks.keys
-        q, q_described = _described(q, dtype, ROWS)
-        k, k_described = _described(k, dtype, keys)
-        v, v_described = _described(v, dtype, keys)
-        described = [q_described, k_described, v_described]
+        q, q_described = described(q, dtype, ROWS)
+        k, k_described = described(k, dtype, keys)
+        v, v_described = described(v, dtype, keys)
+        descriptions = [q_described, k_described, v_described]
         if self._blocks.staged:
-            described.append(_described(out, dtype, ROWS)[1])
-        mask = None
+            descriptions.append(described(out, dtype, ROWS)[1])
         if flags.tiles:
-            mask, mask_described = describe_mask(call.mask, flags)
-            described.append(mask_described)
+            _kept, mask_described = describe_mask(call.mask, flags)  # a copy lives until it is read
+            descriptions.append(mask_described)
         kept = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
         addresses = [0 if x is None else x.data_ptr() for x in (out, lse, *kept)]
         bounds = self._bounds
@@ -277,7 +223,7 @@ class Forward:
             bounds(call, memory)
             address = memory.data_ptr()
             addresses += (address, 0 if bounds.keys is None else address + 4 * bounds.keys.bias_at)
-        self._arguments.launch(self._function, self._programs, self._device, described, addresses, inner, scale)
+        self._arguments.launch(self._function, self._programs, self._device, descriptions, addresses, inner, scale)
         return out, lse
 
 

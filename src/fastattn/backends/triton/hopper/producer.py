@@ -62,7 +62,7 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
             if cfg.TILES != NO_TILES:
                 wanted = j >= 0
                 if cfg.LISTED:
-                    wanted = j < listed.others
+                    wanted = j < listed.others  # type: ignore[attr-defined]
                 if wanted:
                     mbarrier.wait(pipe.mask_empty.index(mask_slot), mask_phase)
                     full = pipe.mask_full.index(mask_slot)

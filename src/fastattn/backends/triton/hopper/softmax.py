@@ -37,10 +37,8 @@ def bent(s, inner, pipe, seen, group: gl.constexpr, cfg):
 
 
 @gluon.jit
-def first_block(
-    s, pipe, mask_slot, mask_phase, anchor, first, inner, scale, seen, group: gl.constexpr, shape, cfg
-):
-    """Softmax of a tile's first block: the rows' bases (see `attend`) and sums, and P; the next place of a tile of the mask.
+def first_block(s, pipe, mask_slot, mask_phase, anchor, first, inner, scale, seen, group: gl.constexpr, shape, cfg):
+    """Softmax of a tile's first block: the rows' bases (see `attend`) and sums, P, and where the mask's next tile is.
 
     The one block that always may be cut.
     """

@@ -51,8 +51,8 @@ def span(m, b, h, shape, cfg):
 
     Returns an anchor, the first key of the first block, and how many blocks there are: at least one, so that a tile
     without keys is no special case. Blocks go upwards without a band, downwards with one. The anchor is the position of
-    the first query, or with INTERVALS the first key that the tile sees. With LISTED the blocks' order is the list's, and
-    the first key is that of the entry's last block.
+    the first query, or with INTERVALS the first key that the tile sees. With LISTED the order is the list's, and the
+    first key is that of the entry's last block.
     """
     if cfg.LISTED:
         return _span_of_list(m, b, h, shape, cfg)
