@@ -17,8 +17,8 @@ from fastattn import Intervals, Segments
 MASKS = ("packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge")
 
 
-#: Tensor masks with a row for each query, by name: their dtypes. What they hide is drawn: nothing, what a causal mask or
-#: a prefix does, squares, some keys, all; some rows see nothing. "odd": in a layout that the copy engine does not read.
+#: Tensor masks with a row for each query, by name: their dtypes. What they hide is drawn: nothing, what a causal mask
+#: or a prefix does, squares, some keys, all; some rows see nothing. "odd": the copy engine does not read the layout.
 ROWS = {"rows-bool": torch.bool, "rows-bf16": torch.bfloat16, "rows-fp16": torch.float16, "rows-fp32": torch.float32}
 ROWS |= {f"{name}-odd": dtype for name, dtype in ROWS.items()}
 

@@ -10,8 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .masking import mask, with_bias, with_tile
-from .parts import ADDITIVE, BAND, FULL, INTERVALS, NO_TILES, ROWS
-from .tiles import keys_of, sees_none
+from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -142,10 +141,6 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     if cfg.MASK == INTERVALS:  # or those that see no key: the blocks that all others see are not masked
         total = gl.where(seen.lo < seen.hi, total, 0.0)
         base = gl.where(seen.lo < seen.hi, base, _LEAST)
-    if cfg.LISTED and cfg.MASK == BAND:  # a block may be full for all rows but these
-        none = sees_none(rows, queries, keys_of(b, shape, cfg), shape)
-        total = gl.where(none, 0.0, total)
-        base = gl.where(none, _LEAST, base)
     shrink = 1.0
     if cfg.SINKS:  # one more score, whose value is 0
         sink = gl.load(results.sinks + h).to(gl.float32) * _LOG2_E
@@ -160,6 +155,4 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     factor = shrink / gl.where(total == 0.0, 1.0, total)
     if cfg.MASK == INTERVALS:
         factor = gl.where(seen.lo < seen.hi, factor, 0.0)  # `store` makes it a 0, whatever there is
-    if cfg.LISTED and cfg.MASK == BAND:
-        factor = gl.where(none, 0.0, factor)
     return factor

@@ -120,13 +120,6 @@ def listed_start(index, first, cfg):
 
 
 @gluon.jit
-def sees_none(rows, queries, keys, shape):
-    """Which rows see no key under the band alone. queries, keys: of the batch entry."""
-    position = rows + (keys - queries)
-    return gl.maximum(position - shape.left, 0) >= gl.minimum(position + shape.right + 1, keys)
-
-
-@gluon.jit
 def tile_fields(m, b, shape):
     """Where the bounds of a tile are."""
     return HEADER + (b * shape.rows + m) * FIELDS
