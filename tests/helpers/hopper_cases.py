@@ -30,6 +30,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
 
+import hopper_masks  # noqa: E402
+
 LIMIT = 60.0  #: seconds a case may take, the compiler's not counted
 COUNT = 10  #: cases of a kind
 AT_A_TIME = 6  #: kinds, on one GPU: each disturbs the others, as it should
@@ -118,6 +120,26 @@ MASKED = {
     "mask-256": Kind(((256, 256), (160, 256)), "any", lse=True, masks=_SEGMENTS + _INTERVALS),
     "mask-256-keys": Kind(((256, 256),), "any", masks=_KEYS),
 }
+_ROWS = tuple(hopper_masks.ROWS)[:4]
+MASKED |= {
+    **{name: Kind(_128, "any", lse=True, masks=(name,)) for name in _ROWS},
+    "rows-plain": Kind(_128, "full", masks=("rows-bool", "rows-bf16")),
+    "rows-causal": Kind(_128, "causal", masks=_ROWS),
+    "rows-lengths": Kind(_128, "any", lse=True, q_lengths=True, kv_lengths=True, masks=_ROWS),
+    "rows-everything": Kind(
+        _128, "any", q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True, lse=True, masks=_ROWS
+    ),
+    "rows-sinks": Kind(_128, "chunk", sinks=torch.bfloat16, masks=_ROWS),
+    "rows-padded": Kind(((72, 72), (80, 80), (104, 88), (128, 64)), "any", lse=True, masks=_ROWS),
+    "rows-64": Kind(_64, "any", lse=True, masks=_ROWS),
+    "rows-64-plain": Kind(((64, 64), (32, 32), (48, 8)), "full", masks=_ROWS),
+    "rows-64-everything": Kind(
+        _64, "any", q_lengths=True, kv_lengths=True, sinks=torch.bfloat16, softcap=True, lse=True, masks=_ROWS
+    ),
+    "rows-192": Kind(((192, 128), (136, 128)), "any", lse=True, masks=_ROWS),
+    "rows-256": Kind(((256, 256), (160, 256)), "any", lse=True, masks=_ROWS),
+    "rows-odd": Kind(((128, 128), (64, 64)), "any", lse=True, masks=tuple(hopper_masks.ROWS)[4:]),
+}
 KINDS |= MASKED | {f"{name}-fp16": replace(kind, dtype=torch.float16) for name, kind in MASKED.items()}
 
 
@@ -188,10 +210,10 @@ def tensor(layout: str, batch: int, heads: int, length: int, dim: int, dtype: to
 
 def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     """Whether the kernel computes the case right, and a line about it."""
-    import hopper_masks
     import naive
 
-    from fastattn.backends.triton.hopper.launch import Forward, reasons
+    from fastattn.backends.triton.hopper import HopperBackend
+    from fastattn.backends.triton.hopper.launch import reasons
     from fastattn.call import Call, Problem
 
     torch.manual_seed(seed)
@@ -230,7 +252,11 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
         if case["kv_lengths"]:
             for x in (k, v):
                 x[b, :, min(case["kv_lengths"][b], kv_len) :] = torch.nan
-    if case["mask"]:
+    if case["mask"] and case["mask"][0] in hopper_masks.ROWS:  # whatever they hold, but that is finite
+        keys = hopper_masks.hidden(mask)
+        k.masked_fill_(keys, 100.0)
+        v.masked_fill_(keys, 1000.0)
+    elif case["mask"]:
         visible = naive.visible(q, k, mask=None if isinstance(mask, torch.Tensor) else mask, window=window, **found)
         rows, keys = hopper_masks.unseen(visible)
         q.masked_fill_(rows, torch.nan)
@@ -242,7 +268,7 @@ def check(kind: Kind, case: dict[str, Any], seed: int) -> tuple[bool, str]:
     )  # fmt: skip
     problem = Problem.of(call)
     assert not reasons(problem), reasons(problem)
-    forward = Forward(problem, call)
+    forward = HopperBackend().bind(problem, call).forward
     beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
     results = []
     for _ in range(REPEATS):
@@ -298,12 +324,15 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
             case = draw(kind, random.Random(f"{name} {i}"), i)
             what = case["mask"][0] if case["mask"] else ""
             mask = ("additive" if what in _KEYS else "intervals") if what else "none"
-            shape = (1, 1, 1, 1) if what in _KEYS else ()
+            shape: tuple[int, ...] = (1, 1, 1, 1) if what in _KEYS else ()
+            mask_dtype = hopper_masks.ROWS.get(what)
+            if mask_dtype:
+                mask, shape = "bool" if mask_dtype == torch.bool else "additive", (1, 1, *case["sizes"][3:])
             for dim, value_dim in kind.dims:
                 batch, kv_heads, group, q_len, kv_len = case["sizes"]
                 problem = Problem(
                     "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, dim, value_dim,
-                    mask, shape, None, case["left"], case["right"], case["softcap"], kind.sinks is not None,
+                    mask, shape, mask_dtype, case["left"], case["right"], case["softcap"], kind.sinks is not None,
                     kind.q_lengths, kind.kv_lengths, kind.lse, "",
                 )  # fmt: skip
                 found.add(flags(problem, kind.sinks))

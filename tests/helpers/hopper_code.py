@@ -49,6 +49,27 @@ NAMES = {
     "keys-short": Flags("bf16", _128, INTERVALS, keys=True, lse=True, short=True),
     "64-keys": Flags("bf16", _64, INTERVALS, keys=True, lse=True),
     "256-keys": Flags("bf16", _256, INTERVALS, keys=True),
+    "rows-bool": Flags("bf16", _128, FULL, tiles="bool", listed=True),
+    "rows-bias": Flags("bf16", _128, BAND, tiles="bf16", listed=True),
+    "rows-everything": Flags(
+        "fp16",
+        _128,
+        BAND,
+        tiles="fp32",
+        listed=True,
+        q_lengths=True,
+        kv_lengths=True,
+        sinks="fp32",
+        softcap=True,
+        lse=True,
+    ),
+    "rows-dense": Flags("bf16", _128, BAND, tiles="bf16", lse=True),
+    "64-rows-bool": Flags("bf16", _64, FULL, tiles="bool", listed=True),
+    "64-rows-bias": Flags("bf16", _64, FULL, tiles="bf16"),
+    "64-rows-float": Flags("fp16", _64, BAND, tiles="fp32", listed=True, lse=True),
+    "192-rows-bias": Flags("bf16", (256, 128), BAND, tiles="bf16", listed=True),
+    "256-rows-bool": Flags("bf16", _256, FULL, tiles="bool", listed=True),
+    "256-rows-bias": Flags("bf16", _256, BAND, tiles="fp16", listed=True, lse=True),
 }
 
 

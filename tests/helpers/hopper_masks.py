@@ -17,6 +17,12 @@ from fastattn import Intervals, Segments
 MASKS = ("packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge")
 
 
+#: Tensor masks with a row for each query, by name: their dtypes. What they hide is drawn: nothing, what a causal mask
+#: or a prefix does, squares, some keys, all; some rows see nothing. "odd": the copy engine does not read the layout.
+ROWS = {"rows-bool": torch.bool, "rows-bf16": torch.bfloat16, "rows-fp16": torch.float16, "rows-fp32": torch.float32}
+ROWS |= {f"{name}-odd": dtype for name, dtype in ROWS.items()}
+
+
 class Mask(NamedTuple):
     fields: dict[str, Tensor]  #: of the Call
     argument: Any  #: of the op, for `naive`
@@ -40,6 +46,9 @@ def draw(name: str, rng: random.Random, batch: int, heads: int, q_len: int, kv_l
         lo, hi = _intervals(name, rng, batch, q_len, kv_len)
         both = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lo, hi)]
         return Mask({"lo": both[0], "hi": both[1]}, Intervals(*both), q_len)
+    if name in ROWS:
+        mask = _row_mask(name, rng, batch, heads, q_len, kv_len, device)
+        return Mask({"mask": mask}, mask, q_len)
     mask = _key_mask(name, rng, batch, heads, kv_len).to(device)
     return Mask({"mask": mask}, mask, q_len)
 
@@ -99,6 +108,56 @@ def _key_mask(name: str, rng: random.Random, batch: int, heads: int, kv_len: int
         return torch.zeros(shape, dtype=dtype).masked_fill_(~seen, low)
     values = (rng.choice((1.0, 5.0)) * torch.randn(shape)).to(dtype)
     return values.masked_fill_(~seen, rng.choice((-torch.inf, torch.finfo(dtype).min)))
+
+
+def _row_mask(name: str, rng: random.Random, batch: int, heads: int, q_len: int, kv_len: int, device: str) -> Tensor:
+    shape = rng.choice((1, batch)), rng.choice((1, 1, heads)), q_len, kv_len
+    dtype = ROWS[name]
+    rows = torch.arange(q_len, device=device)[:, None] + kv_len - q_len
+    keys = torch.arange(kv_len, device=device)
+    what = rng.choice(("everything", "causal", "causal", "prefix", "squares", "holes", "window", "nothing"))
+    seen = {
+        "everything": lambda: keys >= 0 * rows,
+        "causal": lambda: keys <= rows,
+        "prefix": lambda: (keys <= rows) | (keys < rng.randint(0, kv_len)),
+        "squares": lambda: (keys // 160 + rows // 160) % 2 == 0,
+        "holes": lambda: torch.rand(shape, device=device) < 0.8,
+        "window": lambda: (keys > rows - 100) & (keys <= rows + 50),
+        "nothing": lambda: keys < 0 * rows,
+    }[what]()
+    seen = seen.expand(shape).clone()
+    seen[:, :, [rng.randrange(q_len) for _ in range(3)]] &= rng.random() < 0.5
+    # Rows lie 16 bytes apart, or an odd number of elements.
+    width = kv_len + 1 - kv_len % 2 if name.endswith("odd") else -(-kv_len // 16) * 16
+    memory = torch.ones(*shape[:3], width, dtype=dtype, device=device)
+    mask = memory[..., :kv_len]
+    if dtype == torch.bool:
+        mask.copy_(seen)
+    else:
+        kind = rng.choice(("zero", "random", "distance"))
+        values = torch.zeros(shape, device=device)
+        if kind == "random":
+            values = rng.choice((1.0, 5.0)) * torch.randn(shape, device=device)
+        elif kind == "distance":  # ALiBi
+            slopes = 2.0 ** -(1 + torch.arange(shape[1], device=device) % 8)
+            values = (slopes[:, None, None] * -(rows - keys).abs()).expand(shape)
+        low = rng.choice((-torch.inf, -torch.inf, torch.finfo(dtype).min, -1e4))
+        mask.copy_(values.to(dtype).masked_fill(~seen, low))
+    if rng.random() < 0.3:  # expanded, or stored as other tensors are
+        mask = (
+            mask.expand(batch, heads, -1, -1)
+            if rng.random() < 0.5
+            else mask.transpose(0, 1).contiguous().transpose(0, 1)
+        )
+        if not name.endswith("odd") and mask.stride(2) % 16:
+            mask = memory[..., :kv_len]
+    return mask
+
+
+def hidden(mask: Tensor) -> Tensor:
+    """Keys `[B|1, 1, Skv, 1]` that a mask hides from all queries of all heads."""
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return ~seen.any(2, keepdim=True).any(1, keepdim=True).mT
 
 
 def unseen(visible: Tensor) -> tuple[Tensor, Tensor]:

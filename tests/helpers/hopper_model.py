@@ -184,25 +184,25 @@ class Descriptor:
     """What the copy engine knows of a tensor [B, H, S, D]."""
 
     layout = None
-    element = 2  #: bytes
 
-    def __init__(self, x: Any, rows: int, columns: int, dtype: str) -> None:
-        self.x, self.rows, self.columns, self.dtype = x, rows, columns, dtype
+    def __init__(self, x: Any, rows: int, columns: int, dtype: Any, size: int = 2) -> None:
+        self.x, self.rows, self.columns, self.dtype, self.size = x, rows, columns, dtype, size
 
     def box(self, place: list[Any]) -> tuple[Any, slice, slice]:
         """The part of the tensor that a box covers, and the rows and columns of the box that it fills."""
         b, h, row, column = (int(x) for x in place)
         length, dim = self.x.shape[2:]
         begin, end = (min(max(x, 0), length) for x in (row, row + self.rows))
-        width = min(self.columns, dim - column)
-        return self.x[b, h, begin:end, column : column + width], slice(begin - row, end - row), slice(0, width)
+        left, right = (min(max(x, 0), dim) for x in (column, column + self.columns))
+        part = self.x[b, h, begin:end, left:right]
+        return part, slice(begin - row, end - row), slice(left - column, right - column)
 
 
 class FlatDescriptor:
     """What it knows of float32 numbers in a row."""
 
     layout = None
-    rows, element = 1, 4
+    rows, size = 1, 4
 
     def __init__(self, x: Any, columns: int) -> None:
         self.x, self.columns = x, columns
@@ -307,6 +307,7 @@ class Model:
 
     def _names(self) -> dict[str, Any]:
         from fastattn.backends.triton.bounds import FIELDS, HEADER
+        from fastattn.backends.triton.prefill.block_lists import HEADER as LIST_HEADER
 
         def jit(f: Any = None, **_: Any) -> Any:
             return f if f is not None else lambda f: f
@@ -351,7 +352,7 @@ class Model:
         nothing = lambda *_: None  # noqa: E731
         return {
             "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
-            "HEADER": HEADER.value, "FIELDS": FIELDS.value,
+            "HEADER": HEADER.value, "FIELDS": FIELDS.value, "LIST_HEADER": LIST_HEADER.value,
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
                 arrive=self._arrive,
@@ -421,7 +422,7 @@ class Model:
         def copy() -> None:
             target[...] = 0
             target[rows, columns] = part
-            full.bytes -= target.size * x.element
+            full.bytes -= target.size * x.size
             full.check()
 
         with self.machine.changed:
@@ -462,8 +463,9 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
     from dataclasses import replace
 
     from fastattn.backends.triton.bounds import Bounds
-    from fastattn.backends.triton.hopper import launch
-    from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, TILE
+    from fastattn.backends.triton.hopper import launch, tensors
+    from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, SIZES, TILE, tiles_of
+    from fastattn.backends.triton.prefill.lists import Lists
     from fastattn.call import Problem
 
     p = Problem.of(call)
@@ -488,17 +490,30 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         if bounds.keys is not None:
             bias_ptr = Pointer(memory.view(torch.float32).numpy(), bounds.keys.bias_at)
             strides = bounds.keys.strides
+    mask_desc, list_strides = None, (0, 0, 0)
+    if flags.tiles:
+        assert tensors.tiles_readable(call.mask)
+        size = SIZES[flags.tiles]
+        element = SimpleNamespace(primitive_bitwidth=8 * size)
+        once = tensors.once(call.mask)
+        mask_desc = Descriptor(once.float().numpy(), ROWS, blocks.keys, element, size)
+        strides = tuple(int(n > 1) for n in once.shape[:2])
+    if flags.listed:
+        entries = replace(p, mask_shape=tuple(once.shape))
+        lists = Lists(entries, call._replace(mask=once), TILE, blocks.keys)
+        bounds_ptr, list_strides = Pointer(lists(call).clone().numpy()), lists.strides
     rows = -(-p.q_len // TILE)
     left, right = (launch._OPEN if side < 0 else min(side, launch._OPEN) for side in (p.left, p.right))
-    log2_e = math.log2(math.e)
+    log2_e = 1.0 if flags.tiles and flags.tiles != "bool" else math.log2(math.e)
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
     integers = {
         "batch": p.batch, "heads": p.q_heads, "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len, "left": left,
         "right": right, "rows": rows, "section": p.group, "dv8": p.value_dim // 8, "bias_b": strides[0],
-        "bias_h": strides[1],
+        "bias_h": strides[1], "list_b": list_strides[0], "list_h": list_strides[1], "list_m": list_strides[2],
     }  # fmt: skip
     names = dict(
-        MASK=flags.mask, KEYS=flags.keys, Q_LENGTHS=flags.q_lengths, KV_LENGTHS=flags.kv_lengths,
+        MASK=flags.mask, KEYS=flags.keys, TILES=tiles_of(flags), MASK_STAGES=flags.mask_stages, LISTED=flags.listed,
+        Q_LENGTHS=flags.q_lengths, KV_LENGTHS=flags.kv_lengths,
         SINKS=bool(flags.sinks), SOFTCAP=flags.softcap, LSE=True, BLOCK_M=TILE, BLOCK_N=blocks.keys, D=dim,
         DV=value_dim, STAGES=blocks.stages, Q_SLOTS=blocks.q_slots, STAGED=blocks.staged, TURNS=blocks.turns,
     )  # fmt: skip
@@ -506,7 +521,7 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         "q_desc": described(call.q, ROWS, dim), "k_desc": described(call.k, blocks.keys, dim),
         "v_desc": described(call.v, blocks.keys, value_dim),
         "out_desc": described(out.transpose(0, 2, 1, 3), ROWS, value_dim),
-        "out_ptr": Pointer(out.reshape(-1), element=flags.dtype), "lse_ptr": Pointer(lse),
+        "mask_desc": mask_desc, "out_ptr": Pointer(out.reshape(-1), element=flags.dtype), "lse_ptr": Pointer(lse),
         "sinks_ptr": pointer(call.sinks), "q_lengths_ptr": pointer(call.q_lengths),
         "kv_lengths_ptr": pointer(call.kv_lengths), "bounds_ptr": bounds_ptr, "bias_ptr": bias_ptr,
         **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),

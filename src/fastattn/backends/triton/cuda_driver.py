@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-_BFLOAT16, _FLOAT16 = 9, 6  #: CUtensorMapDataType
-_FLOAT32 = 7
-_SWIZZLES = {64: 3, 32: 2}  #: CUtensorMapSwizzle, by the columns of a box: a row of it is swizzled as a whole
-_PROMOTE_TO_128 = 2  #: CUtensorMapL2promotion
+_FLOAT32 = 7  #: CUtensorMapDataType
+_TYPES = {"bf16": (9, 2), "fp16": (6, 2), "fp32": (7, 4), "bool": (0, 1)}  #: CUtensorMapDataType, and bytes
+_SWIZZLES, _PROMOTE_TO_128 = {64: 2, 128: 3}, 2  #: CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_SHARED = 8  #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_ROW = 128  #: bytes that a swizzled row has, at most
 _DESCRIPTION = 128  #: bytes of a CUtensorMap, which lies at a multiple of 64
 
 _loading = threading.Lock()
@@ -156,29 +156,31 @@ class Description:
 
 
 def describe(
-    address: int, shape: tuple[int, ...], strides: tuple[int, ...], half: bool, rows: int, columns: int = 64
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0
 ) -> Description:
-    """A tensor `[B, H, S, D]` of 2-byte elements read or written in boxes of `rows` tokens of one head.
+    """A tensor `[B, H, S, D]` read or written in boxes of `rows` tokens of one head.
 
-    address: a multiple of 16. strides: in elements, multiples of 8 (anything along dims of size 1), the last 1.
-    half: float16, otherwise bfloat16. columns: of a box, 64 or 32, as the kernel lays it out. What a box has outside of
-    the tensor reads as 0 and is not written.
+    address: a multiple of 16. strides: in elements, multiples of 16 bytes (anything along dims of size 1), the last 1.
+    dtype: "bf16", "fp16", "fp32" or "bool". columns: of a block in shared memory, where they may take less than 128
+    bytes (64 at least). What a box has outside of the tensor reads as 0 and is not written.
     """
+    kind, size = _TYPES[dtype]
+    row = min(columns * size or _ROW, _ROW)
     made = Description()
     batch, heads, length, dim = shape
     # Where there is only one of a thing its stride means nothing, but must be a legal one.
-    steps = [2 * s if n > 1 else 16 for s, n in ((strides[2], length), (strides[1], heads), (strides[0], batch))]
+    steps = [size * s if n > 1 else 16 for s, n in ((strides[2], length), (strides[1], heads), (strides[0], batch))]
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(made.address),
-        _FLOAT16 if half else _BFLOAT16,
+        kind,
         4,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 4)(dim, length, heads, batch),
         (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(columns, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(row // size, rows, 1, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,  # not interleaved
-        _SWIZZLES[columns],
+        _SWIZZLES[row],
         _PROMOTE_TO_128,
         0,  # filled with zeros
     )

@@ -24,7 +24,10 @@ _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
 #: Bounds of rows take registers too: with Triton 3.6 up to 29 are spilled, with 3.9 more, and a few in the loops, most
 #: of them in blocks that are masked.
 _SPILLED, _SPILLED_UNMASKED, _SPILLED_BOUNDS = 16, 80, 130
+#: A mask with rows and lists: what a tile needs once waits outside of the loops.
+_SPILLED_LISTED = 60
 _IN_A_LOOP, _IN_A_WIDE_LOOP, _IN_A_LOOP_WITH_BOUNDS, _IN_A_LOOP_WITH_KEYS = 0, 3, 14, 18
+_IN_A_LISTED_LOOP = 5  #: reads of what was spilled; nothing is spilled in it but in one of wide heads
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -51,10 +54,11 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
     assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
     assert code["shared"] <= _SHARED
-    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 12)._make()[0])
+    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 15)._make()[0])
     if not wide:
         spilled = {FULL: _SPILLED_UNMASKED, INTERVALS: _SPILLED_BOUNDS}
-        assert code["stores"] <= spilled.get(flags.mask, _SPILLED)
+        most = _SPILLED if flags.tiles else spilled.get(flags.mask, _SPILLED)
+        assert code["stores"] <= (_SPILLED_LISTED if flags.listed else most)
     # Two consumers; each has the loop over blocks twice, with a tile after it and without.
     assert len(code["loops"]) == 4
     for loop in code["loops"]:
@@ -63,6 +67,10 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
         spilled_here = _IN_A_WIDE_LOOP if wide else _IN_A_LOOP
         if flags.mask == INTERVALS:
             spilled_here = _IN_A_LOOP_WITH_KEYS if flags.keys else _IN_A_LOOP_WITH_BOUNDS
+        if flags.listed:
+            spilled_here = _IN_A_LISTED_LOOP + wide
+            assert loop["stores"] <= wide
         assert loop["stores"] + loop["loads"] <= spilled_here
         assert (loop["turns"], loop["passed"]) == ((1, 1) if flags.blocks.turns else (0, 0))
-        assert loop["beside"] >= 0.9 * loop["exponentials"] > 0, "the softmax does not run beside a product"
+        share = 0.8 if flags.listed else 0.9
+        assert loop["beside"] >= share * loop["exponentials"] > 0, "the softmax does not run beside a product"

@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from hopper_cases import COUNT, KINDS, draw
+from hopper_masks import ROWS
 
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
-from fastattn.backends.triton.hopper import launch
+from fastattn.backends.triton.hopper import HopperBackend, launch, tensors
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
 from fastattn.call import Call, Problem
 
 #: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
 MASK_KINDS = dict.fromkeys(("intervals", "entry", "holes"), "intervals")
 MASK_KINDS |= {"bool": "bool", "bias": "additive", "edge": "additive"}
+MASK_KINDS |= {name: "bool" if dtype == torch.bool else "additive" for name, dtype in ROWS.items()}
 
 _on_hopper = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -46,8 +48,11 @@ def test_takes_what_it_is_made_for() -> None:
         ("intervals", (1, 300)),
         ("bool", (2, 1, 1, 500)),
         ("additive", (1, 8, 1, 1)),
+        ("bool", (1, 1, 300, 500)),
+        ("additive", (2, 8, 300, 500)),
     ):
-        assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
+        masked = dataclasses.replace(everything, mask=mask, mask_shape=shape, mask_dtype=torch.float32)
+        assert launch.reasons(masked) == [] == HopperBackend().reasons(masked)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +61,10 @@ def test_takes_what_it_is_made_for() -> None:
         ({"capability": (10, 0)}, "compute capability 9.0, this device is 10.0"),
         ({"device": "cpu", "capability": (0, 0)}, "this device is a cpu"),
         ({"dtype": torch.float32}, "not float32"),
-        ({"mask": "bool", "mask_shape": (1, 1, 300, 500)}, "has no bool mask with a row for each query"),
-        ({"mask": "additive", "mask_shape": (2, 8, 300, 1)}, "has no additive mask with a row for each query"),
+        (
+            {"mask": "additive", "mask_shape": (2, 8, 300, 500), "mask_dtype": torch.float64},
+            "has no float64 mask with a row for each query",
+        ),
         ({"head_dim": 264}, "head dim 264"),
         ({"value_dim": 20}, "value dim 20"),
         ({"kv_len": 0}, "no queries or no keys"),
@@ -120,6 +127,49 @@ def test_masks_by_row_share_a_binary() -> None:
         assert found == {Flags("bf16", (128, 128), INTERVALS, keys=keys, short=True)}
 
 
+def test_masks_with_rows_take_tiles() -> None:
+    """Of the mask only its dtype names the binary, and whether blocks are listed; a causal mask is a band there."""
+    bool_mask = {"mask": "bool", "mask_shape": (2, 1, 300, 500), "mask_dtype": torch.bool}
+    assert launch.flags(problem(**bool_mask)) == Flags("bf16", (128, 128), FULL, tiles="bool")
+    square = {"q_len": 500, "right": 0}
+    assert launch.flags(problem(**bool_mask, **square)) == Flags("bf16", (128, 128), BAND, tiles="bool")
+    for dtype, name in (torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32"):
+        for shape in (1, 1, 300, 4000), (2, 8, 300, 4000):
+            changes = {"mask": "additive", "mask_shape": shape, "mask_dtype": dtype, "kv_len": 4000, "q_lengths": True}
+            expected = Flags("bf16", (128, 128), FULL, tiles=name, listed=True, q_lengths=True)
+            assert launch.flags(problem(**changes)) == expected
+            assert str(expected) == f"Hopper forward bf16 128/128 full listed q_lengths mask {name}"
+
+
+def test_masks_that_the_copy_engine_reads() -> None:
+    for dtype, step in (torch.bool, 16), (torch.bfloat16, 8), (torch.float32, 4):
+        x = torch.empty(2, 4, 30, 20 * step, dtype=dtype)
+        assert tensors.tiles_readable(x)
+        assert tensors.tiles_readable(x[..., step : step + 7]) and tensors.tiles_readable(x[..., 1:8])
+        assert tensors.tiles_readable(x[:1, :1].expand(5, 4, 30, 20 * step))
+        assert tensors.tiles_readable(x.transpose(1, 2).contiguous().transpose(1, 2))
+        assert not tensors.tiles_readable(torch.empty(2, 4, 30, 20 * step + 1, dtype=dtype))
+        assert not tensors.tiles_readable(x.mT) and not tensors.tiles_readable(x[..., ::2])
+        assert not tensors.tiles_readable(x[..., :1])
+        assert not tensors.tiles_readable(x[:, :, :1].expand(2, 4, 30, 20 * step))
+        assert tensors.once(x[:1, :1].expand(5, 4, 30, 20 * step)).shape == (1, 1, 30, 20 * step)
+        assert tensors.once(x).shape == x.shape
+
+
+def test_other_masks_with_rows_get_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `reasons` cannot see is served all the same."""
+    from fastattn.backends.triton.prefill import PrefillBackend
+
+    monkeypatch.setattr(PrefillBackend, "bind", lambda self, p, call: "portable")
+    monkeypatch.setattr(launch, "Forward", lambda p, call: "tiles")
+    q = torch.empty(1, 2, 9, 128, dtype=torch.bfloat16)
+    for keys, expected in (13, "portable"), (16, "tiles"):
+        k = torch.empty(1, 2, keys, 128, dtype=torch.bfloat16)
+        call = Call(q, k, k, mask=torch.ones(1, 1, 9, keys, dtype=torch.bool))
+        found = HopperBackend().bind(Problem.of(call), call)
+        assert getattr(found, "forward", found) == expected
+
+
 def test_every_binary_of_other_lengths_is_known_beforehand() -> None:
     for changes in ({}, {"right": 0}, {"left": 9, "right": 0}, {"kv_lengths": True, "right": 0}, {"head_dim": 256}):
         listed = launch.all_flags(problem(**changes))
@@ -140,16 +190,16 @@ def test_a_call_is_not_bound_before_its_binary_is_there(monkeypatch: pytest.Monk
 
 def test_layouts_that_the_copy_engine_reads() -> None:
     x = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
-    assert launch.readable(x)
-    assert launch.readable(x.transpose(1, 2))
-    assert launch.readable(x[:, :, 3:7])
-    assert launch.readable(torch.empty(2, 10, 3, 4, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2))
+    assert tensors.readable(x)
+    assert tensors.readable(x.transpose(1, 2))
+    assert tensors.readable(x[:, :, 3:7])
+    assert tensors.readable(torch.empty(2, 10, 3, 4, 64, dtype=torch.bfloat16)[:, :, 1].transpose(1, 2))
     one = torch.empty(1, 1, 10, 64, dtype=torch.bfloat16)
-    assert launch.readable(one.as_strided((1, 1, 10, 64), (3, 5, 64, 1)))  # strides of what there is one of
-    assert not launch.readable(x[..., 1:57])  # starts at 2 bytes
-    assert not launch.readable(x.mT)
-    assert not launch.readable(torch.empty(2, 4, 10, 68, dtype=torch.bfloat16)[..., :64])  # rows 136 bytes apart
-    assert not launch.readable(x[:, :1].expand(2, 4, 10, 64))
+    assert tensors.readable(one.as_strided((1, 1, 10, 64), (3, 5, 64, 1)))  # strides of what there is one of
+    assert not tensors.readable(x[..., 1:57])  # starts at 2 bytes
+    assert not tensors.readable(x.mT)
+    assert not tensors.readable(torch.empty(2, 4, 10, 68, dtype=torch.bfloat16)[..., :64])  # rows 136 bytes apart
+    assert not tensors.readable(x[:, :1].expand(2, 4, 10, 64))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -173,11 +223,18 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
                 q_lengths=kind.q_lengths,
                 kv_lengths=kind.kv_lengths,
                 mask=MASK_KINDS.get(case["mask"][0], "segments") if case["mask"] else "none",
-                mask_shape=(1, 1, 1, 1),
+                mask_shape=(1, 1, q_len if case["mask"] and case["mask"][0] in ROWS else 1, kv_len),
+                mask_dtype=ROWS.get(case["mask"][0]) if case["mask"] else None,
             )
         )
         if kind.masks:
-            assert case["mask"][0] in kind.masks and found.mask == INTERVALS
+            what = case["mask"][0]
+            assert what in kind.masks
+            if what in ROWS and q_len > 1:
+                assert found.tiles and found.mask == (BAND if max(case["left"], case["right"]) >= 0 else FULL)
+                assert found.listed == (kv_len >= 1024)
+            else:
+                assert found.mask == INTERVALS
             continue
         if kind.band == "full":
             assert found.mask == FULL

@@ -11,7 +11,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
 import naive
-from hopper_masks import MASKS, draw, unseen
+from hopper_masks import MASKS, ROWS, draw, hidden, unseen
 
 from fastattn.call import Call
 
@@ -55,7 +55,15 @@ def equals_the_truth(rng: random.Random, dim: int, mask: str, **options: object)
     tensor_mask = isinstance(argument, torch.Tensor)
     visible = naive.visible(q, k, mask=None if tensor_mask else argument, window=(left, right), **lengths)
     rows, keys = unseen(visible)
-    if drawn:  # under a band alone only lengths exclude anything
+    if mask in ROWS:  # hidden keys hold anything finite; only lengths exclude more
+        keys = hidden(argument).expand(-1, kv_heads, -1, -1)
+        k.masked_fill_(keys, 100.0)
+        v.masked_fill_(keys, 1000.0)
+        for b in range(batch if lengths else 0):
+            q[b, :, max(int(lengths["q_lengths"][b]), 0) :] = torch.nan
+            for x in (k, v):
+                x[b, :, max(int(lengths["kv_lengths"][b]), 0) :] = torch.nan
+    elif drawn:  # under a band alone only lengths exclude anything
         q.masked_fill_(rows, torch.nan)
         k.masked_fill_(keys, torch.nan)
         v.masked_fill_(keys, rng.choice((torch.nan, torch.inf)))
@@ -86,6 +94,14 @@ def test_head_dims(dim: int, mask: str, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(2):
         equals_the_truth(rng, dim, mask, short=False)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
+@pytest.mark.parametrize("mask", [name for name in ROWS if not name.endswith("odd")])
+def test_masks_with_rows(mask: str, listed: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    for dim in (64, 64, 128, 192, 256):
+        equals_the_truth(rng, dim, mask, listed=listed)
 
 
 def test_bands_and_lengths(seed: int) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
+from .. import prefill
 from ..binaries.flag_set import FlagSet
 from ..hopper_backward import launch as backward
-from . import launch
+from . import launch, tensors
 
 
 class HopperBackend:
@@ -22,15 +23,25 @@ class HopperBackend:
         if problem.backward:
             return backward.reasons(problem)
         why = launch.reasons(problem)
-        if problem.dense_mask:
-            why.append("its kernel for masks of keys has not been verified on a GPU since it was last changed")
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
-        return backward.binaries(problem) if problem.backward else launch.all_flags(problem)
+        if problem.backward:
+            return backward.binaries(problem)
+        if launch.has_rows(problem):
+            from ..representative import representative
+
+            mask = representative(problem).mask
+            if mask is not None and not tensors.tiles_readable(mask):
+                return prefill.PrefillBackend().binaries(problem)
+        return launch.all_flags(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
-        return backward.bind(problem, call) if problem.backward else _HopperKernel(launch.Forward(problem, call))
+        if problem.backward:
+            return backward.bind(problem, call)
+        if launch.has_rows(problem) and call.mask is not None and not tensors.tiles_readable(call.mask):
+            return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
+        return _HopperKernel(launch.Forward(problem, call))
 
 
 class _HopperKernel(ForwardOnly):

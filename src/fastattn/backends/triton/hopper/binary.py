@@ -35,6 +35,23 @@ SHORT_BLOCKS = {
     (64, 64): Blocks(64, 8, 2, True, turns=False),
     (128, 128): Blocks(64, 4, 2, True, turns=True),
 }
+#: Under a mask with a row for each query, whose tiles are in shared memory too: by dims and bytes of a mask's element,
+#: and how many tiles of it there are.
+TILED_BLOCKS = {
+    ((64, 64), 1): (Blocks(128, 4, 2, True, turns=False), 2),
+    ((64, 64), 2): (Blocks(128, 3, 2, True, turns=False), 2),
+    ((64, 64), 4): (Blocks(64, 4, 2, True, turns=False), 3),
+    ((128, 128), 1): (Blocks(128, 2, 1, True, turns=True), 2),
+    ((128, 128), 2): (Blocks(64, 3, 1, True, turns=True), 4),
+    ((128, 128), 4): (Blocks(64, 3, 1, True, turns=True), 2),
+    ((256, 128), 1): (Blocks(64, 2, 1, True, turns=True), 2),
+    ((256, 128), 2): (Blocks(64, 2, 1, True, turns=True), 2),
+    ((256, 128), 4): (Blocks(64, 2, 1, True, turns=True), 1),
+    ((256, 256), 1): (Blocks(64, 2, 1, False, turns=True), 2),
+    ((256, 256), 2): (Blocks(64, 2, 1, False, turns=True), 2),
+    ((256, 256), 4): (Blocks(64, 2, 1, False, turns=True), 1),
+}
+SIZES = {"bool": 1, "bf16": 2, "fp16": 2, "fp32": 4}  #: of elements of such masks, by dtype in `Flags.tiles`
 SHORT = 768  #: keys
 ROWS = 64  #: queries of one consumer
 TILE = 2 * ROWS
@@ -48,6 +65,8 @@ class Flags:
     dims: tuple[int, int]  #: a key of `BLOCKS`
     mask: int
     keys: bool = False  #: with INTERVALS: keys have biases
+    tiles: str = ""  #: with FULL or BAND: a key of `SIZES`, the dtype of a mask with a row for each query, or "": none
+    listed: bool = False  #: of such a mask: which blocks are visited is in lists
     q_lengths: bool = False
     kv_lengths: bool = False
     sinks: str = ""  #: their dtype in Triton's words, or "": none
@@ -57,11 +76,28 @@ class Flags:
 
     @property
     def blocks(self) -> Blocks:
+        if self.tiles:
+            return TILED_BLOCKS[self.dims, SIZES[self.tiles]][0]
         return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
 
+    @property
+    def mask_stages(self) -> int:
+        """Tiles of the mask in shared memory."""
+        return TILED_BLOCKS[self.dims, SIZES[self.tiles]][1] if self.tiles else 0
+
     def __str__(self) -> str:
-        words = ["Hopper forward", self.dtype, f"{self.dims[0]}/{self.dims[1]}", ("full", "aligned", "band")[self.mask]]
-        words += [name for name in ("q_lengths", "kv_lengths", "softcap", "lse", "short") if getattr(self, name)]
+        words = [
+            "Hopper forward",
+            self.dtype,
+            f"{self.dims[0]}/{self.dims[1]}",
+            ("full", "aligned", "band", "intervals")[self.mask],
+        ]
+        words += [
+            name
+            for name in ("keys", "listed", "q_lengths", "kv_lengths", "softcap", "lse", "short")
+            if getattr(self, name)
+        ]
+        words += [f"mask {self.tiles}"] if self.tiles else []
         return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
 
     # What a `FlagSet` has.
@@ -85,8 +121,22 @@ def compile_binary(flags: Flags) -> Binary:
     return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
 
 
+#: In Triton's words, and in Gluon's.
+_ELEMENTS = {
+    "bool": ("u8", "uint8"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp16": ("fp16", "float16"),
+    "fp32": ("fp32", "float32"),
+}
+
+
+def tiles_of(flags: Flags) -> int:
+    """What the kernel knows of the mask: NO_TILES, BOOL or ADDITIVE of `parts.py`."""
+    return 0 if not flags.tiles else 1 if flags.tiles == "bool" else 2
+
+
 def compile_kernel(flags: Flags, **changes: Any) -> Any:
-    """Triton's own result. changes: fields of `Blocks`, for measurements."""
+    """Triton's own result. changes: fields of `Blocks` and mask_stages, for measurements."""
     from triton.experimental.gluon import language as gl
 
     from ...._compat.gluon import SOURCE_OF
@@ -94,12 +144,13 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
     from .forward import INTEGERS, forward_kernel
 
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[flags.dtype]
+    mask_stages = changes.pop("mask_stages", flags.mask_stages)
     blocks = replace(flags.blocks, **changes)
     dim, value_dim = flags.dims
 
-    def descriptor(rows: int, columns: int) -> str:
+    def descriptor(rows: int, columns: int, name: str = flags.dtype, element: Any = element) -> str:
         box = [1, 1, rows, columns]
-        return f"tensordesc<{flags.dtype}{box!r},{gl.NVMMASharedLayout.get_default_for(box, element)!r}>"
+        return f"tensordesc<{name}{box!r},{gl.NVMMASharedLayout.get_default_for(box, element)!r}>"
 
     signature = dict.fromkeys(forward_kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(("inner", "scale"), "fp32")
@@ -107,6 +158,9 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
     signature |= {"k_desc": descriptor(blocks.keys, dim), "v_desc": descriptor(blocks.keys, value_dim)}
     if blocks.staged:
         signature["out_desc"] = descriptor(ROWS, value_dim)
+    if flags.tiles:
+        name, kind = _ELEMENTS[flags.tiles]
+        signature["mask_desc"] = descriptor(ROWS, blocks.keys, name, getattr(gl, kind))
     if flags.lse:
         signature["lse_ptr"] = "*fp32"
     if flags.sinks:
@@ -115,7 +169,7 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         signature["q_lengths_ptr"] = "*i32"
     if flags.kv_lengths:
         signature["kv_lengths_ptr"] = "*i32"
-    if flags.mask == INTERVALS:
+    if flags.mask == INTERVALS or flags.listed:
         signature["bounds_ptr"] = "*i32"
     if flags.keys:
         signature["bias_ptr"] = "*fp32"
@@ -129,6 +183,9 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         "STAGED": blocks.staged,
         "MASK": flags.mask,
         "KEYS": flags.keys,
+        "TILES": tiles_of(flags),
+        "MASK_STAGES": mask_stages,
+        "LISTED": flags.listed,
         "Q_LENGTHS": flags.q_lengths,
         "KV_LENGTHS": flags.kv_lengths,
         "SINKS": bool(flags.sinks),

@@ -5,18 +5,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .masking import drop_unseen, load_bias, look, mask, masked_blocks, share_bias
+from .masking import drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
 from .output import clear, store
-from .parts import ALIGNED, BAND, INTERVALS, ROWS
+from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS
 from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
-from .tiles import block_start, queries_of, share, span, start_walk, tile, total_tiles
+from .tiles import block_start, listed_index, queries_of, read_list, share, span, start_walk, tile, total_tiles
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
 
 @gluon.jit
 def _attend(
-    q, pipe, acc, base, l_i, p, slot, phase, m, b, n, anchor, first, inner, scale, zero, seen, group: gl.constexpr,
-    shape, cfg,
+    q, pipe, acc, base, l_i, p, slot, phase, mask_slot, mask_phase, m, b, n, anchor, first, inner, scale, zero, seen,
+    group: gl.constexpr, shape, cfg,
 ):  # fmt: skip
     """All of a tile's blocks but the first, to whose P it adds up; the last block's P is left to the caller.
 
@@ -37,6 +37,8 @@ def _attend(
         k_slot, k_phase = next_slot(slot, phase, cfg.STAGES)
         if cfg.KEYS:
             bias = load_bias(anchor, first, j, scale, seen, cfg)
+        if cfg.LISTED:
+            index = listed_index(seen, j)  # early: it is there when it is needed
         mbarrier.wait(pipe.k_full.index(k_slot), k_phase)
         k = pipe.k.index(k_slot).reshape([cfg.BLOCK_N, cfg.D])
         take_turn(group, cfg)
@@ -49,7 +51,18 @@ def _attend(
         acc = warpgroup_mma(p_operand, v, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         s = bent(s, inner, pipe, seen, group, cfg)
-        if cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M):
+        if cfg.LISTED:
+            if j < seen.others:
+                s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
+                if is_cut(index, anchor, first, group, shape, cfg):
+                    s = mask(s, anchor, first, index, seen, group, shape, cfg)
+            elif cfg.TILES == ADDITIVE:
+                s = s * scale
+        elif cfg.TILES != NO_TILES:
+            s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
+        if not cfg.LISTED and (
+            cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M)
+        ):
             if (j >= cut) | (j < edge):
                 s = mask(s, anchor, first, j, seen, group, shape, cfg)
         new_base = gl.maximum(base, largest(s, scale, cfg))
@@ -64,7 +77,7 @@ def _attend(
         acc = acc * gl.convert_layout(decay, row_layout)[:, None]
         slot = k_slot
         phase = k_phase
-    return acc, base, l_i, p, slot, phase
+    return acc, base, l_i, p, slot, phase, mask_slot, mask_phase
 
 
 @gluon.jit
@@ -95,13 +108,17 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     phase = 0
     q_slot = 0
     q_phase = 0
+    mask_slot = 0
+    mask_phase = 0
     if group == 1:
         pass_turn(1, cfg)
     m, b, h, level, before, count = tile(0, total, pid, programs, level, before, count, shape, cfg, 4)
-    anchor, first, n = span(m, b, shape, cfg)
+    anchor, first, n = span(m, b, h, shape, cfg)
     seen = 0
     if cfg.MASK == INTERVALS:
         seen = look(m, b, h, group, row_layout, shape, cfg)
+    if cfg.LISTED:
+        seen = read_list(m, b, h, shape, cfg)
     if cfg.KEYS:
         share_bias(load_bias(anchor, first, 0, scale, seen, cfg), pipe, seen, group)
     mbarrier.wait(pipe.q_full.index(group), 0)
@@ -113,13 +130,36 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     pass_turn(group, cfg)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(pipe.empty.index(0))
-    base, l_i, p = first_block(s, pipe, anchor, first, inner, scale, seen, group, shape, cfg)
+    base, l_i, p, mask_slot, mask_phase = first_block(
+        s, pipe, mask_slot, mask_phase, anchor, first, inner, scale, seen, group, shape, cfg
+    )
     p = pack(p, pipe.v.dtype, cfg)
     for i in range(1, mine):
         acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
         q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
-        acc, base, l_i, p, slot, phase = _attend(
-            q, pipe, acc, base, l_i, p, slot, phase, m, b, n, anchor, first, inner, scale, zero, seen, group, shape, cfg
+        acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
+            q,
+            pipe,
+            acc,
+            base,
+            l_i,
+            p,
+            slot,
+            phase,
+            mask_slot,
+            mask_phase,
+            m,
+            b,
+            n,
+            anchor,
+            first,
+            inner,
+            scale,
+            zero,
+            seen,
+            group,
+            shape,
+            cfg,
         )
         mbarrier.arrive(pipe.q_empty.index(q_slot * 2 + group))
         _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
@@ -129,9 +169,11 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         queries = queries_of(b, shape, cfg)
         factor = close(base, scale, l_i, b, h, done_row, queries, results, seen, shape, cfg)
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 4)
-        anchor, first, n = span(m, b, shape, cfg)
+        anchor, first, n = span(m, b, h, shape, cfg)
         if cfg.MASK == INTERVALS:
             seen = look(m, b, h, group, row_layout, shape, cfg)
+        if cfg.LISTED:
+            seen = read_list(m, b, h, shape, cfg)
         # This tile's last product with values, beside the next tile's first block.
         p_operand = as_operand(p, pipe.v.dtype, p_layout, cfg)
         q_slot, q_phase = next_slot(q_slot, q_phase, cfg.Q_SLOTS)
@@ -151,7 +193,9 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
         acc = warpgroup_mma(p_operand, v, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        base, l_i, p = first_block(s, pipe, anchor, first, inner, scale, seen, group, shape, cfg)
+        base, l_i, p, mask_slot, mask_phase = first_block(
+            s, pipe, mask_slot, mask_phase, anchor, first, inner, scale, seen, group, shape, cfg
+        )
         stay_below(n)
         acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
         p = pack(p, pipe.v.dtype, cfg)
@@ -161,8 +205,29 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         store(acc, factor, done_b, done_h, done_row, queries, results, group, shape, cfg)
     acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
     q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
-    acc, base, l_i, p, slot, phase = _attend(
-        q, pipe, acc, base, l_i, p, slot, phase, m, b, n, anchor, first, inner, scale, zero, seen, group, shape, cfg
+    acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
+        q,
+        pipe,
+        acc,
+        base,
+        l_i,
+        p,
+        slot,
+        phase,
+        mask_slot,
+        mask_phase,
+        m,
+        b,
+        n,
+        anchor,
+        first,
+        inner,
+        scale,
+        zero,
+        seen,
+        group,
+        shape,
+        cfg,
     )
     _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
     row = m * cfg.BLOCK_M + group * ROWS

@@ -24,11 +24,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .consumer import consume
-from .parts import ROWS, Config, Pipe, Results, Shape
+from .parts import NO_TILES, ROWS, Config, Pipe, Results, Shape
 from .producer import produce
 
 #: Never specialised, and without a known alignment: one binary serves every length.
-INTEGERS = ["batch", "heads", "group", "q_len", "kv_len", "left", "right", "rows", "section", "dv8", "bias_b", "bias_h"]
+INTEGERS = [
+    "batch", "heads", "group", "q_len", "kv_len", "left", "right", "rows", "section", "dv8", "bias_b", "bias_h",
+    "list_b", "list_h", "list_m",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=INTEGERS)
@@ -37,12 +40,13 @@ def forward_kernel(
     k_desc,  # [B, Hkv, Skv, D] in boxes of [1, 1, BLOCK_N, D]
     v_desc,  # [B, Hkv, Skv, Dv]
     out_desc,  # [B, Hq, Sq, Dv], or None where not STAGED
+    mask_desc,  # [B|1, H|1, Sq, Skv] in boxes of [1, 1, ROWS, BLOCK_N], or None
     out_ptr,
     lse_ptr,  # from here on None where the configuration says so
     sinks_ptr,
     q_lengths_ptr,
     kv_lengths_ptr,
-    bounds_ptr,  # int32, see `bounds.py`
+    bounds_ptr,  # int32, see `bounds.py`; with LISTED `block_lists.py`
     bias_ptr,  # float32 [B|1, H|1, Skv]
     batch,
     heads,
@@ -56,6 +60,9 @@ def forward_kernel(
     dv8,
     bias_b,
     bias_h,
+    list_b,
+    list_h,
+    list_m,
     inner,
     scale,
     BLOCK_M: gl.constexpr,
@@ -67,6 +74,9 @@ def forward_kernel(
     STAGED: gl.constexpr,
     MASK: gl.constexpr,
     KEYS: gl.constexpr,
+    TILES: gl.constexpr,
+    MASK_STAGES: gl.constexpr,
+    LISTED: gl.constexpr,
     Q_LENGTHS: gl.constexpr,
     KV_LENGTHS: gl.constexpr,
     SINKS: gl.constexpr,
@@ -84,6 +94,9 @@ def forward_kernel(
         STAGED,
         MASK,
         KEYS,
+        TILES,
+        MASK_STAGES,
+        LISTED,
         Q_LENGTHS,
         KV_LENGTHS,
         SINKS,
@@ -93,12 +106,22 @@ def forward_kernel(
     )
     shape = Shape(
         q_lengths_ptr, kv_lengths_ptr, bounds_ptr, bias_ptr, batch, heads, group, q_len, kv_len, left, right, rows,
-        section, bias_b, bias_h,
+        section, bias_b, bias_h, list_b, list_h, list_m,
     )  # fmt: skip
     flags: gl.constexpr = mbarrier.MBarrierLayout()
     bias = None
     if KEYS:
         bias = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tiles = None
+    tiles_full = None
+    tiles_empty = None
+    if TILES != NO_TILES:
+        tiles = gl.allocate_shared_memory(mask_desc.dtype, [2 * MASK_STAGES, 1, 1, ROWS, BLOCK_N], mask_desc.layout)
+        tiles_full = gl.allocate_shared_memory(gl.int64, [MASK_STAGES, 1], flags)
+        tiles_empty = gl.allocate_shared_memory(gl.int64, [MASK_STAGES, 1], flags)
+        for i in gl.static_range(MASK_STAGES):
+            mbarrier.init(tiles_full.index(i), count=1)
+            mbarrier.init(tiles_empty.index(i), count=2)
     pipe = Pipe(
         gl.allocate_shared_memory(q_desc.dtype, [2 * Q_SLOTS, 1, 1, ROWS, D], q_desc.layout),
         gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
@@ -109,6 +132,9 @@ def forward_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         bias,
+        tiles,
+        tiles_full,
+        tiles_empty,
     )
     staging = None
     if STAGED:
@@ -126,7 +152,7 @@ def forward_kernel(
         [
             (consume, (pipe, results, inner, scale, 0, shape, cfg)),
             (consume, (pipe, results, inner, scale, 1, shape, cfg)),
-            (produce, (q_desc, k_desc, v_desc, pipe, shape, cfg)),
+            (produce, (q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg)),
         ],
         [4, 1],
         [240, 24],

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ....shape_cache import shape_cache
-from ...layout import Output, copied
+from ...layout import Output
 from ...scratch import scratch
 from ..binaries import store as binaries
-from ..cuda_driver import Description, Function, describe, make_current
+from ..cuda_driver import Description, Function, make_current
 from ..launcher import INSTALL, has_triton
+from ..prefill.launch_config import LISTED_KEYS
 from .binary import (
     ALIGNED,
     BAND,
@@ -34,14 +34,15 @@ from .binary import (
     TILE,
     Flags,
 )
+from .tensors import describe_mask, described, once
 
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
 _MOST_KEYS = 1 << 28  #: nor do lengths
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
-_ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_INTEGERS = struct.Struct("12i2f")
+_BIASES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INTEGERS = struct.Struct("15i2f")
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -53,8 +54,8 @@ def reasons(problem: Problem) -> list[str]:
         why.append(INSTALL)
     if p.dtype not in (torch.bfloat16, torch.float16):
         why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
-    if p.dense_mask and p.mask_shape[2] != 1:
-        why.append(f"has no {p.mask} mask with a row for each query")
+    if has_rows(p) and p.mask == "additive" and p.mask_dtype not in _BIASES:
+        why.append(f"has no {str(p.mask_dtype).removeprefix('torch.')} mask with a row for each query")
     if p.empty:
         why.append("no queries or no keys")
     elif dims(p) is None:
@@ -62,6 +63,11 @@ def reasons(problem: Problem) -> list[str]:
     if max(p.q_len, p.kv_len) > _MOST_KEYS:
         why.append(f"takes up to {_MOST_KEYS} tokens")
     return why
+
+
+def has_rows(p: Problem) -> bool:
+    """True when the problem has a tensor mask with a row for each query."""
+    return p.dense_mask and p.mask_shape[2] > 1
 
 
 def _device(p: Problem) -> str:
@@ -79,11 +85,12 @@ def dims(p: Problem) -> tuple[int, int] | None:
 def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     """Names the binary that serves the problem."""
     lengths = p.q_lengths or p.kv_lengths
-    if p.mask != "none":
+    rows = has_rows(p)
+    if p.mask != "none" and not rows:
         mask = INTERVALS
     elif not p.banded:
         mask = FULL
-    elif p.causal and p.left < 0 and p.q_len == p.kv_len and not lengths:
+    elif p.causal and p.left < 0 and not rows and p.q_len == p.kv_len and not lengths:
         mask = ALIGNED
     else:
         mask = BAND
@@ -93,45 +100,25 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         dtype="fp16" if p.dtype == torch.float16 else "bf16",
         dims=found,
         mask=mask,
-        keys=p.dense_mask,
+        keys=p.dense_mask and not rows,
+        tiles="" if not rows else "bool" if p.mask == "bool" else _BIASES[p.mask_dtype or p.dtype],
+        listed=rows and p.kv_len >= LISTED_KEYS,
         q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else
         kv_lengths=p.kv_lengths and mask != INTERVALS,
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
-        short=p.kv_len <= SHORT and found in SHORT_BLOCKS,
+        short=p.kv_len <= SHORT and not rows and found in SHORT_BLOCKS,
     )
 
 
 def all_flags(p: Problem) -> list[Flags]:
     """The binaries of the problem and of problems that differ from it in lengths alone: its own first."""
     own = flags(p)
-    lengths = ((p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1))
+    lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
+    if has_rows(p):
+        lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
-
-
-def readable(x: Tensor) -> bool:
-    """True when the copy engine can read or write `x` `[B, H, S, D]` (2 bytes an element) where it lies."""
-    step = _ALIGNMENT // x.element_size()
-    if x.data_ptr() % _ALIGNMENT or (x.shape[3] > 1 and x.stride(3) != 1):
-        return False
-    return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
-
-
-#: Of readable tensors only: one that was seen before costs one look.
-_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
-
-
-def _described(x: Tensor, half: bool, rows: int) -> tuple[Tensor, Description]:
-    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
-    key = x.data_ptr(), x.shape, x.stride(), half, rows
-    found = _descriptions.get(key)
-    if found is None:
-        if not readable(x):
-            x = copied(x)
-            key = x.data_ptr(), x.shape, x.stride(), half, rows
-        found = _descriptions[key] = describe(*key)
-    return x, found
 
 
 def function(name: Flags, device: int | None = None) -> Function:
@@ -146,10 +133,11 @@ def _processors(index: int) -> int:
 
 class Forward:
     """The kernel bound to one problem: see `backends.base.Backend.bind`. Strides of q, k and v may differ from call to
-    call, those of masks may not."""
+    call, those of masks may not. Strides of a mask with rows are `tiles_readable`."""
 
     __slots__ = (
-        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_output", "_problem", "_programs",
+        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_lists", "_output", "_problem",
+        "_programs",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, call: Call) -> None:
@@ -168,7 +156,7 @@ class Forward:
             section = min(heads, max(1, _L2 // bytes_of_a_head) * p.group)
         left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
         self._bounds: Any = None
-        bias_strides = (0, 0)
+        bias_strides: tuple[int, ...] = (0, 0)
         if self._flags.mask == INTERVALS:
             from ..binaries.launcher import prepare
             from ..bounds import Bounds
@@ -177,8 +165,23 @@ class Forward:
             prepare(self._bounds.launches(call))
             if self._bounds.keys is not None:
                 bias_strides = self._bounds.keys.strides
+        self._lists: Any = None
+        list_strides: tuple[int, ...] = (0, 0, 0)
+        if self._flags.tiles:
+            mask_once = once(call.mask)
+            bias_strides = tuple([int(size > 1) for size in mask_once.shape[:2]])
+        if self._flags.listed:
+            from ..binaries.launcher import prepare
+            from ..prefill.lists import Lists
+
+            entries = replace(p, mask_shape=tuple(mask_once.shape))
+            self._lists = Lists(entries, call._replace(mask=mask_once), TILE, self._blocks.keys)
+            prepare(self._lists.launches(call))
+            list_strides = self._lists.strides
+            section = heads  # as with a band: the longest tiles first
         integers = (
             p.batch, p.q_heads, p.group, p.q_len, p.kv_len, left, right, rows, section, p.value_dim // 8, *bias_strides,
+            *list_strides,
         )  # fmt: skip
         self._arguments = _Arguments(self._flags, self._blocks.staged, integers)
 
@@ -195,23 +198,32 @@ class Forward:
         lse = None
         if flags.lse:
             lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device)
-        inner, scale = (scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale * _LOG2_E)
-        half, keys = flags.dtype == "fp16", self._blocks.keys
-        q, q_described = _described(q, half, ROWS)
-        k, k_described = _described(k, half, keys)
-        v, v_described = _described(v, half, keys)
-        described = q_described, k_described, v_described, _described(out, half, ROWS)[1]
+        inner, scale = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        if not (flags.tiles and p.mask == "additive"):  # see `masking.with_tile`
+            scale *= _LOG2_E
+        dtype, keys = flags.dtype, self._blocks.keys
+        q, q_described = described(q, dtype, ROWS)
+        k, k_described = described(k, dtype, keys)
+        v, v_described = described(v, dtype, keys)
+        descriptions = [q_described, k_described, v_described]
+        if self._blocks.staged:
+            descriptions.append(described(out, dtype, ROWS)[1])
+        if flags.tiles:
+            _kept, mask_described = describe_mask(call.mask, flags)  # a copy lives until it is read
+            descriptions.append(mask_described)
         kept = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
         addresses = [0 if x is None else x.data_ptr() for x in (out, lse, *kept)]
         bounds = self._bounds
-        if bounds is None:
+        if self._lists is not None:
+            addresses += (self._lists(call).data_ptr(), 0)
+        elif bounds is None:
             addresses += (0, 0)
         else:
             memory = scratch(q.device, bounds.size)
             bounds(call, memory)
             address = memory.data_ptr()
             addresses += (address, 0 if bounds.keys is None else address + 4 * bounds.keys.bias_at)
-        self._arguments.launch(self._function, self._programs, self._device, described, addresses, inner, scale)
+        self._arguments.launch(self._function, self._programs, self._device, descriptions, addresses, inner, scale)
         return out, lse
 
 
@@ -222,12 +234,13 @@ class _Arguments:
     are scratch memory of Triton's, of which the kernel has none.
     """
 
-    __slots__ = ("_integers", "_local", "_present", "_staged")
+    __slots__ = ("_integers", "_local", "_present", "_staged", "_tiled")
 
     def __init__(self, flags: Flags, staged: bool, integers: tuple[int, ...]) -> None:
         self._staged = staged
+        self._tiled = bool(flags.tiles)
         self._integers = integers
-        bounds = flags.mask == INTERVALS
+        bounds = flags.mask == INTERVALS or flags.listed
         self._present = (True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys)
         self._local = threading.local()
 
@@ -236,7 +249,7 @@ class _Arguments:
         function: Function,
         programs: int,
         device: int,
-        described: tuple[Description, ...],
+        described: list[Description],
         addresses: list[int],
         inner: float,
         scale: float,
@@ -246,8 +259,8 @@ class _Arguments:
             make_current(device)
             kept.update(zip(("places", "numbers", "pointers"), self._make(), strict=True))
         places, numbers, pointers = kept["places"], kept["numbers"], kept["pointers"]
-        for i in range(4 if self._staged else 3):
-            places[9 * i] = described[i].address
+        for i, description in enumerate(described):
+            places[9 * i] = description.address
         _INTEGERS.pack_into(numbers, 0, *self._integers, inner, scale)
         pointers[: len(addresses)] = addresses
         function.launch(programs, device, torch_internals.raw_stream(device), places)
@@ -257,9 +270,9 @@ class _Arguments:
         pointers = (ctypes.c_uint64 * 8)()
         unused = ctypes.addressof(pointers) + 8 * 7  # zeros, for what is not read
         where = []
-        for _ in range(4 if self._staged else 3):
+        for _ in range(3 + self._staged + self._tiled):
             where += [0] + 8 * [unused]
         where += [ctypes.addressof(pointers) + 8 * i for i, present in enumerate(self._present) if present]
-        where += [ctypes.addressof(numbers) + 4 * i for i in range(14)]
+        where += [ctypes.addressof(numbers) + 4 * i for i in range(17)]
         where += 2 * [unused]
         return (ctypes.c_void_p * len(where))(*where), numbers, pointers

@@ -3,12 +3,12 @@
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...._compat.gluon import barrier
-from .parts import ALIGNED, BAND, FULL, INTERVALS, ROWS, Seen
-from .tiles import block_start, row_bounds, tile_fields
-from .turns import here
+from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, ROWS, Seen
+from .tiles import block_start, listed_start, row_bounds, tile_fields
+from .turns import here, next_slot
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
 _LOWEST = gl.constexpr(-1e38)  # exponent that a finite bias leads to
@@ -54,11 +54,17 @@ def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
 
 @gluon.jit
 def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
-    """s, the scores of block j, with -inf where a row does not see a key. anchor, first: see `span`."""
-    start = block_start(anchor, first, j, cfg)
+    """s, the scores of block j (with LISTED, of the block of that index), with -inf where a row does not see a key.
+    anchor, first: see `span`."""
+    least = 0
+    if cfg.LISTED:
+        least = j * cfg.BLOCK_N
+        start = listed_start(j, first, cfg)
+    else:
+        start = block_start(anchor, first, j, cfg)
     cols = gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
     if cfg.MASK == FULL:
-        s = gl.where((cols >= 0 - start)[None, :], s, float("-inf"))
+        s = gl.where((cols >= least - start)[None, :], s, float("-inf"))
     elif cfg.MASK == INTERVALS:
         # The last block may begin late, at the tile's first key: then its end repeats the block before.
         end = first - (j - 1) * cfg.BLOCK_N - start
@@ -70,11 +76,40 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (anchor + group * ROWS - start)
         if cfg.MASK == BAND:
             visible = cols[None, :] <= (rows + shape.right)[:, None]
-            visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, 0 - start)[:, None])
+            visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, least - start)[:, None])
         else:
             visible = cols[None, :] <= rows[:, None]
         s = gl.where(visible, s, float("-inf"))
     return s
+
+
+@gluon.jit
+def is_cut(index, anchor, first, group: gl.constexpr, shape, cfg):
+    """Whether `mask` hides anything of the block of that index. Only with LISTED."""
+    start = listed_start(index, first, cfg)
+    cut = start < index * cfg.BLOCK_N
+    if cfg.MASK == BAND:
+        position = anchor + group * ROWS  # of the consumer's first row
+        cut = cut | (start + cfg.BLOCK_N - 1 > position + shape.right) | (start < position + ROWS - 1 - shape.left)
+    return cut
+
+
+@gluon.jit
+def with_tile(s, scale, pipe, slot, phase, group: gl.constexpr, cfg):
+    """The scores under a tile of a tensor mask, whose place in shared memory is given back. Only with TILES.
+
+    An additive mask's are scaled here, without log2(e): the sum of a score and a finite bias is finite.
+    """
+    mbarrier.wait(pipe.mask_full.index(slot), phase)
+    tile = pipe.mask.index(slot * 2 + group).reshape([ROWS, cfg.BLOCK_N]).load(s.type.layout)
+    if cfg.TILES == BOOL:
+        s = gl.where(tile != 0, s, float("-inf"))
+    else:
+        s = s * scale + tile.to(gl.float32)
+    barrier()  # all have read it
+    mbarrier.arrive(pipe.mask_empty.index(slot))
+    slot, phase = next_slot(slot, phase, cfg.MASK_STAGES)
+    return s, slot, phase
 
 
 @gluon.jit

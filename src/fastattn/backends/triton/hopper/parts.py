@@ -15,6 +15,11 @@ ALIGNED = gl.constexpr(1)
 BAND = gl.constexpr(2)
 INTERVALS = gl.constexpr(3)
 
+#: A tensor mask with a row for each query, beside FULL and BAND: none, bool, additive.
+NO_TILES = gl.constexpr(0)
+BOOL = gl.constexpr(1)
+ADDITIVE = gl.constexpr(2)
+
 ROWS = gl.constexpr(64)  # query rows of one consumer
 
 
@@ -31,6 +36,9 @@ class Config:
     STAGED: gl.constexpr  # the output goes through shared memory and the copy engine
     MASK: gl.constexpr
     KEYS: gl.constexpr  # with INTERVALS: each key has a bias, the same for all queries
+    TILES: gl.constexpr  # a tensor mask with a row for each query: NO_TILES, BOOL or ADDITIVE
+    MASK_STAGES: gl.constexpr  # its tiles in shared memory
+    LISTED: gl.constexpr  # of such a mask: which blocks are visited is in lists
     Q_LENGTHS: gl.constexpr
     KV_LENGTHS: gl.constexpr
     SINKS: gl.constexpr
@@ -45,7 +53,7 @@ class Shape:
 
     q_lengths: gl.tensor | gl.constexpr  # int32 [B]
     kv_lengths: gl.tensor | gl.constexpr
-    bounds: gl.tensor | gl.constexpr  # int32: see `bounds.py`
+    bounds: gl.tensor | gl.constexpr  # int32: see `bounds.py`; with LISTED the lists of `block_lists.py`
     bias: gl.tensor | gl.constexpr  # float32: see `bounds.py`
     batch: gl.tensor
     heads: gl.tensor
@@ -56,8 +64,11 @@ class Shape:
     right: gl.tensor
     rows: gl.tensor  # tiles of one head
     section: gl.tensor  # heads whose keys and values fit the L2 cache together
-    bias_b: gl.tensor  # strides of the bias
+    bias_b: gl.tensor  # strides of the bias; with TILES 1 where the mask has batch entries, or heads, 0 where not
     bias_h: gl.tensor
+    list_b: gl.tensor  # strides of the lists
+    list_h: gl.tensor
+    list_m: gl.tensor
 
 
 @aggregate
@@ -73,6 +84,9 @@ class Pipe:
     v_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     bias: gl.shared_memory_descriptor | gl.constexpr  # float32 [2, BLOCK_N], one block's for each consumer
+    mask: gl.shared_memory_descriptor | gl.constexpr  # [2 * MASK_STAGES, 1, 1, ROWS, BLOCK_N]: tiles of the mask
+    mask_full: gl.shared_memory_descriptor | gl.constexpr
+    mask_empty: gl.shared_memory_descriptor | gl.constexpr
 
 
 @aggregate
@@ -98,3 +112,13 @@ class Seen:
     gaps: gl.tensor | gl.constexpr  # not 0: some keys in between may be seen by no row
     biased: gl.tensor | gl.constexpr  # with KEYS, not 0: the bias is more than bounds say
     bias: gl.tensor | gl.constexpr  # with KEYS: that of key 0, for the tile's head
+
+
+@aggregate
+class Listed:
+    """With LISTED: which blocks of keys a tile visits."""
+
+    at: gl.tensor  # the list's indices
+    others: gl.tensor  # blocks that take a tile of the mask, at least one: they come first
+    run: gl.tensor  # what the number of a later block is short of its index
+    index: gl.tensor  # of the first block

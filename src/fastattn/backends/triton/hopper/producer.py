@@ -6,13 +6,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...._compat.gluon import load_tile
-from .parts import ROWS
-from .tiles import block_start, share, span, start_walk, tile, total_tiles
+from .parts import NO_TILES, ROWS
+from .tiles import block_start, listed_index, listed_start, read_list, share, span, start_walk, tile, total_tiles
 from .turns import next_slot
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
+def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     total = total_tiles(shape, cfg, 1)
@@ -27,10 +27,17 @@ def produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
     last_h = 0
     last_row = 0
     last_slot = 0
+    mask_slot = 0
+    mask_phase = 1
     for i in range(mine):
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 1)
         kv_head = h // shape.group
-        anchor, first, n = span(m, b, shape, cfg)
+        anchor, first, n = span(m, b, h, shape, cfg)
+        listed = 0
+        index = 0
+        if cfg.LISTED:
+            listed = read_list(m, b, h, shape, cfg)
+            index = listed_index(listed, 0)
         for group in gl.static_range(2):
             full = pipe.q_full.index(q_slot * 2 + group)
             mbarrier.wait(pipe.q_empty.index(q_slot * 2 + group), q_phase)
@@ -38,7 +45,12 @@ def produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
             row = m * cfg.BLOCK_M + group * ROWS
             load_tile(q_desc, [b, h, row, 0], full, pipe.q.index(q_slot * 2 + group))
         for j in range(n):
-            row = block_start(anchor, first, j, cfg)
+            if cfg.LISTED:
+                row = listed_start(index, first, cfg)
+                if j + 1 < n:  # early: it is there when it is needed
+                    index = listed_index(listed, j + 1)
+            else:
+                row = block_start(anchor, first, j, cfg)
             mbarrier.wait(pipe.empty.index(slot), phase)
             full = pipe.k_full.index(slot)
             mbarrier.expect(full, cfg.BLOCK_N * cfg.D * 2)
@@ -47,6 +59,18 @@ def produce(q_desc, k_desc, v_desc, pipe, shape, cfg):
                 full = pipe.v_full.index(last_slot)
                 mbarrier.expect(full, cfg.BLOCK_N * cfg.DV * 2)
                 load_tile(v_desc, [last_b, last_h, last_row, 0], full, pipe.v.index(last_slot))
+            if cfg.TILES != NO_TILES:
+                wanted = j >= 0
+                if cfg.LISTED:
+                    wanted = j < listed.others  # type: ignore[attr-defined]
+                if wanted:
+                    mbarrier.wait(pipe.mask_empty.index(mask_slot), mask_phase)
+                    full = pipe.mask_full.index(mask_slot)
+                    mbarrier.expect(full, cfg.BLOCK_M * cfg.BLOCK_N * (mask_desc.dtype.primitive_bitwidth // 8))
+                    for group in gl.static_range(2):
+                        place = [b * shape.bias_b, h * shape.bias_h, m * cfg.BLOCK_M + group * ROWS, row]
+                        load_tile(mask_desc, place, full, pipe.mask.index(mask_slot * 2 + group))
+                    mask_slot, mask_phase = next_slot(mask_slot, mask_phase, cfg.MASK_STAGES)
             last_b = b
             last_h = kv_head
             last_row = row

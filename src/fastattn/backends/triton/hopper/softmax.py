@@ -9,14 +9,15 @@ divided by it and added to the scores.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .masking import mask, with_bias
-from .parts import FULL, INTERVALS, ROWS
+from .masking import mask, with_bias, with_tile
+from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 #: The base of a row without keys: finite, so that no -inf - -inf arises. With a bias exponents may be as low as -1e38.
 _LEAST = gl.constexpr(-1e30)
 _LEAST_BIASED = gl.constexpr(-3e38)
+_LEAST_OF_TILES = gl.constexpr(-3.4028234663852886e38)  # and scores as low as any float32
 
 
 @gluon.jit
@@ -35,23 +36,30 @@ def bent(s, inner, pipe, seen, group: gl.constexpr, cfg):
 
 
 @gluon.jit
-def first_block(s, pipe, anchor, first, inner, scale, seen, group: gl.constexpr, shape, cfg):
-    """Softmax of a tile's first block: the rows' bases (see `attend`) and sums, and P.
+def first_block(s, pipe, mask_slot, mask_phase, anchor, first, inner, scale, seen, group: gl.constexpr, shape, cfg):
+    """Softmax of a tile's first block: the rows' bases (see `attend`) and sums, P, and where the mask's next tile is.
 
     The one block that always may be cut.
     """
     s = bent(s, inner, pipe, seen, group, cfg)
-    s = mask(s, anchor, first, 0, seen, group, shape, cfg)
-    base = gl.maximum(largest(s, scale, cfg), _LEAST_BIASED if cfg.KEYS else _LEAST)
+    if cfg.TILES != NO_TILES:
+        s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
+    if cfg.LISTED:
+        s = mask(s, anchor, first, seen.index, seen, group, shape, cfg)
+    else:
+        s = mask(s, anchor, first, 0, seen, group, shape, cfg)
+    least: gl.constexpr = _LEAST_OF_TILES if cfg.TILES == ADDITIVE else _LEAST_BIASED if cfg.KEYS else _LEAST
+    base = gl.maximum(largest(s, scale, cfg), least)
     p = exponentials(s, base, scale, cfg)
-    return base, partial_sums(p, cfg), p
+    return base, partial_sums(p, cfg), p, mask_slot, mask_phase
 
 
 @gluon.jit
 def largest(s, scale, cfg):
-    """The largest score of each row, as bases are kept: scaled, but with biases unscaled."""
+    """The largest score of each row, as bases are kept: scaled, but with biases of keys unscaled, and under an additive
+    mask as it is (scaled without log2(e))."""
     top = gl.max(s, 1)
-    return top if cfg.KEYS else top * scale
+    return top if cfg.KEYS or cfg.TILES == ADDITIVE else top * scale
 
 
 @gluon.jit
@@ -61,7 +69,9 @@ def exponentials(s, base, scale, cfg):
     Without biases the difference is one instruction, whose product is not rounded. Where a bias is as low as the least
     float32 that would leave more than 1e30 of the largest score: there the difference comes first, and is exact.
     """
-    if cfg.KEYS:
+    if cfg.TILES == ADDITIVE:
+        return gl.exp2((s - base[:, None]) * _LOG2_E)
+    elif cfg.KEYS:
         return gl.exp2((s - base[:, None]) * scale)
     else:
         return gl.exp2(s * scale - base[:, None])
@@ -70,7 +80,9 @@ def exponentials(s, base, scale, cfg):
 @gluon.jit
 def decay_of(base, new_base, scale, cfg):
     """What sums and outputs that were counted from one base are multiplied by to be counted from the next."""
-    if cfg.KEYS:
+    if cfg.TILES == ADDITIVE:
+        return gl.exp2((base - new_base) * _LOG2_E)
+    elif cfg.KEYS:
         return gl.exp2((base - new_base) * scale)
     else:
         return gl.exp2(base - new_base)
@@ -90,7 +102,7 @@ def pack(p, dtype: gl.constexpr, cfg):
     Without a mask there is room for P in float32, and rounding it later, beside the next step's first product, is 3%
     faster.
     """
-    if cfg.MASK == FULL:
+    if cfg.MASK == FULL and cfg.TILES == NO_TILES:
         return p
     else:
         low, high = gl.split(p.reshape([ROWS, p.shape[1] // 2, 2]))
@@ -102,7 +114,7 @@ def pack(p, dtype: gl.constexpr, cfg):
 @gluon.jit
 def as_operand(p, dtype: gl.constexpr, layout: gl.constexpr, cfg):
     """What `pack` made, as the left operand of a product."""
-    if cfg.MASK == FULL:
+    if cfg.MASK == FULL and cfg.TILES == NO_TILES:
         return gl.convert_layout(p.to(dtype), layout)
     else:
         low = p.to(gl.int16).to(dtype, bitcast=True)
@@ -119,6 +131,8 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     layout: gl.constexpr = base.type.layout
     if cfg.KEYS:
         base = base * scale
+    if cfg.TILES == ADDITIVE:
+        base = gl.maximum(base * _LOG2_E, _LEAST_BIASED)  # finite: a row of finfo.min sees keys
     total = gl.convert_layout(gl.sum(l_i, 1), layout)
     rows = row + gl.arange(0, ROWS, layout=layout)
     if cfg.Q_LENGTHS:  # whatever the queries past the length hold

@@ -18,7 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..bounds import FIELDS, HEADER
-from .parts import BAND, FULL, INTERVALS
+from ..prefill.block_lists import HEADER as LIST_HEADER
+from .parts import BAND, FULL, INTERVALS, Listed
 
 
 @gluon.jit
@@ -45,14 +46,17 @@ def keys_of(b, shape, cfg):
 
 
 @gluon.jit
-def span(m, b, shape, cfg):
-    """The keys of row block m of batch entry b.
+def span(m, b, h, shape, cfg):
+    """The keys of row block m of batch entry b, head h.
 
     Returns an anchor, the first key of the first block, and how many blocks there are: at least one, so that a tile
     without keys is no special case. Blocks go upwards without a band, downwards with one. The anchor is the position of
-    the first query, or with INTERVALS the first key that the tile sees.
+    the first query, or with INTERVALS the first key that the tile sees. With LISTED the order is the list's, and the
+    first key is that of the entry's last block.
     """
-    if cfg.MASK == INTERVALS:
+    if cfg.LISTED:
+        return _span_of_list(m, b, h, shape, cfg)
+    elif cfg.MASK == INTERVALS:
         return _span_of_bounds(m, b, shape, cfg)
     else:
         return _span_of_band(m, b, shape, cfg)
@@ -65,6 +69,54 @@ def _span_of_bounds(m, b, shape, cfg):
     end = gl.load(at + 1)
     n = gl.maximum((end - begin + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
     return begin, end - cfg.BLOCK_N, n
+
+
+@gluon.jit
+def _list_of(m, b, h, shape):
+    """Where the list of a tile is: see `block_lists.py`."""
+    return shape.bounds + (
+        b.to(gl.int64) * shape.list_b + h.to(gl.int64) * shape.list_h + m.to(gl.int64) * shape.list_m
+    )
+
+
+@gluon.jit
+def _span_of_list(m, b, h, shape, cfg):
+    kv_len = keys_of(b, shape, cfg)
+    at = _list_of(m, b, h, shape)
+    n = gl.maximum(gl.load(at + 1) + gl.load(at + 2), 1)
+    return m * cfg.BLOCK_M + kv_len - queries_of(b, shape, cfg), kv_len - cfg.BLOCK_N, n
+
+
+@gluon.jit
+def read_list(m, b, h, shape, cfg):
+    """Which blocks the tile visits. Only with LISTED.
+
+    The first block takes a tile of the mask even where it need not: it is one of the run's then, or hidden, where the
+    tile sees no key.
+    """
+    at = _list_of(m, b, h, shape)
+    run = gl.load(at)
+    listed = gl.load(at + 2)
+    others = gl.maximum(listed, 1)
+    # Without a list the run's first block is block 0, which the pointer is made to say.
+    at += gl.where(listed > 0, LIST_HEADER, 0)
+    return Listed(at, others, run - listed, gl.load(at))
+
+
+@gluon.jit
+def listed_index(listed, j):
+    """The index of block j of a tile's list."""
+    index = j + listed.run
+    if j < listed.others:
+        index = gl.load(listed.at + j)
+    return index
+
+
+@gluon.jit
+def listed_start(index, first, cfg):
+    """The first key of the block of that index. The entry's last block is moved up to end with the last key: then its
+    beginning repeats keys of the block before."""
+    return gl.minimum(index * cfg.BLOCK_N, first)
 
 
 @gluon.jit
@@ -220,6 +272,6 @@ def tile(i, total, pid, programs, level, before, count, shape, cfg, WARPS: gl.co
         bh = section * shape.section + r - m * here
         b = bh // shape.heads
         h = bh - b * shape.heads
-        if cfg.MASK != FULL:
+        if cfg.MASK != FULL or cfg.LISTED:
             m = shape.rows - 1 - m
     return m, b, h, level, before, count

@@ -18,7 +18,8 @@ from ..binaries import store
 from ..binaries.flag_set import FlagSet
 from ..cuda_driver import Description, Function, describe, describe_flat
 from ..hopper.binary import CAPABILITY
-from ..hopper.launch import _processors, readable
+from ..hopper.launch import _processors
+from ..hopper.tensors import readable
 from ..launcher import INSTALL, has_triton
 from .arguments import Arguments
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
@@ -114,9 +115,9 @@ def bind(problem: Problem, call: Call) -> Backward:
 _descriptions = shape_cache.section("tensor descriptions", 1 << 12)
 
 
-def _described(x: Tensor, half: bool, rows: int, columns: int = 64) -> Description:
+def _described(x: Tensor, dtype: str, rows: int, columns: int = 64) -> Description:
     """Of a readable tensor."""
-    key = x.data_ptr(), x.shape, x.stride(), half, rows, columns
+    key = x.data_ptr(), x.shape, x.stride(), dtype, rows, columns
     found = _descriptions.get(key)
     if found is None:
         found = _descriptions[key] = describe(*key)
@@ -244,18 +245,18 @@ class Backward(BackwardOnly):
             self._extents(self._extents_tensors(memory))
         tensors = self._prepare_tensors(memory, out, grad_out, lse, grad_lse, sinks, q)
         self._prepare(out, grad_out, lse, grad_lse, q)(tensors)
-        half, dim, base = flags.dtype == "fp16", flags.dim, memory.data_ptr()
+        dtype, dim, base = flags.dtype, flags.dim, memory.data_ptr()
         described = [
-            _described(q, half, ROWS), _described(grad_out, half, ROWS),
-            _described(k, half, KEYS, key_columns(dim)), _described(v, half, KEYS),
-            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS), _described(dk, half, HALF), _described(dv, half, HALF),
+            _described(q, dtype, ROWS), _described(grad_out, dtype, ROWS),
+            _described(k, dtype, KEYS, key_columns(dim)), _described(v, dtype, KEYS),
+            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS), _described(dk, dtype, HALF), _described(dv, dtype, HALF),
         ]  # fmt: skip
         if self._bounds is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
             for place in (where.clean_q, where.clean_grad_out):
                 clean = Memory.piece(memory, place, q.dtype)
                 assert clean is not None
-                described.append(_described(clean.view(shape), half, ROWS))
+                described.append(_described(clean.view(shape), dtype, ROWS))
         addresses = [base + place[0] for place in (where.dq, where.dkv, where.bounds, where.extents)]
         inner, scale = call.scale, call.scale * _LOG2_E
         inner, scale = (call.scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale)

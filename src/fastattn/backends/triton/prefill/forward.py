@@ -11,7 +11,6 @@ from torch import Tensor
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import Output
-from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
@@ -20,14 +19,12 @@ from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed,
 from ..bounds import Bounds
 from ..representative import representative, stand_in
 from ..tile_parts import parts
-from .block_lists import HEADER, classify_kernel, list_kernel
 from .kernel import forward_kernel
 from .launch_config import Launch, by_head, choose, listed
+from .lists import Lists, mask_layout
 
 _LOG2_E = math.log2(math.e)
-_CLASSIFIED = 4  #: blocks of keys that one program classifies
 _FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
-_LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
 
 def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Kernel:
@@ -60,7 +57,7 @@ class PrefillKernel(ForwardOnly):
         self._problem = p
         self._output = Output(p, call.q)
         self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse or p.grads else None
-        self._lists = _Lists(p, call, launch) if listed(p, launch) else None
+        self._lists = Lists(p, call, launch.block_m, launch.block_n) if listed(p, launch) else None
         integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
         self._forward = {
@@ -110,58 +107,12 @@ def _tensors(call: Call, out: Tensor, lse: Tensor | None, lists: Tensor | None) 
     return call.q, call.k, call.v, out, lse, *read
 
 
-class _Lists:
-    """The kernels of `block_lists.py` bound to one problem and one set of strides."""
-
-    __slots__ = ("_classify", "_list", "_size", "_states", "strides")
-
-    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
-        assert call.mask is not None
-        key_blocks = -(-p.kv_len // launch.block_n)
-        rows = p.mask_shape[2] > 1
-        shared = not (rows or p.banded or p.q_lengths)  # one list for all blocks of rows
-        row_blocks = 1 if shared else -(-p.q_len // launch.block_m)
-        batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
-        heads = p.mask_shape[1]
-        entries = batch * heads * row_blocks
-        length = key_blocks + HEADER.value
-        steps = heads * row_blocks * length, row_blocks * length, length
-        counts = batch, heads, row_blocks
-        #: Of one list's batch entry, head and block of rows.
-        self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
-        self._size = 4 * entries * length
-        self._states = entries * key_blocks if rows else 0
-        unit, strides, adjacent = _mask_layout(call.mask)
-        integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
-        constants = launch.block_m, launch.block_n, unit, adjacent
-        where = call.q.device, p.capability
-        grid = entries, -(-key_blocks // _CLASSIFIED)
-        self._classify = launcher_of(classify_kernel, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
-        self._list = launcher_of(list_kernel, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
-
-    def launches(self, call: Call) -> list[Prepared]:
-        """What a call launches."""
-        memory, lists = stand_in(torch.uint8), stand_in(torch.int32)
-        states, lengths = memory if self._states else None, (call.q_lengths, call.kv_lengths)
-        found: list[Prepared] = [(self._list, (call.mask, states, lists, *lengths), ())]
-        return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
-
-    def __call__(self, call: Call) -> Tensor:
-        memory = scratch(call.q.device, self._size + self._states)
-        lists = memory[: self._size].view(torch.int32)
-        states = memory[self._size :] if self._states else None
-        if states is not None:
-            self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
-        self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
-        return lists
-
-
 def _arguments(
     p: Problem, call: Call, launch: Launch, list_strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel's integers, and its constants but for the last three."""
     unit, strides = strides_in_units(call)
-    mask_unit, mask_strides, adjacent = _mask_layout(call.mask)
+    mask_unit, mask_strides, adjacent = mask_layout(call.mask)
     integers = (
         *strides,
         *mask_strides,
@@ -190,20 +141,6 @@ def _arguments(
         p.softcap != 0,
         gaps,
     )
-
-
-def _mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
-    """Elements per unit of a mask's strides, the strides (0 along dims that are broadcast; the last one in elements of
-    a unit, too), and whether neighbouring keys are neighbours in memory."""
-    strides = broadcast_strides(mask, 4)
-    if mask is None:
-        return 1, strides, True
-    if strides[3] != 1:
-        return 1, strides, False
-    unit = max(1, 16 // mask.element_size())
-    if any(stride % unit for stride in strides[:3]):
-        unit = 1
-    return unit, (*(stride // unit for stride in strides[:3]), 1), True
 
 
 def _may_share(p: Problem, call: Call) -> bool:

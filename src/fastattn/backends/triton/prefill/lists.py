@@ -1,0 +1,76 @@
+"""The kernels of `block_lists.py` bound to calls of one kind. The Hopper forward uses them too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ....call import Call, Problem
+from ...scratch import scratch
+from ..arguments import band, broadcast_strides
+from ..binaries.launcher import Launch, launcher_of
+from ..representative import stand_in
+from .block_lists import HEADER, classify_kernel, list_kernel
+
+_CLASSIFIED = 4  #: blocks of keys that one program classifies
+_LISTED = 32  #: blocks of keys in one step of a program that writes lists
+
+
+class Lists:
+    """The kernels of `block_lists.py` bound to one problem and one set of strides."""
+
+    __slots__ = ("_classify", "_list", "_size", "_states", "strides")
+
+    def __init__(self, p: Problem, call: Call, block_m: int, block_n: int) -> None:
+        assert call.mask is not None
+        key_blocks = -(-p.kv_len // block_n)
+        rows = p.mask_shape[2] > 1
+        shared = not (rows or p.banded or p.q_lengths)  # one list for all blocks of rows
+        row_blocks = 1 if shared else -(-p.q_len // block_m)
+        batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
+        heads = p.mask_shape[1]
+        entries = batch * heads * row_blocks
+        length = key_blocks + HEADER.value
+        steps = heads * row_blocks * length, row_blocks * length, length
+        counts = batch, heads, row_blocks
+        #: Of one list's batch entry, head and block of rows.
+        self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
+        self._size = 4 * entries * length
+        self._states = entries * key_blocks if rows else 0
+        unit, strides, adjacent = mask_layout(call.mask)
+        integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
+        constants = block_m, block_n, unit, adjacent
+        where = call.q.device, p.capability
+        grid = entries, -(-key_blocks // _CLASSIFIED)
+        self._classify = launcher_of(classify_kernel, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
+        self._list = launcher_of(list_kernel, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
+
+    def launches(self, call: Call) -> list[Launch]:
+        """What a call launches."""
+        memory, lists = stand_in(torch.uint8), stand_in(torch.int32)
+        states, lengths = memory if self._states else None, (call.q_lengths, call.kv_lengths)
+        found: list[Launch] = [(self._list, (call.mask, states, lists, *lengths), ())]
+        return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
+
+    def __call__(self, call: Call) -> Tensor:
+        memory = scratch(call.q.device, self._size + self._states)
+        lists = memory[: self._size].view(torch.int32)
+        states = memory[self._size :] if self._states else None
+        if states is not None:
+            self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
+        self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
+        return lists
+
+
+def mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
+    """Elements per unit of a mask's strides, the strides (0 along dims that are broadcast; the last one in elements of
+    a unit, too), and whether neighbouring keys are neighbours in memory."""
+    strides = broadcast_strides(mask, 4)
+    if mask is None:
+        return 1, strides, True
+    if strides[3] != 1:
+        return 1, strides, False
+    unit = max(1, 16 // mask.element_size())
+    if any(stride % unit for stride in strides[:3]):
+        unit = 1
+    return unit, (*(stride // unit for stride in strides[:3]), 1), True
