@@ -269,7 +269,7 @@ class Model:
             self.names["forward_kernel"](**arguments)
 
     def _names(self) -> dict[str, Any]:
-        from fastattn.backends.triton.bounds import FIELDS, HEADER
+        from fastattn.backends.triton.bounds_kernel import FIELDS, HEADER
 
         def jit(f: Any = None, **_: Any) -> Any:
             return f if f is not None else lambda f: f

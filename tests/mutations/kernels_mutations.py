@@ -154,14 +154,14 @@ MUTATIONS = (
     ),
     Mutation(
         "gaps between the keys of a tile's rows are not found",
-        "backends/triton/bounds.py",
+        "backends/triton/bounds_kernel.py",
         "(lo > highest) | (hi < lowest)",
         "(hi < lowest)",
         _BOUNDS,
     ),
     Mutation(
         "a mask of keys with a hole passes for padding",
-        "backends/triton/key_bias.py",
+        "backends/triton/key_bias_kernel.py",
         "(other > 0) | (count != end - first)",
         "(other > 0)",
         _BOUNDS,

@@ -16,14 +16,16 @@ from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
 from ..representative import representative, stand_in
 from ..tile_parts import parts
-from .block_lists import HEADER, classify_kernel, list_kernel
-from .kernel import forward_kernel
-from .launch_config import Launch, by_head, choose, listed
+from .launch_config import LIST_HEADER, Launch, by_head, choose, listed
 
+_FORWARD = NamedKernel(f"{__package__}.kernel", "forward_kernel")
+_CLASSIFY = NamedKernel(f"{__package__}.block_lists", "classify_kernel")
+_LIST = NamedKernel(f"{__package__}.block_lists", "list_kernel")
 _LOG2_E = math.log2(math.e)
 _CLASSIFIED = 4  #: blocks of keys that one program classifies
 _FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
@@ -65,7 +67,7 @@ class PrefillKernel(ForwardOnly):
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
         self._forward = {
             (in_k, precision): launcher_of(
-                forward_kernel,
+                _FORWARD,
                 grid,
                 call.q.device,
                 p.capability,
@@ -124,7 +126,7 @@ class _Lists:
         batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
         heads = p.mask_shape[1]
         entries = batch * heads * row_blocks
-        length = key_blocks + HEADER.value
+        length = key_blocks + LIST_HEADER
         steps = heads * row_blocks * length, row_blocks * length, length
         counts = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.
@@ -136,8 +138,8 @@ class _Lists:
         constants = launch.block_m, launch.block_n, unit, adjacent
         where = call.q.device, p.capability
         grid = entries, -(-key_blocks // _CLASSIFIED)
-        self._classify = launcher_of(classify_kernel, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
-        self._list = launcher_of(list_kernel, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
+        self._classify = launcher_of(_CLASSIFY, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
+        self._list = launcher_of(_LIST, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a call launches."""
