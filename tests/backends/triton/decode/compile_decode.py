@@ -2,9 +2,10 @@
 
     python compile_decode.py MAJOR MINOR [--wide | --every]
 
-Compiles the flag sets that launches name, as the process that compiles does. Prints one line of JSON per kernel: what it is, its registers, the bytes of shared memory that it takes and of
-registers that it spills, Hopper's products and whether they wait for one another. --every: all launches of wide heads
-that the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
+Compiles the flag sets that launches name, as the process that compiles does. Prints one line of JSON per kernel: what
+it is, its registers, the bytes of shared memory that it takes and of registers that it spills, Hopper's products and
+whether they wait for one another. --every: all launches of wide heads that the rules can choose, which takes minutes;
+--wide: some of them; else also those of other heads.
 """
 
 from __future__ import annotations

@@ -35,8 +35,10 @@ def launcher_of(
     aligned: int | None = None,
     **options: int,
 ) -> BinaryLauncher | Launcher:
-    """Launches a kernel by its binary or, on the CPU, through Triton's interpreter. kernel: a `NamedKernel`, or Triton's,
-    which a module has that imports triton. aligned: see `BinaryLauncher`."""
+    """Launches a kernel by its binary or, on the CPU, through Triton's interpreter.
+
+    kernel: a `NamedKernel`, or Triton's own, which a module has that imports triton. aligned: see `BinaryLauncher`.
+    """
     if device.type == "cpu":
         if isinstance(kernel, NamedKernel):
             kernel = kernel.load()

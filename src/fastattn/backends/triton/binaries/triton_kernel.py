@@ -72,8 +72,9 @@ def flags_of(
 ) -> TritonFlags:
     """The binary that Triton itself would compile for a launch.
 
-    kernel: Triton's, or a `NamedKernel`. pointers: for each tensor its dtype ("bfloat16") and whether its address is a multiple of `ALIGNMENT`; None where
-    there is none. The kernel takes pointers, integers, floats, constants, in this order.
+    kernel: Triton's own, or a `NamedKernel`. pointers: for each tensor its dtype ("bfloat16") and whether its address
+    is a multiple of `ALIGNMENT`; None where there is none. The kernel takes pointers, integers, floats, constants, in
+    this order.
     """
     types = ["" if found is None else f"*{TYPES[found[0]]}" for found in pointers]
     types += ["i32" if x < _INT32 else "i64" for x in integers]
