@@ -44,7 +44,9 @@ def pretend() -> Driver:
         return dataclasses.replace(problem_of(call), device="cuda", index=0, capability=(9, 0))
 
     def launcher_of(kernel: Any, grid: Any, device: torch.device, *rest: Any, **options: Any) -> BinaryLauncher:
-        return BinaryLauncher(kernel, grid, device if device.type == "meta" else torch.device("cuda", 0), *rest, **options)
+        return BinaryLauncher(
+            kernel, grid, device if device.type == "meta" else torch.device("cuda", 0), *rest, **options
+        )
 
     Problem.of = staticmethod(on_gpu)  # type: ignore[method-assign, assignment]
     launcher.launcher_of = launcher_of
