@@ -5,14 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stand_in_backend import stand_in_binaries
+from stand_in_compiler import Driver
 
+from fastattn._compat import torch as torch_internals
+from fastattn.backends.base import NotReady
+from fastattn.backends.triton import cuda_driver
 from fastattn.backends.triton.binaries.flag_set import FlagSet
 from fastattn.backends.triton.binaries.launcher import BinaryLauncher
 from fastattn.backends.triton.binding import with_intervals
+from fastattn.backends.triton.cuda_driver import Function
 from fastattn.backends.triton.decode import DecodeBackend, family, forward
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.backends.triton.decode.family import resized
@@ -141,3 +148,40 @@ def test_the_test_notices_a_batch_that_is_left_out(monkeypatch: pytest.MonkeyPat
 
 def test_the_interpreter_has_no_binaries() -> None:
     assert list(DecodeBackend().binaries(replace(PROBLEM, device="cpu", index=-1, capability=(0, 0)))) == []
+
+
+def test_a_call_is_not_ready_until_both_kernels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is launched by the driver: the kernel, and the one that combines its splits."""
+    binaries, driver = stand_in_binaries(tmp_path, monkeypatch), Driver()
+    monkeypatch.setenv("FASTATTN_COMPILE", "off")
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(torch_internals, "current_device", lambda: 0)
+    monkeypatch.setattr(torch_internals, "raw_stream", lambda index: 77)
+
+    def on_gpu(kernel: Any, grid: Any, device: torch.device, *rest: Any, **options: Any) -> BinaryLauncher:
+        return BinaryLauncher(
+            kernel, grid, device if device.type == "meta" else torch.device("cuda", 0), *rest, **options
+        )
+
+    monkeypatch.setattr(forward, "launcher_of", on_gpu)
+    p = replace(PROBLEM, return_lse=True)
+    k = torch.zeros(1, 1000, 8, 128, dtype=BF16).transpose(1, 2)
+    call = representative(p)._replace(q=torch.zeros(1, 32, 1, 128, dtype=BF16), k=k, v=k.clone(), scale=0.125)
+    backend = DecodeBackend()
+    own = list(backend.binaries(p))[:2]
+    for flags in own:
+        with pytest.raises(NotReady, match="FASTATTN_COMPILE=off"):
+            backend.bind(p, call)
+        binaries._ready[flags] = Function(b"\x7fELF", "a_kernel", 4096, 128)
+    kernel = backend.bind(p, call)
+    assert not driver.launched
+    out, lse = kernel.forward(call)
+    assert out.shape == (1, 32, 1, 128) and lse is not None and lse.shape == (1, 32, 1)
+    splits = launch.choose(p, SMS).splits
+    assert [x["grid"] for x in driver.launched] == [(8, splits, 1), (8, 4, 1)]
+    assert [x["block"] for x in driver.launched] == [(128, 1, 1)] * 2
+    # With another tensor's values in the keys it is another binary: it says so, and launches nothing.
+    with pytest.raises(NotReady):
+        kernel.forward(call._replace(v=call.k))
+    assert len(driver.launched) == 2
+    binaries.compilers.stop()
