@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import linear
 
 from fastattn.api import scaled_dot_product_attention
+from fastattn.backends.triton.binaries.policy import waiting
 from fastattn.backends.triton.decode import launch_config as rules
 from fastattn.backends.triton.decode.forward import DecodeKernel
 from fastattn.backends.triton.decode.launch_config import Launch
@@ -118,11 +119,11 @@ class DecodeBench:
         stream, launches = torch.cuda.current_stream(self.device), list(dict.fromkeys(launches))
 
         def works(one: Launch) -> bool:
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            with torch.cuda.device(self.device), torch.cuda.stream(stream), waiting():
                 try:
                     DecodeKernel(self.problem, self.calls[0], one).forward(self.calls[0])
                 except Exception as error:  # too much shared memory, mostly
-                    if "out of resource" not in str(error):
+                    if "its shared memory" not in str(error):
                         print(f"  {one}: {text_of(error)}", file=sys.stderr)
                     return False
             return True

@@ -145,6 +145,18 @@ def test_a_call_that_nobody_else_may_serve_waits(backend: StandIn, binaries: Bin
     assert binaries.stats()["compiles"] + binaries.stats()["background_compiles"] == 1
 
 
+def test_a_call_that_is_to_wait_does_though_others_did_not(
+    backend: StandIn, binaries: Binaries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a capture after calls that warmed up: the route that passes the backend over must not be taken."""
+    backend.flags = Flags("slow 0.5")
+    inputs = make(CASE)
+    assert served(inputs) == {"torch": 1}
+    monkeypatch.setenv("FASTATTN_COMPILE", "wait")
+    assert explained(inputs) == ("decode", "")
+    assert served(inputs) == {"decode": 1} and binaries.stats()["binaries"] == 1
+
+
 def test_nobody_else_and_no_compiler(backend: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_COMPILE", "off")
     inputs = make(CASE)

@@ -306,7 +306,7 @@ class Model:
             self.names[kernel](**arguments)
 
     def _names(self) -> dict[str, Any]:
-        from fastattn.backends.triton.bounds import FIELDS, HEADER
+        from fastattn.backends.triton.bounds_kernel import FIELDS, HEADER
         from fastattn.backends.triton.prefill.block_lists import HEADER as LIST_HEADER
 
         def jit(f: Any = None, **_: Any) -> Any:

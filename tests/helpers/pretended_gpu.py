@@ -79,6 +79,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         set_(ours, "reasons", lambda self, p: ["is not pretended"])
     set_(limits, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)
+    set_(decode.DecodeBackend, "binaries", lambda self, p: [])
     set_(plans, "shared", gpu)
     for module in (forward, backward):
         set_(module, "RaggedOffsets", lambda *rest: offsets)

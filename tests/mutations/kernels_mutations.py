@@ -27,7 +27,7 @@ MUTATIONS = (
     ),
     Mutation(
         "queries with strided elements are not copied for the decode kernel",
-        "backends/triton/decode/forward.py",
+        "backends/triton/binding.py",
         "if x.stride(3) != 1:",
         "if x.stride(3) > 2:",
         _DECODE,
@@ -42,13 +42,13 @@ MUTATIONS = (
     Mutation(
         "values are taken from the keys wherever they lie",
         "backends/triton/decode/forward.py",
-        "kernel = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
-        "kernel = self._same",
+        "return self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
+        "return self._same",
         (*_WIDE, "-k", "next_call or elsewhere"),
     ),
     Mutation(
         "values at the keys' address are taken for their first columns, whatever the strides",
-        "backends/triton/decode/forward.py",
+        "backends/triton/arguments.py",
         "return all(one == other for size, one, other in both if size > 1)",
         "return bool(list(both))",
         (*_WIDE, "-k", "elsewhere"),
@@ -87,6 +87,20 @@ MUTATIONS = (
         "head = kv_head * GROUP + r % GROUP",
         "head = kv_head + (r % GROUP) * KV_HEADS",
         _DECODE,
+    ),
+    Mutation(
+        "a warmup of the decode kernel forgets other numbers of queries",
+        "backends/triton/decode/family.py",
+        "for q_len in range(1, MAX_ROWS + 2):",
+        "for q_len in (p.q_len,):",
+        ("tests/backends/triton/decode/test_binaries.py",),
+    ),
+    Mutation(
+        "a capture takes the kernel that calls before it were served by",
+        "dispatch/routes.py",
+        "found.coming and _calls_wait()",
+        "found.coming and False",
+        ("tests/dispatch/test_not_ready.py",),
     ),
     Mutation(
         "a binary's label forgets the compiler",
@@ -190,14 +204,14 @@ MUTATIONS = (
     ),
     Mutation(
         "gaps between the keys of a tile's rows are not found",
-        "backends/triton/bounds.py",
+        "backends/triton/bounds_kernel.py",
         "(lo > highest) | (hi < lowest)",
         "(hi < lowest)",
         _BOUNDS,
     ),
     Mutation(
         "a mask of keys with a hole passes for padding",
-        "backends/triton/key_bias.py",
+        "backends/triton/key_bias_kernel.py",
         "(other > 0) | (count != end - first)",
         "(other > 0)",
         _BOUNDS,

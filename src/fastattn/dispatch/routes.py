@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,11 +60,13 @@ def route(call: Call, names: tuple[str, ...], waits: bool = True, backward: bool
     # as long as the look-up.
     key = CALL.kind(call), names, backward and (True, torch.are_deterministic_algorithms_enabled())
     found: Route | None = _routes.get(key)
+    if found is not None and found.coming and _calls_wait():
+        found = None
     tried: set[str] = set()
     while found is None or not found.holds:
         seen = shape_cache.drops(Reason.BINARY_READY)
         problem = Problem.of(call, backward)
-        chosen, until, coming = _select(problem, names, waits)
+        chosen, until, coming = _select(problem, names, waits, tried)
         try:
             kernel = chosen.bind(problem, call)
         except Refusal as error:  # what it lacks shows when a kernel is bound
@@ -105,7 +107,7 @@ def nobody(refusals: dict[str, list[str]]) -> BackendError:
 
 def _reasons(name: str, problem: Problem, names: tuple[str, ...]) -> list[str]:
     """What a backend refuses by itself, what it refused when it was called, and what it would."""
-    backend, late = registry.backend(name), late_refusal(name, problem)
+    backend, late = registry.backend(name), _late(name, problem)
     why = [*_own_reasons(backend, problem, names), *([late.why] if late else [])]
     return why or _not_ready(backend, problem)
 
@@ -139,23 +141,38 @@ def _not_ready(backend: Backend, problem: Problem) -> list[str]:
     """That the binary of a problem is not there, without having it compiled."""
     if not isinstance(backend, Compiled):
         return []
-    from ..backends.triton.binaries.policy import mode
     from ..backends.triton.binaries.store import shared
 
     own = next(iter(backend.binaries(problem)), None)
-    if own is None or mode() == "wait" or shared.find(own) is not None:
+    if own is None or _calls_wait() or shared.find(own) is not None:
         return []
     return [shared.state(own)[0] or f"its kernel could not be compiled: {shared.failed(own)}"]
 
 
-def _select(problem: Problem, names: Sequence[str], waits: bool = True) -> tuple[Backend, float, bool]:
-    """The same as `select`, and how long the choice holds: see `Route`."""
+def _late(name: str, problem: Problem, tried: Container[str] = ()) -> LateRefusal | None:
+    """As `late_refusal`; but a call that is to wait for its kernel does, if another one was served without. tried:
+    backends that it has tried to wait for."""
+    found = late_refusal(name, problem)
+    return None if found is not None and found.make is not None and name not in tried and _calls_wait() else found
+
+
+def _calls_wait() -> bool:
+    """Whether calls wait for their kernels here and now."""
+    from ..backends.triton.binaries.policy import mode
+
+    return mode() == "wait"
+
+
+def _select(
+    problem: Problem, names: Sequence[str], waits: bool = True, tried: Container[str] = ()
+) -> tuple[Backend, float, bool]:
+    """The same as `select`, and how long the choice holds: see `Route`. tried: see `_late`."""
     refusals: dict[str, list[str]] = {}
     until, coming, waiting = 0.0, False, None
     unmade: list[tuple[str, LateRefusal]] = []
     for name in preference.ordered(problem, tuple(names)):
         why = _own_reasons(registry.backend(name), problem, tuple(names))
-        late = None if why else late_refusal(name, problem)
+        late = None if why else _late(name, problem, tried)
         if not why and late is None:
             if name == "reference" and problem.device == "cuda" and not problem.empty and not coming:
                 _warn_slow(refusals)

@@ -15,7 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 pytest.importorskip("triton")
 
 from fastattn import Segments, masks
-from fastattn.backends.triton.bounds import FIELDS, HEADER, Bounds
+from fastattn.backends.triton.bounds import HEADER_NUMBERS, TILE_NUMBERS, Bounds
 from fastattn.call import Call, Problem
 
 KINDS = ("packed", "left", "gaps", "wild", "nothing", "intervals", "entry", "shared", "lengths", "band")
@@ -126,7 +126,7 @@ def test_equals_the_definition(kind: str, device: str, seed: int) -> None:
             assert torch.equal(x[:, :q_len], torch.where(seeing, expected, 0))
             assert not x[:, q_len:].any()
         sizes = check_tiles(
-            found[HEADER.value : bounds.lo_at].view(batch, bounds.tiles, FIELDS.value), lo, hi, tile, kv_len
+            found[HEADER_NUMBERS : bounds.lo_at].view(batch, bounds.tiles, TILE_NUMBERS), lo, hi, tile, kv_len
         )
         check_order(found[bounds.order_at :], int(found[0]), sizes)
 
@@ -180,7 +180,7 @@ def check_ranges(call: Call, bounds: Bounds, found: Tensor, seen: Tensor, bias: 
     """Rows' bounds within the keys that the mask leaves, and which tiles need biases besides."""
     lo, hi = (x.expand(seen.shape[0], -1).cpu() for x in masks.bounds(call))
     rows = found[bounds.lo_at : bounds.order_at].view(2, seen.shape[0], -1)
-    tiles = found[HEADER.value : bounds.lo_at].view(seen.shape[0], bounds.tiles, FIELDS.value)
+    tiles = found[HEADER_NUMBERS : bounds.lo_at].view(seen.shape[0], bounds.tiles, TILE_NUMBERS)
     for b in range(seen.shape[0]):
         some = seen[b].any(0).nonzero()[:, 0].tolist() or [0, -1]
         for i in range(call.q.shape[2]):
@@ -239,4 +239,4 @@ def test_left_padding_and_packing_have_no_gaps(device: str) -> None:
     for segments in (left, packed):
         call = Call(q, q, q, segments=segments.table, right=0)
         bounds, found = found_by(call, 128)
-        assert not found[HEADER.value : bounds.lo_at].view(-1, FIELDS.value)[:, 4].any()
+        assert not found[HEADER_NUMBERS : bounds.lo_at].view(-1, TILE_NUMBERS)[:, 4].any()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...backends.triton.binaries.policy import waiting
 from ...common.failures import first_line
 from ...common.notice import warn_once
 from ..parallel import Ranks
@@ -129,7 +130,8 @@ class DecodeStep:
         def step() -> Tensor:
             return self._run(size)
 
-        self._recorder.warm_up(step)
+        with waiting():  # for the kernels that are to be captured
+            self._recorder.warm_up(step)
         if self._ranks is None:
             return self._recorder.record(step)
         found: CapturedStep | None = None

@@ -2,9 +2,10 @@
 
     python compile_decode.py MAJOR MINOR [--wide | --every]
 
-Prints one line of JSON per kernel compiled: what it is, its registers, the bytes of shared memory that it takes and of
-registers that it spills, Hopper's products and whether they wait for one another. --every: all launches of wide heads
-that the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
+Compiles the flag sets that launches name, as the process that compiles does. Prints one line of JSON per kernel: what
+it is, its registers, the bytes of shared memory that it takes and of registers that it spills, Hopper's products and
+whether they wait for one another. --every: all launches of wide heads that the rules can choose, which takes minutes;
+--wide: some of them; else also those of other heads.
 """
 
 from __future__ import annotations
@@ -26,55 +27,13 @@ import triton
 sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
 
 from prepared import prepared
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 
-from fastattn.backends.triton.decode import combine, forward, kernel
+from fastattn.backends.triton.binaries.flag_set import Binary
+from fastattn.backends.triton.binaries.launcher import BinaryLauncher
 from fastattn.backends.triton.decode import launch_config as launch
-from fastattn.call import Problem
+from fastattn.backends.triton.decode.forward import DecodeKernel
+from fastattn.call import Call, Problem
 from fastattn.masks import Intervals
-
-TYPES = {
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
-
-
-class Recorder:
-    """Stands in for a kernel: takes down the launches instead of making them."""
-
-    def __init__(self, jitted: Any) -> None:
-        self.jitted = jitted
-        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.launches.append((args, kwargs))
-
-    def compile(self, target: GPUTarget) -> Iterator[Any]:
-        names = self.jitted.arg_names
-        fixed = {parameter.name for parameter in self.jitted.params if parameter.is_constexpr}
-        for args, kwargs in self.launches:
-            options = {name: value for name, value in kwargs.items() if name not in names}
-            values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
-            signature, constants, attributes = {}, {}, {}
-            for index, name in enumerate(names):
-                value = values[name]
-                if value is None or name in fixed:
-                    signature[name], constants[index,] = "constexpr", value
-                elif isinstance(value, torch.Tensor):
-                    signature[name], attributes[index,] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
-                elif isinstance(value, int):
-                    # One compilation has to serve every length and layout.
-                    assert name in self.jitted.do_not_specialize, name
-                    signature[name] = "i32"
-                else:
-                    signature[name] = "fp32"
-            yield compile(ASTSource(self.jitted, signature, constants, attributes), target=target, options=options)
 
 
 def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
@@ -138,11 +97,16 @@ def wide(every: bool) -> Iterator[tuple[str, bool, tuple[Any, ...], dict[str, An
         yield name, same, (q, k, v), options
 
 
-def code(compiled: Any) -> dict[str, Any]:
+def meta(call: Call) -> Call:
+    """The call on the meta device, where nothing is launched."""
+    return Call(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in call])
+
+
+def code(binary: Binary) -> dict[str, Any]:
     """What the machine code says of itself."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.cubin)
         file.flush()
 
         def run(*command: str) -> str:
@@ -153,7 +117,7 @@ def code(compiled: Any) -> dict[str, Any]:
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
     products, waits = (sum(word in line for line in lines) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
     return {
-        "shared": compiled.metadata.shared,
+        "shared": binary.shared,
         "registers": numbers["REG"],
         "spilled": numbers["STACK"],
         "products": products,
@@ -162,29 +126,26 @@ def code(compiled: Any) -> dict[str, Any]:
 
 
 def main(major: int, minor: int, flag: str = "") -> None:
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    recorders = [Recorder(kernel.attend_kernel), Recorder(combine.combine_kernel)]
-    forward.attend_kernel, forward.combine_kernel = recorders
     every = flag == "--every"
     others = [] if flag else [(name, False, tensors, options) for name, tensors, options in calls()]
     seen = set()
     for name, same, (q, k, v), options in (*others, *wide(every)):
-        call = prepared(q, k, v, **options)
+        call = meta(prepared(q, k, v, **options))
         problem = dataclasses.replace(Problem.of(call), device="none", capability=(major, minor))
         if same and not launch.may_be_same(problem):
             continue
         chosen = launch.choose(problem, 132, None, same)
-        forward.DecodeKernel(problem, call, chosen, same).forward(call)
-        for recorder in recorders:
-            if every and recorder is recorders[0]:
-                key = (name.split()[0], *name.split()[2:], dataclasses.replace(chosen, splits=min(chosen.splits, 2)))
-                if key in seen:
-                    recorder.launches.clear()
-                seen.add(key)
-            for compiled in recorder.compile(target) if recorder is recorders[0] or not every else ():
-                said = {"call": name, "kernel": compiled.name, "wide": launch.is_wide(problem), "rows": chosen.block_m}
-                print(json.dumps(said | {"keys": chosen.block_n, "stages": chosen.stages} | code(compiled)), flush=True)
-            recorder.launches.clear()
+        launches = DecodeKernel(problem, call, chosen, same).launches(call)
+        for launcher, tensors, floats in launches[:1] if every else launches:
+            assert isinstance(launcher, BinaryLauncher)
+            flags = launcher.flags(tensors, floats)
+            assert "i64" not in flags.types  # one compilation has to serve every length and layout
+            if every and flags in seen:
+                continue
+            seen.add(flags)
+            binary = flags.compile()
+            said = {"call": name, "kernel": binary.name, "wide": launch.is_wide(problem), "rows": chosen.block_m}
+            print(json.dumps(said | {"keys": chosen.block_n, "stages": chosen.stages} | code(binary)), flush=True)
 
 
 if __name__ == "__main__":

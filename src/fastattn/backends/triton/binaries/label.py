@@ -15,7 +15,7 @@ from .flag_set import FlagSet
 FORMAT = 1  #: of these files; raise it when what is in one means something else
 FILES = Files("kernel", 64 << 20)  #: a binary is about 400 KB
 _ROOT = Path(__file__).parents[3]
-_PLACES = ("backends/triton/**/*.py", "_compat/gluon.py", "_compat/triton_compiler.py")
+_PLACES = ("backends/triton/**/*.py", "_compat/gluon.py", "_compat/triton_compiler.py", "masks.py")
 
 
 def label(flags: FlagSet) -> bytes:

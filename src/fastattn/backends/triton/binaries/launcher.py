@@ -16,7 +16,7 @@ from ..cuda_driver import Function, make_current
 from ..launcher import Launcher
 from . import store
 from .policy import mode
-from .triton_kernel import ALIGNMENT, TritonFlags, flags_of
+from .triton_kernel import ALIGNMENT, NamedKernel, TritonFlags, flags_of
 
 _UNUSED = 2  #: arguments that Triton adds to each kernel: scratch memory, of which ours have none
 
@@ -32,12 +32,18 @@ def launcher_of(
     capability: tuple[int, int],
     integers: tuple[int, ...],
     constants: tuple[Any, ...],
+    aligned: int | None = None,
     **options: int,
 ) -> BinaryLauncher | Launcher:
-    """Launches a kernel by its binary or, on the CPU, through Triton's interpreter."""
+    """Launches a kernel by its binary or, on the CPU, through Triton's interpreter.
+
+    kernel: a `NamedKernel`, or Triton's own, which a module has that imports triton. aligned: see `BinaryLauncher`.
+    """
     if device.type == "cpu":
+        if isinstance(kernel, NamedKernel):
+            kernel = kernel.load()
         return Launcher(kernel, grid, device, integers, constants, **options)
-    return BinaryLauncher(kernel, grid, device, capability, integers, constants, **options)
+    return BinaryLauncher(kernel, grid, device, capability, integers, constants, aligned, **options)
 
 
 def prepare(launches: Sequence[Launch]) -> None:
@@ -56,13 +62,14 @@ class BinaryLauncher:
     dtypes.
 
     The kernel takes tensors, integers, floats, constants, in this order, and declares every integer
-    `do_not_specialize`. options: num_warps and the like; with `launch_pdl` it may start while the kernel before it
-    still runs.
+    `do_not_specialize`. aligned: of so many tensors, the first ones, the compiler is told where their addresses are
+    multiples of 16, of the others never; None: of all. options: num_warps and the like; with `launch_pdl` it may start
+    while the kernel before it still runs.
     """
 
     __slots__ = (
         *("_aligned", "_capability", "_constants", "_device", "_functions", "_grid", "_integers", "_kernel"),
-        *("_local", "_options", "_overlaps"),
+        *("_local", "_looked_at", "_options", "_overlaps", "_told"),
     )
 
     def __init__(
@@ -73,9 +80,12 @@ class BinaryLauncher:
         capability: tuple[int, int],
         integers: tuple[int, ...],
         constants: tuple[Any, ...],
+        aligned: int | None = None,
         **options: int,
     ) -> None:
         self._kernel = kernel
+        self._told = aligned
+        self._looked_at: int | None = None  #: addresses whose alignment picks the binary; None: not known yet, or all
         x, y, z = (*grid, 1, 1)[:3]
         self._grid = x, y, z
         self._device = device.index
@@ -95,8 +105,10 @@ class BinaryLauncher:
 
     def flags(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> TritonFlags:
         """The binary that a launch with these takes."""
+        told = len(tensors) if self._told is None else self._told
         pointers = [
-            None if x is None else (str(x.dtype).removeprefix("torch."), not x.data_ptr() % ALIGNMENT) for x in tensors
+            None if x is None else (str(x.dtype).removeprefix("torch."), i < told and not x.data_ptr() % ALIGNMENT)
+            for i, x in enumerate(tensors)
         ]
         return flags_of(
             self._kernel, self._capability, pointers, self._integers, floats, self._constants, self._options
@@ -119,11 +131,13 @@ class BinaryLauncher:
                 return self(tensors, floats)
         addresses = [x.data_ptr() for x in tensors if x is not None]
         bits = 0
-        for address in addresses:
+        for address in addresses[: self._looked_at]:
             bits |= address
         function = None if bits % ALIGNMENT else self._aligned
         if function is None:
             function = self._find(tensors, floats)
+            if self._told is not None:
+                self._looked_at = len([x for x in tensors[: self._told] if x is not None])
             if not bits % ALIGNMENT:
                 self._aligned = function
         kept = self._local.__dict__

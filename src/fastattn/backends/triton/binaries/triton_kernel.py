@@ -18,6 +18,17 @@ TYPES = {
 ALIGNMENT = 16  #: bytes; of a pointer that is a multiple of it the compiler knows that
 
 
+class NamedKernel:
+    """A Triton kernel by its name. Whoever launches a binary of it need not import its module, and with it triton."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.__module__, self.__name__ = module, name
+
+    def load(self) -> Any:
+        """The kernel itself. Imports triton."""
+        return getattr(import_module(self.__module__), self.__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class TritonFlags:
     """One binary of a Triton kernel whose integers are all `do_not_specialize`."""
@@ -37,7 +48,7 @@ class TritonFlags:
         from ...._compat.triton_compiler import compiled
 
         module, _, name = self.kernel.partition(":")
-        kernel: Any = getattr(import_module(module), name)
+        kernel = NamedKernel(module, name).load()
         names = kernel.arg_names
         assert len(names) == len(self.types), f"{self.kernel} has {len(names)} arguments, got {len(self.types)}"
         signature = {name: kind or "constexpr" for name, kind in zip(names, self.types, strict=True)}
@@ -61,8 +72,9 @@ def flags_of(
 ) -> TritonFlags:
     """The binary that Triton itself would compile for a launch.
 
-    pointers: for each tensor its dtype ("bfloat16") and whether its address is a multiple of `ALIGNMENT`; None where
-    there is none. The kernel takes pointers, integers, floats, constants, in this order.
+    kernel: Triton's own, or a `NamedKernel`. pointers: for each tensor its dtype ("bfloat16") and whether its address
+    is a multiple of `ALIGNMENT`; None where there is none. The kernel takes pointers, integers, floats, constants, in
+    this order.
     """
     types = ["" if found is None else f"*{TYPES[found[0]]}" for found in pointers]
     types += ["i32" if x < _INT32 else "i64" for x in integers]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ....call import Call, Problem
 from ...base import Kernel
 from .. import limits
+from ..binaries.flag_set import FlagSet
 from . import launch_config as launch
 
 HEAD_DIMS = range(8, 577, 8)  #: of q and k
@@ -12,7 +15,7 @@ VALUE_DIMS = range(8, 513, 8)  #: of v: 64 rows of more do not fit the registers
 
 
 class DecodeBackend:
-    """See `kernel.py` and `forward.py`. triton is imported with the first call that it serves."""
+    """See `kernel.py` and `forward.py`. triton is imported when a kernel has to be compiled."""
 
     name = "decode"
     gives_lse = True
@@ -25,6 +28,13 @@ class DecodeBackend:
         if not launch.fits(p):
             why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
         return why
+
+    def binaries(self, problem: Problem) -> Sequence[FlagSet]:
+        if problem.device != "cuda":  # Triton's interpreter has none
+            return []
+        from .forward import binaries
+
+        return binaries(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         from .forward import bind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,22 @@ from ...base import ForwardOnly, Kernel
 from ...layout import Output
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
-from ..binding import WithCopies, WithSegments, readable, tf32_is_allowed
-from ..launcher import Launcher, overlaps
-from .combine import combine_kernel
-from .kernel import attend_kernel
+from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
+from ..binaries.launcher import Launch as Prepared
+from ..binaries.triton_kernel import NamedKernel
+from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
+from ..bounds import Bounds
+from ..launcher import overlaps
+from ..representative import representative, stand_in
+from .family import family
 from .launch_config import MAX_SPLITS, Launch, choose, gaps, is_wide, may_be_same, rows, shared_memory, sm_count
+
+_ATTEND = NamedKernel(f"{__package__}.kernel", "attend_kernel")
+_COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
+#: Tensors of each, the first ones, whose alignment changes its code. Of masks and lengths it does not: their strides
+#: are arguments. So a slice of lengths takes the same binary.
+_ATTEND_ALIGNED, _COMBINE_ALIGNED = 6, 3
 
 
 def bind(problem: Problem, call: Call) -> Kernel:
@@ -22,15 +35,46 @@ def bind(problem: Problem, call: Call) -> Kernel:
     if call.segments is not None:
         return WithSegments(problem, call, bind)
     found, p = readable(problem, call)
-    if found is not call:
-        return WithCopies(problem, DecodeKernel(p, found, _launch(problem)))
-    if may_be_same(p) and same_strides(call.k, call.v):
+    if found is call and may_be_same(p) and same_strides(call.k, call.v):
         return _ValuesInKeys(p, call)
-    return DecodeKernel(p, call, _launch(p))
+    kernel = DecodeKernel(p, found, _launch(p if found is call else problem))
+    prepare(kernel.launches(found))
+    return kernel if found is call else WithCopies(problem, kernel)
 
 
 def _launch(p: Problem, same: bool = False) -> Launch:
     return choose(p, sm_count(p.index), shared_memory(p.index), same)
+
+
+def binaries(problem: Problem) -> list[FlagSet]:
+    """See `Compiled.binaries`: of calls with any batch, any number of keys, and any of queries that this kernel
+    takes."""
+    found: dict[FlagSet, None] = {}
+    before: list[Prepared] = []
+    if problem.mask == "segments":
+        call = representative(problem)
+        before = Bounds(problem, call, TILE).launches(call)
+    seen = set()
+    for other in family(problem, sm_count(problem.index)):
+        p = with_intervals(other) if other.mask == "segments" else other
+        for same in (False, True) if _in_keys(p) else (False,):
+            launch = _launch(p, same)
+            looked_at = replace(launch, splits=min(launch.splits, 2)), gaps(p), same
+            if looked_at not in seen:
+                seen.add(looked_at)
+                call = representative(p)
+                found |= dict.fromkeys(_flags(DecodeKernel(p, call, launch, same).launches(call)))
+    return list(found | dict.fromkeys(_flags(before)))
+
+
+def _flags(launches: list[Prepared]) -> list[FlagSet]:
+    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+
+
+def _in_keys(p: Problem) -> bool:
+    """True when the values are probably the keys' first columns: absorbed MLA. (They are so, or not, by their
+    addresses; where nobody expects it their binary is compiled when the first such call comes.)"""
+    return p.kv_heads == 1 and p.value_dim < p.head_dim and may_be_same(p)
 
 
 class _ValuesInKeys(ForwardOnly):
@@ -42,10 +86,13 @@ class _ValuesInKeys(ForwardOnly):
     def __init__(self, p: Problem, call: Call) -> None:
         self._apart = DecodeKernel(p, call, _launch(p))
         self._same = DecodeKernel(p, call, _launch(p, same=True), same=True)
+        prepare(self._kernel(call).launches(call))
+
+    def _kernel(self, call: Call) -> DecodeKernel:
+        return self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        kernel = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart
-        return kernel.forward(call)
+        return self._kernel(call).forward(call)
 
 
 class DecodeKernel(ForwardOnly):
@@ -63,12 +110,14 @@ class DecodeKernel(ForwardOnly):
         blocks = -(-count // launch.block_m)
         grid = (tiles * blocks, launch.splits, 1) if launch.near else (tiles, launch.splits, blocks)
         self._attend = {
-            precision: Launcher(
-                attend_kernel,
+            precision: launcher_of(
+                _ATTEND,
                 grid,
                 device,
+                p.capability,
                 integers,
                 (*constants, precision),
+                _ATTEND_ALIGNED,
                 num_warps=launch.warps,
                 num_stages=launch.stages,
             )
@@ -78,14 +127,25 @@ class DecodeKernel(ForwardOnly):
         columns = 1 << (sum(launch.value) - 1).bit_length()
         columns = columns if columns <= 256 else 128  # of a program; wide rows are many programs
         chunk = 4096 // columns  # splits read at a time, so that they fill 32 registers a thread
-        self._combine = Launcher(
-            combine_kernel,
+        self._combine = launcher_of(
+            _COMBINE,
             (tiles, count, -(-p.value_dim // columns)),
             device,
+            p.capability,
             (p.q_len, launch.splits),
             (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, overlaps(p.capability)),
+            _COMBINE_ALIGNED,
             num_warps=4,
         )
+
+    def launches(self, call: Call) -> list[Prepared]:
+        """What a call launches, the kernel first."""
+        p = self._problem
+        out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
+        parts = stand_in(torch.float32) if self._scratch else None
+        tensors = call.q, call.k, call.v, out, lse, parts, *_masking(call)
+        found: list[Prepared] = [(self._attend[_precision(p.dtype)], tensors, (1.0, self._softcap))]
+        return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, call.q

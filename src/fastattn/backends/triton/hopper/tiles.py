@@ -17,7 +17,7 @@ keys than a block has is left with others in it: see `masking.drop_unseen`.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..bounds import FIELDS, HEADER
+from ..bounds_kernel import FIELDS, HEADER
 from ..prefill.block_lists import HEADER as LIST_HEADER
 from .parts import BAND, FULL, INTERVALS, Listed
 

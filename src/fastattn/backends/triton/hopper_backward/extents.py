@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..bounds import FIELDS, HEADER
+from ..bounds_kernel import FIELDS, HEADER
 
 _FAR = tl.constexpr(1 << 30)
 EXTENTS_INTEGERS = ["kv_len", "tiles"]

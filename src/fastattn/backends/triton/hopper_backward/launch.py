@@ -16,6 +16,9 @@ from ...layout import copied
 from ...scratch import scratch
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
+from ..binaries.triton_kernel import NamedKernel
+from ..bounds import Bounds
 from ..cuda_driver import Description, Function, describe, describe_flat
 from ..hopper.binary import CAPABILITY
 from ..hopper.launch import _processors
@@ -26,6 +29,9 @@ from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags
 from .memory import Memory, blocks_of, rows_of, tiles_of
 from .schedule import Sizes, choose
 
+_PREPARE = NamedKernel(f"{__package__}.prepare", "prepare_kernel")
+_EXTENTS = NamedKernel(f"{__package__}.extents", "extents_kernel")
+_FINISH = NamedKernel(f"{__package__}.finish", "finish_kernel")
 _LOG2_E = math.log2(math.e)
 _OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
 _MOST_KEYS = 1 << 28  #: nor do lengths
@@ -168,16 +174,10 @@ class Backward(BackwardOnly):
         self._bounds: Any = None
         self._extents: Any = None
         self._prepares: dict[Any, Any] = {}
-        from ..binaries.launcher import launcher_of, prepare
-        from .finish import finish_kernel
-
         if self.flags.mask == INTERVALS:
-            from ..bounds import Bounds
-            from .extents import extents_kernel
-
             self._bounds = Bounds(p, call, ROWS)
             self._extents = launcher_of(
-                extents_kernel, (blocks, p.batch), device, p.capability, (p.kv_len, tiles), (ROWS, KEYS, 64),
+                _EXTENTS, (blocks, p.batch), device, p.capability, (p.kv_len, tiles), (ROWS, KEYS, 64),
                 num_warps=4,
             )  # fmt: skip
         self._memory = Memory(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
@@ -185,9 +185,7 @@ class Backward(BackwardOnly):
         counts = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
         )  # fmt: skip
-        self._finish = launcher_of(
-            finish_kernel, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
-        )
+        self._finish = launcher_of(_FINISH, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4)
         self._function: Function | None = None
         if loads:
             if self._bounds is not None:
@@ -198,8 +196,6 @@ class Backward(BackwardOnly):
 
     def others(self, call: Call, out: Tensor) -> list[FlagSet]:
         """The binaries beside the main kernel's. out: as the forward returns it."""
-        from ..binaries.launcher import BinaryLauncher
-
         launches = self._launches(call, out)
         if self._bounds is not None:
             launches = [*self._bounds.launches(call), *launches]
@@ -249,7 +245,8 @@ class Backward(BackwardOnly):
         described = [
             _described(q, dtype, ROWS), _described(grad_out, dtype, ROWS),
             _described(k, dtype, KEYS, key_columns(dim)), _described(v, dtype, KEYS),
-            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS), _described(dk, dtype, HALF), _described(dv, dtype, HALF),
+            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS),
+            _described(dk, dtype, HALF), _described(dv, dtype, HALF),
         ]  # fmt: skip
         if self._bounds is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
@@ -285,9 +282,6 @@ class Backward(BackwardOnly):
         key = *strides, grad_lse is None
         found = self._prepares.get(key)
         if found is None:
-            from ..binaries.launcher import launcher_of
-            from .prepare import prepare_kernel
-
             p, dim = self._problem, self.flags.dim
             eighths = [stride // 8 for x in strides[:3] for stride in x]
             zeros = p.batch * p.kv_heads * blocks_of(p) * (2 * KEYS * dim // 4096) if self._split else 0
@@ -296,7 +290,7 @@ class Backward(BackwardOnly):
                 *eighths, *strides[3], *strides[4],
             )  # fmt: skip
             device = torch.device(p.device, self._device) if self._device is not None else q.device
-            found = launcher_of(prepare_kernel, (rows_of(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
+            found = launcher_of(_PREPARE, (rows_of(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
             if len(self._prepares) > 16:
                 self._prepares.clear()
             self._prepares[key] = found

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from ..bounds import FIELDS, HEADER
+from ..bounds_kernel import FIELDS, HEADER
 from .parts import BAND, CAUSAL, HALF, INTERVALS, ROWS
 from .tiles import seen_at
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..bounds import FIELDS, HEADER
+from ..bounds_kernel import FIELDS, HEADER
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _ZEROS = tl.constexpr(4096)  # numbers that are cleared at a time

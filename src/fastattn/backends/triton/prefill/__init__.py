@@ -16,7 +16,7 @@ _MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
 
 
 class PrefillBackend:
-    """See `kernel.py` and `forward.py`. triton is imported with the first call that it serves."""
+    """See `kernel.py` and `forward.py`. triton is imported when a kernel has to be compiled."""
 
     name = "prefill"
     gives_lse = True

@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 
 from ..masking import float_bias, mask_tile, visible_keys
+from .launch_config import LIST_HEADER
 
 _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
 #: Never specialised.
 INTEGERS = [*_MASK, "list_heads", "row_blocks", "q_len", "kv_len", "left", "right"]
 
-HEADER = tl.constexpr(3)  #: numbers before a list's indices
+HEADER = tl.constexpr(LIST_HEADER)
 _PARTIAL = tl.constexpr(1)
 _FULL = tl.constexpr(2)
 

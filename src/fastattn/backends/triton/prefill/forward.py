@@ -15,14 +15,15 @@ from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
 from ..representative import representative, stand_in
 from ..tile_parts import parts
-from .kernel import forward_kernel
 from .launch_config import Launch, by_head, choose, listed
 from .lists import Lists, mask_layout
 
+_FORWARD = NamedKernel(f"{__package__}.kernel", "forward_kernel")
 _LOG2_E = math.log2(math.e)
 _FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
 
@@ -62,7 +63,7 @@ class PrefillKernel(ForwardOnly):
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
         self._forward = {
             (in_k, precision): launcher_of(
-                forward_kernel,
+                _FORWARD,
                 grid,
                 call.q.device,
                 p.capability,

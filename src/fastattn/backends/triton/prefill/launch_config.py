@@ -16,6 +16,7 @@ MOST_ROWS = 1 << 30  #: programs of one launch are counted in 31 bits
 #: Rows of a mask from which on its blocks are classified first. A bias of fewer keys hides no block that would pay for
 #: the two launches more.
 LISTED_KEYS = 1024
+LIST_HEADER = 3  #: numbers before the blocks of a list: see `block_lists.py`
 LISTED_BLOCKS = 4  #: the same for masks of one row, whose lists one small launch makes
 
 

@@ -9,9 +9,12 @@ from ....call import Call, Problem
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides
 from ..binaries.launcher import Launch, launcher_of
+from ..binaries.triton_kernel import NamedKernel
 from ..representative import stand_in
-from .block_lists import HEADER, classify_kernel, list_kernel
+from .launch_config import LIST_HEADER
 
+_CLASSIFY = NamedKernel(f"{__package__}.block_lists", "classify_kernel")
+_LIST = NamedKernel(f"{__package__}.block_lists", "list_kernel")
 _CLASSIFIED = 4  #: blocks of keys that one program classifies
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
@@ -30,7 +33,7 @@ class Lists:
         batch = p.batch if p.mask_shape[0] > 1 or p.q_lengths or p.kv_lengths else 1
         heads = p.mask_shape[1]
         entries = batch * heads * row_blocks
-        length = key_blocks + HEADER.value
+        length = key_blocks + LIST_HEADER
         steps = heads * row_blocks * length, row_blocks * length, length
         counts = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.
@@ -42,8 +45,8 @@ class Lists:
         constants = block_m, block_n, unit, adjacent
         where = call.q.device, p.capability
         grid = entries, -(-key_blocks // _CLASSIFIED)
-        self._classify = launcher_of(classify_kernel, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
-        self._list = launcher_of(list_kernel, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
+        self._classify = launcher_of(_CLASSIFY, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
+        self._list = launcher_of(_LIST, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
 
     def launches(self, call: Call) -> list[Launch]:
         """What a call launches."""

@@ -1,0 +1,38 @@
+"""Problems that differ in lengths and batch alone: as many as need all binaries that any of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ....call import Problem
+from .launch_config import MAX_ROWS, fits
+
+_MANY = 8  #: programs per SM, from which on no rule divides the keys of a tile any more
+
+
+def family(problem: Problem, sm_count: int) -> Iterator[Problem]:
+    """The problem itself, then others that this kernel takes, with every number of queries that a rule of
+    `launch_config.py` tells apart, and batches on each side of each of its limits.
+
+    (The number of keys picks none: with few there are as many splits as with many, of which some are empty.)
+    """
+    p = problem
+    yield p
+    even = sm_count // p.kv_heads  #: entries that fill the SMs once
+    batches = dict.fromkeys([p.batch, 1, 2, max(1, even), even + 1, _MANY * sm_count + 1])
+    for q_len in range(1, MAX_ROWS + 2):  # beyond it nothing changes any more
+        if q_len == p.q_len or fits(replace(p, q_len=q_len)):
+            for batch in batches:
+                yield resized(p, batch, q_len)
+
+
+def resized(p: Problem, batch: int, q_len: int) -> Problem:
+    """The problem with another batch and another number of queries, its mask with it."""
+    shape = list(p.mask_shape)
+    if p.mask not in ("none", "segments") and shape[0] > 1:
+        shape[0] = batch
+    at = {"intervals": 1, "bool": 2, "additive": 2}.get(p.mask)
+    if at is not None and shape[at] > 1:
+        shape[at] = q_len
+    return replace(p, batch=batch, q_len=q_len, mask_shape=tuple(shape))
