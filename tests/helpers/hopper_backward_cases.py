@@ -86,6 +86,7 @@ KINDS = {
     "mask-chunks": BackwardKind(_128, "chunk", masks=("chunks",), grad_lse=True),
     "mask-gaps": BackwardKind(_128, "any", masks=("gaps", "wild")),
     "mask-intervals": BackwardKind(_128, "any", masks=("intervals", "entry", "holes")),
+    "mask-rooms": BackwardKind(_128, "full", masks=("rooms",), grad_lse=True),
     "mask-lengths": BackwardKind(_128, "any", q_lengths=True, kv_lengths=True, masks=("intervals", "entry", "holes")),
     "mask-everything": BackwardKind(
         _128, "any", sinks=torch.float32, softcap=True, masks=("packed", "left", "gaps", "holes"), grad_lse=True
@@ -111,7 +112,7 @@ def problem_of(kind: BackwardKind, case: dict[str, Any]) -> Any:
 
     batch, kv_heads, group, q_len, kv_len = case["sizes"]
     what = case["mask"][0] if case["mask"] else ""
-    mask = "none" if not what else "intervals" if what in ("intervals", "entry", "holes") else "segments"
+    mask = "none" if not what else "intervals" if what in ("intervals", "entry", "holes", "rooms") else "segments"
     shape = {"none": (), "intervals": (batch, q_len), "segments": (5, 9)}[mask]
     return Problem(
         "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, *case["dims"], mask, shape,

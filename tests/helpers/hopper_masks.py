@@ -42,7 +42,7 @@ def draw(name: str, rng: random.Random, batch: int, heads: int, q_len: int, kv_l
         if q_len == kv_len and torch.equal(table[1:3], table[3:5]) and rng.random() < 0.5:
             table = table[:3]
         return Mask({"segments": table}, Segments(table), q_len)
-    if name in ("intervals", "entry", "holes"):
+    if name in ("intervals", "entry", "holes", "rooms"):
         lo, hi = _intervals(name, rng, batch, q_len, kv_len)
         both = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lo, hi)]
         return Mask({"lo": both[0], "hi": both[1]}, Intervals(*both), q_len)
@@ -75,6 +75,8 @@ def _segments(name: str, rng: random.Random, b: int, q_len: int, kv_len: int) ->
 
 def _intervals(name: str, rng: random.Random, batch: int, q_len: int, kv_len: int) -> tuple[Any, Any]:
     entries, rows = rng.choice((1, batch)), 1 if name == "entry" else q_len
+    if name == "rooms":
+        return _rooms(rng, entries, q_len, kv_len)
     if name != "holes":
         lo = [[rng.randint(-5, kv_len) for _ in range(rows)] for _ in range(entries)]
         return lo, [[x + rng.choice((0, 1, 60, rng.randint(-9, kv_len + 9))) for x in row] for row in lo]
@@ -88,6 +90,20 @@ def _intervals(name: str, rng: random.Random, batch: int, q_len: int, kv_len: in
             high.append(here + rng.choice((0, 1, 5, 90)))
         lo.append(low)
         hi.append(high)
+    return lo, hi
+
+
+def _rooms(rng: random.Random, entries: int, q_len: int, kv_len: int) -> tuple[Any, Any]:
+    """For a backward, whose tiles of rows visit blocks of keys: rows see keys of one range, and between them lie whole
+    tiles of rows that see nothing."""
+    lo, hi = [], []
+    for _ in range(entries):
+        room, offset = rng.choice((100, 128, 190)), rng.randint(0, 63)
+        first = rng.randint(0, kv_len - 1)
+        end = rng.randint(first + 1, min(first + 200, kv_len))
+        seeing = [(i + offset) // room % 2 == 0 for i in range(q_len)]
+        lo.append([rng.randint(first, min(first + 3, end - 1)) if x else 0 for x in seeing])
+        hi.append([end if x else 0 for x in seeing])
     return lo, hi
 
 

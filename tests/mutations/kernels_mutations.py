@@ -177,8 +177,15 @@ MUTATIONS = (
     Mutation(
         "queries that see nothing are not copied away",
         "backends/triton/hopper_backward/prepare.py",
-        "holes = ((some > 0) &",
-        "holes = ((some < 0) &",
+        "holes = (some <",
+        "holes = (some + ROWS <",
+        _BACKWARD,
+    ),
+    Mutation(
+        "a tile of queries that all see nothing is not copied away",
+        "backends/triton/hopper_backward/prepare.py",
+        "holes = (some <",
+        "holes = (some > 0) & (some <",
         _BACKWARD,
     ),
     Mutation(

@@ -12,8 +12,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
 import naive
-from hopper_masks import draw, unseen
+from hopper_masks import Mask, draw, unseen
 
+from fastattn import Segments
 from fastattn.call import Call
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
@@ -27,8 +28,9 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def equals_the_truth(rng: random.Random, **options: Any) -> None:
-    """One call. options: sizes (batch, K/V heads, group, queries, keys), dims, left, right, mask, lengths, sinks,
-    softcap, lse, dtype, split. NaN in every query that sees nothing, its dO, and every key that nothing sees."""
+    """One call. options: sizes (batch, K/V heads, group, queries, keys), dims, left, right, mask, segments (columns),
+    lengths, sinks, softcap, lse, dtype, split. NaN in every query that sees nothing, its dO, and every key that nothing
+    sees."""
     import hopper_model
 
     from fastattn.backends.triton.hopper_backward import schedule
@@ -42,6 +44,9 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
     v = torch.randn(batch, kv_heads, kv_len, value_dim).to(dtype)
     grad_out = torch.randn(batch, heads, q_len, value_dim).to(dtype)
     drawn = draw(options["mask"], rng, batch, heads, q_len, kv_len, "cpu") if options.get("mask") else None
+    if options.get("segments"):
+        table = torch.tensor(options["segments"], dtype=torch.int32).mT
+        drawn = Mask({"segments": table}, Segments(table), q_len)
     lengths = {}
     if options.get("lengths"):
         for name, most in ("q_lengths", q_len), ("kv_lengths", kv_len):
@@ -141,3 +146,15 @@ def test_masks(mask: str, seed: int) -> None:
             rng, sizes=(2, 1, 2, q_len, kv_len), mask=mask, right=rng.choice((-1, 0, 60)), left=rng.choice((-1, 40)),
             split=split, sinks=rng.random() < 0.3, softcap=rng.choice((0.0, 3.0)), lse=rng.random() < 0.5,
         )  # fmt: skip
+
+
+def test_tiles_between_of_queries_that_see_nothing(seed: int) -> None:
+    """A block is visited by the tiles from the first that sees it to the last, in between by some that see nothing:
+    what is in them is NaN."""
+    rng = random.Random(seed)
+    for split in (1, 2):
+        sizes = (2, 1, 2, rng.randint(400, 440), rng.randint(60, 200))
+        equals_the_truth(rng, sizes=sizes, mask="rooms", split=split, sinks=split == 2, lse=rng.random() < 0.5)
+    # Two segments of queries that see keys of one block, and one without keys between them.
+    columns = [[0, 0, 40, 0, 30], [0, 40, 200, 30, 30], [0, 200, 300, 30, 100]]
+    equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), segments=columns)

@@ -5,7 +5,7 @@ of N blocks of keys and T tiles of queries:
 
     0       [B, N, 4]     per block: the first tile that sees a key of it, one past the last (0, 0: none does); not 0
                           where some key of it is seen by no query; unused
-            [B, T]        per tile: not 0 where some query sees a key and some other sees none. `prepare.py` writes it
+            [B, T]        per tile: not 0 where some query sees no key. `prepare.py` writes it
             [B, N, KEYS]  per key: not 0 where some query sees it
 """
 

@@ -5,7 +5,8 @@
 - Zeros where the main kernel adds.
 - The sinks' gradient, -sum exp(sink - lse) * delta, of each tile.
 - With bounds of rows: copies of the queries and dO of tiles in which some query sees nothing, with 0 in those. What is
-  in these rows may be NaN, which a P of 0 does not make 0 in a product.
+  in these rows may be NaN, which a P of 0 does not make 0 in a product. Tiles in which none sees anything are among
+  them: between two tiles that see a block of keys, the main kernel visits them too.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def prepare_kernel(
     tl.store(pair + ROWS, tl.where(seeing, delta, 0.0))
     if bounds_ptr is not None:
         some = tl.sum(seeing.to(tl.int32), 0)
-        holes = ((some > 0) & (some < tl.sum(there.to(tl.int32), 0))).to(tl.int32)
+        holes = (some < tl.sum(there.to(tl.int32), 0)).to(tl.int32)
         if h == 0:
             tl.store(extents_ptr + batch.to(tl.int64) * blocks * 4 + b * tiles + m, holes)
         if holes > 0:
