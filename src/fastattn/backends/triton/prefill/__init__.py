@@ -12,7 +12,7 @@ from . import launch_config
 
 HEAD_DIMS = range(8, 577, 8)
 VALUE_DIMS = range(8, 513, 8)
-_MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
+MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
 
 
 class PrefillBackend:
@@ -23,8 +23,8 @@ class PrefillBackend:
 
     def reasons(self, problem: Problem) -> list[str]:
         p, why = problem, limits.refusals(problem, HEAD_DIMS, VALUE_DIMS)
-        if max(p.q_len, p.kv_len) > _MOST_TOKENS:
-            why.append(f"takes up to {_MOST_TOKENS} tokens")
+        if max(p.q_len, p.kv_len) > MOST_TOKENS:
+            why.append(f"takes up to {MOST_TOKENS} tokens")
         if not why and not launch_config.fits(p):
             why.append("head and value dims take more shared memory than a program may have on this GPU")
         return why

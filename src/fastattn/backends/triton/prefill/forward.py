@@ -60,7 +60,7 @@ class PrefillKernel(ForwardOnly):
         self._problem = p
         self._output = Output(p, call.q)
         self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
-        self._lists = _Lists(p, call, launch) if listed(p, launch) else None
+        self._lists = Lists(p, call, launch) if listed(p, launch) else None
         integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
         self._forward = {
@@ -77,14 +77,14 @@ class PrefillKernel(ForwardOnly):
             for in_k in ((False, True) if _may_share(p, call) else (False,))
             for precision in _PRECISIONS.get(p.dtype, ("ieee",))
         }
-        prepare(self.launches(call, self._in_k(call, _precision(p))))
+        prepare(self.launches(call, self._in_k(call, precision_of(p))))
 
     def launches(self, call: Call, in_k: bool = False) -> list[Prepared]:
         """What a call launches, the kernel first. in_k: v lies in k."""
         p = self._problem
         out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
         lists = stand_in(torch.int32) if self._lists else None
-        launcher = self._forward[in_k, _precision(p)]
+        launcher = self._forward[in_k, precision_of(p)]
         found: list[Prepared] = [(launcher, _tensors(call, out, lse, lists), _FLOATS)]
         return found + self._lists.launches(call) if self._lists else found
 
@@ -95,11 +95,11 @@ class PrefillKernel(ForwardOnly):
         p, q, scale = self._problem, call.q, call.scale
         out = self._output(q)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
-        lists = self._lists(call) if self._lists else None
+        lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
         if p.mask != "additive":
             factor *= _LOG2_E
-        precision = _precision(p)
+        precision = precision_of(p)
         self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), (inner, factor))
         return out, lse
 
@@ -110,10 +110,10 @@ def _tensors(call: Call, out: Tensor, lse: Tensor | None, lists: Tensor | None) 
     return call.q, call.k, call.v, out, lse, *read
 
 
-class _Lists:
+class Lists:
     """The kernels of `block_lists.py` bound to one problem and one set of strides."""
 
-    __slots__ = ("_classify", "_list", "_size", "_states", "strides")
+    __slots__ = ("_classify", "_list", "_lists", "_states", "entries", "key_blocks", "row_blocks", "size", "strides")
 
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         assert call.mask is not None
@@ -129,9 +129,12 @@ class _Lists:
         counts = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.
         self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
-        self._size = 4 * entries * length
+        #: Of what is listed: batch entries and heads, and blocks of rows and of keys.
+        self.entries, self.row_blocks, self.key_blocks = (batch, heads), row_blocks, key_blocks
+        self._lists = -(-4 * entries * length // 16) * 16
         self._states = entries * key_blocks if rows else 0
-        unit, strides, adjacent = _mask_layout(call.mask)
+        self.size = self._lists + self._states  #: bytes of the memory that it fills
+        unit, strides, adjacent = mask_layout(call.mask)
         integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
         constants = launch.block_m, launch.block_n, unit, adjacent
         where = call.q.device, p.capability
@@ -146,10 +149,14 @@ class _Lists:
         found: list[Prepared] = [(self._list, (call.mask, states, lists, *lengths), ())]
         return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
 
-    def __call__(self, call: Call) -> Tensor:
-        memory = scratch(call.q.device, self._size + self._states)
-        lists = memory[: self._size].view(torch.int32)
-        states = memory[self._size :] if self._states else None
+    def states(self, memory: Tensor) -> Tensor:
+        """Where a mask with rows is classified: uint8 [batch, heads, row blocks, key blocks]."""
+        return memory[self._lists : self.size]
+
+    def __call__(self, call: Call, memory: Tensor) -> Tensor:
+        """memory: at least `size` bytes, uint8, its address a multiple of 16."""
+        lists = memory[: self._lists].view(torch.int32)
+        states = self.states(memory) if self._states else None
         if states is not None:
             self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
         self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
@@ -161,7 +168,7 @@ def _arguments(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel's integers, and its constants but for the last three."""
     unit, strides = strides_in_units(call)
-    mask_unit, mask_strides, adjacent = _mask_layout(call.mask)
+    mask_unit, mask_strides, adjacent = mask_layout(call.mask)
     integers = (
         *strides,
         *mask_strides,
@@ -192,7 +199,7 @@ def _arguments(
     )
 
 
-def _mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
+def mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
     """Elements per unit of a mask's strides, the strides (0 along dims that are broadcast; the last one in elements of
     a unit, too), and whether neighbouring keys are neighbours in memory."""
     strides = broadcast_strides(mask, 4)
@@ -217,7 +224,7 @@ def _may_share(p: Problem, call: Call) -> bool:
 _PRECISIONS = {torch.float32: ("ieee", "tf32x3", "tf32")}
 
 
-def _precision(p: Problem) -> str:
+def precision_of(p: Problem) -> str:
     """Of float32 products. Three products of TF32 are as exact as float32 is; TF32 alone where the user let torch's own
     products use it. The interpreter has but one way."""
     if p.dtype != torch.float32 or p.device != "cuda":
