@@ -73,9 +73,7 @@ class BackwardKernel:
         self._sizes = Sizes(p, launch, before, self._before)
         self._call_layout = Passes.layout(p, bounded)
         self._passes: dict[object, Passes] = {}
-        self._outputs = {
-            name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)
-        }
+        self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
         prepare(self.launches(call))
 
     def forward(self, call: Call) -> NoReturn:

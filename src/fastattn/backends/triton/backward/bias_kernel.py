@@ -1,7 +1,7 @@
 """The pass over an additive mask: one program computes one tile of the mask's gradient.
 
-The gradient of a mask that is broadcast along a dim is the sum over that dim, which the program walks: batch entries and
-heads, and blocks of queries or of keys. No matrix of scores exists, in memory, but the gradient itself; and no atomics:
+The gradient of a mask that is broadcast along a dim is the sum over that dim, which the program walks: batch entries
+and heads, and blocks of queries or of keys. No matrix of scores exists, in memory, but the gradient itself; and no atomics:
 bits repeat. Where the mask has few tiles, several programs share the walk, each of which writes a sum of its own.
 """
 
@@ -107,9 +107,7 @@ def bias_kernel(
         j64 = j.to(tl.int64)
         valid = i < q_len
         inside = j < kv_len
-        lo, hi = visible_keys(
-            b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
-        )
+        lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
         seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         there = valid[:, None] & inside[None, :] if MASK_ROWS else inside[None, :]
         at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT

@@ -95,7 +95,7 @@ class Before:
 class Sizes:
     """The pieces of the memory that a backward needs, and how much each launch shares with others."""
 
-    __slots__ = ("_at", "bias_parts", "before", "group_parts", "launch", "row_blocks", "total", "walk")
+    __slots__ = ("_at", "before", "bias_parts", "group_parts", "launch", "row_blocks", "total", "walk")
 
     def __init__(self, p: Problem, launch: Launch, first: int, before: Before) -> None:
         """first: bytes that others use at the beginning."""
@@ -264,7 +264,9 @@ class Passes:
     @staticmethod
     def layout(p: Problem, call: Call) -> Layout:
         """Of a call."""
-        return Layout(*strides_in_units(call), *mask_layout(call.mask), broadcast_strides(call.lo, 2))
+        unit, strides = strides_in_units(call)
+        mask_unit, mask_strides, adjacent = mask_layout(call.mask)
+        return Layout(unit, strides, mask_unit, mask_strides, adjacent, broadcast_strides(call.lo, 2))
 
     def launches(self, call: Call, grad_lse: bool) -> list[Prepared]:
         """What a backward launches, as `binaries.launcher.prepare` takes it."""
@@ -313,4 +315,6 @@ class Passes:
 def _sum(count: int, pieces: int, device: torch.device, capability: tuple[int, int]) -> Any:
     """Sums that many pieces of `count` numbers."""
     block, step = (512, 2) if count >= 1 << 16 else (16, 128)
-    return launcher_of(sum_kernel, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4)
+    return launcher_of(
+        sum_kernel, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4
+    )

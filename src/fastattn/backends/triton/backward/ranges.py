@@ -1,8 +1,8 @@
 """Which blocks of queries a block of keys has to visit: the kernels that find it where it is data.
 
 With a band and lengths it follows from a key's position (`band_range`). Intervals are searched, once for all heads
-(`range_kernel`). Of a tensor mask with rows the blocks that `prefill/block_lists.py` classified are listed the other way
-round (`key_list_kernel`).
+(`range_kernel`). Of a tensor mask with rows the blocks that `prefill/block_lists.py` classified are listed the other
+way round (`key_list_kernel`).
 """
 
 from __future__ import annotations
