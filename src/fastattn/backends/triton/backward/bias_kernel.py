@@ -1,8 +1,9 @@
 """The pass over an additive mask: one program computes one tile of the mask's gradient.
 
 The gradient of a mask that is broadcast along a dim is the sum over that dim, which the program walks: batch entries
-and heads, and blocks of queries or of keys. No matrix of scores exists, in memory, but the gradient itself; and no atomics:
-bits repeat. Where the mask has few tiles, several programs share the walk, each of which writes a sum of its own.
+and heads, and blocks of queries or of keys. No matrix of scores exists, in memory, but the gradient itself; and no
+atomics: bits repeat. Where the mask has few tiles, several programs share the walk, each of which writes a sum of its
+own.
 """
 
 from __future__ import annotations
