@@ -15,8 +15,9 @@ from ..tile_parts import parts
 LISTED_KEYS = 1024  #: keys of a tensor mask with rows from which on its blocks are classified first
 #: Programs that fill a GPU: where there are fewer, those of the pass over keys share the heads of a group, and those of
 #: the pass over a mask share what they sum.
-PROGRAMS = 264
-MOST_PIECES = 1 << 22  #: bytes of sums that programs which share work may write
+PROGRAMS = 256
+MOST_PIECES = 1 << 22  #: bytes of sums that programs which share a mask's gradient may write
+MOST_SUMS = 1 << 26  #: bytes of sums that programs which share a group may write: dK and dV in float32, each
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,6 @@ def group_parts(problem: Problem, launch: Launch) -> int:
     size = 4 * p.batch * p.kv_len * p.kv_heads * (p.head_dim + p.value_dim)
     count = 1
     for n in range(2, p.group + 1):
-        if p.group % n == 0 and programs * count < PROGRAMS and n * size <= 4 * MOST_PIECES:
+        if p.group % n == 0 and programs * count < PROGRAMS and n * size <= MOST_SUMS:
             count = n
     return count
