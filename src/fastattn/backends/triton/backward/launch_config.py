@@ -62,7 +62,7 @@ _FLOAT = {
     256: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-_SPARE = 8 << 10  #: bytes of shared memory in which the compiler changes layouts
+_SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
 
 
 @cached(1 << 12, "launches of the portable backward")
