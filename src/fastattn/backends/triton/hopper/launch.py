@@ -215,7 +215,7 @@ class Forward:
         addresses = [0 if x is None else x.data_ptr() for x in (out, lse, *kept)]
         bounds = self._bounds
         if self._lists is not None:
-            addresses += (self._lists(call).data_ptr(), 0)
+            addresses += (self._lists(call, scratch(q.device, self._lists.size)).data_ptr(), 0)
         elif bounds is None:
             addresses += (0, 0)
         else:

@@ -12,22 +12,24 @@ from . import launch_config
 
 HEAD_DIMS = range(8, 577, 8)
 VALUE_DIMS = range(8, 513, 8)
-_MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
+MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
 
 
 class PrefillBackend:
-    """See `kernel.py` and `forward.py`. triton is imported when a kernel has to be compiled."""
+    """See `kernel.py` and `forward.py`, and `backward/`. triton is imported when a kernel has to be compiled."""
 
     name = "prefill"
     gives_lse = True
-    reads_lse = False
+    reads_lse = True
 
     def reasons(self, problem: Problem) -> list[str]:
+        if problem.backward:
+            from ..backward import launch
+
+            return launch.reasons(problem)
         p, why = problem, limits.refusals(problem, HEAD_DIMS, VALUE_DIMS)
-        if p.backward:
-            why.append("has no backward")
-        if max(p.q_len, p.kv_len) > _MOST_TOKENS:
-            why.append(f"takes up to {_MOST_TOKENS} tokens")
+        if max(p.q_len, p.kv_len) > MOST_TOKENS:
+            why.append(f"takes up to {MOST_TOKENS} tokens")
         if not why and not launch_config.fits(p):
             why.append("head and value dims take more shared memory than a program may have on this GPU")
         return why
@@ -35,11 +37,19 @@ class PrefillBackend:
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.device != "cuda":  # Triton's interpreter has none
             return []
+        if problem.backward:
+            from ..backward import launch
+
+            return launch.binaries(problem)
         from .forward import binaries
 
         return binaries(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
+        if problem.backward:
+            from ..backward import launch
+
+            return launch.bind(problem, call)
         from .forward import bind
 
         return bind(problem, call)

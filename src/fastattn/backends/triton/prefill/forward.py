@@ -11,6 +11,7 @@ from torch import Tensor
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import Output
+from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
@@ -75,14 +76,14 @@ class PrefillKernel(ForwardOnly):
             for in_k in ((False, True) if _may_share(p, call) else (False,))
             for precision in _PRECISIONS.get(p.dtype, ("ieee",))
         }
-        prepare(self.launches(call, self._in_k(call, _precision(p))))
+        prepare(self.launches(call, self._in_k(call, precision_of(p))))
 
     def launches(self, call: Call, in_k: bool = False) -> list[Prepared]:
         """What a call launches, the kernel first. in_k: v lies in k."""
         p = self._problem
         out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
         lists = stand_in(torch.int32) if self._lists else None
-        launcher = self._forward[in_k, _precision(p)]
+        launcher = self._forward[in_k, precision_of(p)]
         found: list[Prepared] = [(launcher, _tensors(call, out, lse, lists), _FLOATS)]
         return found + self._lists.launches(call) if self._lists else found
 
@@ -93,11 +94,11 @@ class PrefillKernel(ForwardOnly):
         p, q, scale = self._problem, call.q, call.scale
         out = self._output(q)
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
-        lists = self._lists(call) if self._lists else None
+        lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
         if p.mask != "additive":
             factor *= _LOG2_E
-        precision = _precision(p)
+        precision = precision_of(p)
         self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), (inner, factor))
         return out, lse
 
@@ -155,7 +156,7 @@ def _may_share(p: Problem, call: Call) -> bool:
 _PRECISIONS = {torch.float32: ("ieee", "tf32x3", "tf32")}
 
 
-def _precision(p: Problem) -> str:
+def precision_of(p: Problem) -> str:
     """Of float32 products. Three products of TF32 are as exact as float32 is; TF32 alone where the user let torch's own
     products use it. The interpreter has but one way."""
     if p.dtype != torch.float32 or p.device != "cuda":

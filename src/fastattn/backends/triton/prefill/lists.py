@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ....call import Call, Problem
-from ...scratch import scratch
 from ..arguments import band, broadcast_strides
 from ..binaries.launcher import Launch, launcher_of
 from ..binaries.triton_kernel import NamedKernel
@@ -22,7 +21,7 @@ _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 class Lists:
     """The kernels of `block_lists.py` bound to one problem and one set of strides."""
 
-    __slots__ = ("_classify", "_list", "_size", "_states", "strides")
+    __slots__ = ("_classify", "_list", "_lists", "_states", "entries", "key_blocks", "row_blocks", "size", "strides")
 
     def __init__(self, p: Problem, call: Call, block_m: int, block_n: int) -> None:
         assert call.mask is not None
@@ -38,8 +37,11 @@ class Lists:
         counts = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.
         self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
-        self._size = 4 * entries * length
+        #: Of what is listed: batch entries and heads, and blocks of rows and of keys.
+        self.entries, self.row_blocks, self.key_blocks = (batch, heads), row_blocks, key_blocks
+        self._lists = -(-4 * entries * length // 16) * 16
         self._states = entries * key_blocks if rows else 0
+        self.size = self._lists + self._states  #: bytes of the memory that it fills
         unit, strides, adjacent = mask_layout(call.mask)
         integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
         constants = block_m, block_n, unit, adjacent
@@ -55,10 +57,14 @@ class Lists:
         found: list[Launch] = [(self._list, (call.mask, states, lists, *lengths), ())]
         return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
 
-    def __call__(self, call: Call) -> Tensor:
-        memory = scratch(call.q.device, self._size + self._states)
-        lists = memory[: self._size].view(torch.int32)
-        states = memory[self._size :] if self._states else None
+    def states(self, memory: Tensor) -> Tensor:
+        """Where a mask with rows is classified: uint8 [batch, heads, row blocks, key blocks]."""
+        return memory[self._lists : self.size]
+
+    def __call__(self, call: Call, memory: Tensor) -> Tensor:
+        """memory: at least `size` bytes, uint8, its address a multiple of 16."""
+        lists = memory[: self._lists].view(torch.int32)
+        states = self.states(memory) if self._states else None
         if states is not None:
             self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
         self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))

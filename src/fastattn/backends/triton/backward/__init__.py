@@ -1,0 +1,1 @@
+"""Backward in plain Triton: every feature, on every GPU that Triton serves; bits that repeat. See `launch.py`."""

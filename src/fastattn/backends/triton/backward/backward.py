@@ -1,0 +1,172 @@
+"""The passes of the backward bound to one kind of call: what is launched, and the memory between the launches."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ....call import Call, Gradients, Problem, as_token_major, token_major
+from ...layout import TokenMajor
+from ...scratch import scratch
+from ..arguments import broadcast_strides
+from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, prepare
+from ..binaries.launcher import Launch as Prepared
+from ..binding import TILE, readable, with_intervals
+from ..bounds import Bounds
+from ..prefill.forward import precision_of
+from ..representative import representative, stand_in
+from .launch_config import Launch, choose
+from .passes import Before, Passes, Sizes
+
+_LOG2_E = math.log2(math.e)
+_MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
+_FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
+
+
+def bind(problem: Problem, call: Call, launch: Launch | None = None) -> BackwardKernel | WithCopies:
+    """The kernels for every call of one kind. launch: how, if not as `choose` says."""
+    found, p = readable(problem, call)
+    kernel = BackwardKernel(p, found, launch)
+    return kernel if found is call else WithCopies(problem, kernel)
+
+
+def binaries(problem: Problem) -> list[FlagSet]:
+    """The flag sets that calls like this one need."""
+    call = representative(problem)
+    launches = BackwardKernel(problem, call).launches(call)
+    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+
+
+class _Upstream(NamedTuple):
+    """What a backward gets besides the call. grad_lse: None unless the log-sum-exp was differentiated."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+    def layouts(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Strides, 0 along the dims of which there is one; of out and grad_out in units of 8 elements."""
+        out, grad_out = (tuple([n // 8 for n in broadcast_strides(x, 4)[:3]]) for x in (self.out, self.grad_out))
+        lse = broadcast_strides(self.lse, 3)
+        return out, grad_out, lse, None if self.grad_lse is None else broadcast_strides(self.grad_lse, 3)
+
+
+class BackwardKernel:
+    """The passes bound to one problem and one set of strides of the call's tensors."""
+
+    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_rows", "_sizes")
+
+    def __init__(self, problem: Problem, call: Call, launch: Launch | None = None) -> None:
+        #: With segments: what finds the keys of each row first; then the problem is one of Intervals.
+        self._bounds = Bounds(problem, call, TILE) if call.segments is not None else None
+        self._rows = problem.batch, problem.q_len
+        p = self._problem = problem if self._bounds is None else with_intervals(problem)
+        before = 0 if self._bounds is None else self._bounds.size
+        bounded = self._bounded(call, torch.empty(before, dtype=torch.uint8, device="meta"))
+        launch = launch or choose(p)
+        self._before = Before(p, bounded, launch)
+        self._sizes = Sizes(p, launch, before, self._before)
+        self._call_layout = Passes.layout(p, bounded)
+        self._passes: dict[object, Passes] = {}
+        self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
+        prepare(self.launches(call))
+
+    def forward(self, call: Call) -> NoReturn:
+        """Not to be called."""
+        raise AssertionError("unreachable: another kernel runs the forward")
+
+    def launches(self, call: Call) -> list[Prepared]:
+        """What a backward launches, for upstream tensors as they usually are."""
+        p = self._problem
+        lse = torch.empty(p.batch, p.q_heads, p.q_len, device="meta")
+        out = token_major(stand_in(p.dtype), p.batch, p.q_heads, p.q_len, p.value_dim)
+        found: list[Prepared] = [] if self._bounds is None else self._bounds.launches(call)
+        bounded = self._bounded(call, torch.empty(self._sizes.total, dtype=torch.uint8, device="meta"))
+        found += self._before.launches(bounded)
+        for grad_lse in (None, lse) if p.return_lse else (None,):
+            up = _Upstream(out, lse, out, grad_lse)
+            passes = self._passes_for(up, call.q.device)
+            found += passes.launches(bounded, up.grad_lse is not None)
+        return found
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The gradients that `problem.grads` names."""
+        p, device, scale = self._problem, call.q.device, call.scale
+        memory = scratch(device, self._sizes.total)
+        if self._bounds is not None:
+            self._bounds(call, memory)
+            call = self._bounded(call, memory)
+        up = _Upstream(_rows_of(out), lse, _rows_of(grad_out), grad_lse)
+        inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        if p.mask != "additive":
+            factor *= _LOG2_E
+        grads = Gradients(
+            q=self._outputs["q"](call.q) if "q" in p.grads else None,
+            k=self._outputs["k"](call.k) if "k" in p.grads else None,
+            v=self._outputs["v"](call.v) if "v" in p.grads else None,
+            mask=_packed(call.mask) if "m" in p.grads else None,
+            sinks=_packed(call.sinks) if "s" in p.grads else None,
+        )
+        pieces = self._sizes.cut(memory)
+        self._before(call, pieces)
+        self._passes_for(up, device)(call, up, pieces, grads, (inner, factor, scale))
+        return grads
+
+    def _passes_for(self, up: _Upstream, device: torch.device) -> Passes:
+        key = *up.layouts(), precision_of(self._problem)
+        found = self._passes.get(key)
+        if found is None:
+            if len(self._passes) >= _MOST_LAYOUTS:
+                self._passes.clear()
+            found = Passes(self._problem, self._call_layout, self._sizes, up.layouts(), device)
+            self._passes[key] = found
+        return found
+
+    def _bounded(self, call: Call, memory: Tensor) -> Call:
+        if self._bounds is None:
+            return call
+        numbers = memory[: self._bounds.size].view(torch.int32)
+        strides = self._bounds.tiles * TILE, 1
+        lo, hi = (numbers.as_strided(self._rows, strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at))
+        return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
+
+
+class WithCopies:
+    """Calls with tensors that the kernels cannot read where they are."""
+
+    __slots__ = ("_kernel", "_problem")
+
+    def __init__(self, p: Problem, kernel: BackwardKernel) -> None:
+        """kernel: of the copies that `readable` makes, whose layout follows from the calls'."""
+        self._problem = p
+        self._kernel = kernel
+
+    def forward(self, call: Call) -> NoReturn:
+        """Not to be called."""
+        raise AssertionError("unreachable: another kernel runs the forward")
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The gradients that `problem.grads` names."""
+        found, p = readable(self._problem, call)
+        grads = self._kernel.backward(found, out.to(p.dtype), lse, grad_out.to(p.dtype), grad_lse)
+        dtype = self._problem.dtype
+        q, k, v = (None if x is None else as_token_major(x, dtype) for x in grads[:3])
+        return grads._replace(q=q, k=k, v=v)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """x `[B,H,S,D]`, or a copy of it whose rows begin at multiples of 16 bytes."""
+    strides = broadcast_strides(x, 4)
+    if x.data_ptr() % 16 or strides[3] != 1 or any(n % 8 for n in strides[:3]):
+        return token_major(x, *x.shape).copy_(x)
+    return x
+
+
+def _packed(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,146 @@
+"""How the passes of the backward are launched: block sizes, warps and stages, as data.
+
+Everything here follows from shapes, dtypes and the GPU, never from lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ....call import Problem
+from ....shape_cache import cached
+from ..limits import usual_shared_memory
+from ..tile_parts import parts
+
+LISTED_KEYS = 1024  #: keys of a tensor mask with rows from which on its blocks are classified first
+#: Programs that fill a GPU: where there are fewer, those of the pass over keys share the heads of a group, and those of
+#: the pass over a mask share what they sum.
+PROGRAMS = 256
+MOST_PIECES = 1 << 22  #: bytes of sums that programs which share a mask's gradient may write
+MOST_SUMS = 1 << 26  #: bytes of sums that programs which share a group may write: dK and dV in float32, each
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one pass is launched."""
+
+    block_m: int  #: queries
+    block_n: int  #: keys
+    warps: int
+    stages: int  #: steps being loaded or computed
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How all of them are."""
+
+    keys: Tile
+    queries: Tile
+    bias: Tile
+
+
+_LEAST = Tile(16, 16, 4, 1)
+
+#: For 2-byte elements, by the larger of head and value dim, padded.
+_HALF = {
+    64: Launch(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    128: Launch(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    256: Launch(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+    512: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+}
+#: With a tensor mask that has a row for each query: one tile for all passes, so that its blocks are classified once.
+_HALF_MASKED = {
+    64: Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    256: Launch(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),
+    512: Launch(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
+}
+#: For float32.
+_FLOAT = {
+    64: Launch(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Launch(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+_SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
+
+
+@cached(1 << 12, "launches of the portable backward")
+def choose(problem: Problem) -> Launch:
+    """The launch for a problem: the one that is listed for its head dims, made smaller until it fits the GPU."""
+    p = problem
+    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if masked_rows(p) else _HALF
+    size = max(p.head_dim, p.value_dim)
+    found = next((launch for dim, launch in table.items() if size <= dim), table[512])
+    limit = usual_shared_memory(p.capability)
+
+    def fitting(x: Tile) -> Tile:
+        while shared(p, x) > limit:
+            x = _smaller(x)
+        return x
+
+    keys, queries = fitting(found.keys), fitting(found.queries)
+    if masked_rows(p):
+        queries = keys
+    return Launch(keys, queries, fitting(found.bias))
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the smallest launch has room in the GPU's shared memory."""
+    return shared(problem, _LEAST) <= usual_shared_memory(problem.capability)
+
+
+def shared(problem: Problem, x: Tile) -> int:
+    """Bytes of shared memory that a pass takes at most: the tile that a program keeps, those of each stage, a tile of a
+    mask, and what the compiler needs to transpose tiles and to change their layouts."""
+    p = problem
+    head, value = sum(parts(p.head_dim)), sum(parts(p.value_dim))
+    rows = (max(x.block_m, x.block_n) + x.stages * min(x.block_m, x.block_n)) * (head + value)
+    if x.block_m == x.block_n:
+        rows = (1 + x.stages) * x.block_m * (head + value)
+    scores = x.block_m * x.block_n * 4
+    if p.dtype.itemsize == 4:  # its products want both sides transposed, of copies
+        rows += min(x.block_m, x.block_n) * (head + value)
+        scores *= 2
+    if p.dense_mask and p.mask_dtype is not None:
+        scores += x.stages * x.block_m * x.block_n * p.mask_dtype.itemsize
+    return p.dtype.itemsize * rows + scores + _SPARE
+
+
+def _smaller(x: Tile) -> Tile:
+    """The next smaller one."""
+    if x.stages > 1:
+        return replace(x, stages=x.stages - 1)
+    if x.block_m > 16 or x.block_n > 16:
+        larger = "block_n" if x.block_n >= x.block_m else "block_m"
+        return replace(x, **{larger: getattr(x, larger) // 2})
+    raise AssertionError("`fits` refuses what the smallest launch does not take")
+
+
+def masked_rows(problem: Problem) -> bool:
+    """Whether there is a tensor mask with a row for each query."""
+    return problem.dense_mask and problem.mask_shape[2] > 1
+
+
+def listed(problem: Problem) -> bool:
+    """Whether the blocks that a tensor mask with rows hides are found before the passes."""
+    p = problem
+    return masked_rows(p) and p.mask_shape[3] > 1 and p.kv_len >= LISTED_KEYS
+
+
+def by_head(problem: Problem) -> bool:
+    """Whether programs go from head to head, as in the forward."""
+    p = problem
+    return not (p.banded or masked_rows(p) or p.mask == "intervals")
+
+
+def group_parts(problem: Problem, launch: Launch) -> int:
+    """Programs that share the heads of a group in the pass over keys."""
+    p = problem
+    programs = -(-p.kv_len // launch.keys.block_n) * p.batch * p.kv_heads
+    size = 4 * p.batch * p.kv_len * p.kv_heads * (p.head_dim + p.value_dim)
+    count = 1
+    for n in range(2, p.group + 1):
+        if p.group % n == 0 and programs * count < PROGRAMS and n * size <= MOST_SUMS:
+            count = n
+    return count

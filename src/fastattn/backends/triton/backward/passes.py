@@ -1,0 +1,322 @@
+"""The launches of the backward: what comes before the passes, the passes, and the sums after them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....call import Call, Gradients, Problem
+from ..arguments import band, broadcast_strides, strides_in_units
+from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import launcher_of
+from ..prefill.forward import precision_of
+from ..prefill.lists import Lists, mask_layout
+from ..representative import stand_in
+from ..tile_parts import parts
+from . import launch_config
+from .bias_kernel import bias_kernel
+from .keys_kernel import keys_kernel
+from .launch_config import Launch
+from .prepare import prepare_kernel, sum_kernel
+from .queries_kernel import queries_kernel
+from .ranges import FIELDS, key_list_kernel, range_kernel
+
+_ROWS = 64  #: of one program of the kernel that prepares
+_ALIGNMENT = 256  #: bytes, of each piece of the memory
+_FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
+_Strides = tuple[int, ...]
+
+
+class Before:
+    """What finds which blocks the passes visit, where that is data: lists of a tensor mask, ranges of Intervals."""
+
+    __slots__ = ("_key_lists", "_ranges", "key_list_strides", "key_lists_size", "lists", "ranges_size")
+
+    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
+        device, tile = call.q.device, launch.queries
+        both = launch_config.listed(p)
+        rows = p.dense_mask and p.mask_shape[2] == 1 and p.mask_shape[3] > 1 and p.kv_len > 4 * tile.block_n
+        wanted = both or (rows and "q" in p.grads)
+        self.lists = Lists(p, call, tile.block_m, tile.block_n) if wanted else None
+        self._key_lists = self._ranges = None
+        self.key_lists_size = self.ranges_size = 0
+        self.key_list_strides = 0, 0
+        if both and self.lists is not None:
+            assert (launch.keys.block_m, launch.keys.block_n) == (tile.block_m, tile.block_n)
+            (batch, heads), row_blocks, key_blocks = self.lists.entries, self.lists.row_blocks, self.lists.key_blocks
+            each = key_blocks * (row_blocks + 1)
+            self.key_list_strides = heads * each if batch > 1 else 0, each if heads > 1 else 0
+            self.key_lists_size = 4 * batch * heads * each
+            self._key_lists = launcher_of(
+                key_list_kernel,
+                (batch * heads * key_blocks,),
+                device,
+                p.capability,
+                (row_blocks, key_blocks),
+                (32,),
+                num_warps=1,
+            )
+        if call.lo is not None:
+            key_blocks = -(-p.kv_len // launch.keys.block_n)
+            self.ranges_size = 4 * FIELDS.value * p.batch * key_blocks
+            self._ranges = launcher_of(
+                range_kernel,
+                (p.batch * key_blocks,),
+                device,
+                p.capability,
+                (*broadcast_strides(call.lo, 2), key_blocks, p.q_len, p.kv_len, *band(p)),
+                (launch.keys.block_n, 1024),
+                num_warps=4,
+            )
+
+    def launches(self, call: Call) -> list[Prepared]:
+        """What `binaries.launcher.prepare` takes."""
+        found: list[Prepared] = []
+        if self.lists is not None:
+            found += self.lists.launches(call)
+        if self._key_lists is not None:
+            found.append((self._key_lists, (stand_in(torch.uint8), stand_in(torch.int32)), ()))
+        if self._ranges is not None:
+            lengths = call.q_lengths, call.kv_lengths
+            found.append((self._ranges, (stand_in(torch.int32), call.lo, call.hi, *lengths), ()))
+        return found
+
+    def __call__(self, call: Call, pieces: dict[str, Tensor]) -> None:
+        """Fills its pieces of the memory."""
+        if self.lists is not None:
+            self.lists(call, pieces["lists"])
+            if self._key_lists is not None:
+                self._key_lists((self.lists.states(pieces["lists"]), pieces["key_lists"]))
+        if self._ranges is not None:
+            self._ranges((pieces["ranges"], call.lo, call.hi, call.q_lengths, call.kv_lengths))
+
+
+class Sizes:
+    """The pieces of the memory that a backward needs, and how much each launch shares with others."""
+
+    __slots__ = ("_at", "before", "bias_parts", "group_parts", "launch", "row_blocks", "total", "walk")
+
+    def __init__(self, p: Problem, launch: Launch, first: int, before: Before) -> None:
+        """first: bytes that others use at the beginning."""
+        self.launch, self.before = launch, before
+        self.row_blocks = -(-p.q_len // _ROWS)
+        keys = any(name in p.grads for name in "kv")
+        self.group_parts = launch_config.group_parts(p, launch) if keys else 1
+        self.walk = _Walk.of(p, launch) if "m" in p.grads else None
+        self.bias_parts = 1 if self.walk is None else self.walk.parts
+        wide = 4 * self.group_parts * p.batch * p.kv_len * p.kv_heads if self.group_parts > 1 else 0
+        f32, i32 = torch.float32, torch.int32
+        sizes = {
+            "stats": (8 * p.batch * p.q_heads * p.q_len, f32),
+            "dsinks": (4 * p.batch * self.row_blocks * p.q_heads if "s" in p.grads else 0, f32),
+            "dmask": (4 * self.bias_parts * math.prod(p.mask_shape) if self.bias_parts > 1 else 0, f32),
+            "dk": (wide * p.head_dim if "k" in p.grads else 0, f32),
+            "dv": (wide * p.value_dim if "v" in p.grads else 0, f32),
+            "lists": (0 if before.lists is None else before.lists.size, torch.uint8),
+            "key_lists": (before.key_lists_size, i32),
+            "ranges": (before.ranges_size, i32),
+        }
+        self._at: list[tuple[str, int, int, torch.dtype]] = []
+        end = -(-first // _ALIGNMENT) * _ALIGNMENT
+        for name, (size, dtype) in sizes.items():
+            if size:
+                self._at.append((name, end, end + size, dtype))
+                end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.total = end
+
+    def cut(self, memory: Tensor) -> dict[str, Tensor]:
+        """The pieces by their names."""
+        return {name: memory[start:end].view(dtype) for name, start, end, dtype in self._at}
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """The same, of no memory."""
+        return {name: stand_in(dtype) for name, _, _, dtype in self._at}
+
+
+class _Walk(NamedTuple):
+    """How the gradient of a mask is summed: see `bias_kernel`."""
+
+    tiles: tuple[int, int]  #: of rows and of keys
+    dims: tuple[int, int, int, int]  #: batch entries, heads, blocks of rows, blocks of keys that are summed
+    each: int  #: of them that one program sums
+    parts: int
+
+    @staticmethod
+    def of(p: Problem, launch: Launch) -> _Walk:
+        batch, heads, rows, keys = (size > 1 for size in p.mask_shape)
+        blocks = -(-p.q_len // launch.bias.block_m), -(-p.kv_len // launch.bias.block_n)
+        tiles = blocks[0] if rows else 1, blocks[1] if keys else 1
+        dims = (
+            1 if batch else p.batch,
+            1 if heads else p.q_heads,
+            1 if rows else blocks[0],
+            1 if keys else blocks[1],
+        )
+        walk, programs = math.prod(dims), p.mask_shape[0] * p.mask_shape[1] * math.prod(tiles)
+        most = launch_config.MOST_PIECES // (4 * math.prod(p.mask_shape))
+        wanted = max(1, min(walk, launch_config.PROGRAMS // programs, most))
+        each = -(-walk // wanted)
+        return _Walk(tiles, dims, each, -(-walk // each))
+
+
+class Layout(NamedTuple):
+    """The integers that follow from the strides of a call's tensors."""
+
+    unit: int
+    strides: _Strides  #: of q, k, v
+    mask_unit: int
+    mask_strides: _Strides
+    mask_adjacent: bool
+    interval_strides: _Strides
+
+
+class Passes:
+    """The passes for one layout of all tensors."""
+
+    __slots__ = ("_bias", "_keys", "_prepare", "_problem", "_queries", "_sizes", "_sums")
+
+    def __init__(
+        self,
+        p: Problem,
+        layout: Layout,
+        sizes: Sizes,
+        upstream: tuple[_Strides | None, ...],
+        device: torch.device,
+    ) -> None:
+        """upstream: strides of the output and its gradient, and of the log-sum-exp and its gradient."""
+        self._problem, self._sizes = p, sizes
+        out, grad_out, lse, grad_lse = upstream
+        assert out is not None and grad_out is not None and lse is not None
+        launch, where = sizes.launch, (device, p.capability)
+        dims = p.head_dim, p.value_dim
+        heads = (*parts(p.head_dim), *parts(p.value_dim))
+        biased, rows = p.mask == "additive", launch_config.masked_rows(p)
+        precision = precision_of(p)
+        ends = p.q_len, p.kv_len, *band(p)
+        strides = *layout.strides, *grad_out, *layout.mask_strides
+        units = layout.unit, layout.mask_unit
+        by_head = launch_config.by_head(p)
+        self._prepare = launcher_of(
+            prepare_kernel,
+            (sizes.row_blocks * p.batch * p.q_heads,),
+            *where,
+            (*out, *grad_out, *lse, *(grad_lse or (0, 0, 0)), *layout.interval_strides, p.q_heads, sizes.row_blocks,
+             *ends),
+            (p.value_dim, _ROWS, *parts(p.value_dim), biased, p.dense_mask),
+            num_warps=4,
+        )  # fmt: skip
+        self._keys = self._queries = self._bias = None
+        before = sizes.before
+        if any(name in p.grads for name in "kv"):
+            tile = launch.keys
+            key_blocks = -(-p.kv_len // tile.block_n)
+            self._keys = launcher_of(
+                keys_kernel,
+                (key_blocks * p.batch * p.kv_heads * sizes.group_parts,),
+                *where,
+                (*strides, *before.key_list_strides, *layout.interval_strides, p.batch, p.kv_heads, p.group,
+                 p.group // sizes.group_parts, key_blocks, -(-p.q_len // tile.block_m), *ends),
+                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent, biased, p.softcap != 0,
+                 p.mask != "none", by_head, precision),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
+        if "q" in p.grads:
+            tile = launch.queries
+            row_blocks = -(-p.q_len // tile.block_m)
+            gaps = p.mask == "intervals" and p.mask_shape[1] > 1
+            list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
+            self._queries = launcher_of(
+                queries_kernel,
+                (row_blocks * p.batch * p.q_heads,),
+                *where,
+                (*strides, *list_strides, *layout.interval_strides, p.batch, p.q_heads, p.group, row_blocks, *ends),
+                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent, biased, p.softcap != 0,
+                 gaps, by_head, precision),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
+        if sizes.walk is not None:
+            tile, walk = launch.bias, sizes.walk
+            batch, mask_heads = p.mask_shape[:2]
+            self._bias = launcher_of(
+                bias_kernel,
+                (batch * mask_heads * math.prod(walk.tiles), walk.parts),
+                *where,
+                (*strides, mask_heads, *walk.tiles, math.prod(walk.dims), *walk.dims[1:], walk.each, p.batch, p.q_heads,
+                 p.group, *ends),
+                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, p.mask_shape[3] > 1, layout.mask_adjacent,
+                 p.softcap != 0, precision),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
+        keys, parts_of_group = p.batch * p.kv_len * p.kv_heads, sizes.group_parts
+        shared = {
+            "k": (keys * p.head_dim, parts_of_group if "k" in p.grads else 1),
+            "v": (keys * p.value_dim, parts_of_group if "v" in p.grads else 1),
+            "mask": (math.prod(p.mask_shape), sizes.bias_parts),
+        }
+        self._sums = {name: _sum(*each, *where) for name, each in shared.items() if each[1] > 1}
+        if "s" in p.grads:
+            self._sums["sinks"] = _sum(p.q_heads, p.batch * sizes.row_blocks, *where)
+
+    @staticmethod
+    def layout(p: Problem, call: Call) -> Layout:
+        """Of a call."""
+        unit, strides = strides_in_units(call)
+        mask_unit, mask_strides, adjacent = mask_layout(call.mask)
+        return Layout(unit, strides, mask_unit, mask_strides, adjacent, broadcast_strides(call.lo, 2))
+
+    def launches(self, call: Call, grad_lse: bool) -> list[Prepared]:
+        """What a backward launches, as `binaries.launcher.prepare` takes it."""
+        p = self._problem
+        row, number = stand_in(p.dtype), stand_in(torch.float32)
+        like = {name: stand_in(p.dtype) if name in p.grads else None for name in "qkv"}
+        mask = stand_in(call.mask.dtype) if call.mask is not None and "m" in p.grads else None
+        sinks = stand_in(call.sinks.dtype) if call.sinks is not None and "s" in p.grads else None
+        grads = Gradients(like["q"], like["k"], like["v"], mask, sinks)
+        upstream = row, number, row, number if grad_lse else None
+        return self._all(call, upstream, self._sizes.stand_ins(), grads, _FLOATS)
+
+    def __call__(
+        self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
+    ) -> None:
+        """Fills the gradients. upstream: out, lse, grad_out, grad_lse."""
+        for launcher, tensors, numbers in self._all(call, upstream, pieces, grads, floats):
+            launcher(tensors, numbers)
+
+    def _all(
+        self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
+    ) -> list[Prepared]:
+        """The launches in order."""
+        out, lse, grad_out, grad_lse = upstream
+        stats = pieces["stats"]
+        lengths = call.q_lengths, call.kv_lengths
+        bounds = call.lo, call.hi, *lengths
+        inputs = call.q, call.k, call.v, grad_out, stats
+        dk, dv, dmask = (pieces.get(f"d{name}", getattr(grads, name)) for name in ("k", "v", "mask"))
+        lists = pieces["lists"].view(torch.int32) if "lists" in pieces else None
+        found: list[Prepared] = [
+            (self._prepare, (out, grad_out, lse, grad_lse, call.sinks, stats, pieces.get("dsinks"), *bounds), ())
+        ]
+        if self._keys is not None:
+            more = call.mask, pieces.get("key_lists"), pieces.get("ranges")
+            found.append((self._keys, (*inputs, dk, dv, *more, *bounds), floats))
+        if self._queries is not None:
+            found.append((self._queries, (*inputs, grads.q, call.mask, lists, *bounds), floats))
+        if self._bias is not None:
+            found.append((self._bias, (*inputs, dmask, call.mask, *lengths), floats[:2]))
+        for name, launcher in self._sums.items():
+            found.append((launcher, (pieces[f"d{name}"], getattr(grads, name)), ()))
+        return found
+
+
+def _sum(count: int, pieces: int, device: torch.device, capability: tuple[int, int]) -> Any:
+    """Sums that many pieces of `count` numbers."""
+    block, step = (512, 2) if count >= 1 << 16 else (16, 128)
+    return launcher_of(
+        sum_kernel, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4
+    )

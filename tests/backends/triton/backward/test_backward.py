@@ -1,0 +1,279 @@
+"""The portable backward against float64: on the CPU through Triton's interpreter, on a GPU natively."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from cases import BF16, FP16, FP32, FP64, Case, a_problem, make
+from features import BROADCASTS, FEATURES
+from portable_backward import call_of, check, gradients
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.backends.triton.backward import backward, launch, launch_config, passes
+from fastattn.backends.triton.backward.launch_config import Tile
+from fastattn.call import Problem
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+#: Several blocks of queries and keys, heads padded, lengths that are multiples of nothing.
+CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=50, head_dim=24, dtype=FP32, return_lse=True)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """Several blocks of queries and keys in the shapes of this file, and lists for every mask with rows. On a GPU the
+    shapes are larger instead: see `sized`."""
+    monkeypatch.setattr(launch_config, "LISTED_KEYS", 48)
+    if "cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
+        return
+    choose = launch_config.choose
+
+    def small(p: Problem) -> Any:
+        listed = choose(p)
+        tile = Tile(16, 16, 4, 1)
+        tall = tile if launch_config.masked_rows(p) else Tile(16, 32, 4, 1)
+        return dataclasses.replace(listed, keys=tall, queries=tile, bias=tile)
+
+    monkeypatch.setattr(backward, "choose", small)
+
+
+def sized(case: Case, device: str) -> Case:
+    """The case with lengths that make as many of the GPU's blocks."""
+    if device == "cpu":
+        return case
+
+    def longer(x: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if x is None else tuple(5 * n for n in x)
+
+    longer_lengths = {name: longer(getattr(case, name)) for name in ("q_lengths", "kv_lengths")}
+    return case.but(q_len=5 * case.q_len, kv_len=5 * case.kv_len, **longer_lengths)
+
+
+SERVED = [
+    name
+    for name, case in FEATURES.items()
+    if case.head_dim % 8 == 0 and (case.value_dim or 8) % 8 == 0 and case.batch * case.q_len * case.kv_len
+]
+#: Of these the interpreter runs a part; `BLOCKS` has most of them in several blocks, too.
+INTERPRETED = [name for name in SERVED if not name.startswith(("bool-", "additive-", "layout"))]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_features(name: str, device: str) -> None:
+    if device == "cpu" and name not in INTERPRETED:
+        pytest.skip("the interpreter takes its time")
+    case = FEATURES[name]
+    check(case.but(return_lse=True, dtype=FP32 if case.dtype == FP64 else case.dtype), device)
+
+
+BLOCKS = {
+    "plain": CASE,
+    "causal": CASE.but(mask="causal", q_heads=4, kv_heads=2),
+    "causal-long-q": CASE.but(mask="causal", q_len=50, kv_len=37),
+    "causal-square": CASE.but(mask="causal", q_len=50, sinks=BF16),
+    "window": CASE.but(window=(30, 0)),
+    "window-narrow": CASE.but(window=(3, 0)),
+    "window-two-sided": CASE.but(window=(20, 3), q_len=50),
+    "window-ahead": CASE.but(window=(-1, 9)),
+    "window-of-nobody": CASE.but(window=(4, 0), q_len=20, kv_len=75),  # keys before every window
+    "lengths": CASE.but(kv_lengths=(19, 0), mask="causal"),
+    "lengths-outside": CASE.but(kv_lengths=(-7, 1000), mask="causal"),
+    "lengths-both": CASE.but(batch=3, kv_lengths=(33, 1, 50), q_lengths=(20, 37, 0), mask="causal", sinks=BF16),
+    "lengths-window": CASE.but(kv_lengths=(50, 18), window=(20, 0)),
+    "intervals": CASE.but(mask="intervals:bq"),
+    "intervals-shared": CASE.but(mask="intervals:b1", kv_lengths=(40, 50)),
+    "intervals-window": CASE.but(mask="intervals:1q", window=(30, 0), sinks=FP32),
+    "segments": CASE.but(mask="segments:5", sinks=FP32),
+    "packed": CASE.but(mask="segments:3c", q_len=50),
+    "left-padded": CASE.but(mask="segments:pc"),
+    "sinks": CASE.but(sinks=FP32, mask="causal"),
+    "sinks-nothing-seen": CASE.but(sinks=FP32, kv_lengths=(0, 0)),
+    "softcap": CASE.but(softcap=3.0, mask="causal"),
+    "softcap-bias": CASE.but(softcap=3.0, mask="additive:1hqk", sinks=FP32),
+    "finfo": CASE.but(mask="finfo:b1qk"),
+    "finfo-float64": CASE.but(mask="finfo:b1qk", mask_dtype=FP64, return_lse=False),
+    "finfo-lengths": CASE.but(mask="finfo:b1qk", kv_lengths=(45, 20), mask_dtype=FP32),
+    "additive-bf16": CASE.but(mask="additive:b1qk", mask_dtype=BF16, kv_lengths=(45, 20)),
+    "additive-rare": CASE.but(mask="additive:b1qk", keep=0.02),  # hidden blocks
+    "additive-whole": CASE.but(mask="additive:bhqk", window=(20, 5)),
+    "bool-rare": CASE.but(mask="bool:b1qk", keep=0.02, sinks=FP32),
+    "bool-all": CASE.but(mask="bool:bhqk", keep=1.0, kv_lengths=(50, 33)),
+    "bool-none": CASE.but(mask="bool:b1qk", keep=0.0, sinks=FP32),
+    "keys": CASE.but(mask="bool:b11k", keep=0.1, kv_len=90),
+    "keys-all": CASE.but(mask="bool:b11k", keep=1.0, window=(20, 0)),
+    "keys-none": CASE.but(mask="bool:b11k", keep=0.0),
+    "keys-lengths": CASE.but(mask="bool:111k", q_lengths=(37, 5), kv_lengths=(40, 50)),
+    "key-bias": CASE.but(mask="additive:1h1k", window=(30, 3), kv_lengths=(40, 50)),
+    "window-bool": CASE.but(mask="bool:1hqk", window=(20, 2)),
+    "everything": CASE.but(
+        mask="additive:b1qk", window=(50, 1), q_lengths=(30, 1), kv_lengths=(50, 40), sinks=FP32, softcap=4.0, scale=0.3
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str, dtype: torch.dtype, device: str) -> None:
+    """Several blocks of queries and of keys: full, partial and hidden ones."""
+    if dtype == FP16 and device == "cpu" and len(name) % 4:
+        pytest.skip("the interpreter takes its time")
+    check(sized(BLOCKS[name].but(dtype=dtype), device), device)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("shape", BROADCASTS)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_broadcast_masks(kind: str, shape: str, listed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without lists of blocks; the gradient of an additive mask is summed over its broadcast dims."""
+    monkeypatch.setattr(
+        launch_config, "listed", lambda p: listed and launch_config.masked_rows(p) and p.mask_shape[3] > 1
+    )
+    case = CASE.but(mask=f"{kind}:{shape}", keep=0.3, q_len=20, kv_len=35, head_dim=16)
+    if device == "cpu" and ((listed and "q" not in shape) or (kind == "bool" and len(shape) % 2)):
+        pytest.skip("as without, or the interpreter takes its time")
+    check(sized(case, device), device)
+
+
+@pytest.mark.parametrize(
+    "dims", [(72, 72), (96, 96), (192, 128), (128, 192), (256, 256), (512, 512), (576, 512)], ids=str
+)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_head_dims(dims: tuple[int, int], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        monkeypatch.setattr(backward, "choose", launch_config.choose)
+    head, value = dims
+    if device == "cpu" and dtype == BF16 and head % 64 == 0:
+        pytest.skip("the interpreter computes it in float32, and takes its time")
+    check(CASE.but(mask="causal", head_dim=head, value_dim=value, dtype=dtype, q_len=20, kv_len=23), device)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "sliced", "cache", "expanded", "strided", "misaligned", "dmajor"])
+@pytest.mark.parametrize("mask", ["causal", "additive:b1qk"])
+def test_layouts(layout: str, mask: str, device: str) -> None:
+    check(CASE.but(layout=layout, mask=mask, dtype=FP16, q_len=20, kv_len=23), device)
+
+
+@pytest.mark.parametrize("grads", ["q", "k", "v", "kv", "m", "s", "qms"])
+def test_what_is_asked_for(grads: str, device: str) -> None:
+    """Gradients of a part of the inputs; `gradients` asserts that there are no others."""
+    check(CASE.but(mask="additive:1hqk", sinks=FP32, grads=grads, q_len=20, kv_len=23), device)
+
+
+def upstream(layout: str, x: Tensor) -> Tensor:
+    if layout == "expanded":
+        return torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+    if layout == "strided":
+        return torch.full((*x.shape, 2), torch.nan, dtype=x.dtype, device=x.device)[..., 0].copy_(x)
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided", "d-major"])
+def test_upstream_gradients_of_any_layout(layout: str, device: str) -> None:
+    inputs = make(CASE.but(mask="causal", dtype=FP16, grads="qkv", q_len=20, kv_len=23), device)
+    inputs.grad_out = upstream(layout, inputs.grad_out)
+    got = gradients(inputs)
+    packed = dataclasses.replace(inputs, grad_out=inputs.grad_out.contiguous())
+    want = gradients(packed)
+    assert all(torch.equal(x, want[name]) for name, x in got.items())
+
+
+@pytest.mark.parametrize("sinks", [None, FP32], ids=str)
+@pytest.mark.parametrize("mask", ["bool:b1qk", "additive:b1qk", "intervals:bq", "segments:5", "none"])
+def test_nothing_flows_back_from_rows_that_see_nothing(mask: str, sinks: Any, device: str) -> None:
+    """Also where the gradient of their output is NaN."""
+    case = CASE.but(mask=mask, sinks=sinks, q_len=30, kv_len=40, return_lse=False)
+    if mask == "none":
+        case = case.but(q_lengths=(17, 3), kv_lengths=(20, 0))
+    case = case.but(grads=case.leaves)
+    inputs = make(case, device)
+    masked = ~inputs.seen.any(-1).expand(inputs.grad_out.shape[:3])
+    assert masked.any()
+    clean = gradients(dataclasses.replace(inputs, grad_out=inputs.grad_out.masked_fill(masked[..., None], 0.0)))
+    got = gradients(dataclasses.replace(inputs, grad_out=inputs.grad_out.masked_fill(masked[..., None], torch.nan)))
+    assert all(torch.equal(x, clean[name]) for name, x in got.items())
+    assert (got["dq"][masked] == 0).all()
+    keys = ~inputs.seen.any(2).expand(case.batch, case.q_heads, case.kv_len).any(1)
+    assert (got["dk"][keys[:, None].expand(got["dk"].shape[:3])] == 0).all()
+    assert (got["dv"][keys[:, None].expand(got["dv"].shape[:3])] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["packed", "additive-whole", "key-bias", "everything"])
+def test_bits_repeat(name: str, device: str) -> None:
+    case = sized(BLOCKS[name].but(dtype=FP16), device)
+    inputs = make(case.but(grads=case.leaves), device)
+    first = gradients(inputs)
+    for _ in range(2 if device == "cpu" else 10):
+        again = gradients(inputs)
+        assert all(torch.equal(x, again[n]) for n, x in first.items())
+
+
+def test_one_kernel_serves_other_data(device: str) -> None:
+    """Lengths and scale of a call are data; the log-sum-exp and its gradient may lie in memory as they like."""
+    case = CASE.but(mask="causal", kv_lengths=(19, 44), q_len=20, kv_len=45, grads="qkv")
+    inputs = make(case, device)
+    call = call_of(inputs)
+    kernel = launch.bind(Problem.of(call), call)
+    other = make(case.but(kv_lengths=(45, 3), scale=0.4), device, seed=5)
+    other.grad_lse = other.grad_lse.mT.contiguous().mT
+    fresh, reused = gradients(other), gradients(other, kernel)
+    assert all(torch.equal(x, reused[name]) for name, x in fresh.items())
+
+
+@pytest.mark.parametrize("q_heads", [6, 8])
+def test_programs_share_a_group(q_heads: int, device: str) -> None:
+    case = CASE.but(q_heads=q_heads, kv_heads=2, mask="causal", grads="qkv", q_len=20, kv_len=40)
+    p = Problem.of(call_of(make(case, device)))
+    sizes = passes.Sizes(p, backward.choose(p), 0, passes.Before(p, call_of(make(case, device)), backward.choose(p)))
+    assert sizes.group_parts == q_heads // 2
+    check(case, device)
+
+
+@pytest.mark.parametrize("shape", ["b1qk", "1hqk", "1h1k", "b11k", "11q1", "1"])
+def test_programs_share_a_sum(shape: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And do not where there are programs enough."""
+    case = CASE.but(mask=f"additive:{shape}", q_len=20, kv_len=40, grads="m", batch=3)
+    p = Problem.of(call_of(make(case, device)))
+    walk = passes._Walk.of(p, backward.choose(p))
+    assert (walk.parts > 1) == (shape != "bhqk")
+    check(case, device)
+    monkeypatch.setattr(launch_config, "PROGRAMS", 1)
+    assert passes._Walk.of(p, backward.choose(p)).parts == 1
+    check(case, device)
+
+
+def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
+    """A mask of a head for all batch entries: neither is it repeated nor are its scores kept."""
+    p = a_problem(
+        batch=8, q_heads=12, kv_heads=12, q_len=2048, kv_len=2048, head_dim=64, value_dim=64, right=-1, grads="qkvm",
+        mask="additive", mask_shape=(1, 12, 2048, 2048), mask_dtype=BF16,
+    )  # fmt: skip
+    walk = passes._Walk.of(p, launch_config.choose(p))
+    assert walk.parts == 1 and walk.each == 8
+
+
+def test_refusals() -> None:
+    taken = a_problem(q_len=512, grads="qkv")
+    assert launch.reasons(taken) == launch.reasons(dataclasses.replace(taken, head_dim=576, value_dim=512))
+    for change, word in (
+        ({"head_dim": 584}, "head dim 584"),
+        ({"value_dim": 20}, "value dim 20"),
+        ({"dtype": FP64}, "float64"),
+        ({"kv_len": 0}, "no keys"),
+        ({"q_len": 1 << 29}, "tokens"),
+        ({"capability": (7, 5)}, "7.5"),
+        ({"capability": (8, 6), "dtype": FP32, "head_dim": 576, "value_dim": 512}, "shared memory"),
+    ):
+        why = launch.reasons(dataclasses.replace(taken, **change))
+        assert any(word in reason for reason in why), (change, why)
+
+
+def test_reference_agrees_where_the_helper_relies_on_it() -> None:
+    """The helper's forward is the reference's: a log-sum-exp in natural logarithms, -inf in rows without keys."""
+    inputs = make(CASE.but(mask="bool:b1qk", grads="q"))
+    call = call_of(inputs)
+    _, lse = reference.forward(Problem.of(call), call)
+    assert torch.equal(lse == -torch.inf, ~inputs.seen.any(-1).expand(lse.shape))
