@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:  # what there is, should the GPU fail
         found = summary(rows)
         write(options.json, "drop_in", argv, device, {"tiny": tiny, "rows": rows, "left_out": left_out} | found)
-    print(f"Worst ratio: {found['worst_ratio']} ({found['worst']}); target {TARGET}; slower: {found['slower'] or 'none'}")
+    print(
+        f"Worst ratio: {found['worst_ratio']} ({found['worst']}); target {TARGET}; slower: {found['slower'] or 'none'}"
+    )
     print(f"Wrong: {found['wrong'] or 'none'}; failed: {found['failed'] or 'none'}; {time.monotonic() - begun:.0f} s")
     return int(bool(found["wrong"] or found["failed"]))
 

@@ -134,7 +134,7 @@ def sdxl(tiny: bool) -> Made:
     side, text, pooled = (16, (11, 24), 16) if tiny else (128, (77, 2048), 1280)
     inputs = {
         "latents": torch.randn(2, 4, side, side), "text": torch.randn(2, *text), "pooled": torch.randn(2, pooled),
-        "times": torch.tensor([3, 600]), "ids": torch.tensor([[8.0 * side, 8.0 * side, 0.0, 0.0] + [8.0 * side] * 2] * 2),
+        "times": torch.tensor([3, 600]), "ids": 8.0 * side * torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0]] * 2),
     }  # fmt: skip
 
     def call(model: nn.Module, x: Inputs) -> Tensor:

@@ -247,7 +247,7 @@ def times(run: Run, plan: Plan) -> dict[str, Any]:
             else:
                 count = max(count, min(100, round(plan.seconds / one)))
     ratios = [mine / theirs for mine, theirs in zip(seconds["fastattn"], seconds["torch"])]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     medians = {f"{name}_ms": round(statistics.median(x) * 1e3, 4) for name, x in seconds.items()}
     best = {f"{name}_best_ms": round(min(x) * 1e3, 4) for name, x in seconds.items()}
     return {

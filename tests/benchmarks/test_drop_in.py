@@ -115,7 +115,7 @@ def test_what_fails_is_a_row_and_a_status(capsys: pytest.CaptureFixture[str], mo
     assert drop_in.main(["sdxl", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert out.count("RuntimeError: no such kernel\n") == 2 and "failed: ['sdxl, forward'" in out
-    with pytest.raises(ValueError, match="MODEL: expected .*gpt2.*, got 'gpt3'"):
+    with pytest.raises(ValueError, match=r"MODEL: expected .*gpt2.*, got 'gpt3'"):
         drop_in.main(["gpt3"])
 
 
