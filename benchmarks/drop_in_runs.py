@@ -23,6 +23,7 @@ import fastattn.drop_in
 from fastattn.bench.timing import synchronize
 
 from .drop_in_models import Inputs, Made
+from .settling import settle
 
 WAYS = ("torch", "fastattn")
 LARGER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -191,30 +192,13 @@ def chosen_by_torch(run: Run) -> dict[str, int]:
     return dict(found)
 
 
-def settled(run: Run, inputs: Inputs | None = None, most: int = 12) -> dict[str, dict[str, int]]:
-    """Runs the drop-in until no kernel is compiled and no plan built for it any more; what serves the last run."""
-    from fastattn.backends.cudnn.plans import shared as plans
-    from fastattn.backends.triton.binaries.store import shared as binaries
-
-    found: dict[str, dict[str, int]] = {}
-    calm = 0
+def settled(run: Run) -> dict[str, dict[str, int]]:
+    """What serves a run of the drop-in, once no kernel is compiled and no plan built for it any more."""
     with way("fastattn"):
-        for _ in range(most):
-            before = _made()
-            with counting() as found:
-                run(inputs)
-                synchronize(run.device)
-            binaries.wait(120.0)
-            plans.wait(30.0)
-            calm = calm + 1 if _made() == before else 0
-            if calm == 3:
-                break
+        settle(run, run.device)
+        with counting() as found:
+            run()
     return found
-
-
-def _made() -> tuple[Any, ...]:
-    now = fastattn.stats()
-    return now["binaries"]["binaries"], now["plans"]["plans"], now["binaries"]["failures"]
 
 
 # Times.
