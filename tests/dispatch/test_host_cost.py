@@ -23,7 +23,8 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.null_backend import null_backend
-from fastattn import Intervals, Segments, debug
+from fastattn import Intervals, Segments, debug, drop_in
+from fastattn.integrations.torch import decide, patching
 
 attend, varlen = fastattn.scaled_dot_product_attention, fastattn.varlen_attention
 
@@ -179,6 +180,55 @@ def test_cudnns_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(gpu), "static", static)
     with fastattn.use_backend("cudnn"):
         check(counted(make()), recorded)
+
+
+def dropped_in(differentiated: bool, **options: Any) -> Callable[[], Any]:
+    """A call of torch's function, by the function that `patch` puts in its place."""
+    leaves = [made(H).requires_grad_(differentiated) for _ in range(3)]
+    grad_out = made(H)
+
+    def run() -> Any:
+        out = patching.scaled_dot_product_attention(*leaves, **options)
+        return torch.autograd.grad(out, leaves, grad_out) if differentiated else out
+
+    return run
+
+
+def three_dims() -> Callable[[], Any]:
+    return partial(patching.scaled_dot_product_attention, *(torch.randn(B, S, D) for _ in range(3)))
+
+
+#: torch's function while it is patched. Of each forward the op itself is 10, 16, 1 (with a mask 12, 20, 1).
+DROP_IN: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
+    "forward": (partial(dropped_in, False, is_causal=True), Counts(21, 28, 1)),
+    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 32, 1)),
+    "both": (partial(dropped_in, True, is_causal=True), Counts(35, 46, 5)),
+    "three dims": (three_dims, Counts(46, 83, 5)),
+    "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(13, 8, 1)),
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The drop-in, patched in, serves what is on a CPU too."""
+    monkeypatch.setattr(decide, "ON_A_CPU", "")
+    with drop_in.patched():
+        yield
+
+
+@pytest.mark.parametrize("name", DROP_IN)
+def test_the_drop_ins_way(name: str, nothing_computed: None, as_on_a_gpu: None) -> None:
+    make, recorded = DROP_IN[name]
+    check(counted(make()), recorded)
+
+
+def test_the_drop_ins_way_to_torch(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kind that torch's kernels are known to serve: without a GPU no backend before them can."""
+    with fastattn.use_backend("cudnn", "torch"):
+        run = dropped_in(False, is_causal=True)
+        check(counted(run), Counts(14, 23, 1))
+        monkeypatch.setattr(decide, "_decided", None)  # nothing is decided again
+        run()
 
 
 def test_more_work_is_noticed(nothing_computed: None, monkeypatch: pytest.MonkeyPatch) -> None:

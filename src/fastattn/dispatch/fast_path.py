@@ -87,11 +87,20 @@ def cast(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return q.to(dtype), k.to(dtype), v.to(dtype), *arguments[3:]
 
 
-def attention(key: Any, arguments: tuple[Any, ...], scale: float | None) -> tuple[Tensor, Tensor | None] | None:
-    """The output and log-sum-exp of a call; None when it is to take the full path."""
-    bound: Bound | None = _cached.get(key)
+def bound(key: Any) -> Bound | None:
+    """What the calls of a key share, where one of them has been served."""
+    found: Bound | None = _cached.get(key)
+    return found
+
+
+def attention(
+    key: Any, arguments: tuple[Any, ...], scale: float | None, bound: Bound | None = None
+) -> tuple[Tensor, Tensor | None] | None:
+    """The output and log-sum-exp of a call; None when it is to take the full path. bound: what was kept of `bound`."""
     if bound is None:
-        return None
+        bound = _cached.get(key)
+        if bound is None:
+            return None
     call = _call(arguments, bound.scale if scale is None else scale, bound.static)
     device = bound.device_type
     if not torch.is_autocast_enabled(device):

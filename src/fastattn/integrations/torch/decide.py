@@ -45,6 +45,7 @@ class Decision(NamedTuple):
 
     why_torch: str = ""  #: "" where fastattn serves it
     as_it_is: bool = False  #: the tensors are arguments of the op already
+    lasts: bool = True  #: whether it holds for all calls of the kind, from now on
 
 
 _OURS, _OURS_AS_IT_IS, _TORCHS = Decision(), Decision(as_it_is=True), Decision(KERNELS)
@@ -75,7 +76,7 @@ def decision(
     """Who serves a call that nothing traces. Takes the arguments as they came: nothing is known to be right."""
     why = _beside_the_shapes(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     if why:
-        return Decision(why)
+        return Decision(why, lasts=False)
     scale = scale if scale is None or type(scale) is float else float(scale)
     plain_scale = scale is None or is_plain_scale(scale)
     names = registry.allowed()
@@ -96,6 +97,8 @@ def decision(
         known, lasts = _decided(query, key, value, mask, is_causal, scale, enable_gqa, names)
         if lasts and plain_scale:
             _decisions[kind] = known
+        else:
+            known = known._replace(lasts=False)
     return known
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ... import api
 from ..._compat import sdpa as torchs
-from ...dispatch import handed_over
+from ...dispatch import fast_path, handed_over, routes
+from . import known
 from .decide import (
     CLASS,
     DEVICE,
@@ -65,14 +66,17 @@ def scaled_dot_product_attention(
     """
     why = at_once(query)
     if not why:
-        found = decision(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        why = found.why_torch
-        if not why:
-            if found.as_it_is:
-                mask = "causal" if is_causal else attn_mask
-                scale = scale if scale is None or type(scale) is float else float(scale)
-                return api.scaled_dot_product_attention(query, key, value, mask=mask, scale=scale)  # type: ignore[return-value]
-            return _translated(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        arguments = query, key, value, "causal" if is_causal is True else attn_mask, None, None, None, None, None, False
+        kind = known.kind_of(arguments, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        before = None if kind is None else known.find(kind, query)
+        if before.__class__ is str:
+            why = before
+        else:
+            if before is not None and (served := fast_path.attention(None, arguments, scale, before)) is not None:
+                return served[0]
+            why, out = _decided(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, kind)
+            if out is not None:
+                return out
         if why is VMAP:
             return _Mapped.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)  # type: ignore[no-any-return]
     if why == TRACED:
@@ -89,6 +93,32 @@ def scaled_dot_product_attention(
     return torchs.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _decided(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
+    kind: Any,
+) -> tuple[str, Tensor | None]:
+    """Why torch serves a call, or else its output. kind: what `known.kind_of` said of it."""
+    generation = routes.generation()
+    found = decision(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
+    out = None
+    if not found.why_torch:
+        if found.as_it_is:
+            scale = scale if scale is None or type(scale) is float else float(scale)
+            out = api.scaled_dot_product_attention(q, k, v, mask="causal" if is_causal else mask, scale=scale)
+        else:
+            out = _translated(q, k, v, mask, is_causal, scale, enable_gqa)
+    if kind is not None:
+        known.remember(kind, found, q, mask, generation)
+    return found.why_torch, out  # type: ignore[return-value]
 
 
 def _translated(
