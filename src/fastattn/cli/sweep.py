@@ -19,8 +19,8 @@ def add_command(commands: Any) -> None:
     text = (
         "Time single attention calls on a GPU: fastattn's, torch's own and those of other packages that are installed, "
         "in turns, checked against the reference. Without NAME: every phase of a model's life. decode: few queries "
-        "against a long cache. backward: training. users: calls as users of all kinds make them, beside every peer that "
-        "can make them; ROW ...: those in whose names one of the words is."
+        "against a long cache. backward: training. users: calls as users of all kinds make them, beside "
+        "every peer that can make them; ROW ...: those in whose names one of the words is."
     )
     parser = commands.add_parser("sweep", help="attention calls against torch's own and others", description=text)
     add = parser.add_argument

@@ -58,9 +58,10 @@ class Row:
         q_len, kv_len = (max(round(n * scale), min(n, least)) for n in (q_len, kv_len))
         kv_few = min(kv_heads, 2)
         group = min(heads // kv_heads, 4)
-        window = None
-        if self.window is not None:
-            window = tuple(n if n <= 0 else max(1, round(n * scale)) for n in self.window)
+        window = self.window
+        if window is not None:
+            left, right = (n if n <= 0 else max(1, round(n * scale)) for n in window)
+            window = left, right
         sizes = (min(batch, 2), kv_few * group, kv_few, q_len, kv_len, *dims)
         return replace(self, sizes=sizes, window=window, packed=min(self.packed, 5))
 

@@ -130,9 +130,11 @@ def _varlen(row: Row, x: Tensors) -> Call:
     if row.group > 1 and "enable_gqa" in known:
         options["enable_gqa"] = True
     longest = _longest(x)
+    sizes: tuple[Any, ...] = x.starts, x.starts, longest, longest
+    attend: Callable[..., Any] = varlen_attn
 
     def call() -> Any:
-        return _from_packed(_first(varlen_attn(*_to_packed(x), x.starts, x.starts, longest, longest, **options)))
+        return _from_packed(_first(attend(*_to_packed(x), *sizes, **options)))
 
     return call
 

@@ -134,8 +134,8 @@ def timed(row: Row, names: Sequence[str], device: torch.device, rounds: int) -> 
         else:
             _raise_if_fatal(figures)
             found[name] = {"failed": text_of(figures)}
-    for name, figures in eager([c for c in ready if isinstance(measured[c.name], Timing)], device, rounds).items():
-        found[name] |= figures
+    for name, beside in eager([c for c in ready if isinstance(measured[c.name], Timing)], device, rounds).items():
+        found[name] |= beside
     return found
 
 
