@@ -3,7 +3,8 @@
     python -m benchmarks.choosing [USERS.json] [--docs DOCS]
 
 USERS.json: benchmarks/results/*/users.json, of which there has to be one. Writes DOCS/choosing.md, which is kept: a
-test holds it against the file. Each row in which a peer is quicker needs its reason in `fastattn/bench/users/reasons.py`.
+test holds it against the file. Each row in which a peer is quicker needs its reason in
+`fastattn/bench/users/reasons.py`.
 """
 
 from __future__ import annotations

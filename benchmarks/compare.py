@@ -129,9 +129,9 @@ def _times(name: str, value: dict[str, Any], quarters: dict[str, Any]) -> Iterat
             yield from _times(below, inner, found if isinstance(found, dict) else {})
         elif key in TIMES and isinstance(inner, int | float):
             whole = (value.get("min_us"), value.get("max_us")) if key == "us" else (None, None)
-            low, high = value.get("quarters_us") or quarters.get(key) or whole
-            bare = low is None or high is None
-            figure = Figure(inner, inner, inner, False, False) if bare else Figure(inner, low, high)
+            ends: Any = value.get("quarters_us") or quarters.get(key) or whole
+            bare = ends[0] is None or ends[1] is None
+            figure = Figure(inner, inner, inner, False, False) if bare else Figure(inner, *ends)
             yield name if key == "us" else f"{name}, {key}", figure
 
 

@@ -14,6 +14,7 @@ KNOWN = {
     "fastattn-static": ("fastattn, static plan", "#7c2d12"),
     "torch": ("torch", "#2563eb"),
     "torch-varlen": ("torch varlen", "#0e7490"),
+    "torch-plain": ("torch, plain operations", "#cbd5e1"),
     "torch-cudnn": ("torch cuDNN", "#1d4ed8"),
     "torch-flash": ("torch flash", "#0891b2"),
     "torch-efficient": ("torch efficient", "#60a5fa"),

@@ -50,7 +50,8 @@ def _captured(title: str, rows: dict[str, Row]) -> Table:
     head = few_columns(["call", *(f"{title_of(who)}, µs" for who in names), "ratio"])
     text = (
         "Microseconds of the GPU per call in a CUDA graph, in brackets the relative error (of training rows the "
-        "largest one of output and gradients); the best of each row is bold. Ratio: fastattn's time over the best peer's."
+        "largest one of output and gradients); the best of each row is bold. Ratio: fastattn's time over that of the "
+        "best peer."
     )
     return Table(title, head, lines, text)
 

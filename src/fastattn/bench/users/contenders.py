@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from ..._compat import torch as torch_internals
 from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ...api import scaled_dot_product_attention
 from ...common.machine import version_of
@@ -39,15 +40,16 @@ PACKAGES = {
     "flashinfer": "flashinfer-python",
     "xformers": "xformers",
 }
-FLEX, VARLEN = "flex", "torch-varlen"
+FLEX, VARLEN, PLAIN, MLX = "flex", "torch-varlen", "torch-plain", "mlx"
+MOST_SCORES = 4 << 30  #: bytes of the largest matrix of scores that torch-plain may make
 
 
 def peers(flex: bool, on_gpu: bool) -> list[str]:
     """The names of the peers that may take part here."""
     if not on_gpu:
-        return ["torch"]
+        return ["torch", PLAIN]
     installed = [name for name, package in PACKAGES.items() if version_of(package) is not None]
-    return [*TORCHS, VARLEN, *installed, *([FLEX] if flex else [])]
+    return [*TORCHS, VARLEN, PLAIN, *installed, *([FLEX] if flex else [])]
 
 
 def versions() -> dict[str, str | None]:
@@ -98,6 +100,9 @@ def _step(forward: Call, leaves: tuple[Tensor, ...], grad_out: Tensor) -> tuple[
 
 def _torch(name: str, row: Row, x: Tensors) -> Call:
     given = row.theirs(x)
+    whole = row.causal and row.sizes[3] == row.sizes[4] and row.window is None
+    if name == "torch-flash" and x.sinks is not None and whole and not row.training and row.softcap is None:
+        return partial(_flash_with_sinks, x)
     if given is None:
         raise Refusal("torch's function has no sinks, no softcap and no log-sum-exp")
     q_len, kv_len = row.sizes[3:5]
@@ -112,6 +117,13 @@ def _torch(name: str, row: Row, x: Tensors) -> Call:
             return partial(_repeated, x, row.group, given)
         given["enable_gqa"] = True
     return partial(torch_attention, x.q, x.k, x.v, **given)
+
+
+def _flash_with_sinks(x: Tensors) -> Tensor:
+    """The log-sum-exp, which torch's public function does not give, says how much the sink takes off."""
+    assert x.sinks is not None
+    out, lse = torch_internals.flash_attention(x.q, x.k, x.v, causal=True)
+    return out * torch.sigmoid(lse - x.sinks[:, None])[..., None].to(out.dtype)
 
 
 def _repeated(x: Tensors, group: int, given: dict[str, Any]) -> Tensor:
@@ -137,6 +149,36 @@ def _varlen(row: Row, x: Tensors) -> Call:
         return _from_packed(_first(attend(*_to_packed(x), *sizes, **options)))
 
     return call
+
+
+def _plain(row: Row, x: Tensors) -> Call:
+    """Plain tensor operations, as models write them where torch's function cannot do it."""
+    if row.theirs(x) is not None:
+        raise Refusal("torch's function can do it")
+    batch, heads, _, q_len, kv_len, dim, _ = row.sizes
+    if batch * heads * q_len * kv_len * x.q.dtype.itemsize > MOST_SCORES:
+        raise Refusal("its matrix of scores would take more than 4 GiB")
+    hidden = ~row.visible(x)[:, None]
+    bias = torch.zeros(hidden.shape, dtype=x.q.dtype, device=x.q.device) if bool(hidden.any()) else None
+    if bias is not None:
+        bias = bias.masked_fill(hidden, torch.finfo(x.q.dtype).min)
+    return partial(_plainly, row, x, bias, dim**-0.5)
+
+
+def _plainly(row: Row, x: Tensors, bias: Tensor | None, scale: float) -> Any:
+    k, v = (t.repeat_interleave(row.group, 1) if row.group > 1 else t for t in (x.k, x.v))
+    scores = x.q @ k.mT * scale
+    if row.softcap is not None:
+        scores = torch.tanh(scores / row.softcap) * row.softcap
+    if bias is not None:
+        scores = scores + bias
+    if x.sinks is not None:
+        sinks = x.sinks[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(x.q.dtype)
+    weights = weights[..., :-1] if x.sinks is not None else weights
+    out: Tensor = weights @ v
+    return (out, scores.float().logsumexp(-1)) if row.return_lse else out
 
 
 # --- flex attention
@@ -350,6 +392,7 @@ def _first(found: Any) -> Any:
 
 _BINDERS: dict[str, Callable[[Row, Tensors], Call]] = {
     VARLEN: _varlen,
+    PLAIN: _plain,
     FLEX: _flex,
     "flash-attn": _flash_attn,
     "flash-attn-4": _flash_attn_4,

@@ -37,7 +37,9 @@ METHOD = {
     "fastattn": "what dispatch picks, with the static plan where cuDNN serves; fastattn-dynamic: with the dynamic "
     "plan, where that differs",
     "peers": "torch: whatever kernel it picks. torch-efficient: K and V are repeated for its heads within the call. "
-    "torch-varlen: torch.nn.attention.varlen. flex: flex_attention under torch.compile, its block mask made before. "
+    "torch-varlen: torch.nn.attention.varlen. torch-plain: tensor operations, where torch's function cannot do it. "
+    "torch-flash with sinks: its kernel, and the sinks applied through the log-sum-exp. "
+    "flex: flex_attention under torch.compile, its block mask made before. "
     "flash-attn, flash-attn-4, flashinfer, xformers: where installed",
     "training": "forward and backward of q, k and v (and of the mask where models learn it)",
     "ratio": "fastattn's time over that of the quickest peer that is right; ratio: in CUDA graphs, eager_ratio: as "
