@@ -34,6 +34,13 @@ def test_a_row_that_ends_its_process_leaves_the_others(fake):
     assert len(set(pids)) == 3 and found["a"]["fastattn"]["phase"] == "check"
 
 
+def test_a_row_is_measured_without_the_peer_that_ended_its_process(fake):
+    found = fake(["a", "bad peer", "b"])
+    assert list(found) == ["a", "bad peer", "b"]
+    assert found["bad peer"]["torch-cudnn"] == {"failed": "CUDA error: of a peer"}
+    assert "pid" in found["bad peer"]["fastattn"] and "torch-cudnn" not in found["b"]
+
+
 def test_rows_share_a_process(fake):
     assert len({entries["fastattn"]["pid"] for entries in fake(["a", "b", "c"]).values()}) == 1
 

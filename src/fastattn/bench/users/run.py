@@ -27,7 +27,8 @@ FEW = 8  #: rows of a process
 MOST_PROCESSES = 12  #: that compile and compare at a time
 ROUNDS, QUICK_ROUNDS = 9, 5
 METHOD = {
-    "inputs": "standard normal, token-major (decode: a cache's layout); as many sets in turn as exceed the L2 cache",
+    "inputs": "standard normal, token-major (decode: a cache's layout); as many sets in turn as exceed the L2 cache, "
+    "64 at the most",
     "us": "GPU time of a call in a CUDA graph of many (on a CPU: the time that passes), median of the rounds, peers in "
     "turns; quarters_us: their quartiles",
     "eager": "the time that passes for a call as Python makes it, over many calls and one wait",
@@ -165,7 +166,10 @@ def drive(
     module: str = "fastattn.bench.users.worker",
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What some rows give, in processes of their own: after a row that ends its process another one goes on."""
-    asked = {"device": str(settings.device), "phase": phase, "rounds": rounds(settings), "flex": settings.flex}
+    asked: dict[str, Any] = {"device": str(settings.device), "phase": phase}
+    asked |= {"rounds": rounds(settings), "flex": settings.flex, "skip": {}}
+    environment = {"FASTATTN_COMPILE": "wait"} | os.environ  # for the kernels that are to be measured
+    skipped: dict[str, dict[str, str]] = asked["skip"]
     left = list(names)
     while left:
         if is_late():
@@ -177,36 +181,53 @@ def drive(
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            env=environment,
         ) as process:
             try:
-                reader = _Reader(process)
-                for name, entries in _rows_of(reader, left, ROW_SECONDS[phase]):
+                for found in _rows_of(_Reader(process), left, ROW_SECONDS[phase]):
+                    if isinstance(found, _End) and found.peer is not None:  # the row is measured again without it
+                        skipped.setdefault(found.row, {})[found.peer] = found.why
+                        break
+                    name, entries = (found.row, {"failed": found.why}) if isinstance(found, _End) else found
                     left.remove(name)
-                    yield name, entries
+                    yield name, entries | {who: {"failed": why} for who, why in skipped.get(name, {}).items()}
                     if is_late():
                         break
             finally:
                 process.kill()
 
 
-def _rows_of(reader: _Reader, names: Sequence[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one process, until it ends; the row in which it ended has "failed"."""
-    current, missing = names[0], list(names)
+@dataclass(frozen=True)
+class _End:
+    """A process that ended, or did not come to an end, in a row."""
+
+    row: str
+    why: str
+    peer: str | None  #: whose first call it was, if it was a peer's
+
+
+def _rows_of(reader: _Reader, names: Sequence[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]] | _End]:
+    """The rows of one process, (row, entries), until all are there or it ends."""
+    current, peer, missing = names[0], None, list(names)
     limit = START_SECONDS + seconds
     while missing:
+        begun = time.monotonic()
         try:
-            message = reader.message(limit)
+            message = reader.message(max(limit, 0.0))
         except TimeoutError:
-            yield current, {"failed": f"no end after {seconds:.0f} s"}
+            yield _End(current, f"no end after {seconds:.0f} s", peer)
             return
+        limit -= time.monotonic() - begun
         if message is None:
-            yield current, {"failed": reader.last_words()}
+            yield _End(current, reader.last_words(), peer)
             return
         if "begin" in message:
-            current, limit = message["begin"], seconds
+            current, peer, limit = message["begin"], None, seconds
+        elif "trying" in message:
+            peer = None if message["trying"] in contenders.OURS else message["trying"]
         else:
             missing.remove(message["row"])
-            current = missing[0] if missing else current
+            current, peer = missing[0] if missing else current, None
             yield message["row"], message["found"]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .calls import Row, Tensors
 
-MOST_BYTES = 1 << 30  #: of one piece's scores; autograd and the softmax hold several of them
+MOST_BYTES = 1 << 29  #: of one piece's scores; autograd and the softmax hold several of them
 #: The largest relative error (norm of the difference over the norm) of a right result: forward, gradients.
 LIMITS = {torch.bfloat16: (8e-3, 1.6e-2), torch.float16: (2e-3, 4e-3), torch.float32: (1e-5, 2e-5)}
 

@@ -1,7 +1,8 @@
 """Measures some rows in a process of its own: `python -m fastattn.bench.users.worker SETTINGS ROW ...`.
 
 SETTINGS is JSON: "device", "phase" ("check": each contender's first calls, which compile, and what they gave; "time":
-the times), "rounds", "flex". Each line that begins with `MARK` says, as JSON, which row begins ("begin") or what was
+the times), "rounds", "flex", "skip" (by row: contenders that ended a process before). What follows `MARK` in a line
+says, as JSON, which row begins ("begin"), whose call is made for the first time ("trying"; None: nobody's) or what was
 found ("row", "found"). A CUDA error leaves a process that can do nothing more: it ends, and who started it goes on with
 another one.
 """
@@ -9,30 +10,34 @@ another one.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ... import stats
 from ...backends.cudnn import plans
 from ...backends.triton.binaries.policy import waiting
 from .. import timing
 from ..implementations import Refusal
+from ..peers import forget_compiled
 from ..runner import build_static_plan
 from ..timing import Contender, Timing, text_of
 from . import contenders
-from .calls import Row
+from .calls import Row, Tensors
 from .rows import BY_NAME
 from .truth import LIMITS, errors, truth
 
 MARK = "\x1e"
-MOST_SETS = 32
+ATTEMPTS, WAIT_SECONDS = 4, 5.0  #: to compare, where there is no memory
+MOST_SETS = 64
 MOST_BYTES = 16 << 30  #: of all input sets of a row
 EAGER_CALLS = 20  #: at the most, between two waits: the launch queue must not fill
 EAGER_US = 2000.0  #: of GPU time in a round of eager calls, at the least
@@ -55,52 +60,96 @@ def main(argv: Sequence[str], say: Say) -> None:
             say({"begin": name})
             row = BY_NAME[name] if on_gpu else BY_NAME[name].reduced()
             names = [*contenders.OURS, *contenders.peers(settings["flex"], on_gpu)]
+            names = [who for who in names if who not in settings["skip"].get(name, ())]
             measure = checked if settings["phase"] == "check" else partial(timed, rounds=settings["rounds"])
+            if settings["flex"]:
+                forget_compiled()
             with waiting():  # for the kernels that are to be measured
-                found = measure(row, names, device)
+                found = measure(row, _told(names, say), device)
             say({"row": name, "found": found})
             if on_gpu:
                 torch.cuda.empty_cache()
 
 
-def checked(row: Row, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+def _told(names: Sequence[str], say: Say) -> Iterator[str]:
+    """The names, each said before it is tried."""
+    for name in names:
+        say({"trying": name})
+        yield name
+    say({"trying": None})
+
+
+def checked(row: Row, names: Iterable[str], device: torch.device) -> dict[str, Any]:
     """Each contender's first call, and how far it is from the truth: name -> "error", "gradient_error", "first_ms",
     "served_by"; or "refused", or "failed"."""
     x = row.tensors(device)[0]
     expected = truth(row, x)
-    limits = LIMITS[row.dtype]
     found: dict[str, Any] = {}
     for name in names:
-        entry: dict[str, Any] = {}
-        try:
-            with contenders.active(name, row):
-                before = stats()["calls"]
-                call = contenders.bind(name, row, x)
-                result, entry["first_ms"] = timing.once(call, device)
-                if name in contenders.OURS:
-                    entry["served_by"] = [key for key, n in stats()["calls"].items() if n > before.get(key, 0)]
-            if name == "fastattn-dynamic" and not _has_plans(entry):
-                continue  # the same kernel as fastattn's
-            error, gradient_error = errors(row, x, contenders.tensors_of(result, row), expected)
-            entry |= {"error": float(f"{error:.2e}")} if error < float("inf") else {"failed": "wrong result: NaN"}
-            if row.training and gradient_error < float("inf"):
-                entry["gradient_error"] = float(f"{gradient_error:.2e}")
-            if not (error <= limits[0] and gradient_error <= limits[1]):
-                entry["failed"] = f"wrong result: relative errors {error:.1e}, {gradient_error:.1e}"
-            if name == "fastattn" and _has_plans(entry):
-                with contenders.active(name, row):
-                    build_static_plan(call)
-            del result
-        except Refusal as refusal:
-            entry = {"refused": str(refusal)}
-        except Exception as error:
-            _raise_if_fatal(error)
-            entry["failed"] = text_of(error)
-        found[name] = entry
+        for attempt in range(ATTEMPTS):
+            try:
+                entry = _entry(name, row, x, expected, device)
+            except torch.OutOfMemoryError as error:  # other processes compare at the same time
+                entry = {"failed": text_of(error)}
+                if attempt + 1 < ATTEMPTS and device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    time.sleep(WAIT_SECONDS)
+                    continue
+            break
+        if name != "fastattn-dynamic" or _has_plans(entry):  # else it is the same kernel as fastattn's
+            found[name] = entry
     return found
 
 
-def timed(row: Row, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
+def _entry(name: str, row: Row, x: Tensors, expected: tuple[Tensor, ...], device: torch.device) -> dict[str, Any]:
+    """What one contender's first calls say of it. Raises torch.OutOfMemoryError, and what CUDA does not survive."""
+    entry: dict[str, Any] = {}
+    try:
+        with contenders.active(name, row):
+            before = stats()["calls"]
+            call = contenders.bind(name, row, x)
+            result, entry["first_ms"] = timing.once(call, device)
+            if name in contenders.OURS:
+                entry["served_by"] = _served(before)
+        _compare(entry, row, x, contenders.tensors_of(result, row), expected)
+        if name == "fastattn" and _has_plans(entry):  # the static plan that serves in the long run
+            with contenders.active(name, row):
+                build_static_plan(call)
+                _compare(entry, row, x, contenders.tensors_of(call(), row), expected)
+    except Refusal as refusal:
+        return {"refused": str(refusal)}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _raise_if_fatal(error)
+        return _failure(error)
+    return entry
+
+
+def _compare(
+    entry: dict[str, Any], row: Row, x: Tensors, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]
+) -> None:
+    """Enters the relative errors, the larger ones of several calls, and "failed" where they are too large."""
+    limits = LIMITS[row.dtype]
+    found = errors(row, x, result, expected)
+    for key, error in zip(("error", "gradient_error") if row.training else ("error",), found):
+        if math.isfinite(error):
+            entry[key] = max(entry.get(key, 0.0), float(f"{error:.2e}"))
+    if not (found[0] <= limits[0] and found[1] <= limits[1]):
+        texts = [f"{error:.1e}" if math.isfinite(error) else "NaN" for error in found[: 2 if row.training else 1]]
+        entry["failed"] = f"wrong result: relative error {', of gradients '.join(texts)}"
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """An error of a contender: torch has no kernel for the call, or it failed."""
+    return {"refused" if "No available kernel" in str(error) else "failed": text_of(error)}
+
+
+def _served(before: dict[str, int]) -> list[str]:
+    return [key for key, n in stats()["calls"].items() if n > before.get(key, 0)]
+
+
+def timed(row: Row, names: Iterable[str], device: torch.device, rounds: int) -> dict[str, Any]:
     """The times of those that can make the call: name -> "us" and so on (of a CUDA graph: GPU time; on a CPU: the time
     that passes), "eager" (the time that passes for a call, as Python makes it) and "host" (of which the host is busy);
     or "failed"."""
@@ -113,7 +162,7 @@ def timed(row: Row, names: Sequence[str], device: torch.device, rounds: int) -> 
                 calls = [contenders.bind(name, row, x) for x in sets]
                 before = stats()["calls"]
                 calls[0]()
-                served = {"served_by": [key for key, n in stats()["calls"].items() if n > before.get(key, 0)]}
+                served = {"served_by": _served(before) if name in contenders.OURS else []}
                 if name == "fastattn-dynamic" and not _has_plans(served):
                     continue
                 if name == "fastattn" and _has_plans(served):
@@ -125,7 +174,7 @@ def timed(row: Row, names: Sequence[str], device: torch.device, rounds: int) -> 
             continue
         except Exception as error:
             _raise_if_fatal(error)
-            found[name] = {"failed": text_of(error)}
+            found[name] = _failure(error)
     plans.shared.wait()  # what is built in the background would disturb, and cannot be done during a capture
     measured = timing.race(ready, device, rounds=rounds)
     for name, figures in measured.items():
