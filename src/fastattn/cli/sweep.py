@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.name == USERS:
         return _users(arguments, command, device)
     if arguments.rows or arguments.check or arguments.flex or arguments.absent or arguments.seconds is not None:
-        raise ValueError("ROW, --check, --flex, --absent, --seconds: expected `sweep users` with them")
+        raise ValueError('ROW, --check, --flex, --absent, --seconds: expected "sweep users" with them')
     found, failed = sweeps.run(sweeps.SWEEPS[arguments.name], command, device, arguments.quick, arguments.seed)
     if arguments.json:
         results.write_json(arguments.json, found)
@@ -77,9 +77,7 @@ def _users(arguments: argparse.Namespace, command: str, device: Any) -> int:
     from ..bench.users import rows, run
 
     if arguments.plot:
-        raise ValueError(
-            "--plot: expected another sweep, users has no plot (python -m benchmarks.users makes its page)"
-        )
+        raise ValueError("--plot: expected another sweep, users has no plot (python -m benchmarks.site makes a page)")
     for text in arguments.absent:
         if "=" not in text:
             raise ValueError(f"--absent: expected NAME=WHY, got {text!r}")

@@ -118,5 +118,5 @@ def chosen(words: Sequence[str]) -> list[Row]:
     """The rows in whose names one of the words is; all rows without words. Raises ValueError for a word of none."""
     for word in words:
         if not any(word in row.name for row in ROWS):
-            raise ValueError(f"ROW: expected a part of a row's name, got {word!r} (docs/users.md names the rows)")
+            raise ValueError(f"ROW: expected a part of a row's name, such as decode or 'causal 2048', got {word!r}")
     return [row for row in ROWS if not words or any(word in row.name for word in words)]
