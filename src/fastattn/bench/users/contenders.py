@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -21,6 +22,7 @@ from ..._compat import torch as torch_internals
 from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ...api import scaled_dot_product_attention
 from ...common.machine import version_of
+from .. import peer_mlx
 from ..implementations import Refusal, variable
 from .calls import FP32, Row, Tensors
 
@@ -39,6 +41,7 @@ PACKAGES = {
     "flash-attn-4": "flash-attn-4",
     "flashinfer": "flashinfer-python",
     "xformers": "xformers",
+    "mlx": "mlx",
 }
 FLEX, VARLEN, PLAIN, MLX = "flex", "torch-varlen", "torch-plain", "mlx"
 MOST_SCORES = 4 << 30  #: bytes of the largest matrix of scores that torch-plain may make
@@ -257,6 +260,24 @@ def _flex_predicate(row: Row, x: Tensors, offset: int) -> Callable[..., Tensor] 
         return seen
 
     return sees
+
+
+# --- MLX, which measures itself in a process of its own
+
+
+def measured_by_mlx(row: Row, x: Tensors, sets: int) -> tuple[Tensor, dict[str, float]]:
+    """MLX's output, and its microseconds: see `peer_mlx.measure`. Raises `Refusal`."""
+    given = row.theirs(x)
+    if row.training or row.softcap is not None or row.return_lse:
+        raise Refusal("MLX is called without gradients, softcap and log-sum-exp")
+    mask: Tensor | str | None = None
+    if row.causal and row.sizes[3] > 1 and not (row.window or row.lengths or row.left_padded or row.packed):
+        mask = "causal"  # to the lower right, as here
+    elif given is None:
+        mask = row.visible(x)[:, None]
+    elif "attn_mask" in given:
+        mask = given["attn_mask"]
+    return peer_mlx.measure(x.q, x.k, x.v, mask, x.sinks, 1.0 / math.sqrt(row.sizes[5]), sets)
 
 
 # --- other packages

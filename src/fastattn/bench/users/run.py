@@ -41,7 +41,8 @@ METHOD = {
     "torch-varlen: torch.nn.attention.varlen. torch-plain: tensor operations, where torch's function cannot do it. "
     "torch-flash with sinks: its kernel, and the sinks applied through the log-sum-exp. "
     "flex: flex_attention under torch.compile, its block mask made before. "
-    "flash-attn, flash-attn-4, flashinfer, xformers: where installed",
+    "flash-attn, flash-attn-4, flashinfer, xformers: where installed. "
+    "mlx: where installed, in a process of its own, the time that passes over many calls",
     "training": "forward and backward of q, k and v (and of the mask where models learn it)",
     "ratio": "fastattn's time over that of the quickest peer that is right; ratio: in CUDA graphs, eager_ratio: as "
     "Python calls it",
