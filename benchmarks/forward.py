@@ -1,4 +1,4 @@
-"""Forward calls on each backend that takes them, beside torch's kernels: one process, in turns; needs a GPU.
+"""The forward calls of `fastattn sweep users` on each backend that takes them, beside torch's kernels; needs a GPU.
 
     python -m benchmarks.forward [ROW ...] [--json FILE] [--tune] [--seconds N] [--check | --time]
 
@@ -29,14 +29,16 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 from fastattn.bench import output
+from fastattn.bench.users.calls import Row
+from fastattn.bench.users.rows import ROWS as ALL
 from fastattn.call import Problem
 from fastattn.dispatch.registry import NAMES
 from fastattn.validation import Arguments, validated
 
 from .command import captured, end, parser_of, write
-from .forward_calls import ROWS, Row
-from .turns import FLUSHED, between, measure
+from .turns import FLUSHED, between, medians, quarters, sampled
 
+ROWS = [row for row in ALL if not row.training]  #: the list of `fastattn sweep users`
 OURS = tuple(name for name in NAMES if name not in ("torch", "reference"))
 TORCHS = {
     "torch cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -57,15 +59,16 @@ LAUNCHES = [
 
 def contenders(row: Row, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Calls of one row by the name of what serves them."""
-    q, k, v = row.inputs(device)
+    (x,) = row.tensors(device)
+    q, k, v = x.q, x.k, x.v
     found: dict[str, Callable[[], Any]] = {}
-    ours = row.arguments(row.ours, device)
+    ours = row.ours(x)
     refused = fastattn.explain(q, k, v, **ours).reasons
     for name in OURS:
         if not refused[name]:
             found[name] = partial(fastattn.scaled_dot_product_attention, q, k, v, **ours, backend=name)
-    if row.theirs is not None:
-        theirs = row.arguments(row.theirs, device)
+    theirs = row.theirs(x)
+    if theirs is not None:
         mask = theirs.get("attn_mask")
         if mask is not None and mask.dtype != torch.bool:
             theirs["attn_mask"] = mask.to(row.dtype)
@@ -86,9 +89,8 @@ def _on_torch(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, arguments: di
 def error_of(index: int) -> dict[str, Any]:
     """Runs each of our backends on a row, for the first time, and compares it with the reference."""
     row, device = ROWS[index], torch.device("cuda")
-    torch.manual_seed(index)
-    q, k, v = row.inputs(device)
-    ours = row.arguments(row.ours, device)
+    (x,) = row.tensors(device)
+    q, k, v, ours = x.q, x.k, x.v, row.ours(x)
     want = None
     found: dict[str, Any] = {}
     refused = fastattn.explain(q, k, v, **ours).reasons
@@ -127,7 +129,8 @@ def launches(row: Row) -> list[Any]:
 
 
 def _call(row: Row, device: torch.device) -> Any:
-    return validated(Arguments(*row.inputs(device), **row.arguments(row.ours, device)), None)
+    (x,) = row.tensors(device)
+    return validated(Arguments(x.q, x.k, x.v, **row.ours(x)), None)
 
 
 def kernel_of(row: Row, one: Any, call: Any) -> Callable[[], Any]:
@@ -207,15 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() - begun > arguments.seconds:
                 print(f"{row.name:24} left out: no time")
                 continue
-            torch.manual_seed(index)
             with torch.inference_mode():
                 if arguments.tune:
                     found["rows"][row.name] = tune(row, flush)
                     print(f"{row.name:24} {list(found['rows'][row.name].items())[:5]}", flush=True)
                     continue
-                times = measure(contenders(row, torch.device("cuda")), flush, arguments.rounds)
-            checks = errors.get(index, {})
-            found["rows"][row.name] = {"times": times, "checks": checks}
+                samples = sampled(contenders(row, torch.device("cuda")), flush, arguments.rounds)
+            times, checks = medians(samples), errors.get(index, {})
+            found["rows"][row.name] = {"times": times, "quarters": quarters(samples), "checks": checks}
             print(line_of(row.name, times, checks), flush=True)
             failed = {name: x["failed"] for name, x in checks.items() if "failed" in x}
             if failed:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .command import captured
 
 FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
+Samples = dict[str, dict[str, list[float]]]  #: of each run: "cold", "hot" and "host"
 
 
 def between(replay: Callable[[], None], times: int = 1) -> float:
@@ -29,6 +30,25 @@ def between(replay: Callable[[], None], times: int = 1) -> float:
 def measure(
     runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, needed: Collection[str] = ()
 ) -> dict[str, dict[str, float]]:
+    """The medians of `sampled`."""
+    return medians(sampled(runs, flush, rounds, needed))
+
+
+def medians(samples: Samples) -> dict[str, dict[str, float]]:
+    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
+
+
+def quarters(samples: Samples) -> dict[str, dict[str, list[float]]]:
+    """The first and the third quartile."""
+
+    def of(values: list[float]) -> list[float]:
+        cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return [round(cuts[0], 1), round(cuts[2], 1)]
+
+    return {name: {what: of(x) for what, x in own.items()} for name, own in samples.items()}
+
+
+def sampled(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, needed: Collection[str] = ()) -> Samples:
     """Cold, hot and host microseconds of each, in turns. What cannot run is left out, unless it is needed."""
     graphs: dict[str, Callable[[], None]] = {}
     for name, run in runs.items():
@@ -38,7 +58,7 @@ def measure(
             if name in needed or "CUDA error" in str(error) or "out of memory" in str(error):
                 raise
             torch.cuda.synchronize()
-    samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
+    samples: Samples = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
     times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
     for _ in range(rounds):
         for name, graph in graphs.items():
@@ -51,4 +71,4 @@ def measure(
             runs[name]()
             samples[name]["host"].append((time.perf_counter() - start) * 1e6)
         torch.cuda.synchronize()
-    return {name: {what: round(statistics.median(x), 1) for what, x in own.items()} for name, own in samples.items()}
+    return samples

@@ -18,6 +18,7 @@ from fastattn.common.printable import printable
 from .data import Chart, Section, Table, few_columns, number, title_of
 from .reading import reading, shown
 from .sweep import fill as _sweep
+from .users import fill as _users
 
 ABOUT = (
     "Attention is the part of a language model in which every new token looks at the tokens before it. fastattn is one "
@@ -232,6 +233,12 @@ _KINDS: dict[str, tuple[str, str, _Fill]] = {
     "sweep op": ("The op, in every phase of a model's life", _CALLS, _sweep),
     "sweep decode": ("Few queries against a long cache", _CALLS, _sweep),
     "sweep backward": ("Training", _CALLS, _sweep),
+    "sweep users": (
+        "Calls as users make them",
+        "Single attention calls of all kinds, training among them, each beside every peer that can make it, and each "
+        "result checked against attention in float64.",
+        _users,
+    ),
     "sweep plans": (
         "Dynamic plans against static ones",
         "cuDNN compiles a plan for a call. A static plan, for exactly its lengths, is faster; a dynamic plan, for any "

@@ -81,7 +81,7 @@ def test_a_graph_hides_what_the_host_costs(monkeypatch):
     found = timing.race([Contender("a", slow), Contender("b", [lambda: gpu.launch(20.0, 1.0)])], CUDA)
     assert found["a"] == Timing(pytest.approx(10.0), pytest.approx(10.0), pytest.approx(10.0), "graph")
     assert found["b"].us == pytest.approx(20.0)
-    assert set(found["a"].as_dict()) == {"us", "min_us", "max_us", "method"}
+    assert set(found["a"].as_dict()) == {"us", "min_us", "max_us", "method", "quarters_us"}
 
 
 def test_eager_calls_wait_behind_a_busy_gpu(monkeypatch):
@@ -130,6 +130,7 @@ def test_rounds_go_in_turns_and_a_failure_leaves_the_race(monkeypatch):
     found = timing.race([Contender("a", []), Contender("b", [])], CUDA, rounds=3)
     assert log == ["a", "b", "a", "b", "a", "b", "a"]
     assert found["a"] == Timing(2.0, 1.0, 3.0, "fake")  # the first round does not count
+    assert found["a"].quarters_us is not None and 1.0 <= found["a"].quarters_us[0] <= 2.0 <= found["a"].quarters_us[1]
     assert str(found["b"]) == "gone"
 
 
@@ -161,3 +162,8 @@ def test_contexts_are_in_force_while_called():
     found = timing.race([Contender("a", [lambda: inside[0]], context), Contender("b", [int], nullcontext)], CPU)
     assert found["a"].method == found["b"].method == "wall"
     assert not inside
+
+
+def test_quartiles_of_the_rounds():
+    assert timing.timing_of([5.0, 1.0, 2.0, 3.0, 4.0], "fake").quarters_us == (2.0, 4.0)
+    assert timing.timing_of([7.0], "fake").quarters_us == (7.0, 7.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import torch
 
 from ..common import machine
 from . import output
+
+#: The environment variable that names the commit where the source is no git checkout: a copy on another machine.
+COMMIT = "FASTATTN_COMMIT"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transformers": machine.version_of("transformers"),
         "liger_kernel": machine.version_of("liger-kernel"),
         "fastattn": __version__,
-        "commit": machine.commit(),
-        "switches": machine.switches(),
+        "commit": os.environ.get(COMMIT) or machine.commit(),
+        "switches": {name: value for name, value in machine.switches().items() if name != COMMIT},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

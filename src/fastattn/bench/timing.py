@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -38,12 +38,10 @@ class Timing:
     max_us: float
     method: str  #: "graph", "queue" (events around launches behind a busy GPU) or "wall"
     note: str | None = None  #: why it was measured by another method
+    quarters_us: tuple[float, float] | None = field(default=None, compare=False)  #: quartiles of the rounds
 
     def as_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        if self.note is None:
-            del found["note"]
-        return found
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,14 @@ def race(contenders: Sequence[Contender], device: torch.device, eager: bool = Fa
                 samples[name].append(us)
     for name, lane in lanes.items():
         values = samples[name]
-        found[name] = Timing(statistics.median(values), min(values), max(values), lane.method, lane.note)
+        found[name] = timing_of(values, lane.method, lane.note)
     return found
+
+
+def timing_of(values: Sequence[float], method: str, note: str | None = None) -> Timing:
+    """What some rounds, in microseconds of a call, come to."""
+    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Timing(statistics.median(values), min(values), max(values), method, note, (quarters[0], quarters[2]))
 
 
 def once(call: Call, device: torch.device) -> tuple[Any, float]:

@@ -1,0 +1,422 @@
+"""Who can make a row's call: fastattn's routes, torch's kernels, and other packages where they are installed.
+
+`bind(name, row, x)` gives the call, its arguments looked up; it raises `Refusal` where one cannot do such calls at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from ..._compat import torch as torch_internals
+from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
+from ...api import scaled_dot_product_attention
+from ...common.machine import version_of
+from .. import peer_mlx
+from ..implementations import Refusal, variable
+from .calls import FP32, Row, Tensors
+
+Call = Callable[[], Any]
+
+OURS = {"fastattn": "auto", "fastattn-dynamic": "dynamic"}  #: each with its FASTATTN_PLANS
+TORCHS = {
+    "torch": None,  #: whatever torch picks
+    "torch-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch-flash": SDPBackend.FLASH_ATTENTION,
+    "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+#: Other packages: by their names on PyPI.
+PACKAGES = {
+    "flash-attn": "flash-attn",
+    "flash-attn-4": "flash-attn-4",
+    "flashinfer": "flashinfer-python",
+    "xformers": "xformers",
+    "mlx": "mlx",
+}
+FLEX, VARLEN, PLAIN, MLX = "flex", "torch-varlen", "torch-plain", "mlx"
+MOST_SCORES = 4 << 30  #: bytes of the largest matrix of scores that torch-plain may make
+
+
+def peers(flex: bool, on_gpu: bool) -> list[str]:
+    """The names of the peers that may take part here."""
+    if not on_gpu:
+        return ["torch", PLAIN]
+    installed = [name for name, package in PACKAGES.items() if version_of(package) is not None]
+    return [*TORCHS, VARLEN, PLAIN, *installed, *([FLEX] if flex else [])]
+
+
+def versions() -> dict[str, str | None]:
+    """The other packages with their versions; None: not installed."""
+    return {name: version_of(package) for name, package in PACKAGES.items()}
+
+
+def bind(name: str, row: Row, x: Tensors) -> Call:
+    """The call of a row. Of a training row it gives the output and all gradients. Raises `Refusal`."""
+    x = x.with_gradients(row)
+    if name in OURS:
+        forward: Call = partial(scaled_dot_product_attention, x.q, x.k, x.v, **row.ours(x))
+    elif name in TORCHS:
+        forward = _torch(name, row, x)
+    else:
+        forward = _BINDERS[name](row, x)
+    return partial(_step, forward, x.leaves(row), x.grad_out) if row.training else forward
+
+
+@contextmanager
+def active(name: str, row: Row) -> Iterator[None]:
+    """What has to be in force while it is called."""
+    with ExitStack() as stack:
+        if not row.training:
+            stack.enter_context(torch.inference_mode())
+        if name in OURS:
+            stack.enter_context(variable("FASTATTN_PLANS", OURS[name]))
+        kernel = TORCHS.get(name)
+        if kernel is not None:
+            stack.enter_context(sdpa_kernel(kernel))
+        yield
+
+
+def tensors_of(found: Any, row: Row) -> tuple[Tensor, ...]:
+    """What a call gave that is compared: the output, or the output and the gradients."""
+    if not row.training and isinstance(found, tuple):
+        found = found[0]  # beside the log-sum-exp
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _step(forward: Call, leaves: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:
+    out = forward()
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+# --- torch
+
+
+def _torch(name: str, row: Row, x: Tensors) -> Call:
+    given = row.theirs(x)
+    whole = row.causal and row.sizes[3] == row.sizes[4] and row.window is None
+    if name == "torch-flash" and x.sinks is not None and whole and not row.training and row.softcap is None:
+        return partial(_flash_with_sinks, x)
+    if given is None:
+        raise Refusal("torch's function has no sinks, no softcap and no log-sum-exp")
+    q_len, kv_len = row.sizes[3:5]
+    mask = given.get("attn_mask")
+    if mask is not None and mask.is_floating_point() and mask.dtype != x.q.dtype:
+        given["attn_mask"] = mask.to(x.q.dtype)
+    plain = row.mask is None and row.window is None and not (row.lengths or row.left_padded or row.packed)
+    if name in ("torch", "torch-flash") and plain and row.causal and 1 < q_len != kv_len:
+        given["attn_mask"] = causal_lower_right(q_len, kv_len)  # its own kind of mask: no tensor
+    if row.group > 1:
+        if name == "torch-efficient":  # it has no groups: what its user does about it is part of the call
+            return partial(_repeated, x, row.group, given)
+        given["enable_gqa"] = True
+    return partial(torch_attention, x.q, x.k, x.v, **given)
+
+
+def _flash_with_sinks(x: Tensors) -> Tensor:
+    """The log-sum-exp, which torch's public function does not give, says how much the sink takes off."""
+    assert x.sinks is not None
+    out, lse = torch_internals.flash_attention(x.q, x.k, x.v, causal=True)
+    return out * torch.sigmoid(lse - x.sinks[:, None])[..., None].to(out.dtype)
+
+
+def _repeated(x: Tensors, group: int, given: dict[str, Any]) -> Tensor:
+    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
+    return torch_attention(x.q, k, v, **given)
+
+
+def _varlen(row: Row, x: Tensors) -> Call:
+    """torch's own call for packed sequences."""
+    if not row.packed:
+        raise Refusal("it is for packed sequences")
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # it has changed from one torch to the next
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if row.group > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    longest = _longest(x)
+    sizes: tuple[Any, ...] = x.starts, x.starts, longest, longest
+    attend: Callable[..., Any] = varlen_attn
+
+    def call() -> Any:
+        return _from_packed(_first(attend(*_to_packed(x), *sizes, **options)))
+
+    return call
+
+
+def _plain(row: Row, x: Tensors) -> Call:
+    """Plain tensor operations, as models write them where torch's function cannot do it."""
+    if row.theirs(x) is not None:
+        raise Refusal("torch's function can do it")
+    batch, heads, _, q_len, kv_len, dim, _ = row.sizes
+    if batch * heads * q_len * kv_len * x.q.dtype.itemsize > MOST_SCORES:
+        raise Refusal("its matrix of scores would take more than 4 GiB")
+    hidden = ~row.visible(x)[:, None]
+    bias = torch.zeros(hidden.shape, dtype=x.q.dtype, device=x.q.device) if bool(hidden.any()) else None
+    if bias is not None:
+        bias = bias.masked_fill(hidden, torch.finfo(x.q.dtype).min)
+    return partial(_plainly, row, x, bias, dim**-0.5)
+
+
+def _plainly(row: Row, x: Tensors, bias: Tensor | None, scale: float) -> Any:
+    k, v = (t.repeat_interleave(row.group, 1) if row.group > 1 else t for t in (x.k, x.v))
+    scores = x.q @ k.mT * scale
+    if row.softcap is not None:
+        scores = torch.tanh(scores / row.softcap) * row.softcap
+    if bias is not None:
+        scores = scores + bias
+    if x.sinks is not None:
+        sinks = x.sinks[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(x.q.dtype)
+    weights = weights[..., :-1] if x.sinks is not None else weights
+    out: Tensor = weights @ v
+    return (out, scores.float().logsumexp(-1)) if row.return_lse else out
+
+
+# --- flex attention
+
+
+@cache
+def _flex_attention() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex(row: Row, x: Tensors) -> Call:
+    """Its block mask is made before: a model makes one for all of its layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if row.lengths and row.sizes[3] == 1:
+        raise Refusal("a block mask of lengths on the device would have to be made anew for each token")
+    batch, _, _, q_len, kv_len, *_ = row.sizes
+    dense = x.mask is not None and x.mask.dtype == torch.bool
+    options: dict[str, Any] = {"enable_gqa": row.group > 1}
+    sees = _flex_predicate(row, x, kv_len - q_len)
+    if sees is not None:
+        entries = batch if row.lengths or row.left_padded else None
+        options["block_mask"] = create_block_mask(sees, entries, None, q_len, kv_len, device=x.q.device)
+    if row.softcap is not None:
+        cap = row.softcap
+        options["score_mod"] = lambda score, b, h, i, j: cap * torch.tanh(score / cap)
+    elif x.mask is not None and not dense:
+        mask = x.mask
+        one_entry, one_head = mask.shape[0] == 1, mask.shape[1] == 1
+        options["score_mod"] = lambda score, b, h, i, j: score + mask[0 if one_entry else b, 0 if one_head else h, i, j]
+    compiled = _flex_attention()
+    if x.sinks is None:
+        if row.return_lse:
+            options["return_lse"] = True
+        return partial(compiled, x.q, x.k, x.v, **options)
+    sinks = x.sinks[:, None].float()
+
+    def with_sinks() -> Tensor:
+        out, lse = compiled(x.q, x.k, x.v, return_lse=True, **options)
+        found: Tensor = out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
+        return found
+
+    return with_sinks
+
+
+def _flex_predicate(row: Row, x: Tensors, offset: int) -> Callable[..., Tensor] | None:
+    """Which keys are seen, as flex attention asks it; None: all."""
+    tests: list[Callable[..., Tensor]] = []
+    left, right = row.window or (-1, -1)
+    if (row.causal and row.sizes[3] > 1) or right == 0:
+        tests.append(lambda b, i, j: j <= i + offset)
+    if left >= 0:
+        tests.append(lambda b, i, j: j >= i + offset - left)
+    if x.lengths is not None and row.lengths:
+        ends = x.lengths
+        tests.append(lambda b, i, j: j < ends[b])
+    if x.lengths is not None and row.left_padded:
+        first = row.sizes[4] - x.lengths
+        tests.append(lambda b, i, j: j >= first[b])
+    if x.starts is not None:
+        places = torch.arange(row.sizes[4], device=x.q.device)
+        document = torch.searchsorted(x.starts[1:].long(), places, right=True)
+        tests.append(lambda b, i, j: document[i] == document[j])
+    if x.mask is not None and x.mask.dtype == torch.bool:
+        mask = x.mask
+        tests.append(lambda b, i, j: mask[i, j])
+    if not tests:
+        return None
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = tests[0](b, i, j)
+        for test in tests[1:]:
+            seen = seen & test(b, i, j)
+        return seen
+
+    return sees
+
+
+# --- MLX, which measures itself in a process of its own
+
+
+def measured_by_mlx(row: Row, x: Tensors, sets: int) -> tuple[Tensor, dict[str, float]]:
+    """MLX's output, and its microseconds: see `peer_mlx.measure`. Raises `Refusal`."""
+    given = row.theirs(x)
+    if row.training or row.softcap is not None or row.return_lse:
+        raise Refusal("MLX is called without gradients, softcap and log-sum-exp")
+    mask: Tensor | str | None = None
+    if row.causal and row.sizes[3] > 1 and not (row.window or row.lengths or row.left_padded or row.packed):
+        mask = "causal"  # to the lower right, as here
+    elif given is None:
+        mask = row.visible(x)[:, None]
+    elif "attn_mask" in given:
+        mask = given["attn_mask"]
+    return peer_mlx.measure(x.q, x.k, x.v, mask, x.sinks, 1.0 / math.sqrt(row.sizes[5]), sets)
+
+
+# --- other packages
+
+
+def _flash_attn(row: Row, x: Tensors) -> Call:
+    if row.sinks or row.mask is not None or row.left_padded or row.as_mask:
+        raise Refusal("flash-attn 2 has no sinks, no tensor masks and no left padding")
+    if row.dtype == FP32 or max(row.sizes[5:]) > 256:
+        raise Refusal("flash-attn 2 has 16-bit dtypes and head dims up to 256")
+    package = import_module("flash_attn")
+    options: dict[str, Any] = {"causal": row.causal, "window_size": row.window or (-1, -1)}
+    if row.softcap is not None:
+        options["softcap"] = row.softcap
+    if row.lengths:
+        if row.training:
+            raise Refusal("lengths on the device: without gradients")
+        call = package.flash_attn_with_kvcache
+        return lambda: call(*_token_major(x), cache_seqlens=x.lengths, **options).transpose(1, 2)
+    return _flash(package, row, x, options)
+
+
+def _flash_attn_4(row: Row, x: Tensors) -> Call:
+    if row.mask is not None or row.left_padded or row.lengths or row.dtype == FP32:
+        raise Refusal("flash-attn 4 is called without tensor masks, left padding, lengths on the device and fp32")
+    package = import_module("flash_attn.cute")
+    options: dict[str, Any] = {"causal": row.causal}
+    if row.window is not None:
+        options["window_size"] = tuple(None if n < 0 else n for n in row.window)
+    if row.softcap is not None:
+        options["softcap"] = row.softcap
+    if x.sinks is not None:
+        options["learnable_sink"] = x.sinks
+    return _flash(package, row, x, options)
+
+
+def _flash(package: Any, row: Row, x: Tensors, options: dict[str, Any]) -> Call:
+    """Batches and packed sequences, as both packages take them; one of them returns the log-sum-exp as well."""
+    if not row.packed:
+        return lambda: _first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
+    longest = _longest(x)
+    sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return lambda: _from_packed(_first(package.flash_attn_varlen_func(*_to_packed(x), **options, **sizes)))
+
+
+def _flashinfer(row: Row, x: Tensors) -> Call:
+    """Plans are made before: a model makes them for all of its layers."""
+    if row.training:
+        raise Refusal("FlashInfer computes no gradients")
+    if row.sinks or row.mask is not None or row.left_padded or row.as_mask or row.dtype == FP32 or row.shared:
+        raise Refusal("FlashInfer is called without sinks, tensor masks, left padding, fp32 and absorbed values")
+    package = import_module("flashinfer")
+    batch, heads, kv_heads, q_len, kv_len, dim, value_dim = row.sizes
+    left, right = row.window or (-1, -1)
+    kinds = {"q_data_type": x.q.dtype, "kv_data_type": x.k.dtype, "window_left": left, "logits_soft_cap": row.softcap}
+    causal = row.causal or right == 0
+    if q_len == 1 and row.cached and dim == value_dim:  # each batch entry's keys are one page
+        pages = torch.arange(batch + 1, dtype=torch.int32, device=x.q.device)
+        last = torch.full_like(pages[1:], kv_len) if x.lengths is None else x.lengths
+        decode = package.BatchDecodeWithPagedKVCacheWrapper(_workspace(x.q.device), "HND", use_tensor_cores=True)
+        decode.plan(pages, pages[:-1], last, heads, kv_heads, dim, kv_len, **kinds)
+        return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
+    if row.lengths:
+        raise Refusal("FlashInfer's prefill reads lengths on the host")
+    starts, keys = x.starts, x.starts
+    if starts is None:
+        starts, keys = (
+            torch.arange(batch + 1, dtype=torch.int32, device=x.q.device) * length for length in (q_len, kv_len)
+        )
+    prefill = package.BatchPrefillWithRaggedKVCacheWrapper(_workspace(x.q.device), "NHD")
+    prefill.plan(starts, keys, heads, kv_heads, dim, head_dim_vo=value_dim, causal=causal, **kinds)
+    q, k, v = (t.flatten(0, 1) for t in _token_major(x))
+    return lambda: prefill.run(q, k, v).unflatten(0, (batch, q_len)).transpose(1, 2)
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+
+def _xformers(row: Row, x: Tensors) -> Call:
+    if row.sinks or row.softcap is not None or row.lengths or row.left_padded:
+        raise Refusal("xFormers is called without sinks, softcap, lengths and left padding")
+    if row.group > 1 and row.training:
+        raise Refusal("xFormers has no gradients of grouped heads")
+    attend = import_module("xformers.ops").memory_efficient_attention
+    kinds = import_module("xformers.ops.fmha.attn_bias")
+    mask: Any = None
+    if x.mask is not None:
+        if x.mask.dtype == torch.bool or row.group > 1:
+            raise Refusal("xFormers has additive masks alone, and none for grouped heads")
+        batch, heads, _, q_len, kv_len, *_ = row.sizes
+        mask = x.mask.expand(batch, heads, q_len, kv_len)
+    elif row.packed and x.starts is not None:
+        mask = kinds.BlockDiagonalCausalMask.from_seqlens(x.starts.diff().tolist())
+    elif row.window is not None:
+        mask = kinds.LowerTriangularFromBottomRightLocalAttentionMask(row.window[0] + 1)
+    elif row.causal and row.sizes[3] > 1:
+        mask = kinds.LowerTriangularFromBottomRightMask()
+
+    def call() -> Tensor:
+        q, k, v = _token_major(x)
+        if row.group > 1:
+            q = q.unflatten(2, (row.sizes[2], row.group))
+            k, v = (t[:, :, :, None].expand(-1, -1, -1, row.group, -1) for t in (k, v))
+        out: Tensor = attend(q, k, v, attn_bias=mask)
+        return (out.flatten(2, 3) if row.group > 1 else out).transpose(1, 2)
+
+    return call
+
+
+def _token_major(x: Tensors) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in (x.q, x.k, x.v))
+
+
+def _to_packed(x: Tensors) -> tuple[Tensor, ...]:
+    """`[tokens, heads, dim]` of the one batch entry."""
+    return tuple(t[0].transpose(0, 1) for t in (x.q, x.k, x.v))
+
+
+def _from_packed(out: Tensor) -> Tensor:
+    return out.transpose(0, 1)[None]
+
+
+def _longest(x: Tensors) -> int:
+    assert x.starts is not None
+    return int(x.starts.diff().max())
+
+
+def _first(found: Any) -> Any:
+    return found[0] if isinstance(found, tuple) else found
+
+
+_BINDERS: dict[str, Callable[[Row, Tensors], Call]] = {
+    VARLEN: _varlen,
+    PLAIN: _plain,
+    FLEX: _flex,
+    "flash-attn": _flash_attn,
+    "flash-attn-4": _flash_attn_4,
+    "flashinfer": _flashinfer,
+    "xformers": _xformers,
+}
