@@ -8,12 +8,12 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from .. import prefill
 from ..binaries.flag_set import FlagSet
-from ..hopper_backward import launch as backward
 from . import launch, tensors
 
 
 class HopperBackend:
-    """See `launch.py`, and that of `hopper_backward`. triton is imported when a kernel has to be compiled."""
+    """See `launch.py`, and that of `hopper_backward`, which is imported late as it imports files of this package. triton
+    is imported when a kernel has to be compiled."""
 
     name = "hopper"
     gives_lse = True
@@ -21,12 +21,16 @@ class HopperBackend:
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.backward:
+            from ..hopper_backward import launch as backward
+
             return backward.reasons(problem)
         why = launch.reasons(problem)
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.backward:
+            from ..hopper_backward import launch as backward
+
             return backward.binaries(problem)
         if launch.has_rows(problem):
             from ..representative import representative
@@ -38,6 +42,8 @@ class HopperBackend:
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         if problem.backward:
+            from ..hopper_backward import launch as backward
+
             return backward.bind(problem, call)
         if launch.has_rows(problem) and call.mask is not None and not tensors.tiles_readable(call.mask):
             return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
