@@ -144,7 +144,7 @@ def test_broadcast_masks(kind: str, shape: str, listed: bool, device: str, monke
         launch_config, "listed", lambda p: listed and launch_config.masked_rows(p) and p.mask_shape[3] > 1
     )
     case = CASE.but(mask=f"{kind}:{shape}", keep=0.3, q_len=20, kv_len=35, head_dim=16)
-    if device == "cpu" and (listed and "q" not in shape or kind == "bool" and (listed or len(shape) % 2)):
+    if device == "cpu" and ((listed and "q" not in shape) or (kind == "bool" and (listed or len(shape) % 2))):
         pytest.skip("as without, or the interpreter takes its time")
     check(sized(case, device), device)
 
@@ -264,6 +264,23 @@ def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
     )  # fmt: skip
     walk = passes._Walk.of(p, launch_config.choose(p))
     assert walk.parts == 1 and walk.each == 8
+
+
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_other_lengths_have_their_launches_prepared(kv_heads: int) -> None:
+    """Lengths pick another launch where programs are few, and whether programs share a group: none that is not named."""
+    p = a_problem(q_len=2048, kv_len=2048, kv_heads=kv_heads, grads="qkv")
+    named = {(x.keys, x.queries, parts > 1) for x, parts in launch_config.variants(p)}
+    assert launch_config.variants(p)[0][0] == launch_config.choose(p)
+    met = set()
+    for n in (1, 64, 300, 500, 1000, 2048, 3000, 8192, 30000):
+        for batch in (1, 16):
+            other = dataclasses.replace(p, q_len=n, kv_len=n, batch=batch)
+            chosen = launch_config.choose(other)
+            met.add((chosen.keys, chosen.queries, launch_config.group_parts(other, chosen) > 1))
+    assert len(met) > 1
+    assert {(keys, shared) for keys, _, shared in met} <= {(keys, shared) for keys, _, shared in named}
+    assert {queries for _, queries, _ in met} <= {queries for _, queries, _ in named}
 
 
 def test_refusals() -> None:
