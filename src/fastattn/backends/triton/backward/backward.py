@@ -19,12 +19,11 @@ from ..binding import TILE, readable, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
 from ..representative import representative, stand_in
-from .launch_config import Launch, choose
+from .launch_config import Launch, choose, variants
 from .passes import Before, Passes, Sizes
 
 _LOG2_E = math.log2(math.e)
 _MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
-_FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
 
 
 def bind(problem: Problem, call: Call, launch: Launch | None = None) -> BackwardKernel | WithCopies:
@@ -35,10 +34,13 @@ def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Backward
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
-    """The flag sets that calls like this one need."""
+    """The flag sets that calls like this one need, those of its own lengths first."""
     call = representative(problem)
-    launches = BackwardKernel(problem, call).launches(call)
-    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+    found: dict[FlagSet, None] = {}
+    for launch, group_parts in variants(with_intervals(problem) if call.segments is not None else problem):
+        launches = BackwardKernel(problem, call, launch, group_parts).launches(call)
+        found |= {x.flags(tensors, floats): None for x, tensors, floats in launches if isinstance(x, BinaryLauncher)}
+    return list(found)
 
 
 class _Upstream(NamedTuple):
@@ -61,7 +63,9 @@ class BackwardKernel:
 
     __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_rows", "_sizes")
 
-    def __init__(self, problem: Problem, call: Call, launch: Launch | None = None) -> None:
+    def __init__(
+        self, problem: Problem, call: Call, launch: Launch | None = None, group_parts: int | None = None
+    ) -> None:
         #: With segments: what finds the keys of each row first; then the problem is one of Intervals.
         self._bounds = Bounds(problem, call, TILE) if call.segments is not None else None
         self._rows = problem.batch, problem.q_len
@@ -70,7 +74,7 @@ class BackwardKernel:
         bounded = self._bounded(call, torch.empty(before, dtype=torch.uint8, device="meta"))
         launch = launch or choose(p)
         self._before = Before(p, bounded, launch)
-        self._sizes = Sizes(p, launch, before, self._before)
+        self._sizes = Sizes(p, launch, before, self._before, group_parts)
         self._call_layout = Passes.layout(p, bounded)
         self._passes: dict[object, Passes] = {}
         self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}

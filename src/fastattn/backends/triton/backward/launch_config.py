@@ -16,6 +16,7 @@ LISTED_KEYS = 1024  #: keys of a tensor mask with rows from which on its blocks 
 #: Programs that fill a GPU: where there are fewer, those of the pass over keys share the heads of a group, and those of
 #: the pass over a mask share what they sum.
 PROGRAMS = 256
+FEW = 132  #: programs that leave a part of a GPU without one
 MOST_PIECES = 1 << 22  #: bytes of sums that programs which share a mask's gradient may write
 MOST_SUMS = 1 << 26  #: bytes of sums that programs which share a group may write: dK and dV in float32, each
 
@@ -48,6 +49,9 @@ _HALF = {
     256: Launch(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
     512: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
+#: The same for 2-byte elements where the passes have fewer programs than `FEW`.
+_SMALL = Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+_SMALL_DIM = 128
 #: With a tensor mask that has a row for each query: one tile for all passes, so that its blocks are classified once.
 _HALF_MASKED = {
     64: Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
@@ -58,8 +62,8 @@ _HALF_MASKED = {
 #: For float32.
 _FLOAT = {
     64: Launch(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-    128: Launch(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    256: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    128: Launch(Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Launch(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
@@ -68,7 +72,21 @@ _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layou
 @cached(1 << 12, "launches of the portable backward")
 def choose(problem: Problem) -> Launch:
     """The launch for a problem: the one that is listed for its head dims, made smaller until it fits the GPU."""
-    p = problem
+    return _choose(problem, *_few(problem))
+
+
+def variants(problem: Problem) -> list[tuple[Launch, int]]:
+    """The launches and `group_parts` for problems like this one of any lengths, its own first."""
+    p, own = problem, choose(problem)
+    found = [(own, group_parts(p, own))]
+    for few in (False, True) if _has_small(p) else (False,):
+        launch = _choose(p, few, few)
+        found += [(launch, p.group)] if few else [(launch, 1), (launch, p.group)]
+    return list(dict.fromkeys(found))
+
+
+def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
+    """few_keys, few_queries: whether the passes have few programs."""
     table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if masked_rows(p) else _HALF
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
@@ -79,10 +97,22 @@ def choose(problem: Problem) -> Launch:
             x = _smaller(x)
         return x
 
-    keys, queries = fitting(found.keys), fitting(found.queries)
-    if masked_rows(p):
-        queries = keys
-    return Launch(keys, queries, fitting(found.bias))
+    keys = fitting(_SMALL.keys if few_keys else found.keys)
+    queries = fitting(_SMALL.queries if few_queries else found.queries)
+    return Launch(keys, keys if masked_rows(p) else queries, fitting(found.bias))
+
+
+def _has_small(p: Problem) -> bool:
+    return p.dtype.itemsize == 2 and not masked_rows(p) and max(p.head_dim, p.value_dim) <= _SMALL_DIM
+
+
+def _few(p: Problem) -> tuple[bool, bool]:
+    """Whether the passes over keys and over queries have few programs with the tiles that are listed."""
+    if not _has_small(p):
+        return False, False
+    listed = _choose(p, False, False)
+    keys, queries = -(-p.kv_len // listed.keys.block_n), -(-p.q_len // listed.queries.block_m)
+    return keys * p.batch * p.q_heads < FEW, queries * p.batch * p.q_heads < FEW
 
 
 def fits(problem: Problem) -> bool:

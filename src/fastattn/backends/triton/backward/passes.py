@@ -99,12 +99,12 @@ class Sizes:
 
     __slots__ = ("_at", "before", "bias_parts", "group_parts", "launch", "row_blocks", "total", "walk")
 
-    def __init__(self, p: Problem, launch: Launch, first: int, before: Before) -> None:
-        """first: bytes that others use at the beginning."""
+    def __init__(self, p: Problem, launch: Launch, first: int, before: Before, group_parts: int | None = None) -> None:
+        """first: bytes that others use at the beginning. group_parts: if not as `launch_config` says."""
         self.launch, self.before = launch, before
         self.row_blocks = -(-p.q_len // _ROWS)
         keys = any(name in p.grads for name in "kv")
-        self.group_parts = launch_config.group_parts(p, launch) if keys else 1
+        self.group_parts = (group_parts or launch_config.group_parts(p, launch)) if keys else 1
         self.walk = _Walk.of(p, launch) if "m" in p.grads else None
         self.bias_parts = 1 if self.walk is None else self.walk.parts
         wide = 4 * self.group_parts * p.batch * p.kv_len * p.kv_heads if self.group_parts > 1 else 0
