@@ -128,7 +128,7 @@ def sdxl(tiny: bool) -> Made:
             "transformer_layers_per_block": (1, 1), "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 64,
         }  # fmt: skip
-    model = diffusers.UNet2DConditionModel(
+    model: Any = diffusers.UNet2DConditionModel(
         in_channels=4, out_channels=4, addition_embed_type="text_time", use_linear_projection=True, **sizes
     )
     side, text, pooled = (16, (11, 24), 16) if tiny else (128, (77, 2048), 1280)
