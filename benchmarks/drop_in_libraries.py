@@ -40,6 +40,8 @@ def t5(tiny: bool) -> Made:
     """T5 large: a bias of relative positions in each attention, and padded texts."""
     import transformers
 
+    if not getattr(transformers.T5ForConditionalGeneration, "_supports_sdpa", False):
+        raise ImportError(f"T5 of transformers {transformers.__version__} does not call torch's function")
     sizes: dict[str, Any] = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 12}
     sizes |= {"num_heads": 16}
     if tiny:
