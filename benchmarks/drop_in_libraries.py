@@ -40,6 +40,8 @@ def t5(tiny: bool) -> Made:
     """T5 large: a bias of relative positions in each attention, and padded texts."""
     import transformers
 
+    if not getattr(transformers.T5ForConditionalGeneration, "_supports_sdpa", False):
+        raise ImportError(f"T5 of transformers {transformers.__version__} does not call torch's function")
     sizes: dict[str, Any] = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 12}
     sizes |= {"num_heads": 16}
     if tiny:
@@ -128,7 +130,7 @@ def sdxl(tiny: bool) -> Made:
             "transformer_layers_per_block": (1, 1), "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 64,
         }  # fmt: skip
-    model = diffusers.UNet2DConditionModel(
+    model: Any = diffusers.UNet2DConditionModel(
         in_channels=4, out_channels=4, addition_embed_type="text_time", use_linear_projection=True, **sizes
     )
     side, text, pooled = (16, (11, 24), 16) if tiny else (128, (77, 2048), 1280)

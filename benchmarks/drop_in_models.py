@@ -256,6 +256,49 @@ def gpt2(tiny: bool) -> Made:
     return Made(model, {"tokens": tokens}, lambda model, x: model(x["tokens"]))
 
 
+class BiasedBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (_heads(y, self.heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.out(_joined(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class BiasedEncoder(nn.Module):
+    """T5's: one table of biases by distance, which is trained, for the attention of all layers; no scale."""
+
+    def __init__(self, vocabulary: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.words, self.distances = nn.Embedding(vocabulary, width), nn.Embedding(32, heads)
+        self.blocks = nn.ModuleList(BiasedBlock(width, heads) for _ in range(layers))
+
+    def forward(self, text: Tensor, there: Tensor | None) -> Tensor:
+        places = torch.arange(text.shape[1], device=text.device)
+        bias = self.distances((places - places[:, None]).clamp(-16, 15) + 16).permute(2, 0, 1)[None]
+        if there is not None:
+            bias = bias.masked_fill(~there[:, None, None], torch.finfo(bias.dtype).min)
+        x = self.words(text)
+        for block in self.blocks:
+            x = block(x, bias)
+        return x if there is None else x * there[..., None]
+
+
+def biased(tiny: bool, padded: bool) -> Made:
+    """8 texts of 512 tokens, 12 heads; padded: of several lengths, so that each text has its own bias."""
+    batch, length = (2, 12) if tiny else (8, 512)
+    model = BiasedEncoder(60, 32, 4, 2) if tiny else BiasedEncoder(32128, 768, 12, 12)
+    inputs: Inputs = {"text": torch.randint(0, 60, (batch, length)), "there": None}
+    if padded:
+        inputs["there"] = torch.arange(length)[None] < torch.linspace(length // 2, length, batch).int()[:, None]
+    return Made(model, inputs, lambda model, x: model(x["text"], x["there"]))
+
+
 class TableBlock(nn.Module):
     """Attention between the columns of each row, then between the rows: all rows see those whose labels are known."""
 

@@ -86,7 +86,7 @@ def ready(made: Made, dtype: torch.dtype, training: bool, device: torch.device) 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Floating tensors in this dtype."""
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    return {name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def way(name: str) -> AbstractContextManager[Any]:

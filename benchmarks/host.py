@@ -57,12 +57,12 @@ def _recording(launches: list[Run]) -> Iterator[None]:
     from fastattn.backends.triton.launcher import Launcher
 
     with ExitStack() as stack:
-        for owner, name in ((Plan, "execute"), (Launcher, "__call__"), (Function, "launch")):
+        for owner, name in ((Plan, "execute"), (Launcher, "__call__"), (Function, "launch"), (Function, "launch_grid")):
             method = getattr(owner, name)
 
-            def record(*given: Any, method: Callable[..., Any] = method) -> Any:
-                launches.append(partial(method, *given))
-                return method(*given)
+            def record(*given: Any, _method: Callable[..., Any] = method, **named: Any) -> Any:
+                launches.append(partial(_method, *given, **named))
+                return _method(*given, **named)
 
             stack.enter_context(mock.patch.object(owner, name, record))
         yield

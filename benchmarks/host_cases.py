@@ -135,8 +135,11 @@ def _torchs_packed() -> Callable[..., Any] | None:
 
 
 _DROPPED_IN = fastattn.drop_in.scaled_dot_product_attention
-_CAUSAL = {"torchs": _function_of(sdpa, is_causal=True), "dropped_in": _function_of(_DROPPED_IN, is_causal=True)}
-_FULL = {"torchs": _function_of(sdpa), "dropped_in": _function_of(_DROPPED_IN)}
+_CAUSAL: dict[str, Any] = {
+    "torchs": _function_of(sdpa, is_causal=True),
+    "dropped_in": _function_of(_DROPPED_IN, is_causal=True),
+}
+_FULL: dict[str, Any] = {"torchs": _function_of(sdpa), "dropped_in": _function_of(_DROPPED_IN)}
 
 CASES = {
     "dynamic plan": HostCase(square, _ours_causal, **_CAUSAL, compiled=True),

@@ -144,19 +144,27 @@ def test_an_error_is_a_row_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_launches_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """What our kernels launch is launched again, and nothing else."""
+    from fastattn.backends.triton.cuda_driver import Function
     from fastattn.backends.triton.launcher import Launcher
 
     launched: list[Any] = []
+
+    def launch_grid(self: Function, *given: Any, overlaps: bool = False) -> None:
+        launched.append((self, given, overlaps))
+
+    monkeypatch.setattr(Function, "launch_grid", launch_grid)
+    function = Function.__new__(Function)
     monkeypatch.setattr(Launcher, "__call__", lambda self, tensors, floats=(): launched.append((self, tensors, floats)))
     launcher = Launcher.__new__(Launcher)
 
     def run() -> None:
         launcher((1, 2), (3.0,))
         launcher((4,))
+        function.launch_grid((1, 1, 1), 0, overlaps=True)
 
     again = host._launches(run)
     assert again is not None
     launched.clear()
     again()
-    assert launched == [(launcher, (1, 2), (3.0,)), (launcher, (4,), ())]
+    assert launched == [(launcher, (1, 2), (3.0,)), (launcher, (4,), ()), (function, ((1, 1, 1), 0), True)]
     assert host._launches(lambda: None) is None

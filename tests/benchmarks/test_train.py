@@ -12,6 +12,7 @@ from benchmarks import train as bench
 from benchmarks.command import end
 from benchmarks.train import Settings, run, step_lengths
 from benchmarks.train_report import Report, Result, Step
+from fastattn.lm.loading.presets import PRESETS
 
 SMALL = {"model": "tiny", "prompt_tokens": 12, "num_trials": 2, "warmup_steps": 1, "device": "cpu"}
 
@@ -41,6 +42,18 @@ def step(loss=1.0, norm=None, **changes):
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         Settings(**{"model": "tiny", **changes})
+
+
+def test_gpt2(monkeypatch, capsys):
+    """A preset whose modules are not Llama's: the same losses, gradients that agree, and no more tokens than it has."""
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 99, "n_positions": 16}
+    monkeypatch.setitem(PRESETS, "gpt2", PRESETS["gpt2"] | sizes | {"bos_token_id": 1, "eos_token_id": 1})
+    report = run(Settings(**SMALL | {"model": "gpt2"}, batch_size=2, attn=("fastattn", "sdpa")))
+    ours, theirs = report.results
+    assert [s.loss for s in ours.steps] == pytest.approx([s.loss for s in theirs.steps], rel=1e-5)
+    assert not report.disagreements() and ours.calls and not theirs.calls
+    with pytest.raises(ValueError, match="prompt_tokens: expected at most the model's 16, got 17"):
+        run(Settings(**SMALL | {"model": "gpt2", "prompt_tokens": 17}))
 
 
 def test_lengths():

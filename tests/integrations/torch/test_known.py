@@ -135,6 +135,12 @@ def test_what_is_asked_at_each_call(decided: list[Any]) -> None:
             SDPA(q, k, v, **options)  # type: ignore[arg-type]
         with pytest.raises((TypeError, RuntimeError)):
             SDPA(q, k, v, torch.ones(6, 6), **options)  # type: ignore[arg-type]
+    SDPA(q, k, v, is_causal=True)  # and yet no text is a mask, nor what else the op takes as one
+    full = fastattn.Intervals(torch.zeros(2, 6).int(), torch.full((2, 6), 6).int())
+    fastattn.scaled_dot_product_attention(q, k, v, mask=full)
+    for mask in ("causal", full, (1, 0)):
+        with pytest.raises(TypeError):
+            SDPA(q, k, v, mask)  # type: ignore[arg-type]
 
     def both_masks() -> None:
         with contextlib.suppress(RuntimeError):  # of some versions and kernels

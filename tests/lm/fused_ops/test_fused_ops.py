@@ -691,7 +691,12 @@ def test_presets_of_any_family() -> None:
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 2_614_341_888
     assert config.layer_types[:2] == ["sliding_attention", "full_attention"]
-    assert set(PRESETS) == {"tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b"}
+    config = preset_config("gpt2")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + (50304 - 50257) * 768
+    assert (config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings) == (12, 12, 1024)
+    assert set(PRESETS) == {"tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b", "gpt2"}
 
 
 def test_generation_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

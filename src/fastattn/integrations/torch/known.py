@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..._compat import sdpa as torchs
 from ...dispatch import fast_path, routes
@@ -28,6 +29,8 @@ def kind_of(
     order, if the call is to mean the same to it."""
     if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool or (is_causal and mask is not None):
         return None
+    if mask is not None and mask.__class__ is not Tensor and mask.__class__ is not Parameter:
+        return None  # what else the op takes as a mask is none for torch
     if dropout_p.__class__ not in _NUMBERS or dropout_p:
         return None
     if torchs.insists_on_torch() or torchs.forward_ad_active() or torchs.traced_by_jit():

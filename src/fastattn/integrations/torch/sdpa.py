@@ -70,9 +70,10 @@ def scaled_dot_product_attention(
         kind = known.kind_of(arguments, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         before = None if kind is None else known.find(kind, query)
         if before.__class__ is str:
-            why = before
+            why = before  # type: ignore[assignment]
         else:
-            if before is not None and (served := fast_path.attention(None, arguments, scale, before)) is not None:
+            served = None if before is None else fast_path.attention(None, arguments, scale, before)  # type: ignore[arg-type]
+            if served is not None:
                 return served[0]
             why, out = _decided(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, kind)
             if out is not None:

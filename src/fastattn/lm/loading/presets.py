@@ -1,7 +1,7 @@
 """Presets: configs of models by name, for models with random weights, whose speed is that of the real ones.
 
 The values are those of the published config.json files (meta-llama/Llama-3.1-8B, meta-llama/Llama-3.2-1B,
-google/gemma-2-2b).
+google/gemma-2-2b); gpt2 is the 124M one with a vocabulary of 50304 and without dropout, as people train it.
 """
 
 from __future__ import annotations
@@ -89,6 +89,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "bos_token_id": 2,
         "eos_token_id": 1,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 50304,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
     },
 }
 
