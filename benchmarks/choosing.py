@@ -2,9 +2,9 @@
 
     python -m benchmarks.choosing [USERS.json] [--docs DOCS]
 
-USERS.json: benchmarks/results/*/users.json, of which there has to be one. Writes DOCS/choosing.md, which is kept: a
-test holds it against the file. Each row in which a peer is quicker needs its reason in
-`fastattn/bench/users/reasons.py`.
+USERS.json: benchmarks/results/*/users.json, of which there has to be one. Writes DOCS/choosing.md and its line in
+mkdocs.yml, which are kept: a test holds the page against the file. Each row in which a peer is quicker needs its reason
+in `fastattn/bench/users/reasons.py`.
 """
 
 from __future__ import annotations
@@ -135,6 +135,18 @@ def _host(eager: dict[str, Row]) -> str:
     return f"{text} A peer is quicker there alone in {number(len(eager))} rows:\n\n" + "\n".join(lines)
 
 
+BEFORE, LINE = "      - Benchmarks: benchmarks.md\n", "      - What to choose: choosing.md\n"
+
+
+def with_the_page(menu: str) -> str | None:
+    """The text of mkdocs.yml with the page in its menu; None: it is there. Raises ValueError without a place for it."""
+    if LINE in menu:
+        return None
+    if BEFORE not in menu:
+        raise ValueError(f"mkdocs.yml: expected a line {BEFORE.strip()!r}, after which the page is named")
+    return menu.replace(BEFORE, BEFORE + LINE, 1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choosing", description=__doc__)
@@ -154,7 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_reasons(data["rows"], REASONS)
     target = arguments.docs / "choosing.md"
     output.write(target, text)
-    print(f"Wrote {target}; mkdocs.yml has to name it in its menu")
+    print(f"Wrote {target}")
+    menu = arguments.docs.parent / "mkdocs.yml"
+    if menu.exists() and (named := with_the_page(menu.read_text(encoding="utf-8"))):
+        output.write(menu, named)
+        print(f"Wrote {menu}: its menu names the page")
     return 0
 
 

@@ -90,6 +90,15 @@ def test_the_command(data, tmp_path, monkeypatch):
         choosing.main([str(file), "--docs", str(tmp_path)])
 
 
+def test_the_menu_names_the_page():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace(choosing.LINE, "")
+    named = choosing.with_the_page(menu)
+    assert named.count("choosing.md") == 1 and named.replace(choosing.LINE, "") == menu
+    assert choosing.with_the_page(named) is None
+    with pytest.raises(ValueError, match=r"mkdocs\.yml: expected a line"):
+        choosing.with_the_page("nav:\n")
+
+
 def test_the_report_of_the_file(data):
     section = section_of("users.json", data)
     tables = {table.title: table for table in section.parts}

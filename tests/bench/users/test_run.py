@@ -1,13 +1,16 @@
 """The processes of `fastattn sweep users`: rows that end them, cut runs, and the command end to end on the CPU."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
+import fake_worker
 import pytest
 import torch
 
 from fastattn.bench import results
-from fastattn.bench.users import contenders, rows, run, summary
+from fastattn.bench.users import contenders, rows, run, summary, worker
 from fastattn.cli.main import main
 
 SETTINGS = run.Settings(torch.device("cpu"), quick=True)
@@ -19,8 +22,8 @@ def fake(monkeypatch):
     """Drives processes that only pretend."""
     monkeypatch.setenv("PYTHONPATH", f"{HELPERS}:{Path(contenders.__file__).parents[3]}")
 
-    def drive(names, is_late=lambda: False):
-        return dict(run.drive(names, "check", SETTINGS, is_late, module="fake_worker"))
+    def drive(names, is_late=lambda: False, cut=None):
+        return dict(run.drive(names, "check", SETTINGS, is_late, cut, module="fake_worker"))
 
     return drive
 
@@ -41,6 +44,10 @@ def test_a_row_is_measured_without_the_peer_that_ended_its_process(fake):
     assert "pid" in found["bad peer"]["fastattn"] and "torch-cudnn" not in found["b"]
 
 
+def test_the_fake_speaks_as_the_worker():
+    assert fake_worker.MARK == worker.MARK
+
+
 def test_rows_share_a_process(fake):
     assert len({entries["fastattn"]["pid"] for entries in fake(["a", "b", "c"]).values()}) == 1
 
@@ -52,7 +59,34 @@ def test_a_row_without_an_end_is_ended(fake, monkeypatch):
 
 
 def test_late_rows_are_left_out(fake):
-    assert fake(["a", "b"], lambda: True) == {name: {"failed": "left out: no time"} for name in "ab"}
+    assert fake(["a", "b"], lambda: True) == {name: {"left_out": "no time"} for name in "ab"}
+
+
+def test_a_run_that_is_cut_ends_at_once(fake, monkeypatch):
+    """Not when the row ends, and without another process for the rows that are left."""
+    cut = threading.Event()
+    timer = threading.Timer(2.0, cut.set)
+    begun = time.monotonic()
+    timer.start()
+    found = fake(["hang", "a"], cut=cut)
+    assert time.monotonic() - begun < 20 and found == {}
+
+
+def test_ctrl_c_cuts_the_others(monkeypatch):
+    events = []
+
+    def drive(names, phase, settings, is_late, cut):
+        events.append(cut)
+        yield names[0], {"fastattn": {}}
+        cut.wait(30)
+
+    monkeypatch.setattr(run, "drive", drive)
+    found = run._phase("check", rows.chosen(["causal 64"]), SETTINGS, lambda: False, lambda *item: None)
+    next(found)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        found.throw(KeyboardInterrupt)
+    assert events[0].is_set() and time.monotonic() - begun < 10
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +121,8 @@ def test_a_cut_run_keeps_what_it_has(tmp_path, monkeypatch):
     path = tmp_path / "users.json"
     sound = run.drive
 
-    def cut(names, phase, settings, is_late):
-        for i, item in enumerate(sound(names, phase, settings, is_late)):
+    def cut(names, phase, settings, is_late, event):
+        for i, item in enumerate(sound(names, phase, settings, is_late, event)):
             if phase == "time" and i == 1:
                 raise KeyboardInterrupt
             yield item
@@ -103,7 +137,7 @@ def test_a_cut_run_keeps_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_wrong_row_fails_the_command(monkeypatch, capsys):
-    def wrong(names, phase, settings, is_late):
+    def wrong(names, phase, settings, is_late, cut):
         yield from ((name, {"fastattn": {"failed": "wrong result: NaN"}}) for name in names)
 
     monkeypatch.setattr(run, "drive", wrong)

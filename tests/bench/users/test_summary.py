@@ -45,6 +45,7 @@ def test_the_sentence():
         "refused": row(fastattn=entry(refused="no"), torch=entry(10.0, 10.0)),
         "cut": {"who": "x", "contenders": {}, "failed": "no end after 9 s"},
         "not yet": {"who": "x", "contenders": {}},
+        "late": {"who": "x", "contenders": {}, "left_out": "no time"},
     }
     found = summary.of(rows)
     assert (found["rows"], found["failed"]) == (8, 3)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -22,8 +23,9 @@ from .calls import Row
 from .worker import MARK
 
 ROW_SECONDS = {"check": 240.0, "time": 90.0}  #: after which a row's process is ended; the first calls compile
+LOOK_SECONDS = 0.5  #: between two looks whether the run is cut
 START_SECONDS = 120.0  #: of a process
-FEW = 8  #: rows of a process
+FEW = 24  #: rows of a process that takes times: it starts for some seconds
 MOST_PROCESSES = 12  #: that compile and compare at a time
 ROUNDS, QUICK_ROUNDS = 9, 5
 METHOD = {
@@ -84,8 +86,8 @@ def run(rows: Sequence[Row], settings: Settings, command: str, path: str | None)
     def keep(name: str, entries: dict[str, Any]) -> None:
         with lock:
             row = found["rows"][name]
-            if "failed" in entries:
-                row["failed"] = str(entries["failed"])
+            if "failed" in entries or "left_out" in entries:
+                row |= entries
             else:
                 for who, entry in entries.items():
                     row["contenders"].setdefault(who, {}).update(entry)
@@ -98,14 +100,12 @@ def run(rows: Sequence[Row], settings: Settings, command: str, path: str | None)
         return settings.seconds is not None and time.monotonic() - begun > settings.seconds
 
     for phase in ("check",) if settings.check else ("check", "time"):
-        for name, entries in _phase(phase, rows, settings, is_late, keep):
-            if phase == "time" or settings.check:
-                print(summary.line(name, found["rows"][name]), flush=True)
-            elif "failed" in entries:
-                print(f"{name}: {entries['failed']}", flush=True)
-        print(
-            f"{'compiled and compared' if phase == 'check' else 'timed'}: {time.monotonic() - begun:.0f} s", flush=True
-        )
+        with closing(_phase(phase, rows, settings, is_late, keep)) as arriving:
+            for name, entries in arriving:
+                if phase == "time" or settings.check or "failed" in entries or "left_out" in entries:
+                    print(summary.line(name, found["rows"][name]), flush=True)
+        done = "compiled and compared" if phase == "check" else "timed"
+        print(f"{done} after {time.monotonic() - begun:.0f} s", flush=True)
     found["seconds"] = round(time.monotonic() - begun, 1)
     found["complete"] = True
     found["summary"] = summary.of(found["rows"])
@@ -133,18 +133,19 @@ def _phase(
     settings: Settings,
     is_late: Callable[[], bool],
     keep: Callable[[str, dict[str, Any]], None],
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Generator[tuple[str, dict[str, Any]], None, None]:
     """What the rows give, as it comes: (row, entries), kept. The first phase in several processes, times in one."""
     groups = [rows[i : i + FEW] for i in range(0, len(rows), FEW)]
     several = phase == "check" and settings.device.type == "cuda"
     count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1, len(groups))) if several else 1
     arrived: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
+    cut = threading.Event()
     if several:
         groups = [rows[i::count] for i in range(count)]  # neighbours take alike long
 
     def work(group: Sequence[Row]) -> None:
         try:
-            for name, entries in drive([row.name for row in group], phase, settings, is_late):
+            for name, entries in drive([row.name for row in group], phase, settings, is_late, cut):
                 keep(name, entries)
                 arrived.put((name, entries))
         finally:
@@ -152,9 +153,13 @@ def _phase(
 
     with ThreadPoolExecutor(count) as pool:
         jobs = [pool.submit(work, group) for group in groups]
-        for _ in groups:
-            while (item := arrived.get()) is not None:
-                yield item
+        try:
+            for _ in groups:
+                while (item := arrived.get()) is not None:
+                    yield item
+        except BaseException:  # Ctrl-C, say: no thread goes on
+            cut.set()
+            raise
         for job in jobs:
             job.result()
 
@@ -164,17 +169,21 @@ def drive(
     phase: str,
     settings: Settings,
     is_late: Callable[[], bool] = lambda: False,
+    cut: threading.Event | None = None,
     module: str = "fastattn.bench.users.worker",
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What some rows give, in processes of their own: after a row that ends its process another one goes on."""
+    """What some rows give, in processes of their own: after a row that ends its process another one goes on.
+
+    is_late: whether the rows that are left shall be left out; cut: set when all shall end at once."""
+    cut = cut or threading.Event()
     asked: dict[str, Any] = {"device": str(settings.device), "phase": phase}
     asked |= {"rounds": rounds(settings), "flex": settings.flex, "skip": {}}
     environment = {"FASTATTN_COMPILE": "wait"} | os.environ  # for the kernels that are to be measured
     skipped: dict[str, dict[str, str]] = asked["skip"]
     left = list(names)
-    while left:
+    while left and not cut.is_set():
         if is_late():
-            yield from ((name, {"failed": "left out: no time"}) for name in left)
+            yield from ((name, {"left_out": "no time"}) for name in left)
             return
         with subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(asked), *left],
@@ -185,7 +194,9 @@ def drive(
             env=environment,
         ) as process:
             try:
-                for found in _rows_of(_Reader(process), left, ROW_SECONDS[phase]):
+                for found in _rows_of(_Reader(process, cut), left, ROW_SECONDS[phase]):
+                    if isinstance(found, _End) and cut.is_set():
+                        return
                     if isinstance(found, _End) and found.peer is not None:  # the row is measured again without it
                         skipped.setdefault(found.row, {})[found.peer] = found.why
                         break
@@ -235,9 +246,9 @@ def _rows_of(reader: _Reader, names: Sequence[str], seconds: float) -> Iterator[
 class _Reader:
     """Reads the messages of a process, with a limit of time for each; keeps the last lines of its errors."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], cut: threading.Event) -> None:
         assert process.stdout is not None and process.stderr is not None
-        self._process = process
+        self._process, self._cut = process, cut
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._errors: list[str] = []
         self._threads = [
@@ -248,11 +259,15 @@ class _Reader:
             thread.start()
 
     def message(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None: the process has ended. Raises TimeoutError."""
-        try:
-            return self._messages.get(timeout=seconds)
-        except queue.Empty:
-            raise TimeoutError from None
+        """The next message; None: the process has ended. Raises TimeoutError, also when the run is cut."""
+        end = time.monotonic() + seconds
+        while not self._cut.is_set():
+            try:
+                return self._messages.get(timeout=max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= end:
+                    break
+        raise TimeoutError
 
     def last_words(self) -> str:
         """How the process ended: the last line of its errors, or its status."""

@@ -83,8 +83,9 @@ def sentence(summary: Entry) -> str:
 
 def line(name: str, row: Entry) -> str:
     """A row: microseconds captured/eager/host and the error of each contender, the ratios last."""
-    if "failed" in row:
-        return f"{name:28} failed: {row['failed']}"
+    for word in ("failed", "left_out"):
+        if word in row:
+            return f"{name:28} {word.replace('_', ' ')}: {row[word]}"
     cells = []
     for who, entry in row["contenders"].items():
         if "refused" in entry:
