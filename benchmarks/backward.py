@@ -5,14 +5,8 @@
 ROW: words of the names of rows; all rows without any. First every kernel of ours is compiled and compared with the
 float64 reference ("error": the greatest norm of a gradient's difference over norm). Then times: medians in microseconds
 of GPU work, captured in CUDA graphs, "cold" with the L2 cache flushed before each call, "hot" over many calls in a row.
-<<<<<<< HEAD
-"NAME" is the backward alone, "NAME forward" the forward before it. --tune: many tiles of the
-portable kernel's passes for each row, hot, instead. --flex: torch's compiled flex attention too, forward and
-backward as one.
-=======
 "NAME" is the backward alone, "NAME forward" the forward before it. --tune: many tiles of the portable kernel's passes
 for each row, hot, instead. --flex: torch's compiled flex attention too, forward and backward as one.
->>>>>>> portable
 """
 
 from __future__ import annotations
