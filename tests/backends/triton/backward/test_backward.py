@@ -268,7 +268,7 @@ def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
 
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_other_lengths_have_their_launches_prepared(kv_heads: int) -> None:
-    """Lengths pick another launch where programs are few, and whether programs share a group: none that is not named."""
+    """Lengths pick another launch where programs are few, and whether programs share a group: all are named."""
     p = a_problem(q_len=2048, kv_len=2048, kv_heads=kv_heads, grads="qkv")
     named = {(x.keys, x.queries, parts > 1) for x, parts in launch_config.variants(p)}
     assert launch_config.variants(p)[0][0] == launch_config.choose(p)

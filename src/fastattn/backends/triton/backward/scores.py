@@ -34,7 +34,9 @@ def probabilities(
         if mask is not None:
             seen = seen & mask
         p = tl.exp2(s * factor - lse)
-    if not FULL:
+    if FULL:
+        seen = p  # nobody looks at it, but Triton 3.6 has no None to return
+    else:
         # Whatever a key that the row does not see holds, it ends here.
         p = tl.where(seen, p, 0.0)
     return p, s, seen

@@ -12,8 +12,8 @@ from . import launch, tensors
 
 
 class HopperBackend:
-    """See `launch.py`, and that of `hopper_backward`, which is imported late as it imports files of this package. triton
-    is imported when a kernel has to be compiled."""
+    """See `launch.py`, and that of `hopper_backward`, which is imported late: it imports files of this package.
+    triton is imported when a kernel has to be compiled."""
 
     name = "hopper"
     gives_lse = True
