@@ -40,8 +40,8 @@ def pretend() -> Driver:
     """To be called before a module of a kernel's launch is imported."""
     driver, problem_of = Driver(), Problem.of
 
-    def on_gpu(call: Call) -> Problem:
-        return dataclasses.replace(problem_of(call), device="cuda", index=0, capability=(9, 0))
+    def on_gpu(call: Call, *rest: Any) -> Problem:
+        return dataclasses.replace(problem_of(call, *rest), device="cuda", index=0, capability=(9, 0))
 
     def launcher_of(kernel: Any, grid: Any, device: torch.device, *rest: Any, **options: Any) -> BinaryLauncher:
         return BinaryLauncher(
