@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from .binary import KEYS, ROWS
 
-# Fitted to every choice's time on an H200 (`benchmarks/results/h200/hopper_backward_tune.json`); a step is 2.2 us there.
+# Fitted to times on an H200, where a step takes 2.2 us: benchmarks/results/h200/hopper_backward_tune.json.
 L2 = 32 << 20  #: bytes that stay in the cache until they are read again
 _OF_A_PROGRAM = 3.4  #: steps that its keys, its start and its end cost
 _OF_A_BLOCK = 0.054  #: steps that clearing, adding to and rounding a block's sums takes, where programs share it
 _APART = 0.24  #: of a step, where programs that work on the same heads are too far apart for the cache
 _ALONE = 0.67  #: of a step, where no two programs work on the same heads, and all of the traffic goes to memory
 _TAIL = 0.14  #: of the longest program: how long processors wait at the end, if the last section is small
-_UNPAIRED = 0.145  #: as well, with one to two of the longest programs to a processor: no short ones fill the gaps
+_UNPAIRED = 0.145  #: as well, with one to two of the longest programs to a processor: short ones leave gaps
 _TAIL_OF_EQUAL = 0.5  #: as well, where all programs are as long
 
 
