@@ -7,6 +7,9 @@ import torch
 from ...call import Problem
 from .launcher import missing
 
+#: Of the kernels for many queries, forward and backward.
+HEAD_DIMS, VALUE_DIMS = range(8, 577, 8), range(8, 513, 8)
+MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
 MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asynchronous copies
 _LARGE = dict.fromkeys(((0, 0), (9, 0), (10, 0), (10, 3)), 227 << 10)  # (0, 0): Triton's interpreter, without a limit
 _MEDIUM = dict.fromkeys(((8, 0), (8, 7)), 163 << 10)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ....call import Call, Problem
 from .. import limits
 from ..binaries.flag_set import FlagSet
-from ..prefill import HEAD_DIMS, MOST_TOKENS, VALUE_DIMS
+from ..limits import HEAD_DIMS, MOST_TOKENS, VALUE_DIMS
 from . import launch_config
 
 if TYPE_CHECKING:

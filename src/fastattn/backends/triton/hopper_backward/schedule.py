@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from .binary import KEYS, ROWS
 
-L2 = 26 << 20  #: bytes that programs may work on at a time: half of an H100's cache
-_OF_A_PROGRAM = 3.0  #: steps that its keys, its start and its end cost
-_OF_A_SUM = 4.0  #: steps that adding its dK and dV up in memory costs, where programs share a block
-_OF_A_BLOCK = 0.02  #: steps of all processors that clearing and rounding these sums takes, for each block
-_MISSES = 0.25  #: of a step, where what a section's heads work on is many times the cache
-_SMALL = 0.04  #: of a step, where sections are much smaller than the processors: long programs come late
+# Fitted to times on an H200, where a step takes 2.2 us: benchmarks/results/h200/hopper_backward_tune.json.
+L2 = 32 << 20  #: bytes that stay in the cache until they are read again
+_OF_A_PROGRAM = 3.4  #: steps that its keys, its start and its end cost
+_OF_A_BLOCK = 0.054  #: steps that clearing, adding to and rounding a block's sums takes, where programs share it
+_APART = 0.24  #: of a step, where programs that work on the same heads are too far apart for the cache
+_ALONE = 0.67  #: of a step, where no two programs work on the same heads, and all of the traffic goes to memory
+_TAIL = 0.14  #: of the longest program: how long processors wait at the end, if the last section is small
+_UNPAIRED = 0.145  #: as well, with one to two of the longest programs to a processor: short ones leave gaps
+_TAIL_OF_EQUAL = 0.5  #: as well, where all programs are as long
 
 
 class Choice(NamedTuple):
@@ -82,13 +85,11 @@ def splits(s: Sizes) -> tuple[int, ...]:
 
 
 def candidates(s: Sizes, parts: tuple[int, ...]) -> list[Choice]:
-    """What is compared: sections of powers of two of heads, of as many as fill the processors, or all heads in one."""
+    """What is compared: sections of powers of two of heads, or all heads in one."""
     found = []
     for split in parts:
         heads = s.batch * s.kv_heads * split
-        powers = [1 << i for i in range(heads.bit_length())]
-        wave = max(1, round(s.processors / blocks(s)))
-        for section in sorted({*powers, wave, max(1, wave // 2)}):
+        for section in (1 << i for i in range(heads.bit_length())):
             # The rest, in one section, keeps the processors busy to the end: long programs come first in it.
             keep = int((heads * blocks(s) - s.processors) / (section * blocks(s)))
             if section < heads and keep > 0:
@@ -124,30 +125,35 @@ def estimate(s: Sizes, c: Choice) -> float:
     heads = s.batch * s.kv_heads * c.split
     programs = heads * blocks(s)
     share = s.group / c.split
-    extra = _OF_A_PROGRAM + (_OF_A_SUM if c.split > 1 else 0.0)
-    slower = 1.0 + _MISSES * _missed(s, c)
-    if c.sections:
-        slower += _SMALL * max(0.0, 1.0 - c.section * blocks(s) / s.processors)
+    slower = 1.0 + _missed(s, c)
+    even = (mean(s) * share * slower + _OF_A_PROGRAM) * programs / s.processors
+    last = longest(s) * share * slower + _OF_A_PROGRAM
     sums = _OF_A_BLOCK * s.batch * s.kv_heads * blocks(s) if c.split > 1 else 0.0
-    even = programs * (mean(s) * share * slower + extra) / s.processors
-    last = longest(s) * share * slower + extra
-    # The end, when some processors have nothing left: short programs come last, except where all are as long.
-    tail = last * (0.25 if s.triangular else 0.5)
-    few = min(1.0, programs / s.processors)  # with fewer programs than processors the longest one counts
-    return max(even + tail * few, last) + sums
+    return max(even + _tail(s, c, even / last) * last, last) + sums  # at least as long as the longest program
+
+
+def _tail(s: Sizes, c: Choice, longest_programs: float) -> float:
+    """How long processors wait at the end on average, in longest programs; so many are one processor's even share."""
+    waves = (s.batch * s.kv_heads * c.split - c.sections * c.section) * blocks(s) / s.processors  # of the last section
+    if not s.triangular:
+        return _TAIL_OF_EQUAL * min(1.0, s.batch * s.kv_heads * c.split * blocks(s) / s.processors)
+    unpaired = max(0.0, 4 * (longest_programs - 1) * (2 - longest_programs))  # 1 in the middle
+    return max(_TAIL / max(1.0, waves / 1.5), _UNPAIRED * unpaired)
 
 
 def _missed(s: Sizes, c: Choice) -> float:
-    """How much of what a section's heads work on is not in the L2 cache, from 0 to 1."""
-    of_a_head = s.group / c.split * s.q_len * s.dim * 8 + s.kv_len * s.dim * 4  # q, dO, dQ in float32; keys, values
-    # A section and the next are at work together, until the processors are filled.
-    at_once = min(s.batch * s.kv_heads * c.split, max(c.section, s.processors / blocks(s)))
-    rest = s.batch * s.kv_heads * c.split - c.sections * c.section
-    weight = c.sections * c.section / (c.sections * c.section + rest) if c.sections else 0.0
-    over = [max(0.0, 1 - L2 / (n * of_a_head)) if n else 0.0 for n in (at_once, max(rest, 1))]
-    return weight * over[0] + (1 - weight) * over[1]
+    """What the traffic to memory adds to a step, of a step."""
+    heads = s.batch * s.kv_heads * c.split
+    of_a_head = s.group / c.split * s.q_len * s.dim * 8  # q, dO, and dQ in float32, of the query heads of a program
+    # The programs of a head's blocks begin together but not at the same tile: all of its queries are in use meanwhile.
+    at_work = min(heads, s.processors / blocks(s))
+    apart = max(0.0, 1 - L2 / (at_work * of_a_head))
 
+    def alone(section: int) -> float:
+        """Between a head's blocks the others of its section have theirs; blocks that are at work together share."""
+        return min(1.0, section / s.processors) * max(0.0, 1 - L2 / (section * of_a_head))
 
-def with_length(s: Sizes, length: int) -> Sizes:
-    """The same call of another length, for as many queries as keys."""
-    return replace(s, q_len=length, kv_len=length)
+    before = c.sections * c.section
+    rest = heads - before
+    squares = (before * alone(c.section) ** 2 + (rest * alone(rest) ** 2 if rest else 0.0)) / heads
+    return _APART * apart + _ALONE * squares

@@ -8,11 +8,8 @@ from ....call import Call, Problem
 from ...base import Kernel
 from .. import limits
 from ..binaries.flag_set import FlagSet
+from ..limits import HEAD_DIMS, MOST_TOKENS, VALUE_DIMS
 from . import launch_config
-
-HEAD_DIMS = range(8, 577, 8)
-VALUE_DIMS = range(8, 513, 8)
-MOST_TOKENS = 1 << 28  #: positions and windows do not overflow together
 
 
 class PrefillBackend:
