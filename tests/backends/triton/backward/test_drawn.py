@@ -23,8 +23,9 @@ def compare(drawn: Drawn, device: str) -> None:
     assert_right(drawn.case, inputs, gradients(inputs), {name: x for name, x in want.items() if name.startswith("d")})
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=problems(longest=40, rows=64, least=1))
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=problems(longest=36, rows=32, least=1))
 def test_interpreted(drawn: Drawn, device: str) -> None:
     if device != "cpu":
         pytest.skip("see the next test")
