@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.triton.backward import backward, launch, launch_config, passes
-from fastattn.backends.triton.backward.launch_config import Tile
 from fastattn.call import Problem
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -25,24 +24,6 @@ CASE = Case(batch=2, q_heads=2, kv_heads=1, q_len=37, kv_len=50, head_dim=24, dt
 
 #: Where the batch does not matter: the interpreter takes its time.
 ONE = CASE.but(batch=1)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
-    """Several blocks of queries and keys in the shapes of this file, and lists for every mask with rows. On a GPU the
-    shapes are larger instead: see `sized`."""
-    monkeypatch.setattr(launch_config, "LISTED_KEYS", 48)
-    if "cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
-        return
-    choose = launch_config.choose
-
-    def small(p: Problem) -> Any:
-        listed = choose(p)
-        tile = Tile(16, 16, 4, 1)
-        tall = tile if launch_config.masked_rows(p) else Tile(16, 32, 4, 1)
-        return dataclasses.replace(listed, keys=tall, queries=tile, bias=tile)
-
-    monkeypatch.setattr(backward, "choose", small)
 
 
 def sized(case: Case, device: str) -> Case:
@@ -268,7 +249,7 @@ def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
 
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_other_lengths_have_their_launches_prepared(kv_heads: int) -> None:
-    """Lengths pick another launch where programs are few, and whether programs share a group: all are named."""
+    """Lengths pick another launch where programs are few, and whether they share a group: none that is not named."""
     p = a_problem(q_len=2048, kv_len=2048, kv_heads=kv_heads, grads="qkv")
     named = {(x.keys, x.queries, parts > 1) for x, parts in launch_config.variants(p)}
     assert launch_config.variants(p)[0][0] == launch_config.choose(p)
