@@ -26,6 +26,7 @@ INTERNAL = {
     ("bench/implementations.py", "expected one query, *"): "the same",
     ("bench/peers.py", "*"): "the same",
     ("bench/users/contenders.py", "*"): "the same",
+    ("bench/users/packages.py", "*"): "the same",
     ("bench/case.py", "*"): "cases are written in our own modules",
     ("__main__.py", HOLE): "an exit status",
     ("call.py", "*"): "raised at import: a field of `Call` that the operators cannot have",

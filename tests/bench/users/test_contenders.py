@@ -7,7 +7,7 @@ import torch
 
 from fastattn.bench import peer_mlx
 from fastattn.bench.implementations import Refusal
-from fastattn.bench.users import contenders, truth, worker
+from fastattn.bench.users import contenders, packages, truth, worker
 from fastattn.bench.users.rows import BY_NAME, ROWS
 
 CPU = torch.device("cpu")
@@ -136,8 +136,8 @@ LEAST = {"flash-attn": 45, "flash-attn-4": 40, "flashinfer": 25, "xformers": 30}
 
 @pytest.mark.parametrize("name", LEAST)
 def test_adapters_hand_over_the_right_tensors(name, monkeypatch):
-    monkeypatch.setattr(contenders, "import_module", PACKAGES.__getitem__)
-    monkeypatch.setattr(contenders, "_workspace", lambda device: torch.empty(1, dtype=torch.uint8))
+    monkeypatch.setattr(packages, "import_module", PACKAGES.__getitem__)
+    monkeypatch.setattr(packages, "_workspace", lambda device: torch.empty(1, dtype=torch.uint8))
     done = []
     for row in map(lambda row: row.reduced(), ROWS):
         x = row.tensors(CPU)[0]

@@ -30,7 +30,7 @@ from ..implementations import Refusal
 from ..peers import forget_compiled
 from ..runner import build_static_plan
 from ..timing import Contender, Timing, text_of
-from . import contenders
+from . import contenders, packages
 from .calls import Row, Tensors
 from .rows import BY_NAME
 from .truth import LIMITS, errors, truth
@@ -106,7 +106,7 @@ def _entry(name: str, row: Row, x: Tensors, expected: tuple[Tensor, ...], device
     entry: dict[str, Any] = {}
     try:
         if name == contenders.MLX:
-            _compare(entry, row, x, (contenders.measured_by_mlx(row, x, 1)[0],), expected)
+            _compare(entry, row, x, (packages.measured_by_mlx(row, x, 1)[0],), expected)
             return entry
         with contenders.active(name, row):
             before = stats()["calls"]
@@ -196,7 +196,7 @@ def timed(row: Row, names: Iterable[str], device: torch.device, rounds: int) -> 
 
 def _by_mlx(row: Row, sets: Sequence[Tensors]) -> dict[str, Any]:
     """MLX's figures: the time that passes, of many calls in a row, is the only one that it has."""
-    _, times = contenders.measured_by_mlx(row, sets[0], len(sets))
+    _, times = packages.measured_by_mlx(row, sets[0], len(sets))
     figures = {key: round(times[key], 2) for key in ("us", "min_us", "max_us")} | {"method": "own process"}
     return figures | {"eager": dict(figures)}
 
