@@ -40,7 +40,7 @@ from fastattn._compat import sdpa as torchs
 from fastattn.backends.base import Setback
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.dispatch import preference, registry
-from fastattn.integrations.torch import decide, sdpa
+from fastattn.integrations.torch import decide, known, sdpa
 from fastattn.integrations.torch.translate import translate
 
 pytestmark = [
@@ -285,7 +285,7 @@ def test_nobody_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             for _ in range(2):
                 assert_right(inputs.call(SDPA), truth(inputs), FP32)
             assert served() == {} and handed() == {decide.KERNELS: 2}
-            assert not decide._decisions
+            assert not decide._decisions and not known._known
             assert not go.exists()
             go.touch()
             assert binaries.wait(20.0)
