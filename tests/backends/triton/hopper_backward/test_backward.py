@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradient_bounds
+import naive
 import pytest
 import torch
 from hopper_backward_cases import COUNT, KINDS, draw, problem_of
@@ -129,6 +131,42 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
             assert mask == (FULL if kind.band == "full" else CAUSAL)
         if kind.split:
             assert found.group % kind.split == 0
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (0, 0)], ids=["causal", "one-key"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_bounds_of_errors_hold_and_notice(window: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of gradients by the formula, with what the kernel rounds rounded: right; what is a little off in a row is not."""
+    q, k, v, grad_out = (torch.randn(2, 3, 200, 64).to(dtype) for _ in range(4))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = naive.attention(*leaves, window=window)
+    out, there = truth.out.detach().to(dtype), torch.ones(2, 3, 200, dtype=torch.bool)
+    shift = gradient_bounds.shift(out, truth.out.detach(), grad_out, there)
+    plain = (truth.out * grad_out.double()).sum()
+    wanted = torch.autograd.grad(plain - (truth.lse * shift).sum(), leaves, retain_graph=True)
+    floors = gradient_bounds.floors(q, k, v, grad_out, there, 0.125)
+    scores = (q.float() @ k.float().mT * 0.125).masked_fill(~naive.visible(q, k, window=window), -torch.inf)
+    p = (scores - truth.lse.detach().float()[..., None]).exp()
+    delta = (out.float() * grad_out.float()).flip(-1).cumsum(-1)[..., -1:]  # float32, in another order than dP
+    ds = (p * (grad_out.float() @ v.float().mT - delta)).to(dtype).float()
+    found = ds @ k.float() * 0.125, ds.mT @ q.float() * 0.125, p.to(dtype).float().mT @ grad_out.float()
+
+    def right(name: str, x: torch.Tensor, true: torch.Tensor) -> bool:
+        error, row = gradient_bounds.errors(x.to(dtype), true, floors[name], dtype)
+        return error < gradient_bounds.WORST[dtype] and row < gradient_bounds.ROW[dtype]
+
+    for name, x, true in zip("qkv", found, wanted, strict=True):
+        assert right(name, x, true)
+        assert right(name, true, true) and not right(name, x * torch.nan, true)
+        off = x.clone()
+        off[1, 2, 77] += 0.05 * torch.randn(64).mul(off[1, 2, 77].norm() / 8) + (1e-3 if window[0] == 0 else 0)
+        assert not right(name, off, true)
+    # What the truth takes the rounded output for is what the formula makes of it.
+    exact = scores.double().sub(truth.lse.detach()[..., None]).exp()
+    exact = exact * (grad_out.double() @ leaves[2].mT - (out.double() * grad_out.double()).sum(-1, keepdim=True))
+    torch.testing.assert_close(exact.detach() @ k.double() * 0.125, wanted[0], atol=1e-4, rtol=1e-4)
+    unrounded = torch.autograd.grad(plain, leaves)
+    assert torch.equal(unrounded[0], wanted[0]) or (unrounded[0] - wanted[0]).abs().max() > 1e-4
 
 
 @pytest.mark.gpu
