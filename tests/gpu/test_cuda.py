@@ -22,6 +22,10 @@ BASE = Case(batch=2, q_heads=8, kv_heads=2, q_len=129, kv_len=129, head_dim=128,
 DECODE = BASE.but(q_len=1, kv_len=700)
 
 
+#: What serves plain calls in half precision.
+FIRST = "hopper" if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) else "cudnn"
+
+
 def _block(x: Tensor, weight: Tensor, sinks: Tensor | None) -> Tensor:
     """A transformer's attention: a fused projection, whose pieces are strided views, and the way back."""
     batch, length, width = x.shape
@@ -39,14 +43,14 @@ def test_compiled_by_inductor_is_eager(with_sinks: bool) -> None:
         leaves = [x.to("cuda", BF16).requires_grad_() for x in leaves][: 2 + with_sinks]
         arguments = leaves if with_sinks else [*leaves, None]
         upstream = torch.randn(2, length, 256, device="cuda", dtype=BF16)
-        before = fastattn.stats()["calls"].get("cudnn.backward", 0)
+        before = fastattn.stats()["calls"].get(f"{FIRST}.backward", 0)
         got = step(*arguments)
         want = _block(*arguments)
         assert got.stride() == want.stride()
         assert relative_error(got, want) < 0.01
         for g, w in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(want, leaves, upstream)):
             assert relative_error(g, w) < 0.02
-        assert fastattn.stats()["calls"]["cudnn.backward"] == before + 2
+        assert fastattn.stats()["calls"][f"{FIRST}.backward"] == before + 2
 
 
 def test_compiled_decode_with_cuda_graphs() -> None:
@@ -68,7 +72,7 @@ def test_compiled_decode_with_cuda_graphs() -> None:
 def test_autocast() -> None:
     q, k, v = (torch.randn(2, 4, 129, 64, device="cuda", requires_grad=True) for _ in range(3))
     with torch.autocast("cuda", BF16):
-        assert fastattn.explain(q, k, v, mask="causal").chosen == "cudnn"
+        assert fastattn.explain(q, k, v, mask="causal").chosen == FIRST
         out = attend(q, k, v, mask="causal")
         assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == BF16
     upstream = torch.randn_like(out)
@@ -161,12 +165,11 @@ def test_routes() -> None:
         return fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options).chosen
 
     assert chosen(DECODE) == "decode"
-    assert chosen(BASE) == "cudnn"
-    assert chosen(BASE.but(grads="qkv")) == "cudnn"
-    assert chosen(DECODE.but(grads="qkv")) == "cudnn"
-    assert chosen(BASE.but(dtype=FP32)) == "torch"
-    assert chosen(BASE.but(softcap=1.0)) == "decode"
-    assert chosen(BASE.but(softcap=1.0, grads="qkv")) == "reference"
+    assert chosen(BASE) == FIRST
+    assert chosen(BASE.but(grads="qkv")) == FIRST
+    assert chosen(DECODE.but(grads="qkv")) == FIRST
+    assert chosen(BASE.but(softcap=1.0)) in ("decode", "hopper", "prefill")
+    assert chosen(BASE.but(softcap=1.0, grads="qkv")) in ("hopper", "prefill")
     with fastattn.use_backend("torch"):
         assert chosen(BASE) == "torch"
 
@@ -174,17 +177,20 @@ def test_routes() -> None:
 def test_cudnn_switched_off(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setenv("FASTATTN_CUDNN", "0")
     inputs = make(BASE, "cuda", seed)
-    assert fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options).chosen == "torch"
+    assert fastattn.explain(inputs.q, inputs.k, inputs.v, **inputs.options).chosen == (
+        "hopper" if FIRST == "hopper" else "torch"
+    )
     assert_right(BASE, inputs, run(inputs))
 
 
 def test_the_reference_warns_once_on_a_gpu(fresh_warnings: None) -> None:
     q = torch.randn(1, 2, 200, 64, device="cuda", dtype=BF16, requires_grad=True)
-    with pytest.warns(fastattn.FastattnWarning, match="softcap"):
-        attend(q, q, q, softcap=1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attend(q[:, :, :150], q, q, softcap=2.0)
+    with fastattn.use_backend("torch", "reference"):
+        with pytest.warns(fastattn.FastattnWarning, match="softcap"):
+            attend(q, q, q, softcap=1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attend(q[:, :, :150], q, q, softcap=2.0)
 
 
 @pytest.mark.parametrize("name", ["k", "v", "mask", "sinks", "q_lengths", "kv_lengths"])

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from cases import assert_right, reference_results
+from cases import errors, reference_results
 from drawn import Drawn, inputs_of, problems
 from hypothesis import HealthCheck, assume, given, settings
 from portable_backward import call_of, gradients
@@ -20,7 +20,10 @@ def compare(drawn: Drawn, device: str) -> None:
     inputs = inputs_of(drawn, device)
     assume(not launch.reasons(Problem.of(call_of(inputs))))
     want = reference_results(inputs)
-    assert_right(drawn.case, inputs, gradients(inputs), {name: x for name, x in want.items() if name.startswith("d")})
+    want = {name: x for name, x in want.items() if name.startswith("d")}
+    # delta is found from a rounded output: with few numbers a row the error of one is not averaged away.
+    found = errors(drawn.case, inputs, gradients(inputs), want)
+    assert max(found.values()) <= 2, found
 
 
 @pytest.mark.slow

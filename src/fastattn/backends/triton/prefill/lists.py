@@ -40,7 +40,7 @@ class Lists:
         #: Of what is listed: batch entries and heads, and blocks of rows and of keys.
         self.entries, self.row_blocks, self.key_blocks = (batch, heads), row_blocks, key_blocks
         self._lists = -(-4 * entries * length // 16) * 16
-        self._states = entries * key_blocks if rows else 0
+        self._states = -(-entries * key_blocks // 16) * 16 if rows else 0
         self.size = self._lists + self._states  #: bytes of the memory that it fills
         unit, strides, adjacent = mask_layout(call.mask)
         integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
