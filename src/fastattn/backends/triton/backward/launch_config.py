@@ -141,10 +141,9 @@ def _smaller(x: Tile) -> Tile:
     """The next smaller one."""
     if x.stages > 1:
         return replace(x, stages=x.stages - 1)
-    if x.block_m > 16 or x.block_n > 16:
-        larger = "block_n" if x.block_n >= x.block_m else "block_m"
-        return replace(x, **{larger: getattr(x, larger) // 2})
-    raise AssertionError("`fits` refuses what the smallest launch does not take")
+    assert max(x.block_m, x.block_n) > 16  # `fits` refuses what the smallest does not take
+    larger = "block_n" if x.block_n >= x.block_m else "block_m"
+    return replace(x, **{larger: getattr(x, larger) // 2})
 
 
 def masked_rows(problem: Problem) -> bool:

@@ -25,6 +25,8 @@ class HopperBackend:
 
             return backward.reasons(problem)
         why = launch.reasons(problem)
+        if launch.has_rows(problem):
+            why.append("its kernel for masks with rows ended in CUDA errors on a GPU, for small masks")
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
