@@ -35,7 +35,7 @@ KEPT_BY_OTHER_THINGS = {
     # by the machine, or by what is installed on it
     "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
-    "fastattn.bench.peers._flex",
+    "fastattn.bench.peers._flex", "fastattn.bench.users.contenders._flex_attention",
     "fastattn.integrations.transformers.kv_cache._check_offsets",
     "fastattn._compat.liger.operations", "fastattn._compat.torch.driver_version",
     "fastattn._compat.triton_compiler.compiler", "fastattn.backends.triton.binaries.label._environment",

@@ -262,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "decode takes many queries with a softcap first",
         "dispatch/preference.py",
-        '("hopper", "prefill", "decode"),',
-        '("decode", "hopper", "prefill"),',
+        '_many_rows_with_a_softcap,\n            ("hopper", "prefill", "decode"),',
+        '_many_rows_with_a_softcap,\n            ("decode", "hopper", "prefill"),',
         ("tests/dispatch/test_preference.py",),
     ),
 )
