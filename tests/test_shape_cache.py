@@ -31,7 +31,7 @@ KEPT_BY_OTHER_THINGS = {
     "fastattn.backends.triton.decode.launch_config.sm_count",
     "fastattn.backends.triton.decode.launch_config.shared_memory", "fastattn.lm.generation.decode_step._side_stream",
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
-    "fastattn.bench.peers._flashinfer_memory",
+    "fastattn.bench.peers._flashinfer_memory", "fastattn.bench.users.packages._workspace",
     # by the machine, or by what is installed on it
     "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
