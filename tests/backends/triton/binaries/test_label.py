@@ -16,12 +16,16 @@ from fastattn.backends.triton.binaries import label as module
 from fastattn.backends.triton.binaries.label import label
 from fastattn.backends.triton.binaries.triton_kernel import TritonFlags
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, Flags
+from fastattn.backends.triton.hopper_backward.binary import Flags as BackwardFlags
 
 FLAGS = Flags("bf16", (128, 128), ALIGNED)
 CHANGES: dict[str, Any] = {
     "dtype": "fp16", "dims": (64, 64), "mask": BAND, "q_lengths": True, "kv_lengths": True, "sinks": "fp32",
     "softcap": True, "lse": True, "short": True, "keys": True,
+    "tiles": "bf16", "listed": True,
 }  # fmt: skip
+BACKWARD = BackwardFlags("bf16", 128, ALIGNED)
+BACKWARD_CHANGES: dict[str, Any] = {"dtype": "fp16", "dim": 64, "mask": BAND, "softcap": True, "split": True}
 TRITON = TritonFlags("fastattn.a:b", (9, 0), ("i32",), (), (), ())
 TRITON_CHANGES: dict[str, Any] = {
     "kernel": "fastattn.a:c", "capability": (8, 0), "types": ("i64",), "aligned": (0,), "constants": ((0, None),),
@@ -50,7 +54,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("flags, changes", [(FLAGS, CHANGES), (TRITON, TRITON_CHANGES)], ids=["hopper", "triton"])
+@pytest.mark.parametrize(
+    "flags, changes",
+    [(FLAGS, CHANGES), (BACKWARD, BACKWARD_CHANGES), (TRITON, TRITON_CHANGES)],
+    ids=["hopper", "hopper backward", "triton"],
+)
 def test_every_field_is_in_the_name(flags: Any, changes: dict[str, Any]) -> None:
     assert changes.keys() == {field.name for field in dataclasses.fields(flags)}
     labels = {label(flags), *(label(dataclasses.replace(flags, **{name: x})) for name, x in changes.items())}
@@ -65,7 +73,7 @@ def test_classes_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["backends/triton/hopper/forward.py", "backends/triton/hopper/tiles.py", "backends/triton/masking.py",
+    ["backends/triton/hopper/forward.py", "backends/triton/hopper_backward/consumer.py", "backends/triton/hopper/tiles.py", "backends/triton/masking.py",
      "backends/triton/decode/kernel.py", "_compat/gluon.py"],
 )  # fmt: skip
 def test_another_source_is_another_binary(tree: Path, name: str) -> None:
