@@ -73,7 +73,8 @@ def test_classes_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["backends/triton/hopper/forward.py", "backends/triton/hopper_backward/consumer.py", "backends/triton/hopper/tiles.py", "backends/triton/masking.py",
+    ["backends/triton/hopper/forward.py", "backends/triton/hopper_backward/consumer.py",
+     "backends/triton/hopper/tiles.py", "backends/triton/masking.py",
      "backends/triton/decode/kernel.py", "_compat/gluon.py"],
 )  # fmt: skip
 def test_another_source_is_another_binary(tree: Path, name: str) -> None:
