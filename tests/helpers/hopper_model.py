@@ -501,7 +501,8 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
     if flags.listed:
         entries = replace(p, mask_shape=tuple(once.shape))
         lists = Lists(entries, call._replace(mask=once), TILE, blocks.keys)
-        bounds_ptr, list_strides = Pointer(lists(call).clone().numpy()), lists.strides
+        memory = torch.full((lists.size,), 0x7F, dtype=torch.uint8)
+        bounds_ptr, list_strides = Pointer(lists(call, memory).numpy()), lists.strides
     rows = -(-p.q_len // TILE)
     left, right = (launch._OPEN if side < 0 else min(side, launch._OPEN) for side in (p.left, p.right))
     log2_e = 1.0 if flags.tiles and flags.tiles != "bool" else math.log2(math.e)

@@ -301,7 +301,6 @@ def but(**changes: Any) -> Problem:
     [
         ({"capability": (7, 5)}, "compute capability 8.0 or newer, this GPU has 7.5"),
         ({"device": "cpu", "index": -1}, "needs an NVIDIA GPU"),
-        ({"grads": "qk"}, "no gradients"),
         ({"dtype": FP64}, "float64"),
         ({"kv_len": 0}, "no queries or no keys"),
         ({"kv_len": (1 << 28) + 1}, "up to 268435456 tokens"),
