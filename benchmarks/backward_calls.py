@@ -1,4 +1,5 @@
-"""Backward calls as users make them: what `python -m benchmarks.backward` measures."""
+"""Backward calls as users make them, and some that one kernel is compared with another in: what
+`python -m benchmarks.backward` measures."""
 
 from __future__ import annotations
 
@@ -9,80 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import Intervals, Segments
-from fastattn.bench.users.calls import alibi as alibi_of
-from fastattn.bench.users.calls import bias as bias_of
-
-BF16, FP32 = torch.bfloat16, torch.float32
-Make = Callable[["Backward", torch.device], Any]
+from fastattn import Intervals
+from fastattn.bench.users.calls import FP32, Row, Tensors, alibi, bias, slopes
 
 
 @dataclass(frozen=True)
-class Backward:
-    """One kind of call, and the gradients that are asked for."""
+class Own(Row):
+    """A call that torch's function does not have, nor a row words for."""
 
-    name: str
-    sizes: tuple[int, ...]  #: batch, query heads, K/V heads, queries, keys, head dim, value dim
-    ours: dict[str, Any] = field(default_factory=dict)  #: arguments of the op; callables make tensors
-    theirs: dict[str, Any] | None = field(default_factory=dict)  #: of torch's function; None: it has no such call
-    dtype: torch.dtype = BF16
-    grads: str = "qkv"
+    #: More arguments of the op: they make tensors.
+    options: dict[str, Callable[[Row, torch.device], Any]] = field(default_factory=dict)
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v, token-major in memory."""
-        batch, heads, kv_heads, q_len, kv_len, dim, value_dim = self.sizes
+    def ours(self, x: Tensors) -> dict[str, Any]:
+        return super().ours(x) | {name: make(self, x.q.device) for name, make in self.options.items()}
 
-        def made(heads: int, length: int, dim: int) -> Tensor:
-            return torch.randn(batch, length, heads, dim, device=device, dtype=self.dtype).transpose(1, 2)
-
-        return made(heads, q_len, dim), made(kv_heads, kv_len, dim), made(kv_heads, kv_len, value_dim)
-
-    def arguments(self, which: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """The arguments with their tensors made."""
-        return {name: x(self, device) if callable(x) else x for name, x in which.items()}
+    def theirs(self, x: Tensors) -> None:
+        return None
 
 
-def _lengths(row: Backward, device: torch.device) -> Tensor:
-    return torch.linspace(row.sizes[4] // 4, row.sizes[4], row.sizes[0], device=device).int()
-
-
-def padding(row: Backward, device: torch.device) -> Tensor:
-    """Lengths from a quarter to all of the keys, as a bool tensor `[B, 1, 1, Skv]`."""
-    return (torch.arange(row.sizes[4], device=device) < _lengths(row, device)[:, None])[:, None, None]
-
-
-def left_padded(row: Backward, device: torch.device) -> Segments:
-    return Segments.left_padded(row.sizes[4] - _lengths(row, device), row.sizes[3], row.sizes[4], causal=True)
-
-
-def packed(row: Backward, device: torch.device) -> Segments:
-    """50 sequences of different lengths."""
-    cuts = torch.randperm(row.sizes[3] - 1, generator=torch.Generator().manual_seed(3))[:49].sort().values + 1
-    cuts = torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([row.sizes[3]])])
-    return Segments.packed(cuts.int().to(device), causal=True)
-
-
-def alibi(row: Backward, device: torch.device) -> Tensor:
-    return alibi_of(row, device)  # type: ignore[arg-type]  # it reads sizes and dtype
-
-
-def bias(row: Backward, device: torch.device) -> Tensor:
-    return bias_of(row, device)  # type: ignore[arg-type]
-
-
-def alibi_row(row: Backward, device: torch.device) -> Tensor:
+def alibi_row(row: Row, device: torch.device) -> Tensor:
     """Of keys alone, as ALiBi may be under a causal mask: what a row adds to all its scores does not count."""
-    slopes = 2.0 ** (-8.0 * torch.arange(1, row.sizes[1] + 1, device=device) / row.sizes[1])
-    return (slopes[:, None, None] * torch.arange(row.sizes[4], device=device)).to(row.dtype)[None]
+    return (slopes(row, device) * torch.arange(row.sizes[4], device=device)).to(row.dtype)[None]
 
 
-def prefixes(row: Backward, device: torch.device) -> Intervals:
+def prefixes(row: Row, device: torch.device) -> Intervals:
     """Each query sees a prefix of its own, in no order."""
-    ends = torch.randint(1, row.sizes[4] + 1, (row.sizes[0], row.sizes[3]), device=device, dtype=torch.int32)
+    shape, generator = (row.sizes[0], row.sizes[3]), torch.Generator(device).manual_seed(7)
+    ends = torch.randint(1, row.sizes[4] + 1, shape, device=device, dtype=torch.int32, generator=generator)
     return Intervals(torch.zeros_like(ends), ends)
 
 
-def windows(row: Backward, device: torch.device) -> Intervals:
+def windows(row: Row, device: torch.device) -> Intervals:
     """A window of 1024 keys that moves, as Intervals."""
     hi = (torch.arange(row.sizes[3], device=device)[None] + 1).int().expand(row.sizes[0], -1)
     return Intervals((hi - 1024).clamp(min=0), hi)
@@ -94,28 +52,28 @@ def drawn_lengths() -> list[int]:
     return sorted(int(300 * (8192 / 300) ** float(x)) for x in numbers)
 
 
-_CAUSAL: dict[str, Any] = {"mask": "causal"}
-_THEIRS: dict[str, Any] = {"is_causal": True}
+_TRAIN: dict[str, Any] = {"who": "training", "training": True}
+_CAUSAL = _TRAIN | {"causal": True}
 
 ROWS = [
-    Backward("BERT padding B32 384", (32, 12, 12, 384, 384, 64, 64), {"mask": padding}, {"attn_mask": padding}),
-    Backward("T5 bias B8 512", (8, 12, 12, 512, 512, 64, 64), {"mask": bias, "scale": 1.0},
-             {"attn_mask": bias, "scale": 1.0}, grads="qkvm"),
-    Backward("Swin B1024 49", (1024, 8, 8, 49, 49, 32, 32), {"mask": bias}, {"attn_mask": bias}, grads="qkvm"),
-    Backward("ALiBi full 2048", (1, 32, 32, 2048, 2048, 128, 128), {"mask": alibi}, {"attn_mask": alibi}),
-    Backward("ALiBi keys 2048", (1, 32, 32, 2048, 2048, 128, 128), {"mask": alibi_row, "window": (-1, 0)}, None),
-    Backward("softcap 2048", (1, 32, 8, 2048, 2048, 128, 128), _CAUSAL | {"softcap": 50.0}, None),
-    Backward("softcap off 2048", (1, 32, 8, 2048, 2048, 128, 128), _CAUSAL, _THEIRS),
-    Backward("causal B2 2048", (2, 32, 8, 2048, 2048, 128, 128), _CAUSAL, _THEIRS),
-    Backward("packed 50 in 8192", (1, 32, 8, 8192, 8192, 128, 128), {"mask": packed}, None),
-    Backward("left-padded 8x2048", (8, 32, 8, 2048, 2048, 128, 128), {"mask": left_padded}, None),
-    Backward("B16 512", (16, 32, 8, 512, 512, 128, 128), _CAUSAL, _THEIRS),
-    Backward("full 24x4608", (1, 24, 24, 4608, 4608, 128, 128)),
-    Backward("ViT B64 257", (64, 16, 16, 257, 257, 64, 64)),
-    Backward("fp32 2048", (1, 32, 8, 2048, 2048, 128, 128), _CAUSAL, _THEIRS, FP32),
-    Backward("256 2048", (1, 16, 8, 2048, 2048, 256, 256), _CAUSAL, _THEIRS),
-    Backward("Intervals prefixes 2048", (1, 32, 8, 2048, 2048, 128, 128), {"mask": prefixes}, None),
-    Backward("Intervals window 8192", (1, 32, 8, 8192, 8192, 128, 128), {"mask": windows}, None),
-    *(Backward(f"causal B{batch} {heads}/{kv_heads} S{n}", (batch, heads, kv_heads, n, n, 128, 128), _CAUSAL, _THEIRS)
+    Row("BERT padding B32 384", sizes=(32, 12, 12, 384, 384, 64, 64), lengths=True, as_mask=True, **_TRAIN),
+    Row("T5 bias B8 512", sizes=(8, 12, 12, 512, 512, 64, 64), mask=bias, mask_gradient=True, **_TRAIN),
+    Row("Swin B1024 49", sizes=(1024, 8, 8, 49, 49, 32, 32), mask=bias, mask_gradient=True, **_TRAIN),
+    Row("ALiBi full 2048", sizes=(1, 32, 32, 2048, 2048, 128, 128), mask=alibi, **_TRAIN),
+    Own("ALiBi keys 2048", sizes=(1, 32, 32, 2048, 2048, 128, 128), window=(-1, 0), options={"mask": alibi_row},
+        **_TRAIN),
+    Row("softcap 2048", sizes=(1, 32, 8, 2048, 2048, 128, 128), softcap=50.0, **_CAUSAL),
+    Row("softcap off 2048", sizes=(1, 32, 8, 2048, 2048, 128, 128), **_CAUSAL),
+    Row("causal B2 2048", sizes=(2, 32, 8, 2048, 2048, 128, 128), **_CAUSAL),
+    Row("packed 50 in 8192", sizes=(1, 32, 8, 8192, 8192, 128, 128), packed=50, **_CAUSAL),
+    Row("left-padded 8x2048", sizes=(8, 32, 8, 2048, 2048, 128, 128), left_padded=True, **_CAUSAL),
+    Row("B16 512", sizes=(16, 32, 8, 512, 512, 128, 128), **_CAUSAL),
+    Row("full 24x4608", sizes=(1, 24, 24, 4608, 4608, 128, 128), **_TRAIN),
+    Row("ViT B64 257", sizes=(64, 16, 16, 257, 257, 64, 64), **_TRAIN),
+    Row("fp32 2048", sizes=(1, 32, 8, 2048, 2048, 128, 128), dtype=FP32, **_CAUSAL),
+    Row("256 2048", sizes=(1, 16, 8, 2048, 2048, 256, 256), **_CAUSAL),
+    Own("Intervals prefixes 2048", sizes=(1, 32, 8, 2048, 2048, 128, 128), options={"mask": prefixes}, **_TRAIN),
+    Own("Intervals window 8192", sizes=(1, 32, 8, 8192, 8192, 128, 128), options={"mask": windows}, **_TRAIN),
+    *(Row(f"causal B{batch} {heads}/{kv_heads} S{n}", sizes=(batch, heads, kv_heads, n, n, 128, 128), **_CAUSAL)
       for batch in (1, 2, 4) for heads, kv_heads in ((32, 8), (16, 16)) for n in drawn_lengths()),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.bench.timing import quartiles
 from fastattn.cli.arguments import path_of
 from fastattn.common.printable import printable
 from fastattn.common.table import table
@@ -45,8 +46,7 @@ class Figure:
         middle = statistics.median(trials)
         if len(trials) < FEW:
             return Figure(middle, min(trials), max(trials), more_is_better, len(trials) > 1)
-        low, _, high = statistics.quantiles(trials, n=4, method="inclusive")
-        return Figure(middle, low, high, more_is_better)
+        return Figure(middle, *quartiles(trials), more_is_better)
 
     def moved(self, new: Figure, least: float) -> bool:
         """Whether another run's figure differs by more than both runs' noise."""

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 import fastattn.drop_in
-from fastattn.bench.timing import synchronize
+from fastattn.bench.timing import quartiles, synchronize
 
 from .drop_in_models import Inputs, Made
 from .settling import settle
@@ -231,7 +231,7 @@ def times(run: Run, plan: Plan) -> dict[str, Any]:
             else:
                 count = max(count, min(100, round(plan.seconds / one)))
     ratios = [mine / theirs for mine, theirs in zip(seconds["fastattn"], seconds["torch"])]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    low, high = quartiles(ratios)
     medians = {f"{name}_ms": round(statistics.median(x) * 1e3, 4) for name, x in seconds.items()}
     best = {f"{name}_best_ms": round(min(x) * 1e3, 4) for name, x in seconds.items()}
     return {

@@ -29,14 +29,16 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 from fastattn.bench import output
+from fastattn.bench.timing import text_of
 from fastattn.bench.users.calls import Row
 from fastattn.bench.users.rows import ROWS as ALL
+from fastattn.bench.users.rows import chosen
 from fastattn.call import Problem
 from fastattn.dispatch.registry import NAMES
-from fastattn.validation import Arguments, validated
 
-from .command import captured, end, parser_of, write
-from .turns import FLUSHED, between, medians, quarters, sampled
+from .command import end, write
+from .row_commands import call_of, in_time, report, row_parser, tuned
+from .turns import FLUSHED, medians, quarters, sampled
 
 ROWS = [row for row in ALL if not row.training]  #: the list of `fastattn sweep users`
 OURS = tuple(name for name in NAMES if name not in ("torch", "reference"))
@@ -108,7 +110,7 @@ def error_of(index: int) -> dict[str, Any]:
             error = ((got.double() - want).norm() / want.norm()).item()
             found[name] = {"error": float(f"{error:.2e}"), "first": round(seconds, 2)}
         except Exception as failure:
-            found[name] = {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"}
+            found[name] = {"failed": text_of(failure)}
     return found
 
 
@@ -122,15 +124,10 @@ def launches(row: Row) -> list[Any]:
     from fastattn.backends.triton.prefill import launch_config
 
     device = torch.device("cuda", 0)
-    problem = Problem.of(_call(row, device))
+    problem = Problem.of(call_of(row, device))
     limit = usual_shared_memory(problem.capability)
     tried = (launch_config.Launch(*numbers) for numbers in LAUNCHES)
     return [one for one in tried if launch_config.shared(problem, one) <= limit]
-
-
-def _call(row: Row, device: torch.device) -> Any:
-    (x,) = row.tensors(device)
-    return validated(Arguments(x.q, x.k, x.v, **row.ours(x)), None)
 
 
 def kernel_of(row: Row, one: Any, call: Any) -> Callable[[], Any]:
@@ -145,56 +142,31 @@ def compile_launch(job: tuple[int, Any]) -> None:
     row = ROWS[job[0]]
     try:
         with torch.inference_mode():
-            kernel_of(row, job[1], _call(row, torch.device("cuda", 0)))()
+            kernel_of(row, job[1], call_of(row, torch.device("cuda", 0)))()
         torch.cuda.synchronize()
     except Exception as failure:
-        print(f"{row.name} {job[1]}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
+        print(f"{row.name} {job[1]}: {text_of(failure)[:140]}", file=sys.stderr)
 
 
-def tune(row: Row, flush: Tensor) -> dict[str, float]:
+def tune(row: Row) -> dict[str, float]:
     """Hot microseconds of each launch, the quickest first."""
-    device = torch.device("cuda", 0)
-    call = _call(row, device)
-    found = {}
-    for one in launches(row):
-        try:
-            graph = captured(kernel_of(row, one, call), 2)
-        except Exception as failure:
-            print(f"{row.name} {one}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
-            continue
-        times = max(1, min(20, int(2000 / between(graph, 2))))
-        name = " ".join(str(x) for x in asdict(one).values())
-        found[name] = round(min(between(graph, times) for _ in range(3)), 1)
-    return dict(sorted(found.items(), key=lambda x: x[1]))
-
-
-def line_of(name: str, row: dict[str, dict[str, float]], errors: dict[str, Any]) -> str:
-    """A row of the table that is printed: cold/hot/host, and the error of ours."""
-    cells = []
-    for who, times in row.items():
-        error = errors.get(who, {}).get("error")
-        figures = "/".join(f"{x:.0f}" if x >= 100 else f"{x:.1f}" for x in times.values())
-        cells.append(f"{who} {figures}" + ("" if error is None else f" ({error:.0e})"))
-    return f"{name:24} " + "  ".join(cells)
+    call = call_of(row, torch.device("cuda", 0))
+    names = {" ".join(str(x) for x in asdict(one).values()): one for one in launches(row)}
+    return tuned((name, partial(kernel_of, row, one, call)) for name, one in names.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = parser_of("forward", __doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW")
-    parser.add_argument("--tune", action="store_true", help="launches of the prefill kernel")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each time (default: 7)")
-    parser.add_argument("--check", action="store_true", help="compile and compare alone")
-    parser.add_argument("--time", action="store_true", help="without comparing")
-    parser.add_argument("--seconds", type=float, default=1e9, help="rows that would begin later are left out")
+    parser = row_parser("forward", __doc__, "launches of the prefill kernel")
     arguments = parser.parse_args(argv)
     output.check([arguments.json])
     if not torch.cuda.is_available():
         print("forward: needs a GPU, torch sees none", file=sys.stderr)
         return 2
     begun = time.monotonic()
-    indices = [i for i, row in enumerate(ROWS) if not arguments.rows or any(x in row.name for x in arguments.rows)]
+    rows = chosen(arguments.rows, ROWS)
+    indices = [ROWS.index(row) for row in rows]
     found: dict[str, Any] = {"benchmark": "forward", "unit": "us", "rows": {}}
     errors: dict[int, Any] = {} if arguments.time else prepare(indices, arguments.tune)
     print(f"compiled and compared after {time.monotonic() - begun:.0f} s", flush=True)
@@ -205,23 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     try:
-        for index in indices:
-            row = ROWS[index]
-            if time.monotonic() - begun > arguments.seconds:
-                print(f"{row.name:24} left out: no time")
-                continue
+        for row in in_time(rows, begun, arguments.seconds):
             with torch.inference_mode():
                 if arguments.tune:
-                    found["rows"][row.name] = tune(row, flush)
+                    found["rows"][row.name] = tune(row)
                     print(f"{row.name:24} {list(found['rows'][row.name].items())[:5]}", flush=True)
                     continue
                 samples = sampled(contenders(row, torch.device("cuda")), flush, arguments.rounds)
-            times, checks = medians(samples), errors.get(index, {})
+            times, checks = medians(samples), errors.get(ROWS.index(row), {})
             found["rows"][row.name] = {"times": times, "quarters": quarters(samples), "checks": checks}
-            print(line_of(row.name, times, checks), flush=True)
-            failed = {name: x["failed"] for name, x in checks.items() if "failed" in x}
-            if failed:
-                print(f"{'':24} {failed}")
+            report(row.name, times, checks)
     finally:  # what there is, should a row fail
         write(arguments.json, "forward", argv, torch.device("cuda"), found)
     print(f"{time.monotonic() - begun:.0f} s")

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from fastattn.bench import output
-from fastattn.call import Call, Problem, token_major
+from fastattn.call import Call, Problem
 
 from .command import end, parser_of, write
+from .hopper_rows import asked
+from .torchs_backward import torchs
 from .turns import FLUSHED, measure
 
 BUDGET, TUNE_BUDGET = 240.0, 480.0  #: seconds
@@ -50,7 +52,7 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "window 127 D64 sinks 4096": ((1, 64, 8, 4096, 4096, 64), {"causal": True, "left": 127, "sinks": True}),
     "packed 50 in 8192": ((1, 32, 8, 8192, 8192, 128), {"causal": True, "mask": "packed"}),
     "left-padded B8 2048": ((8, 32, 8, 2048, 2048, 128), {"causal": True, "mask": "left"}),
-    "BERT B32 384 lengths D64": ((32, 12, 12, 384, 384, 64), {"lengths": True}),
+    "BERT B32 384 lengths D64": ((32, 12, 12, 384, 384, 64), {"lengths": "k"}),
 }  # fmt: skip
 #: Of --tune: batch, query heads, K/V heads, lengths.
 GRID = [
@@ -63,23 +65,8 @@ GRID = [
 
 def call_of(sizes: tuple[int, ...], what: dict[str, Any]) -> Call:
     """A call with gradients."""
-    batch, heads, kv_heads, q_len, kv_len, dim = sizes
-    like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
-    q = token_major(like, batch, heads, q_len, dim).normal_()
-    k, v = (token_major(like, batch, kv_heads, kv_len, dim).normal_() for _ in range(2))
-    sinks = torch.randn(heads, device="cuda", dtype=torch.bfloat16) if what.get("sinks") else None
-    call = Call(
-        q, k, v, sinks=sinks, scale=dim**-0.5, left=what.get("left", -1), right=0 if what.get("causal") else -1,
-        softcap=what.get("softcap", 0.0), grads="qkv" + ("s" if sinks is not None else ""),
-    )  # fmt: skip
-    if what.get("lengths"):
-        lengths = torch.linspace(kv_len // 4, kv_len, batch, device="cuda").int()
-        call = call._replace(kv_lengths=lengths)
-    if "mask" in what:
-        from .hopper_rows import masked
-
-        call = call._replace(**masked(what["mask"], (*sizes, dim))[0])
-    return call
+    call, _ = asked((*sizes, sizes[-1]), what)
+    return call._replace(grads="qkv" + "s" * (call.sinks is not None))
 
 
 def forward_of(call: Call) -> tuple[Tensor, Tensor]:
@@ -97,43 +84,6 @@ def ours(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[],
 
     bound = launch.bind(Problem.of(call), call)
     return partial(bound.backward, call, out, lse, grad_out, None)
-
-
-def peers(call: Call, grad_out: Tensor) -> dict[str, Callable[[], Any]]:
-    """torch's backwards of a call without masks: the operators, whose forwards have run."""
-    plain = not any((call.softcap, call.left >= 0, call.sinks is not None, call.segments is not None))
-    if not plain or call.kv_lengths is not None:
-        return {}
-    aten, causal = torch.ops.aten, call.right == 0
-    q, k, v, scale = call.q, call.k, call.v, call.scale
-    found: dict[str, Callable[[], Any]] = {}
-    try:
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        found["cudnn"] = partial(
-            aten._scaled_dot_product_cudnn_attention_backward, grad_out, q, k, v, out, lse, seed, offset, None, cum_q,
-            cum_k, max_q, max_k, 0.0, causal, scale=scale,
-        )  # fmt: skip
-        found["cudnn"]()
-        torch.cuda.synchronize()
-    except (RuntimeError, TypeError) as error:
-        found.pop("cudnn", None)
-        print(f"cudnn: {str(error).splitlines()[0]}")
-    try:
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )
-        found["flash"] = partial(
-            aten._scaled_dot_product_flash_attention_backward, grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k,
-            0.0, causal, seed, offset, scale=scale,
-        )  # fmt: skip
-        found["flash"]()
-        torch.cuda.synchronize()
-    except (RuntimeError, TypeError) as error:
-        found.pop("flash", None)
-        print(f"flash: {str(error).splitlines()[0]}")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +124,8 @@ def _rows(found: dict[str, Any], only: list[str], rounds: int) -> None:
         call = call_of(sizes, what)
         out, lse = forward_of(call)
         grad_out = torch.randn_like(out)
-        runs = {"ours": ours(call, out, lse, grad_out)} | peers(call, grad_out)
+        runs = {"ours": ours(call, out, lse, grad_out)}
+        runs |= {peer: backward for peer, (_, backward) in torchs(_PEERS[1:], call, grad_out).items()}
         found["rows"][name] = measure(runs, flush, rounds, ("ours",))
         print(line_of(name, found["rows"][name]), flush=True)
         del call, out, lse, grad_out, runs

@@ -1,4 +1,4 @@
-"""The calls that `hopper_forward` measures, and what torch has for each."""
+"""The calls that `hopper_forward` measures, and what torch has for each; `hopper_backward` makes its own alike."""
 
 from __future__ import annotations
 
@@ -55,6 +55,21 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 def calls_of(name: str) -> tuple[Call, Call | None, Tensor | None]:
     """A row's call; where it has a mask, a dense call with as many scores; torch's mask for the same."""
     sizes, what = ROWS[name]
+    call, same_sizes = asked(sizes, what)
+    mask, same = None, None
+    if what.get("lengths") == "k":
+        assert call.kv_lengths is not None
+        mask = torch.arange(sizes[4], device="cuda")[None, None, None] < call.kv_lengths[:, None, None, None]
+    if same_sizes is not None:
+        q, k, v = tensors(same_sizes)
+        same = Call(q, k, v, scale=call.scale, right=0 if what.get("causal") or what["mask"] == "intervals" else -1)
+        seen = masks.visibility(call)
+        mask = seen if call.mask is None or call.mask.dtype == torch.bool else call.mask
+    return call, same, mask
+
+
+def asked(sizes: tuple[int, ...], what: dict[str, Any]) -> tuple[Call, tuple[int, ...] | None]:
+    """A call, and where it has a mask, the sizes of a dense call with as many scores."""
     batch, heads, _, _, kv_len, dim, _ = sizes
     q, k, v = tensors(sizes)
     sinks = torch.randn(heads, device="cuda", dtype=torch.bfloat16) if what.get("sinks") else None
@@ -62,20 +77,13 @@ def calls_of(name: str) -> tuple[Call, Call | None, Tensor | None]:
         q, k, v, sinks=sinks, scale=dim**-0.5, left=what.get("left", -1), right=0 if what.get("causal") else -1,
         softcap=what.get("softcap", 0.0), return_lse=what.get("lse", False),
     )  # fmt: skip
-    mask, same = None, None
     if "lengths" in what:
         lengths = torch.linspace(kv_len // 4, kv_len, batch, device="cuda").int()
         call = call._replace(q_lengths=lengths if "q" in what["lengths"] else None, kv_lengths=lengths)
-        if what["lengths"] == "k":
-            mask = torch.arange(kv_len, device="cuda")[None, None, None] < lengths[:, None, None, None]
-    if "mask" in what:
-        fields, same_sizes = masked(what["mask"], sizes)
-        call = call._replace(**fields)
-        q, k, v = tensors(same_sizes)
-        same = Call(q, k, v, scale=call.scale, right=0 if what.get("causal") or what["mask"] == "intervals" else -1)
-        seen = masks.visibility(call)
-        mask = seen if call.mask is None or call.mask.dtype == torch.bool else call.mask
-    return call, same, mask
+    if "mask" not in what:
+        return call, None
+    fields, same_sizes = masked(what["mask"], sizes)
+    return call._replace(**fields), same_sizes
 
 
 def tensors(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,14 +26,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from fastattn.bench import output
 from fastattn.bench.timing import synchronize, text_of
 from fastattn.lm.loading.device import pick_device
 
 from .command import end, parser_of, write
-from .host_cases import CASES, MODES, Eighteen, Inputs, Run, Three, both, forward, product, square
+from .host_cases import CASES, KERNELS, MODES, OURS, Eighteen, Inputs, Run, Three, both, forward, product, square
 from .host_ratios import line_of_ratio, ratios
 from .host_wall import wall_rows
 from .null_backend import null_backend
@@ -41,13 +41,7 @@ from .settling import settle
 
 ROUNDS, CALLS = 15, 50
 QUICK = 3, 10
-OURS = ("fastattn", "drop-in")
 BUDGET = 55.0  #: seconds
-KERNELS = {
-    "torch-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "torch-flash": SDPBackend.FLASH_ATTENTION,
-    "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 
 
 @contextmanager

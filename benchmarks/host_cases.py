@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 import fastattn.drop_in
 
 Run = Callable[[], Any]
+OURS = ("fastattn", "drop-in")
+#: Those of torch's kernels that a GPU has.
+KERNELS = {
+    "torch-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch-flash": SDPBackend.FLASH_ATTENTION,
+    "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ import fastattn
 import fastattn.drop_in
 from fastattn.bench.timing import synchronize, text_of
 
-from .host_cases import Run
+from .host_cases import KERNELS, Run
 from .settling import settle
-
-OURS = ("fastattn", "drop-in")
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,8 @@ def contenders(shape: Shape, device: torch.device) -> dict[str, tuple[Run, Calla
         "drop-in": (step(fastattn.drop_in.scaled_dot_product_attention, **options), nullcontext),
         "torch": (step(sdpa, **options), nullcontext),
     }
-    kernels = {"math": SDPBackend.MATH}
-    if device.type == "cuda":
-        kernels |= {
-            "cudnn": SDPBackend.CUDNN_ATTENTION,
-            "flash": SDPBackend.FLASH_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        }
-    for name, kernel in kernels.items():
-        found[f"torch-{name}"] = (step(sdpa, **options), partial(sdpa_kernel, kernel))
+    for name, kernel in ({"torch-math": SDPBackend.MATH} | (KERNELS if device.type == "cuda" else {})).items():
+        found[name] = (step(sdpa, **options), partial(sdpa_kernel, kernel))
     return found
 
 

@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(arguments.device)
     sizes = TINY if device.type == "cpu" else QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
-        variables = {
-            key: value for key, value in os.environ.items() if key not in ("FASTATTN_COMPILE", "FASTATTN_PLANS")
-        }
+        variables = {key: value for key, value in os.environ.items() if key not in _SETTINGS}
         variables["FASTATTN_PLAN_CACHE"] = os.path.join(folder, "plans")
         variables["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
         given = sizes.name, str(device), str(arguments.seed)

@@ -27,6 +27,7 @@ from fastattn.backends.triton.binaries.policy import waiting
 from fastattn.backends.triton.decode import launch_config as rules
 from fastattn.backends.triton.decode.forward import DecodeKernel
 from fastattn.backends.triton.decode.launch_config import Launch
+from fastattn.backends.triton.limits import sm_count
 from fastattn.bench import output
 from fastattn.bench.case import Case
 from fastattn.bench.inputs import DTYPE, Inputs, make_inputs, set_count
@@ -105,7 +106,7 @@ class DecodeBench:
         masked = [(x, None if x.lengths is not None else "causal") for x in inputs_of(case, device)]
         self.calls = [validated(Arguments(x.q, x.k, x.v, mask, kv_lengths=x.lengths)) for x, mask in masked]
         self.problem = Problem.of(self.calls[0])
-        self.sms = rules.sm_count(self.problem.index)
+        self.sms = sm_count(self.problem.index)
         self.rule = rules.choose(self.problem, self.sms)
 
     def splits(self) -> list[int]:

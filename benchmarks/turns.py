@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.bench.timing import quartiles
+
 from .command import captured
 
 FLUSHED = 256 << 20  #: bytes written to flush the L2 cache
@@ -27,6 +29,17 @@ def between(replay: Callable[[], None], times: int = 1) -> float:
     return begin.elapsed_time(end) * 1e3 / times
 
 
+def repeats(replay: Callable[[], None]) -> int:
+    """How many replays in a row take 2 ms, 20 at the most."""
+    return max(1, min(20, int(2000 / between(replay, 2))))
+
+
+def best(replay: Callable[[], None]) -> float:
+    """Hot microseconds of a graph: the best of three times."""
+    times = repeats(replay)
+    return round(min(between(replay, times) for _ in range(3)), 1)
+
+
 def measure(
     runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, needed: Collection[str] = ()
 ) -> dict[str, dict[str, float]]:
@@ -40,12 +53,9 @@ def medians(samples: Samples) -> dict[str, dict[str, float]]:
 
 def quarters(samples: Samples) -> dict[str, dict[str, list[float]]]:
     """The first and the third quartile."""
-
-    def of(values: list[float]) -> list[float]:
-        cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return [round(cuts[0], 1), round(cuts[2], 1)]
-
-    return {name: {what: of(x) for what, x in own.items()} for name, own in samples.items()}
+    return {
+        name: {what: [round(us, 1) for us in quartiles(x)] for what, x in own.items()} for name, own in samples.items()
+    }
 
 
 def sampled(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, needed: Collection[str] = ()) -> Samples:
@@ -59,7 +69,7 @@ def sampled(runs: dict[str, Callable[[], Any]], flush: Tensor, rounds: int, need
                 raise
             torch.cuda.synchronize()
     samples: Samples = {name: {"cold": [], "hot": [], "host": []} for name in graphs}
-    times = {name: max(1, min(20, int(2000 / between(graph, 2)))) for name, graph in graphs.items()}
+    times = {name: repeats(graph) for name, graph in graphs.items()}
     for _ in range(rounds):
         for name, graph in graphs.items():
             flush.zero_()

@@ -28,14 +28,14 @@ from fastattn.shape_cache import Reason, Section, Size, shape_cache
 KEPT_BY_OTHER_THINGS = {
     # by device
     "fastattn.call._capability",
-    "fastattn.backends.triton.decode.launch_config.sm_count",
-    "fastattn.backends.triton.decode.launch_config.shared_memory", "fastattn.lm.generation.decode_step._side_stream",
+    "fastattn.backends.triton.limits.sm_count",
+    "fastattn.backends.triton.limits.shared_memory", "fastattn.lm.generation.decode_step._side_stream",
     "fastattn.backends.cudnn.disk._environment", "fastattn.backends.cudnn.runtime._handles",
-    "fastattn.bench.peers._flashinfer_memory", "fastattn.bench.users.packages._workspace",
+    "fastattn.bench.peers.flashinfer_memory",
     # by the machine, or by what is installed on it
     "fastattn.dispatch.registry.backend", "fastattn.backends.triton.launcher.missing_on_a_gpu",
     "fastattn.backends.triton.launcher.has_triton", "fastattn.backends.cudnn.runtime.frontend",
-    "fastattn.bench.peers._flex", "fastattn.bench.users.contenders._flex_attention",
+    "fastattn.bench.peers.compiled_flex",
     "fastattn.integrations.transformers.kv_cache._check_offsets",
     "fastattn._compat.liger.operations", "fastattn._compat.torch.driver_version",
     "fastattn._compat.triton_compiler.compiler", "fastattn.backends.triton.binaries.label._environment",
@@ -43,7 +43,7 @@ KEPT_BY_OTHER_THINGS = {
     # by the class of a model or a module
     "fastattn._compat.transformers._cache_argument",
     # by the features that a kernel is compiled for
-    "fastattn.backends.triton.binaries.label._source", "fastattn.backends.triton.hopper.launch._processors",
+    "fastattn.backends.triton.binaries.label._source",
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings

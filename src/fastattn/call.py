@@ -171,6 +171,11 @@ class Problem:
         return self.mask in ("bool", "additive")
 
     @property
+    def masked_rows(self) -> bool:
+        """True when the call holds a bool or additive tensor with a row for each query."""
+        return self.dense_mask and self.mask_shape[2] > 1
+
+    @property
     def may_have_empty_rows(self) -> bool:
         """True unless shapes alone prove that every query sees a key. (Lengths and masks are data: they may not.)"""
         if self.mask != "none" or self.q_lengths or self.kv_lengths:

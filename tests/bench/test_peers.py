@@ -21,7 +21,7 @@ def test_everybody_computes_the_same(case, monkeypatch):
     """Every implementation that runs on a CPU, and flex without its compiler, against the reference in float64."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(peers, "_flex", lambda: flex_attention)
+    monkeypatch.setattr(peers, "compiled_flex", lambda: flex_attention)
     (x,) = inputs_of(case)
     (expected,) = check.reference(case, x, False, torch.float64)
     binds = {name: IMPLEMENTATIONS[name].bind for name in ("fastattn", "torch-cudnn", "torch-efficient", "torch-math")}

@@ -12,12 +12,9 @@ is written.
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,8 @@ from hopper_cases import (  # noqa: E402
     OTHER_WORK,
     REPEATS,
     Kind,
-    compile_all,
-    run_all,
-    supervise,
+    main,
+    run_cases,
 )
 
 APART = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  #: between runs, whose sums have another order: as `WORST`
@@ -244,17 +240,7 @@ def _poison(launch: Any) -> None:
 
 def run_kind(name: str, count: int, start: int) -> int:
     """One kind in this process. Returns how many cases were wrong."""
-    kind, bad = KINDS[name], 0
-    for i in range(count):
-        seed = int(os.environ.get("FASTATTN_TEST_SEED") or 0) * 1000 + i
-        case = draw(kind, random.Random(f"{name} {seed}"), i)
-        if i < start:
-            continue
-        print(f"start {i} {case}", flush=True)
-        fine, text = check(kind, case, seed)
-        bad += not fine
-        print(f"{'done' if fine else 'WRONG'} {i} {text}", flush=True)
-    return bad
+    return run_cases(name, KINDS[name], draw, check, range(start, count))
 
 
 def needed(kinds: dict[str, BackwardKind]) -> list[Any]:
@@ -271,20 +257,5 @@ def needed(kinds: dict[str, BackwardKind]) -> list[Any]:
     return list(found)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--only", default="", metavar="PREFIX,...")
-    arguments = parser.parse_args()
-    kinds = {name: kind for name, kind in KINDS.items() if name.startswith(tuple(arguments.only.split(",")))}
-    torch.cuda.init()
-    compile_all(needed(kinds))
-    return run_all(kinds, partial(supervise, program=__file__), arguments.json)
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("FASTATTN_COMPILE", "wait")
-    if len(sys.argv) == 1 or sys.argv[1].startswith("-"):
-        sys.exit(main())
-    count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
-    sys.exit(min(run_kind(sys.argv[1], count, start), 1))
+    sys.exit(main(__doc__, __file__, KINDS, needed, run_kind))

@@ -5,17 +5,12 @@ python hopper_backward_code.py [NAME ...]
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
 
-from hopper_code import Code, read_compiled  # noqa: E402
+from hopper_code import Code, main, read_compiled  # noqa: E402
 
 from fastattn.backends.triton.hopper_backward.binary import BAND, CAUSAL, FULL, INTERVALS, Flags  # noqa: E402
 
@@ -35,11 +30,5 @@ def read(name: str) -> Code:
     return read_compiled(compile_kernel(NAMES[name]))
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(NAMES)
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
-        print(json.dumps({name: asdict(code) for name, code in zip(names, pool.map(read, names), strict=True)}))
-
-
 if __name__ == "__main__":
-    main()
+    main(NAMES, read)

@@ -20,11 +20,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,6 +57,7 @@ class Kind:
     masks: tuple[str, ...] = ()  #: see `hopper_masks`; lengths beside those that are no Segments
 
 
+_K = TypeVar("_K", bound=Kind)
 _128, _64 = ((128, 128),), ((64, 64),)
 KINDS = {
     "causal": Kind(_128, "causal"),
@@ -300,12 +302,21 @@ def run_kind(name: str, count: int, start: int) -> int:
     """One kind in this process. Returns how many cases were wrong."""
     torch.use_deterministic_algorithms(True)  # fills with NaN what is allocated
     torch.backends.cuda.matmul.allow_tf32 = True  # of the other work
-    kind, bad = KINDS[name], 0
-    for i in range(count):
+    return run_cases(name, KINDS[name], draw, check, range(start, count))
+
+
+def run_cases(
+    name: str,
+    kind: _K,
+    draw: Callable[[_K, random.Random, int], dict[str, Any]],
+    check: Callable[[_K, dict[str, Any], int], tuple[bool, str]],
+    which: range,
+) -> int:
+    """Cases of a kind by their numbers, with lines that `supervise` reads. Returns how many were wrong."""
+    bad = 0
+    for i in which:
         seed = int(os.environ.get("FASTATTN_TEST_SEED") or 0) * 1000 + i
         case = draw(kind, random.Random(f"{name} {seed}"), i)
-        if i < start:
-            continue
         print(f"start {i} {case}", flush=True)
         fine, text = check(kind, case, seed)
         bad += not fine
@@ -350,7 +361,7 @@ def compile_all(wanted: Collection[Any]) -> None:
     print(f"compiled {int(shared.stats()['compiles'])} binaries in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def supervise(name: str, count: int, program: str = __file__) -> tuple[int, list[str]]:
+def supervise(name: str, count: int, program: str) -> tuple[int, list[str]]:
     """One kind in processes of its own, of this program or one like it. Returns the number of right
     cases, and a line for each other one."""
     start, right, wrong, running = 0, 0, [], ""
@@ -390,17 +401,6 @@ def supervise(name: str, count: int, program: str = __file__) -> tuple[int, list
     return right, wrong
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--only", default="", metavar="PREFIX,...")
-    arguments = parser.parse_args()
-    kinds = {name: kind for name, kind in KINDS.items() if name.startswith(tuple(arguments.only.split(",")))}
-    torch.cuda.init()
-    compile_all(needed(kinds))
-    return run_all(kinds, supervise, arguments.json)
-
-
 def run_all(kinds: Collection[str], supervise: Callable[[str, int], tuple[int, list[str]]], path: str | None) -> int:
     """All kinds, several at a time. path: of the summary. Returns the exit status."""
     bad: list[str] = []
@@ -428,10 +428,36 @@ def run_all(kinds: Collection[str], supervise: Callable[[str, int], tuple[int, l
     return min(len(bad), 1)
 
 
+def main(
+    about: str | None,
+    program: str,
+    kinds: Mapping[str, _K],
+    needed: Callable[[dict[str, _K]], Collection[Any]],
+    run_kind: Callable[[str, int, int], int],
+) -> int:
+    """What the command line of a program like this one asks for. about, program: its docstring and file."""
+    os.environ.setdefault("FASTATTN_COMPILE", "wait")
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
+        return min(run_kind(sys.argv[1], count, start), 1)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", default="", metavar="PREFIX,...")
+    arguments = parser.parse_args()
+    wanted = {name: kind for name, kind in kinds.items() if name.startswith(tuple(arguments.only.split(",")))}
+    torch.cuda.init()
+    compile_all(needed(wanted))
+    return run_all(wanted, partial(supervise, program=program), arguments.json)
+
+
+def child(program: str, name: str, count: int, seed: int) -> subprocess.CompletedProcess[str]:
+    """For tests: cases of one kind in a process of their own, that can be stopped: a kernel that waits for ever cannot
+    be stopped from inside. program: name of this file, or of one like it, without its ending."""
+    command = [sys.executable, str(Path(__file__).with_name(f"{program}.py")), name, str(count)]
+    environment = os.environ | {"FASTATTN_TEST_SEED": str(seed % 1000)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the reference would not be deterministic
-    os.environ.setdefault("FASTATTN_COMPILE", "wait")
-    if len(sys.argv) == 1 or sys.argv[1].startswith("-"):
-        sys.exit(main())
-    count, start = (int(x) for x in (*sys.argv[2:], *(COUNT, 0)[len(sys.argv) - 2 :]))
-    sys.exit(min(run_kind(sys.argv[1], count, start), 1))
+    sys.exit(main(__doc__, __file__, KINDS, needed, run_kind))

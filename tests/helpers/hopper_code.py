@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -181,11 +182,24 @@ def read_compiled(compiled: Any) -> Code:
     )
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(NAMES)
+def main(names: Collection[str], read: Callable[[str], Code]) -> None:
+    """What the command line of a program like this one asks for."""
+    wanted = sys.argv[1:] or list(names)
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
-        print(json.dumps({name: asdict(code) for name, code in zip(names, pool.map(read, names), strict=True)}))
+        print(json.dumps({name: asdict(code) for name, code in zip(wanted, pool.map(read, wanted), strict=True)}))
+
+
+def codes(program: str, cache: Path) -> dict[str, Any]:
+    """For tests: what a program like this one finds, compiled anew, in a process that is not told to interpret Triton.
+    program: name of its file, without the ending. cache: an empty folder."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(Path(__file__).with_name(f"{program}.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    main(NAMES, read)

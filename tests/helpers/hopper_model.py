@@ -504,7 +504,7 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         memory = torch.full((lists.size,), 0x7F, dtype=torch.uint8)
         bounds_ptr, list_strides = Pointer(lists(call, memory).numpy()), lists.strides
     rows = -(-p.q_len // TILE)
-    left, right = (launch._OPEN if side < 0 else min(side, launch._OPEN) for side in (p.left, p.right))
+    left, right = launch.sides(p)
     log2_e = 1.0 if flags.tiles and flags.tiles != "bool" else math.log2(math.e)
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
     integers = {
@@ -544,22 +544,19 @@ def backward(
 
     p = Problem.of(call)
     bound = launch.Backward(p, call, loads=False)
-    where, flags = bound._memory, bound.flags
-    memory = torch.full((where.size // 4,), torch.nan).view(torch.uint8)
+    flags = bound.flags
+    memory = torch.full((bound._memory.total // 4,), torch.nan).view(torch.uint8)
+    pieces = bound._memory.cut(memory)
 
-    def piece(place: tuple[int, int], dtype: torch.dtype) -> Any:
-        return launch.Memory.piece(memory, place, dtype)
-
-    def numbers(place: tuple[int, int], dtype: torch.dtype = torch.float32) -> Any:
-        found = piece(place, dtype)
-        return None if found is None else Pointer(found.numpy())
+    def numbers(name: str) -> Any:
+        return Pointer(pieces[name].numpy()) if name in pieces else None
 
     lengths = (p.q_heads, p.q_len, p.head_dim), (p.kv_heads, p.kv_len, p.head_dim), (p.kv_heads, p.kv_len, p.value_dim)
     found = [torch.full((p.batch, n, h, d), torch.nan, dtype=p.dtype).transpose(1, 2) for h, n, d in lengths]
     if bound._bounds is not None:
         bound._bounds(call, memory)
-        bound._extents(bound._extents_tensors(memory))
-    tensors = bound._prepare_tensors(memory, out, grad_out, lse, grad_lse, call.sinks, call.q)
+        bound._extents(launch._extents_tensors(pieces))
+    tensors = bound._prepare_tensors(pieces, out, grad_out, lse, grad_lse, call.sinks, call.q)
     bound._prepare(out, grad_out, lse, grad_lse, call.q)(tensors)
 
     def described(x: Any, rows: int) -> Descriptor:
@@ -568,23 +565,23 @@ def backward(
     clean = [None, None]
     if flags.mask == INTERVALS:
         shape = p.batch, p.q_heads, launch.tiles_of(p) * ROWS, flags.dim
-        clean = [described(piece(x, p.dtype).view(shape), ROWS) for x in (where.clean_q, where.clean_grad_out)]
+        clean = [described(pieces[name].view(shape), ROWS) for name in ("clean_q", "clean_grad_out")]
     dk, dv = (x.float().numpy() for x in found[1:])
     names = (
         "batch", "heads", "kv_heads", "q_len", "kv_len", "left", "right", "tiles", "blocks", "share", "split",
         "section", "sections",
     )  # fmt: skip
-    integers = dict(zip(names, bound._arguments._integers, strict=True))
+    integers = dict(zip(names, bound._arguments.integers, strict=True))
     log2_e = math.log2(math.e)
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
     arguments = {
         "q_desc": described(call.q, ROWS), "grad_out_desc": described(grad_out, ROWS),
         "k_desc": described(call.k, KEYS), "v_desc": described(call.v, KEYS),
-        "rows_desc": FlatDescriptor(piece(where.rows, torch.float32).numpy(), ROWS),
+        "rows_desc": FlatDescriptor(pieces["rows"].numpy(), ROWS),
         "dk_desc": described(dk, HALF), "dv_desc": described(dv, HALF),
-        "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers(where.dq),
-        "dkv_sum_ptr": numbers(where.dkv), "bounds_ptr": numbers(where.bounds, torch.int32),
-        "extents_ptr": numbers(where.extents, torch.int32), **{name: Value(x) for name, x in integers.items()},
+        "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers("dq"),
+        "dkv_sum_ptr": numbers("dkv"), "bounds_ptr": numbers("bounds"),
+        "extents_ptr": numbers("extents"), **{name: Value(x) for name, x in integers.items()},
         "inner": Value(np.float32(inner)), "scale": Value(np.float32(scale)),
         "factor": Value(np.float32(call.scale)), "D": flags.dim, "MASK": flags.mask, "SOFTCAP": flags.softcap,
         "SPLIT": flags.split,
@@ -592,6 +589,6 @@ def backward(
     Model("hopper_backward", BACKWARD_FILES).launch(bound._programs, rng, arguments, "backward_kernel")
     found[1].copy_(torch.from_numpy(dk))
     found[2].copy_(torch.from_numpy(dv))
-    bound._finish(bound._finish_tensors(memory, *found), (call.scale,))
-    sums = piece(where.sinks, torch.float32)
+    bound._finish(launch._finish_tensors(pieces, *found), (call.scale,))
+    sums = pieces.get("sinks")
     return *found, None if sums is None else sums.view(p.q_heads, -1).sum(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import gradient_bounds
 import torch
 from cases import Case, Inputs, assert_right, make, poison_free_memory, reference_results
 from torch import Tensor
@@ -39,6 +41,19 @@ def gradients(inputs: Inputs, kernel: Any = None, call: Call | None = None) -> d
         named["q"] = named["q"] * (-1.0 if scale else 0.0)
     assert {name for name, x in named.items() if x is not None} == set(inputs.leaves)
     return {f"d{name}": named[name].reshape(x.shape) for name, x in inputs.leaves.items()}
+
+
+def gradients_of_rounded(inputs: Inputs) -> dict[str, Tensor]:
+    """What `gradients` would be in float64, but for the output that the backward is given, which is rounded: see
+    `gradient_bounds`."""
+    call = call_of(inputs)
+    out, _ = reference.forward(Problem.of(call), call)
+    exact = reference_results(dataclasses.replace(inputs, leaves={}))["out"]
+    shift = gradient_bounds.shift(out, exact, inputs.grad_out, inputs.seen.any(-1))
+    grad_lse = inputs.grad_lse.double() if inputs.options["return_lse"] else torch.zeros_like(shift)
+    with_lse = inputs.options | {"return_lse": True}
+    found = reference_results(dataclasses.replace(inputs, options=with_lse, grad_lse=grad_lse - shift))
+    return {name: x for name, x in found.items() if name.startswith("d")}
 
 
 def check(case: Case, device: str, seed: int | None = None) -> None:

@@ -53,14 +53,15 @@ def pretend() -> Driver:
     cuda_driver._driver = lambda: driver  # type: ignore[assignment]
     torch_internals.current_device = Anything  # type: ignore[assignment]
     torch_internals.raw_stream = lambda index: 7  # type: ignore[assignment]
-    from fastattn.backends.triton.decode import forward, launch_config
+    from fastattn.backends.triton import limits
+    from fastattn.backends.triton.decode import forward
     from fastattn.backends.triton.hopper import launch
 
     for module, name, value in (
-        (forward, "sm_count", 132), (forward, "shared_memory", 227 << 10), (launch, "_processors", 132)
+        (forward, "sm_count", 132), (forward, "shared_memory", 227 << 10), (launch, "sm_count", 132)
     ):  # fmt: skip
         setattr(module, name, lambda index, value=value: value)
-    assert launch_config.sm_count is not forward.sm_count
+    assert limits.sm_count is not forward.sm_count
     return driver
 
 

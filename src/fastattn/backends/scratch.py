@@ -14,6 +14,8 @@ from ..shape_cache import Reason, Size, shape_cache
 
 _KEPT = 1 << 22  #: bytes; larger pieces are allocated each time and given back: beside them an allocation is nothing
 
+_ALIGNMENT = 256  #: bytes, of each part of a piece
+
 _inside_operator: ContextVar[bool] = ContextVar("fastattn_inside_operator", default=False)
 
 
@@ -86,3 +88,27 @@ def scratch(device: torch.device, size: int) -> Tensor:
         fresh = torch.empty(max(1 << 16, 1 << (size - 1).bit_length()), dtype=torch.uint8, device=device)
         found = kept[device.index] = stream, fresh
     return found[1]
+
+
+class Pieces:
+    """What has to live side by side in one piece of scratch memory: where each of its parts lies."""
+
+    __slots__ = ("at", "total")
+
+    def __init__(self, sizes: dict[str, tuple[int, torch.dtype]], first: int = 0) -> None:
+        """sizes: of each part its bytes and dtype; of 0 bytes there is none. first: bytes that others use before."""
+        self.at: dict[str, tuple[int, int, torch.dtype]] = {}  #: first byte, one past the last, dtype
+        end = _rounded(first)
+        for name, (size, dtype) in sizes.items():
+            if size:
+                self.at[name] = end, end + size, dtype
+                end += _rounded(size)
+        self.total = end  #: bytes
+
+    def cut(self, memory: Tensor) -> dict[str, Tensor]:
+        """The parts by their names. memory: at least `total` bytes, uint8."""
+        return {name: memory[start:end].view(dtype) for name, (start, end, dtype) in self.at.items()}
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -21,6 +21,7 @@ from .._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ..api import scaled_dot_product_attention
 from .case import Case
 from .inputs import DTYPE, Inputs
+from .layouts import Operands, from_packed, to_packed
 
 MOST_SCORES = 2 << 30  #: bytes of the largest matrix of scores that torch's math may allocate
 
@@ -104,7 +105,7 @@ def bind_fastattn(case: Case, x: Inputs, **more: Any) -> Callable[[], Any]:
     return partial(scaled_dot_product_attention, x.q, x.k, x.v, **options)
 
 
-def _bind_torch(case: Case, x: Inputs, lower_right: bool = False) -> Callable[[], Tensor]:
+def _bind_torch(case: Case, x: Inputs, lower_right: bool = False) -> partial[Tensor]:
     """torch's attention. lower_right: its own kind of mask for that instead of a tensor."""
     if case.sinks or (case.left >= 0 and x.mask is None):
         raise Refusal("torch's attention has neither sinks nor windows")
@@ -122,46 +123,50 @@ def _bind_efficient(case: Case, x: Inputs) -> Callable[[], Tensor]:
     if case.q_heads == case.kv_heads:
         return _bind_torch(case, x)
     call = _bind_torch(replace(case, kv_heads=case.q_heads), x)
-    return partial(_repeated, call, case.q_heads // case.kv_heads)
+    return partial(repeated, case.q_heads // case.kv_heads, *call.args, **call.keywords)
 
 
-def _repeated(call: Callable[..., Tensor], times: int) -> Tensor:
-    q, k, v = call.args  # type: ignore[attr-defined]
-    return torch_attention(q, *(t.repeat_interleave(times, 1) for t in (k, v)), **call.keywords)  # type: ignore[attr-defined]
+def repeated(times: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's attention without grouped heads."""
+    return torch_attention(q, *(t.repeat_interleave(times, 1) for t in (k, v)), **options)
 
 
 def _bind_flash(case: Case, x: Inputs) -> Callable[[], Tensor]:
     if case.packed is not None:
         return _bind_varlen(case, x)
     if case.sinks or (case.left >= 0 and case.q_len == 1):
-        return partial(_flash_with_sinks, x.q, *_window(case, x), _some_sinks(x))
+        return partial(flash_with_sinks, x.q, *_window(case, x), _some_sinks(x))
     return _bind_torch(case, x, lower_right=True)
 
 
 def _bind_varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
     """torch's own call for packed sequences, on its flash kernel."""
+    if case.sinks or case.left >= 0 or case.packed is None:
+        raise Refusal("torch's varlen_attn takes packed sequences without sinks and windows only")
+    return varlen(x, max(case.packed))
+
+
+def varlen(x: Operands, longest: int) -> Callable[[], Any]:
+    """torch's own call for packed sequences, causal."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = x.starts
-    if case.sinks or case.left >= 0 or case.packed is None or starts is None:
-        raise Refusal("torch's varlen_attn takes packed sequences without sinks and windows only")
     known = inspect.signature(varlen_attn).parameters  # it has changed from one torch to the next
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if case.q_heads != case.kv_heads and "enable_gqa" in known:
+    if x.q.shape[1] != x.k.shape[1] and "enable_gqa" in known:
         options["enable_gqa"] = True
-    longest = max(case.packed)
-
-    def call() -> Any:
-        q, k, v = (t.transpose(1, 2)[0] for t in (x.q, x.k, x.v))
-        out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
-        return out[None].transpose(1, 2)
-
-    return call
+    sizes: tuple[Any, ...] = x.starts, x.starts, longest, longest
+    attend: Callable[..., Any] = varlen_attn
+    return lambda: from_packed(attend(*to_packed(x), *sizes, **options))
 
 
-def _flash_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+def flash_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     """The log-sum-exp, which torch's public function does not give, says how much the sink takes off."""
     out, lse = torch_internals.flash_attention(q, k, v, causal=q.shape[2] > 1)
+    return with_sinks(out, lse, sinks)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """The output of a call with sinks from that of one without, and its log-sum-exp."""
     return out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..common.machine import version_of
 from . import peer_mlx
 from .case import Case
-from .implementations import Implementation, Refusal
+from .implementations import Implementation, Refusal, with_sinks
 from .inputs import Inputs, document_of
+from .layouts import Operands, first, from_packed, to_packed, token_major
 
 Call = Callable[[], Tensor]
 
@@ -40,7 +41,8 @@ def forget_compiled() -> None:
 
 
 @cache
-def _flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
+    """flex_attention under torch.compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)  # by default: a second length is compiled for any length
@@ -83,15 +85,14 @@ def _bind_flex(case: Case, x: Inputs) -> Call:
     elif case.softcap:
         options["score_mod"] = capped
     if x.sinks is None:
-        return partial(_flex(), x.q, x.k, x.v, **options)
-    return partial(_flex_with_sinks, x, options)
+        return partial(compiled_flex(), x.q, x.k, x.v, **options)
+    return partial(flex_with_sinks, compiled_flex(), x.sinks, x.q, x.k, x.v, **options)
 
 
-def _flex_with_sinks(x: Inputs, options: dict[str, Any]) -> Tensor:
-    assert x.sinks is not None
-    out, lse = _flex()(x.q, x.k, x.v, return_lse=True, **options)
-    found: Tensor = out * torch.sigmoid(lse - x.sinks[:, None])[..., None].to(out.dtype)
-    return found
+def flex_with_sinks(attend: Callable[..., Any], sinks: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """The log-sum-exp says how much the sinks take off."""
+    out, lse = attend(*tensors, return_lse=True, **options)
+    return with_sinks(out, lse, sinks)
 
 
 # --- flash-attn and flash-attn-4
@@ -104,8 +105,8 @@ def _bind_flash_attn(case: Case, x: Inputs) -> Call:
     window = (case.left, 0)
     if x.lengths is not None:
         options = {"cache_seqlens": x.lengths, "causal": True, "window_size": window}
-        return lambda: package.flash_attn_with_kvcache(*_token_major(x), **options).transpose(1, 2)
-    return _flash_attn(package, case, x, causal=True, window_size=window)
+        return lambda: package.flash_attn_with_kvcache(*token_major(x), **options).transpose(1, 2)
+    return flash(package, x, _longest(case), {"causal": True, "window_size": window})
 
 
 def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
@@ -117,16 +118,21 @@ def _bind_flash_attn_4(case: Case, x: Inputs) -> Call:
         options["window_size"] = (case.left, 0)
     if x.sinks is not None:
         options["learnable_sink"] = x.sinks
-    return _flash_attn(package, case, x, **options)
+    return flash(package, x, _longest(case), options)
 
 
-def _flash_attn(package: Any, case: Case, x: Inputs, **options: Any) -> Call:
-    """Batches and packed sequences, as both packages take them; one of them returns the log-sum-exp as well."""
-    if not case.packed:
-        return lambda: _first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
-    longest = max(case.packed)
+def _longest(case: Case) -> int:
+    return max(case.packed or (0,))
+
+
+def flash(package: Any, x: Operands, longest: int, options: dict[str, Any]) -> Call:
+    """Batches and packed sequences, as both packages take them; one of them returns the log-sum-exp as well.
+
+    longest: of the packed sequences."""
+    if x.starts is None:
+        return lambda: first(package.flash_attn_func(*token_major(x), **options)).transpose(1, 2)
     sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return lambda: _packed_out(_first(package.flash_attn_varlen_func(*_packed_in(x), **options, **sizes)))
+    return lambda: from_packed(first(package.flash_attn_varlen_func(*to_packed(x), **options, **sizes)))
 
 
 # --- FlashInfer: inference only
@@ -142,25 +148,30 @@ def _bind_flashinfer(case: Case, x: Inputs) -> Call:
     heads = case.q_heads, case.kv_heads, case.dim
     kinds = {"q_data_type": x.q.dtype, "kv_data_type": x.k.dtype, "window_left": case.left}
     if case.packed:
-        packed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_flashinfer_memory(x.q.device), "NHD")
+        packed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(flashinfer_memory(x.q.device), "NHD")
         packed.plan(x.starts, x.starts, *heads, causal=True, **kinds)
-        return lambda: _packed_out(packed.run(*_packed_in(x)))
-    if case.q_len == 1:  # each batch entry's keys are one page
-        pages = torch.arange(case.batch + 1, dtype=torch.int32, device=x.q.device)
-        last = torch.full_like(pages[1:], case.kv_len) if x.lengths is None else x.lengths
-        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            _flashinfer_memory(x.q.device), "HND", use_tensor_cores=True
-        )
-        decode.plan(pages, pages[:-1], last, *heads, case.kv_len, **kinds)
-        return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
+        return lambda: from_packed(packed.run(*to_packed(x)))
+    if case.q_len == 1:
+        return flashinfer_decode(flashinfer, x, kinds)
     if case.batch > 1:
         raise Refusal("the adapter of FlashInfer covers the prefill of one sequence only")
     prefill, window = flashinfer.single_prefill_with_kv_cache, case.left
-    return lambda: _packed_out(prefill(*_packed_in(x), causal=True, kv_layout="NHD", window_left=window))
+    return lambda: from_packed(prefill(*to_packed(x), causal=True, kv_layout="NHD", window_left=window))
+
+
+def flashinfer_decode(package: Any, x: Operands, kinds: dict[str, Any]) -> Call:
+    """One query for each batch entry, whose keys are one page; kinds: of the plan's options."""
+    batch, kv_heads, kv_len, dim = x.k.shape
+    pages = torch.arange(batch + 1, dtype=torch.int32, device=x.q.device)
+    last = torch.full_like(pages[1:], kv_len) if x.lengths is None else x.lengths
+    decode = package.BatchDecodeWithPagedKVCacheWrapper(flashinfer_memory(x.q.device), "HND", use_tensor_cores=True)
+    decode.plan(pages, pages[:-1], last, x.q.shape[1], kv_heads, dim, kv_len, **kinds)
+    return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
 
 
 @cache
-def _flashinfer_memory(device: torch.device) -> Tensor:
+def flashinfer_memory(device: torch.device) -> Tensor:
+    """What its plans work in: one a device."""
     return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
@@ -181,15 +192,18 @@ def _bind_xformers(case: Case, x: Inputs) -> Call:
         bias = attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(case.left + 1)
     else:
         bias = attn_bias.LowerTriangularFromBottomRightMask() if case.q_len > 1 else None
+    return partial(xformers, attend, x, bias)
 
-    def call() -> Tensor:
-        q, k, v = _token_major(x)
-        q = q.unflatten(2, (case.kv_heads, group))
+
+def xformers(attend: Callable[..., Any], x: Operands, bias: Any) -> Tensor:
+    """Its function; heads of a group are one more dim."""
+    q, k, v = token_major(x)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        q = q.unflatten(2, (k.shape[2], group))
         k, v = (t[:, :, :, None].expand(-1, -1, -1, group, -1) for t in (k, v))
-        out: Tensor = attend(q, k, v, attn_bias=bias)
-        return out.flatten(2, 3).transpose(1, 2)
-
-    return call
+    out: Tensor = attend(q, k, v, attn_bias=bias)
+    return (out.flatten(2, 3) if group > 1 else out).transpose(1, 2)
 
 
 # --- MLX
@@ -208,23 +222,6 @@ def _measure_mlx(case: Case, sets: Sequence[Inputs]) -> tuple[Tensor, dict[str, 
     mask: Tensor | str | None = x.mask if case.additive else ("causal" if case.q_len > 1 else None)
     out, times = peer_mlx.measure(x.q, x.k, x.v, mask, x.sinks, 1.0 / math.sqrt(case.dim), len(sets))
     return out, {**times, "method": "own process"}
-
-
-def _token_major(x: Inputs) -> tuple[Tensor, ...]:
-    return tuple(t.transpose(1, 2) for t in (x.q, x.k, x.v))
-
-
-def _packed_in(x: Inputs) -> tuple[Tensor, ...]:
-    """`[tokens, heads, dim]` of the one batch entry."""
-    return tuple(t[0].transpose(0, 1) for t in (x.q, x.k, x.v))
-
-
-def _packed_out(out: Tensor) -> Tensor:
-    return out.transpose(0, 1)[None]
-
-
-def _first(found: Any) -> Any:
-    return found[0] if isinstance(found, tuple) else found
 
 
 PEERS = {

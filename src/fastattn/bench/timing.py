@@ -88,8 +88,13 @@ def race(contenders: Sequence[Contender], device: torch.device, eager: bool = Fa
 
 def timing_of(values: Sequence[float], method: str, note: str | None = None) -> Timing:
     """What some rounds, in microseconds of a call, come to."""
-    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Timing(statistics.median(values), min(values), max(values), method, note, (quarters[0], quarters[2]))
+    return Timing(statistics.median(values), min(values), max(values), method, note, quartiles(values))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of one value itself."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return low, high
 
 
 def once(call: Call, device: torch.device) -> tuple[Any, float]:

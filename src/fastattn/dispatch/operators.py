@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends.scratch import inside_operator
-from ..call import CALL, Call, Gradients, Problem, token_major, work_dtype
+from ..call import CALL, Call, Gradients, token_major, work_dtype
 from . import double_backward, eager, routes, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
@@ -56,9 +56,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
     call, names = _unpack(arguments)
-    first = routes.first_choice(Problem.of(call), names)
-    if first is not None:
-        names = routes.names_for_backward(first, names)
+    names = routes.names_for_a_graph(call, names)
     with inside_operator(), eager.no_autocast(call.q):
         found = serve.backward(call, names, out, lse, grad_out, grad_lse)
     return tuple([call.q.new_empty(0) if gradient is None else gradient for gradient in found])

@@ -20,6 +20,7 @@ from .refusals import LateRefusal, late_refusal, record
 from .registry import BackendError
 
 _routes = shape_cache.section("routes", 1 << 13, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
+_in_graphs = shape_cache.section("backwards in graphs", 1 << 12)  #: see `names_for_a_graph`
 
 
 class Route(NamedTuple):
@@ -87,7 +88,8 @@ def route(call: Call, names: tuple[str, ...], waits: bool = True, backward: bool
 def reasons(problem: Problem, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """For each allowed backend in order, why it cannot serve the problem; an empty list means that it can."""
     names = registry.allowed() if names is None else tuple(names)
-    return {name: _reasons(name, problem, names) for name in preference.ordered(problem, names)}
+    followers = _followers(problem, names)
+    return {name: _reasons(name, problem, followers) for name in preference.ordered(problem, names)}
 
 
 def select(problem: Problem, names: Sequence[str]) -> Backend:
@@ -105,23 +107,29 @@ def nobody(refusals: dict[str, list[str]]) -> BackendError:
     return BackendError(f"no allowed backend can serve this call:\n{listed}")
 
 
-def _reasons(name: str, problem: Problem, names: tuple[str, ...]) -> list[str]:
+def _reasons(name: str, problem: Problem, followers: Sequence[Backend] | None) -> list[str]:
     """What a backend refuses by itself, what it refused when it was called, and what it would."""
     backend, late = registry.backend(name), _late(name, problem)
-    why = [*_own_reasons(backend, problem, names), *([late.why] if late else [])]
+    why = [*_own_reasons(backend, problem, followers), *([late.why] if late else [])]
     return why or _not_ready(backend, problem)
 
 
-def _own_reasons(backend: Backend, problem: Problem, names: tuple[str, ...]) -> list[str]:
+def _followers(problem: Problem, names: Sequence[str]) -> list[Backend] | None:
+    """Of a forward with gradients: the backends that could run its backward. None: no backward follows."""
+    if problem.backward or not problem.grads:
+        return None
+    after = replace(problem, backward=True)
+    return [backend for backend in map(registry.backend, names) if not backend.reasons(after)]
+
+
+def _own_reasons(backend: Backend, problem: Problem, followers: Sequence[Backend] | None) -> list[str]:
     """What a backend refuses by itself; and, of a forward, that nobody could go on from what it gives."""
     why = backend.reasons(problem)
-    if why or problem.backward or not problem.grads:
+    if why or followers is None:
         return why
-    after = replace(problem, backward=True)
-    able = [other for other in map(registry.backend, names) if not other.reasons(after)]
-    if not able:
+    if not followers:
         return ["no allowed backend has its backward"]
-    if not backend.gives_lse and all(other.reads_lse for other in able):
+    if not backend.gives_lse and all(other.reads_lse for other in followers):
         return ["does not give the log-sum-exp that the backward needs"]
     return []
 
@@ -133,8 +141,20 @@ def names_for_backward(forward: Backend, names: tuple[str, ...]) -> tuple[str, .
 
 def first_choice(problem: Problem, names: tuple[str, ...]) -> Backend | None:
     """The backend that serves a problem as long as none refuses it when it is called."""
+    followers = _followers(problem, names)
     backends = map(registry.backend, preference.ordered(problem, names))
-    return next((backend for backend in backends if not _own_reasons(backend, problem, names)), None)
+    return next((backend for backend in backends if not _own_reasons(backend, problem, followers)), None)
+
+
+def names_for_a_graph(call: Call, names: tuple[str, ...]) -> tuple[str, ...]:
+    """As `names_for_backward`, of the first choice for the forward: whoever ran it has left the log-sum-exp out only if
+    that one would have."""
+    key = CALL.kind(call), names
+    found: tuple[str, ...] | None = _in_graphs.get(key)
+    if found is None:
+        first = first_choice(Problem.of(call), names)
+        found = _in_graphs[key] = names if first is None else names_for_backward(first, names)
+    return found
 
 
 def _not_ready(backend: Backend, problem: Problem) -> list[str]:
@@ -170,8 +190,9 @@ def _select(
     refusals: dict[str, list[str]] = {}
     until, coming, waiting = 0.0, False, None
     unmade: list[tuple[str, LateRefusal]] = []
+    followers = _followers(problem, names)
     for name in preference.ordered(problem, tuple(names)):
-        why = _own_reasons(registry.backend(name), problem, tuple(names))
+        why = _own_reasons(registry.backend(name), problem, followers)
         late = None if why else _late(name, problem, tried)
         if not why and late is None:
             if name == "reference" and problem.device == "cuda" and not problem.empty and not coming:

@@ -22,7 +22,7 @@ from ..backends.triton.binaries import store
 from ..backends.triton.binaries.flag_set import FlagSet
 from ..backends.triton.binaries.policy import waiting
 from ..counters import stats
-from ..dispatch import preference, registry, routes
+from ..dispatch import registry, routes
 from ..masks import Intervals, Segments
 from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
@@ -154,8 +154,7 @@ def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
                 torch.cuda.empty_cache()
                 continue
             for one in (problem, replace(problem, backward=True)) if problem.grads else (problem,):
-                asked = (registry.backend(name) for name in preference.ordered(one, names))
-                first = next((backend for backend in asked if not backend.reasons(one)), None)
+                first = routes.first_choice(one, names)
                 if isinstance(first, Compiled):
                     found |= dict.fromkeys(first.binaries(one))
     return list(found)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastattn.bench import peer_mlx
+from fastattn.bench import peer_mlx, peers
 from fastattn.bench.implementations import Refusal
 from fastattn.bench.users import contenders, packages, truth, worker
 from fastattn.bench.users.rows import BY_NAME, ROWS
@@ -137,7 +137,7 @@ LEAST = {"flash-attn": 45, "flash-attn-4": 40, "flashinfer": 25, "xformers": 30}
 @pytest.mark.parametrize("name", LEAST)
 def test_adapters_hand_over_the_right_tensors(name, monkeypatch):
     monkeypatch.setattr(packages, "import_module", PACKAGES.__getitem__)
-    monkeypatch.setattr(packages, "_workspace", lambda device: torch.empty(1, dtype=torch.uint8))
+    monkeypatch.setattr(peers, "flashinfer_memory", lambda device: torch.empty(1, dtype=torch.uint8))
     done = []
     for row in map(lambda row: row.reduced(), ROWS):
         x = row.tensors(CPU)[0]
@@ -156,7 +156,7 @@ def test_flex_attention_is_asked_the_same(row, monkeypatch):
     """Without its compiler."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(contenders, "_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(contenders, "compiled_flex", lambda: flex_attention)
     row = row.reduced()
     x = row.tensors(CPU)[0]
     if row.training:  # flex attention has no gradients on a CPU

@@ -1,4 +1,4 @@
-"""What forward kernels in plain Triton share around the kernel: how the calls of one kind are brought to it."""
+"""What kernels in plain Triton share around the kernel: how the calls of one kind are brought to it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ TILE = 64  #: rows whose bounds one program finds
 class WithSegments(ForwardOnly):
     """Calls with segments, for a kernel that takes Intervals: another one before it finds the keys of each row."""
 
-    __slots__ = ("_bounds", "_kernel", "_shape", "_strides")
+    __slots__ = ("_bounds", "_kernel")
 
     def __init__(self, p: Problem, call: Call, bind: Callable[[Problem, Call], Kernel]) -> None:
         """bind: gives the kernel for the same calls with Intervals."""
         self._bounds = Bounds(p, call, TILE)
-        self._shape = p.batch, p.q_len
-        self._strides = self._bounds.tiles * TILE, 1
         prepare(self._bounds.launches(call))
         nothing = torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")
-        self._kernel = bind(with_intervals(p), self._with_bounds(call, nothing))
+        self._kernel = bind(with_intervals(p), with_bounds(call, self._bounds, nothing))
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         memory = scratch(call.q.device, self._bounds.size)
         self._bounds(call, memory)
-        return self._kernel.forward(self._with_bounds(call, memory))
+        return self._kernel.forward(with_bounds(call, self._bounds, memory))
 
-    def _with_bounds(self, call: Call, memory: Tensor) -> Call:
-        numbers = memory[: self._bounds.size].view(torch.int32)
-        lo, hi = (numbers.as_strided(self._shape, self._strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at))
-        return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
+
+def with_bounds(call: Call, bounds: Bounds, memory: Tensor) -> Call:
+    """A call whose segments and band `bounds` wrote to the memory as Intervals."""
+    numbers, shape, strides = memory[: bounds.size].view(torch.int32), call.q.shape[::2], (bounds.tiles * TILE, 1)
+    lo, hi = (numbers.as_strided(shape, strides, at) for at in (bounds.lo_at, bounds.hi_at))
+    return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
 
 
 def with_intervals(p: Problem) -> Problem:

@@ -1,6 +1,10 @@
-"""What a GPU must have for kernels in plain Triton, and which calls none of them takes. Does not import triton."""
+"""What a GPU has, what it must have for kernels in plain Triton, and which calls none of them takes. Does not import
+triton."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -22,7 +26,7 @@ def usual_shared_memory(capability: tuple[int, int]) -> int:
 
 
 def refusals(problem: Problem, head_dims: range, value_dims: range) -> list[str]:
-    """Why no forward kernel in plain Triton serves a problem. Empty: one whose head dims these are may."""
+    """Why no kernel in plain Triton serves a problem. Empty: one whose head dims these are may."""
     p, why = problem, []
     if p.device == "cuda" and p.capability < MIN_CAPABILITY:
         why.append(f"needs compute capability 8.0 or newer, this GPU has {p.capability[0]}.{p.capability[1]}")
@@ -35,3 +39,29 @@ def refusals(problem: Problem, head_dims: range, value_dims: range) -> list[str]
         if dim not in dims:
             why.append(f"{name} dim {dim} is not a multiple of 8 up to {dims[-1]}")
     return why
+
+
+def many_queries(problem: Problem, fits: Callable[[Problem], bool]) -> list[str]:
+    """Why the kernels for many queries, forward or backward, do not serve a problem. Empty: they do. fits: whether the
+    smallest launch of theirs has room in the GPU's shared memory."""
+    why = refusals(problem, HEAD_DIMS, VALUE_DIMS)
+    if max(problem.q_len, problem.kv_len) > MOST_TOKENS:
+        why.append(f"takes up to {MOST_TOKENS} tokens")
+    if not why and not fits(problem):
+        why.append("head and value dims take more shared memory than a program may have on this GPU")
+    return why
+
+
+@cache
+def sm_count(index: int) -> int:
+    """Streaming multiprocessors of CUDA device `index`. Without a GPU (Triton's interpreter): 4, so that it splits."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 4
+
+
+@cache
+def shared_memory(index: int) -> int | None:
+    """Bytes of shared memory that a program may have on CUDA device `index`; None without a GPU, or one that torch
+    does not ask."""
+    if index < 0:
+        return None
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)

@@ -17,16 +17,23 @@ def tanh(x):
 
 
 @triton.jit
+def lengths_of(b, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len):
+    """The queries and keys that a batch entry has."""
+    queries = q_len
+    if q_lengths_ptr is not None:
+        queries = tl.minimum(tl.maximum(tl.load(q_lengths_ptr + b), 0), q_len)
+    keys = kv_len
+    if kv_lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
+    return queries, keys
+
+
+@triton.jit
 def visible_keys(
     b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
 ):
     """The keys `[lo, hi)` that band, lengths and Intervals let row i see; hi <= lo: none. Equals `masks.bounds`."""
-    end = kv_len
-    if kv_lengths_ptr is not None:
-        end = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
-    queries = q_len
-    if q_lengths_ptr is not None:
-        queries = tl.minimum(tl.maximum(tl.load(q_lengths_ptr + b), 0), q_len)
+    queries, end = lengths_of(b, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len)
     position = i + (end - queries)
     lo = tl.maximum(position - left, 0)
     hi = tl.minimum(position + right + 1, end)

@@ -165,7 +165,7 @@ class Row:
             first = kv_len - x.lengths
             seen = seen & (j >= first[:, None])[:, None] & (position >= first[:, None, None])
         if x.starts is not None:
-            document = torch.searchsorted(x.starts[1:].long(), torch.arange(kv_len, device=x.q.device), right=True)
+            document = documents(x.starts, kv_len)
             seen = seen & (document[i] == document[j])[None]
         return seen
 
@@ -217,6 +217,11 @@ def packed_cuts(row: Row, device: torch.device) -> Tensor:
     return torch.cat(ends).int().to(device)
 
 
+def documents(starts: Tensor, length: int) -> Tensor:
+    """Which packed sequence each token is of."""
+    return torch.searchsorted(starts[1:].long(), torch.arange(length, device=starts.device), right=True)
+
+
 # --- masks as tensors
 
 
@@ -243,10 +248,14 @@ def prefix(row: Row, device: torch.device) -> Tensor:
     return (j <= i) | (j < row.sizes[4] // 4)
 
 
+def slopes(row: Row, device: torch.device) -> Tensor:
+    """ALiBi's, `[Hq, 1, 1]`."""
+    return (2.0 ** (-8.0 * torch.arange(1, row.sizes[1] + 1, device=device) / row.sizes[1]))[:, None, None]
+
+
 def alibi(row: Row, device: torch.device) -> Tensor:
     i, j = _square(row, device)
-    slopes = 2.0 ** (-8.0 * torch.arange(1, row.sizes[1] + 1, device=device) / row.sizes[1])
-    bias = -slopes[:, None, None] * (i - j)
+    bias = -slopes(row, device) * (i - j)
     return bias.masked_fill(j > i, -torch.inf).to(row.dtype)[None]
 
 

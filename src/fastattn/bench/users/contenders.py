@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from ..._compat import torch as torch_internals
 from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ...api import scaled_dot_product_attention
 from ...common.machine import version_of
-from ..implementations import Refusal, variable
+from ..implementations import Refusal, flash_with_sinks, repeated, variable, varlen
+from ..peers import compiled_flex, flex_with_sinks
 from . import packages
-from .calls import Row, Tensors
+from .calls import Row, Tensors, documents
 
 Call = Callable[[], Any]
 
@@ -103,7 +102,7 @@ def _torch(name: str, row: Row, x: Tensors) -> Call:
     given = row.theirs(x)
     whole = row.causal and row.sizes[3] == row.sizes[4] and row.window is None
     if name == "torch-flash" and x.sinks is not None and whole and not row.training and row.softcap is None:
-        return partial(_flash_with_sinks, x)
+        return partial(flash_with_sinks, x.q, x.k, x.v, x.sinks)
     if given is None:
         raise Refusal("torch's function has no sinks, no softcap and no log-sum-exp")
     q_len, kv_len = row.sizes[3:5]
@@ -115,41 +114,16 @@ def _torch(name: str, row: Row, x: Tensors) -> Call:
         given["attn_mask"] = causal_lower_right(q_len, kv_len)  # its own kind of mask: no tensor
     if row.group > 1:
         if name == "torch-efficient":  # it has no groups: what its user does about it is part of the call
-            return partial(_repeated, x, row.group, given)
+            return partial(repeated, row.group, x.q, x.k, x.v, **given)
         given["enable_gqa"] = True
     return partial(torch_attention, x.q, x.k, x.v, **given)
-
-
-def _flash_with_sinks(x: Tensors) -> Tensor:
-    """The log-sum-exp, which torch's public function does not give, says how much the sink takes off."""
-    assert x.sinks is not None
-    out, lse = torch_internals.flash_attention(x.q, x.k, x.v, causal=True)
-    return out * torch.sigmoid(lse - x.sinks[:, None])[..., None].to(out.dtype)
-
-
-def _repeated(x: Tensors, group: int, given: dict[str, Any]) -> Tensor:
-    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
-    return torch_attention(x.q, k, v, **given)
 
 
 def _varlen(row: Row, x: Tensors) -> Call:
     """torch's own call for packed sequences."""
     if not row.packed:
         raise Refusal("it is for packed sequences")
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters  # it has changed from one torch to the next
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if row.group > 1 and "enable_gqa" in known:
-        options["enable_gqa"] = True
-    longest = packages.longest(x)
-    sizes: tuple[Any, ...] = x.starts, x.starts, longest, longest
-    attend: Callable[..., Any] = varlen_attn
-
-    def call() -> Any:
-        return packages.from_packed(packages.first(attend(*packages.to_packed(x), *sizes, **options)))
-
-    return call
+    return varlen(x, packages.longest(x))
 
 
 def _plain(row: Row, x: Tensors) -> Call:
@@ -185,13 +159,6 @@ def _plainly(row: Row, x: Tensors, bias: Tensor | None, scale: float) -> Any:
 # --- flex attention
 
 
-@cache
-def _flex_attention() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
 def _flex(row: Row, x: Tensors) -> Call:
     """Its block mask is made before: a model makes one for all of its layers."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -212,19 +179,12 @@ def _flex(row: Row, x: Tensors) -> Call:
         mask = x.mask
         one_entry, one_head = mask.shape[0] == 1, mask.shape[1] == 1
         options["score_mod"] = lambda score, b, h, i, j: score + mask[0 if one_entry else b, 0 if one_head else h, i, j]
-    compiled = _flex_attention()
+    compiled = compiled_flex()
     if x.sinks is None:
         if row.return_lse:
             options["return_lse"] = True
         return partial(compiled, x.q, x.k, x.v, **options)
-    sinks = x.sinks[:, None].float()
-
-    def with_sinks() -> Tensor:
-        out, lse = compiled(x.q, x.k, x.v, return_lse=True, **options)
-        found: Tensor = out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
-        return found
-
-    return with_sinks
+    return partial(flex_with_sinks, compiled, x.sinks, x.q, x.k, x.v, **options)
 
 
 def _flex_predicate(row: Row, x: Tensors, offset: int) -> Callable[..., Tensor] | None:
@@ -242,8 +202,7 @@ def _flex_predicate(row: Row, x: Tensors, offset: int) -> Callable[..., Tensor] 
         first = row.sizes[4] - x.lengths
         tests.append(lambda b, i, j: j >= first[b])
     if x.starts is not None:
-        places = torch.arange(row.sizes[4], device=x.q.device)
-        document = torch.searchsorted(x.starts[1:].long(), places, right=True)
+        document = documents(x.starts, row.sizes[4])
         tests.append(lambda b, i, j: document[i] == document[j])
     if x.mask is not None and x.mask.dtype == torch.bool:
         mask = x.mask

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import peer_mlx
+from .. import peer_mlx, peers
 from ..implementations import Refusal
+from ..layouts import token_major
 from .calls import FP32, Row, Tensors
 
 Call = Callable[[], Any]
@@ -51,8 +52,8 @@ def _flash_attn(row: Row, x: Tensors) -> Call:
         if row.training:
             raise Refusal("lengths on the device: without gradients")
         call = package.flash_attn_with_kvcache
-        return lambda: call(*_token_major(x), cache_seqlens=x.lengths, **options).transpose(1, 2)
-    return _flash(package, row, x, options)
+        return lambda: call(*token_major(x), cache_seqlens=x.lengths, **options).transpose(1, 2)
+    return peers.flash(package, x, longest(x), options)
 
 
 def _flash_attn_4(row: Row, x: Tensors) -> Call:
@@ -66,16 +67,7 @@ def _flash_attn_4(row: Row, x: Tensors) -> Call:
         options["softcap"] = row.softcap
     if x.sinks is not None:
         options["learnable_sink"] = x.sinks
-    return _flash(package, row, x, options)
-
-
-def _flash(package: Any, row: Row, x: Tensors, options: dict[str, Any]) -> Call:
-    """Batches and packed sequences, as both packages take them; one of them returns the log-sum-exp as well."""
-    if not row.packed:
-        return lambda: first(package.flash_attn_func(*_token_major(x), **options)).transpose(1, 2)
-    most = longest(x)
-    sizes = {"cu_seqlens_q": x.starts, "cu_seqlens_k": x.starts, "max_seqlen_q": most, "max_seqlen_k": most}
-    return lambda: from_packed(first(package.flash_attn_varlen_func(*to_packed(x), **options, **sizes)))
+    return peers.flash(package, x, longest(x), options)
 
 
 def _flashinfer(row: Row, x: Tensors) -> Call:
@@ -89,12 +81,8 @@ def _flashinfer(row: Row, x: Tensors) -> Call:
     left, right = row.window or (-1, -1)
     kinds = {"q_data_type": x.q.dtype, "kv_data_type": x.k.dtype, "window_left": left, "logits_soft_cap": row.softcap}
     causal = row.causal or right == 0
-    if q_len == 1 and row.cached and dim == value_dim:  # each batch entry's keys are one page
-        pages = torch.arange(batch + 1, dtype=torch.int32, device=x.q.device)
-        last = torch.full_like(pages[1:], kv_len) if x.lengths is None else x.lengths
-        decode = package.BatchDecodeWithPagedKVCacheWrapper(_workspace(x.q.device), "HND", use_tensor_cores=True)
-        decode.plan(pages, pages[:-1], last, heads, kv_heads, dim, kv_len, **kinds)
-        return lambda: decode.run(x.q[:, :, 0], (x.k, x.v))[:, :, None]
+    if q_len == 1 and row.cached and dim == value_dim:
+        return peers.flashinfer_decode(package, x, kinds)
     if row.lengths:
         raise Refusal("FlashInfer's prefill reads lengths on the host")
     starts, keys = x.starts, x.starts
@@ -102,15 +90,10 @@ def _flashinfer(row: Row, x: Tensors) -> Call:
         starts, keys = (
             torch.arange(batch + 1, dtype=torch.int32, device=x.q.device) * length for length in (q_len, kv_len)
         )
-    prefill = package.BatchPrefillWithRaggedKVCacheWrapper(_workspace(x.q.device), "NHD")
+    prefill = package.BatchPrefillWithRaggedKVCacheWrapper(peers.flashinfer_memory(x.q.device), "NHD")
     prefill.plan(starts, keys, heads, kv_heads, dim, head_dim_vo=value_dim, causal=causal, **kinds)
-    q, k, v = (t.flatten(0, 1) for t in _token_major(x))
+    q, k, v = (t.flatten(0, 1) for t in token_major(x))
     return lambda: prefill.run(q, k, v).unflatten(0, (batch, q_len)).transpose(1, 2)
-
-
-@cache
-def _workspace(device: torch.device) -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
 def _xformers(row: Row, x: Tensors) -> Call:
@@ -132,38 +115,12 @@ def _xformers(row: Row, x: Tensors) -> Call:
         mask = kinds.LowerTriangularFromBottomRightLocalAttentionMask(row.window[0] + 1)
     elif row.causal and row.sizes[3] > 1:
         mask = kinds.LowerTriangularFromBottomRightMask()
-
-    def call() -> Tensor:
-        q, k, v = _token_major(x)
-        if row.group > 1:
-            q = q.unflatten(2, (row.sizes[2], row.group))
-            k, v = (t[:, :, :, None].expand(-1, -1, -1, row.group, -1) for t in (k, v))
-        out: Tensor = attend(q, k, v, attn_bias=mask)
-        return (out.flatten(2, 3) if row.group > 1 else out).transpose(1, 2)
-
-    return call
-
-
-def _token_major(x: Tensors) -> tuple[Tensor, ...]:
-    return tuple(t.transpose(1, 2) for t in (x.q, x.k, x.v))
-
-
-def to_packed(x: Tensors) -> tuple[Tensor, ...]:
-    """`[tokens, heads, dim]` of the one batch entry."""
-    return tuple(t[0].transpose(0, 1) for t in (x.q, x.k, x.v))
-
-
-def from_packed(out: Tensor) -> Tensor:
-    return out.transpose(0, 1)[None]
+    return partial(peers.xformers, attend, x, mask)
 
 
 def longest(x: Tensors) -> int:
-    assert x.starts is not None
-    return int(x.starts.diff().max())
-
-
-def first(found: Any) -> Any:
-    return found[0] if isinstance(found, tuple) else found
+    """Of the packed sequences; 0 without."""
+    return 0 if x.starts is None else int(x.starts.diff().max())
 
 
 BINDERS: dict[str, Callable[[Row, Tensors], Call]] = {

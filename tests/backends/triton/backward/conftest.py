@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from portable_cases import is_native
 
 from fastattn.call import Problem
 
@@ -19,14 +20,14 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from fastattn.backends.triton.backward.launch_config import Tile
 
     monkeypatch.setattr(launch_config, "LISTED_KEYS", 48)
-    if "cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
+    if is_native(request):
         return
     choose = launch_config.choose
 
     def small(p: Problem) -> Any:
         listed = choose(p)
         tile = Tile(16, 16, 4, 1)
-        tall = tile if launch_config.masked_rows(p) else Tile(16, 32, 4, 1)
+        tall = tile if p.masked_rows else Tile(16, 32, 4, 1)
         return dataclasses.replace(listed, keys=tall, queries=tile, bias=tile)
 
     monkeypatch.setattr(backward, "choose", small)

@@ -5,19 +5,15 @@ Triton and the assembler in its wheel change from release to release; what they 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import hopper_code
 import pytest
 from hopper_code import NAMES
 
 from fastattn.backends.triton.hopper.binary import FULL, INTERVALS
-from fastattn.backends.triton.hopper.launch import _Arguments
+from fastattn.backends.triton.hopper.launch import arguments
 
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
 #: Registers that a kernel may spill outside of its inner loops. Without a mask P is carried in float32: see `pack`.
@@ -34,15 +30,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Compiled anew, in a process that is not told to interpret Triton."""
     pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_code.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return hopper_code.codes("hopper_code", tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.slow
@@ -54,7 +43,7 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     # 168 registers a thread at the start are 3 groups of 128 threads; then 2 x 240 + 24 of them, which fit as well.
     assert (code["registers"], code["raised"], code["lowered"]) == (168, 240, 24)
     assert code["shared"] <= _SHARED
-    assert code["arguments"] == len(_Arguments(flags, flags.blocks.staged, (0,) * 15)._make()[0])
+    assert code["arguments"] == len(arguments(flags, (0,) * 15).make()[0])
     if not wide:
         spilled = {FULL: _SPILLED_UNMASKED, INTERVALS: _SPILLED_BOUNDS}
         most = _SPILLED if flags.tiles else spilled.get(flags.mask, _SPILLED)

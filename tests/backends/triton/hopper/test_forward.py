@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from hopper_cases import COUNT, KINDS, draw
+from hopper_cases import COUNT, KINDS, child, draw
 from hopper_masks import ROWS
 
 from fastattn.backends.base import NotReady
@@ -246,22 +243,36 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
             assert found.mask == BAND
 
 
+class CudaError(AssertionError):
+    """A child ended in one."""
+
+
+#: The machine model computes masks with rows right, the GPU does not: `HopperBackend.reasons` refuses them. Only a CUDA
+#: error counts as expected; wrong results fail, and so does a kind that has become right. (The portable kernel serves
+#: "rows-odd".)
+_BROKEN = pytest.mark.xfail(strict=True, raises=CudaError, reason="ends in CUDA errors: the backend refuses such masks")
+
+
+def is_broken(name: str) -> bool:
+    return name.startswith("rows-") and not name.startswith("rows-odd")
+
+
+def test_all_kinds_of_refused_masks_are_broken() -> None:
+    """What is refused is expected to fail on a GPU, and nothing else is."""
+    for name, kind in KINDS.items():
+        mask = kind.masks[0] if kind.masks else ""
+        fields = {"mask": "bool", "mask_shape": (1, 1, 300, 500)} if mask in ROWS and not mask.endswith("-odd") else {}
+        assert bool(HopperBackend().reasons(problem(**fields))) == is_broken(name)
+
+
 @pytest.mark.gpu
 @_on_hopper
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="ends in CUDA errors: the backend refuses such masks"))
-        if name.startswith("rows-")
-        else name
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_BROKEN) if is_broken(name) else name for name in KINDS])
 def test_equals_the_truth(name: str, seed: int) -> None:
-    """In a process of its own, that can be stopped: a kernel that waits for ever cannot be stopped from inside."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_cases.py"), name, "6"]
-    environment = os.environ | {"FASTATTN_TEST_SEED": str(seed % 1000)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = child("hopper_cases", name, 6, seed)
+    said = done.stdout + done.stderr
+    if done.returncode and re.search("CUDA (driver )?error", said) and "WRONG" not in done.stdout:
+        raise CudaError(said)
+    assert done.returncode == 0, said
     assert done.stdout.count("done ") == 6

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import gradient_bounds
 import naive
 import pytest
 import torch
 from hopper_backward_cases import COUNT, KINDS, draw, problem_of
+from hopper_cases import child
 
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
@@ -107,10 +104,10 @@ def test_a_call_is_not_bound_before_its_binaries_are_there(monkeypatch: pytest.M
 
 def test_pieces_of_the_memory_are_apart() -> None:
     p = problem(sinks=True, mask="segments", mask_shape=(5, 9))
-    where = launch.Memory(p, 128, True, 1000)
+    where = launch.pieces_of(p, 128, True, 1000)
     names = ("bounds", "extents", "rows", "sinks", "dq", "dkv", "clean_q", "clean_grad_out")
-    places = [getattr(where, name) for name in names]
-    for (_, end), (begin, _) in zip(places, [*places[1:], (where.size, 0)], strict=True):
+    places = [where.at[name][:2] for name in names]
+    for (_, end), (begin, _) in zip(places, [*places[1:], (where.total, 0)], strict=True):
         assert end <= begin and begin % 256 == 0
     assert all(begin < end for begin, end in places)
 
@@ -173,10 +170,7 @@ def test_bounds_of_errors_hold_and_notice(window: tuple[int, int], dtype: torch.
 @_on_hopper
 @pytest.mark.parametrize("name", KINDS)
 def test_equals_the_truth(name: str, seed: int) -> None:
-    """In a process of its own, that can be stopped: a kernel that waits for ever cannot be stopped from inside."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(Path(__file__).parents[3] / "helpers" / "hopper_backward_cases.py"), name, "6"]
-    environment = os.environ | {"FASTATTN_TEST_SEED": str(seed % 1000)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = child("hopper_backward_cases", name, 6, seed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done ") == 6

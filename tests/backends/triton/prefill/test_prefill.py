@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case, a_problem, check, make, relative_error
 from features import BROADCASTS, FEATURES
+from portable_cases import SERVED, is_native, sized
 from torch import Tensor
 
 import fastattn
@@ -30,29 +31,10 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Several blocks of queries and keys in the shapes of this file, and lists for every mask. On a GPU the shapes are
     larger instead: see `sized`."""
     monkeypatch.setattr(launch, "LISTED_KEYS", 48)
-    if "cuda" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
+    if is_native(request):
         return
     choose = launch.choose
     monkeypatch.setattr(forward, "choose", lambda p: dataclasses.replace(choose(p), block_m=16, block_n=16))
-
-
-def sized(case: Case, device: str) -> Case:
-    """The case with lengths that make as many of the GPU's blocks."""
-    if device == "cpu":
-        return case
-
-    def longer(x: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return None if x is None else tuple(5 * n for n in x)
-
-    longer_lengths = {name: longer(getattr(case, name)) for name in ("q_lengths", "kv_lengths")}
-    return case.but(q_len=5 * case.q_len, kv_len=5 * case.kv_len, **longer_lengths)
-
-
-SERVED = [
-    name
-    for name, case in FEATURES.items()
-    if case.head_dim % 8 == 0 and (case.value_dim or 8) % 8 == 0 and case.batch * case.q_len * case.kv_len
-]
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ....call import Call, Gradients, Problem, as_token_major, token_major
+from ...base import BackwardOnly
 from ...layout import TokenMajor
 from ...scratch import scratch
 from ..arguments import broadcast_strides
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, prepare
 from ..binaries.launcher import Launch as Prepared
-from ..binding import TILE, readable, with_intervals
+from ..binaries.launcher import flag_sets, prepare
+from ..binding import TILE, readable, with_bounds, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
 from ..representative import representative, stand_in
@@ -39,7 +40,7 @@ def binaries(problem: Problem) -> list[FlagSet]:
     found: dict[FlagSet, None] = {}
     for launch, group_parts in variants(with_intervals(problem) if call.segments is not None else problem):
         launches = BackwardKernel(problem, call, launch, group_parts).launches(call)
-        found |= {x.flags(tensors, floats): None for x, tensors, floats in launches if isinstance(x, BinaryLauncher)}
+        found |= dict.fromkeys(flag_sets(launches))
     return list(found)
 
 
@@ -58,17 +59,16 @@ class _Upstream(NamedTuple):
         return out, grad_out, lse, None if self.grad_lse is None else broadcast_strides(self.grad_lse, 3)
 
 
-class BackwardKernel:
+class BackwardKernel(BackwardOnly):
     """The passes bound to one problem and one set of strides of the call's tensors."""
 
-    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_rows", "_sizes")
+    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_sizes")
 
     def __init__(
         self, problem: Problem, call: Call, launch: Launch | None = None, group_parts: int | None = None
     ) -> None:
         #: With segments: what finds the keys of each row first; then the problem is one of Intervals.
         self._bounds = Bounds(problem, call, TILE) if call.segments is not None else None
-        self._rows = problem.batch, problem.q_len
         p = self._problem = problem if self._bounds is None else with_intervals(problem)
         before = 0 if self._bounds is None else self._bounds.size
         bounded = self._bounded(call, torch.empty(before, dtype=torch.uint8, device="meta"))
@@ -80,17 +80,13 @@ class BackwardKernel:
         self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
         prepare(self.launches(call))
 
-    def forward(self, call: Call) -> NoReturn:
-        """Not to be called."""
-        raise AssertionError("unreachable: another kernel runs the forward")
-
     def launches(self, call: Call) -> list[Prepared]:
         """What a backward launches, for upstream tensors as they usually are."""
         p = self._problem
         lse = torch.empty(p.batch, p.q_heads, p.q_len, device="meta")
         out = token_major(stand_in(p.dtype), p.batch, p.q_heads, p.q_len, p.value_dim)
         found: list[Prepared] = [] if self._bounds is None else self._bounds.launches(call)
-        bounded = self._bounded(call, torch.empty(self._sizes.total, dtype=torch.uint8, device="meta"))
+        bounded = self._bounded(call, torch.empty(self._sizes.pieces.total, dtype=torch.uint8, device="meta"))
         found += self._before.launches(bounded)
         for grad_lse in (None, lse) if p.return_lse else (None,):
             up = _Upstream(out, lse, out, grad_lse)
@@ -101,7 +97,7 @@ class BackwardKernel:
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """The gradients that `problem.grads` names."""
         p, device, scale = self._problem, call.q.device, call.scale
-        memory = scratch(device, self._sizes.total)
+        memory = scratch(device, self._sizes.pieces.total)
         if self._bounds is not None:
             self._bounds(call, memory)
             call = self._bounded(call, memory)
@@ -116,7 +112,7 @@ class BackwardKernel:
             mask=_packed(call.mask) if "m" in p.grads else None,
             sinks=_packed(call.sinks) if "s" in p.grads else None,
         )
-        pieces = self._sizes.cut(memory)
+        pieces = self._sizes.pieces.cut(memory)
         self._before(call, pieces)
         self._passes_for(up, device)(call, up, pieces, grads, (inner, factor, scale))
         return grads
@@ -132,15 +128,10 @@ class BackwardKernel:
         return found
 
     def _bounded(self, call: Call, memory: Tensor) -> Call:
-        if self._bounds is None:
-            return call
-        numbers = memory[: self._bounds.size].view(torch.int32)
-        strides = self._bounds.tiles * TILE, 1
-        lo, hi = (numbers.as_strided(self._rows, strides, at) for at in (self._bounds.lo_at, self._bounds.hi_at))
-        return call._replace(lo=lo, hi=hi, segments=None, left=-1, right=-1)
+        return call if self._bounds is None else with_bounds(call, self._bounds, memory)
 
 
-class WithCopies:
+class WithCopies(BackwardOnly):
     """Calls with tensors that the kernels cannot read where they are."""
 
     __slots__ = ("_kernel", "_problem")
@@ -149,10 +140,6 @@ class WithCopies:
         """kernel: of the copies that `readable` makes, whose layout follows from the calls'."""
         self._problem = p
         self._kernel = kernel
-
-    def forward(self, call: Call) -> NoReturn:
-        """Not to be called."""
-        raise AssertionError("unreachable: another kernel runs the forward")
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """The gradients that `problem.grads` names."""

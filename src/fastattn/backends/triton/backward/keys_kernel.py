@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
-from ..masking import float_bias, mask_tile, visible_keys
+from ..masking import float_bias, lengths_of, mask_tile, visible_keys
+from ..walk import program_of
 from .prepare import UNIT as OUT_UNIT
-from .ranges import FIELDS, band_range, lengths_of
+from .ranges import FIELDS, band_range
 from .scores import before_softcap, probabilities, score_gradient
 
 #: Never specialised.
@@ -189,14 +190,7 @@ def keys_kernel(
     BY_HEAD: tl.constexpr,  # programs in the order of heads; else of blocks, those that most queries see first
     PRECISION: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    count = tl.num_programs(0) // key_blocks
-    if BY_HEAD:
-        unit = pid // key_blocks
-        block = pid - unit * key_blocks
-    else:
-        block = pid // count
-        unit = pid - block * count
+    unit, block = program_of(key_blocks, BY_HEAD)
     parts = group // heads_each
     bh = unit // parts
     part = unit - bh * parts

@@ -1,6 +1,7 @@
 """How the passes of the backward are launched: block sizes, warps and stages, as data.
 
-Everything here follows from shapes, dtypes and the GPU, never from lengths.
+Everything here follows from shapes, dtypes and the GPU. Lengths count only where there are few programs: `variants`
+names all that they may lead to.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ LISTED_KEYS = 1024  #: keys of a tensor mask with rows from which on its blocks 
 PROGRAMS = 256
 FEW = 132  #: programs that leave a part of a GPU without one
 MOST_PIECES = 1 << 22  #: bytes of sums that programs which share a mask's gradient may write
+RANGE_FIELDS = 4  #: int32 of a range, see `ranges.range_kernel`
 MOST_SUMS = 1 << 26  #: bytes of sums that programs which share a group may write: dK and dV in float32, each
 
 
@@ -87,7 +89,7 @@ def variants(problem: Problem) -> list[tuple[Launch, int]]:
 
 def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
     """few_keys, few_queries: whether the passes have few programs."""
-    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if masked_rows(p) else _HALF
+    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if p.masked_rows else _HALF
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
     limit = usual_shared_memory(p.capability)
@@ -99,11 +101,11 @@ def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
 
     keys = fitting(_SMALL.keys if few_keys else found.keys)
     queries = fitting(_SMALL.queries if few_queries else found.queries)
-    return Launch(keys, keys if masked_rows(p) else queries, fitting(found.bias))
+    return Launch(keys, keys if p.masked_rows else queries, fitting(found.bias))
 
 
 def _has_small(p: Problem) -> bool:
-    return p.dtype.itemsize == 2 and not masked_rows(p) and max(p.head_dim, p.value_dim) <= _SMALL_DIM
+    return p.dtype.itemsize == 2 and not p.masked_rows and max(p.head_dim, p.value_dim) <= _SMALL_DIM
 
 
 def _few(p: Problem) -> tuple[bool, bool]:
@@ -146,21 +148,16 @@ def _smaller(x: Tile) -> Tile:
     return replace(x, **{larger: getattr(x, larger) // 2})
 
 
-def masked_rows(problem: Problem) -> bool:
-    """Whether there is a tensor mask with a row for each query."""
-    return problem.dense_mask and problem.mask_shape[2] > 1
-
-
 def listed(problem: Problem) -> bool:
     """Whether the blocks that a tensor mask with rows hides are found before the passes."""
     p = problem
-    return masked_rows(p) and p.mask_shape[3] > 1 and p.kv_len >= LISTED_KEYS
+    return p.masked_rows and p.mask_shape[3] > 1 and p.kv_len >= LISTED_KEYS
 
 
 def by_head(problem: Problem) -> bool:
     """Whether programs go from head to head, as in the forward."""
     p = problem
-    return not (p.banded or masked_rows(p) or p.mask == "intervals")
+    return not (p.banded or p.masked_rows or p.mask == "intervals")
 
 
 def group_parts(problem: Problem, launch: Launch) -> int:

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from ....call import Call, Gradients, Problem
+from ...scratch import Pieces
 from ..arguments import band, broadcast_strides, strides_in_units
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.launcher import launcher_of
+from ..binaries.triton_kernel import NamedKernel
 from ..prefill.forward import precision_of
 from ..prefill.lists import Lists, mask_layout
 from ..representative import stand_in
 from ..tile_parts import parts
 from . import launch_config
-from .bias_kernel import bias_kernel
-from .keys_kernel import keys_kernel
-from .launch_config import Launch
-from .prepare import prepare_kernel, sum_kernel
-from .queries_kernel import queries_kernel
-from .ranges import FIELDS, key_list_kernel, range_kernel
+from .launch_config import RANGE_FIELDS, Launch
 
+_PREPARE, _SUM = (NamedKernel(f"{__package__}.prepare", f"{name}_kernel") for name in ("prepare", "sum"))
+_KEY_LIST, _RANGE = (NamedKernel(f"{__package__}.ranges", f"{name}_kernel") for name in ("key_list", "range"))
+_KEYS, _QUERIES, _BIAS = (
+    NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("keys", "queries", "bias")
+)
 _ROWS = 64  #: of one program of the kernel that prepares
-_ALIGNMENT = 256  #: bytes, of each piece of the memory
 _FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
 _Strides = tuple[int, ...]
 
@@ -51,7 +52,7 @@ class Before:
             self.key_list_strides = heads * each if batch > 1 else 0, each if heads > 1 else 0
             self.key_lists_size = 4 * batch * heads * each
             self._key_lists = launcher_of(
-                key_list_kernel,
+                _KEY_LIST,
                 (batch * heads * key_blocks,),
                 device,
                 p.capability,
@@ -61,9 +62,9 @@ class Before:
             )
         if call.lo is not None:
             key_blocks = -(-p.kv_len // launch.keys.block_n)
-            self.ranges_size = 4 * FIELDS.value * p.batch * key_blocks
+            self.ranges_size = 4 * RANGE_FIELDS * p.batch * key_blocks
             self._ranges = launcher_of(
-                range_kernel,
+                _RANGE,
                 (p.batch * key_blocks,),
                 device,
                 p.capability,
@@ -97,7 +98,7 @@ class Before:
 class Sizes:
     """The pieces of the memory that a backward needs, and how much each launch shares with others."""
 
-    __slots__ = ("_at", "before", "bias_parts", "group_parts", "launch", "row_blocks", "total", "walk")
+    __slots__ = ("before", "bias_parts", "group_parts", "launch", "pieces", "row_blocks", "walk")
 
     def __init__(self, p: Problem, launch: Launch, first: int, before: Before, group_parts: int | None = None) -> None:
         """first: bytes that others use at the beginning. group_parts: if not as `launch_config` says."""
@@ -119,21 +120,7 @@ class Sizes:
             "key_lists": (before.key_lists_size, i32),
             "ranges": (before.ranges_size, i32),
         }
-        self._at: list[tuple[str, int, int, torch.dtype]] = []
-        end = -(-first // _ALIGNMENT) * _ALIGNMENT
-        for name, (size, dtype) in sizes.items():
-            if size:
-                self._at.append((name, end, end + size, dtype))
-                end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self.total = end
-
-    def cut(self, memory: Tensor) -> dict[str, Tensor]:
-        """The pieces by their names."""
-        return {name: memory[start:end].view(dtype) for name, start, end, dtype in self._at}
-
-    def stand_ins(self) -> dict[str, Tensor]:
-        """The same, of no memory."""
-        return {name: stand_in(dtype) for name, _, _, dtype in self._at}
+        self.pieces = Pieces(sizes, first)
 
 
 class _Walk(NamedTuple):
@@ -193,14 +180,14 @@ class Passes:
         launch, where = sizes.launch, (device, p.capability)
         dims = p.head_dim, p.value_dim
         heads = (*parts(p.head_dim), *parts(p.value_dim))
-        biased, rows = p.mask == "additive", launch_config.masked_rows(p)
+        biased, rows = p.mask == "additive", p.masked_rows
         precision = precision_of(p)
         ends = p.q_len, p.kv_len, *band(p)
         strides = *layout.strides, *grad_out, *layout.mask_strides
         units = layout.unit, layout.mask_unit
         by_head = launch_config.by_head(p)
         self._prepare = launcher_of(
-            prepare_kernel,
+            _PREPARE,
             (sizes.row_blocks * p.batch * p.q_heads,),
             *where,
             (*out, *grad_out, *lse, *(grad_lse or (0, 0, 0)), *layout.interval_strides, p.q_heads, sizes.row_blocks,
@@ -214,7 +201,7 @@ class Passes:
             tile = launch.keys
             key_blocks = -(-p.kv_len // tile.block_n)
             self._keys = launcher_of(
-                keys_kernel,
+                _KEYS,
                 (key_blocks * p.batch * p.kv_heads * sizes.group_parts,),
                 *where,
                 (*strides, *before.key_list_strides, *layout.interval_strides, p.batch, p.kv_heads, p.group,
@@ -230,7 +217,7 @@ class Passes:
             gaps = p.mask == "intervals" and p.mask_shape[1] > 1
             list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
             self._queries = launcher_of(
-                queries_kernel,
+                _QUERIES,
                 (row_blocks * p.batch * p.q_heads,),
                 *where,
                 (*strides, *list_strides, *layout.interval_strides, p.batch, p.q_heads, p.group, row_blocks, *ends),
@@ -243,7 +230,7 @@ class Passes:
             tile, walk = launch.bias, sizes.walk
             batch, mask_heads = p.mask_shape[:2]
             self._bias = launcher_of(
-                bias_kernel,
+                _BIAS,
                 (batch * mask_heads * math.prod(walk.tiles), walk.parts),
                 *where,
                 (*strides, mask_heads, *walk.tiles, math.prod(walk.dims), *walk.dims[1:], walk.each, p.batch, p.q_heads,
@@ -279,7 +266,13 @@ class Passes:
         sinks = stand_in(call.sinks.dtype) if call.sinks is not None and "s" in p.grads else None
         grads = Gradients(like["q"], like["k"], like["v"], mask, sinks)
         upstream = row, number, row, number if grad_lse else None
-        return self._all(call, upstream, self._sizes.stand_ins(), grads, _FLOATS)
+        return self._all(
+            call,
+            upstream,
+            {name: stand_in(dtype) for name, (_, _, dtype) in self._sizes.pieces.at.items()},
+            grads,
+            _FLOATS,
+        )
 
     def __call__(
         self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
@@ -317,6 +310,4 @@ class Passes:
 def _sum(count: int, pieces: int, device: torch.device, capability: tuple[int, int]) -> Any:
     """Sums that many pieces of `count` numbers."""
     block, step = (512, 2) if count >= 1 << 16 else (16, 128)
-    return launcher_of(
-        sum_kernel, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4
-    )
+    return launcher_of(_SUM, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4)

@@ -11,23 +11,12 @@ import triton
 import triton.language as tl
 
 from ..masking import visible_keys
+from .launch_config import RANGE_FIELDS
 
 #: Never specialised.
 RANGE_INTEGERS = ["interval_sb", "interval_si", "key_blocks", "q_len", "kv_len", "left", "right"]
 LIST_INTEGERS = ["row_blocks", "key_blocks"]
-FIELDS = tl.constexpr(4)  #: int32 of a range, see `range_kernel`
-
-
-@triton.jit
-def lengths_of(b, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len):
-    """The queries and keys that a batch entry has."""
-    queries = q_len
-    if q_lengths_ptr is not None:
-        queries = tl.minimum(tl.maximum(tl.load(q_lengths_ptr + b), 0), q_len)
-    keys = kv_len
-    if kv_lengths_ptr is not None:
-        keys = tl.minimum(tl.maximum(tl.load(kv_lengths_ptr + b), 0), kv_len)
-    return queries, keys
+FIELDS = tl.constexpr(RANGE_FIELDS)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from ...._compat import torch as torch_internals
 from ..cuda_driver import Function, make_current
 from ..launcher import Launcher
 from . import store
+from .flag_set import FlagSet
 from .policy import mode
 from .triton_kernel import ALIGNMENT, NamedKernel, TritonFlags, flags_of
 
@@ -54,6 +55,11 @@ def prepare(launches: Sequence[Launch]) -> None:
         launcher.ask(tensors, floats)
     for launcher, tensors, floats in found:
         launcher.prepare(tensors, floats)
+
+
+def flag_sets(launches: Sequence[Launch]) -> list[FlagSet]:
+    """The binaries that launches take, in order."""
+    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
 
 
 class BinaryLauncher:

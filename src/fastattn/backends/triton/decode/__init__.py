@@ -8,6 +8,7 @@ from ....call import Call, Problem
 from ...base import Kernel
 from .. import limits
 from ..binaries.flag_set import FlagSet
+from . import forward
 from . import launch_config as launch
 
 HEAD_DIMS = range(8, 577, 8)  #: of q and k
@@ -32,11 +33,7 @@ class DecodeBackend:
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.device != "cuda":  # Triton's interpreter has none
             return []
-        from .forward import binaries
-
-        return binaries(problem)
+        return forward.binaries(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
-        from .forward import bind
-
-        return bind(problem, call)
+        return forward.bind(problem, call)

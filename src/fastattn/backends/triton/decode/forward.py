@@ -13,15 +13,16 @@ from ...layout import Output
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
 from ..launcher import overlaps
+from ..limits import shared_memory, sm_count
 from ..representative import representative, stand_in
 from .family import family
-from .launch_config import MAX_SPLITS, Launch, choose, gaps, is_wide, may_be_same, rows, shared_memory, sm_count
+from .launch_config import MAX_SPLITS, Launch, choose, gaps, is_wide, may_be_same, rows
 
 _ATTEND = NamedKernel(f"{__package__}.kernel", "attend_kernel")
 _COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
@@ -63,12 +64,8 @@ def binaries(problem: Problem) -> list[FlagSet]:
             if looked_at not in seen:
                 seen.add(looked_at)
                 call = representative(p)
-                found |= dict.fromkeys(_flags(DecodeKernel(p, call, launch, same).launches(call)))
-    return list(found | dict.fromkeys(_flags(before)))
-
-
-def _flags(launches: list[Prepared]) -> list[FlagSet]:
-    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+                found |= dict.fromkeys(flag_sets(DecodeKernel(p, call, launch, same).launches(call)))
+    return list(found | dict.fromkeys(flag_sets(before)))
 
 
 def _in_keys(p: Problem) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -279,18 +278,3 @@ def gaps(problem: Problem) -> bool:
 
 def _block(size: int) -> int:
     return max(MIN_DOT, 1 << (size - 1).bit_length())
-
-
-@cache
-def sm_count(index: int) -> int:
-    """Streaming multiprocessors of CUDA device `index`. Without a GPU (Triton's interpreter): 4, so that it splits."""
-    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 4
-
-
-@cache
-def shared_memory(index: int) -> int | None:
-    """Bytes of shared memory that a program may have on CUDA device `index`; None without a GPU, or one that torch
-    does not ask."""
-    if index < 0:
-        return None
-    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)

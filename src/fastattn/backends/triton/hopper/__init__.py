@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from .. import prefill
 from ..binaries.flag_set import FlagSet
+from ..representative import representative
 from . import launch, tensors
 
 
 class HopperBackend:
-    """See `launch.py`, and that of `hopper_backward`, which is imported late: it imports files of this package.
-    triton is imported when a kernel has to be compiled."""
+    """See `launch.py`, and that of `hopper_backward`. triton is imported when a kernel has to be compiled."""
 
     name = "hopper"
     gives_lse = True
@@ -21,22 +22,16 @@ class HopperBackend:
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.backward:
-            from ..hopper_backward import launch as backward
-
-            return backward.reasons(problem)
+            return _backward().reasons(problem)
         why = launch.reasons(problem)
-        if launch.has_rows(problem):
+        if problem.masked_rows:
             why.append("its kernel for masks with rows ended in CUDA errors on a GPU, for small masks")
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.backward:
-            from ..hopper_backward import launch as backward
-
-            return backward.binaries(problem)
-        if launch.has_rows(problem):
-            from ..representative import representative
-
+            return _backward().binaries(problem)
+        if problem.masked_rows:
             mask = representative(problem).mask
             if mask is not None and not tensors.tiles_readable(mask):
                 return prefill.PrefillBackend().binaries(problem)
@@ -44,12 +39,17 @@ class HopperBackend:
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         if problem.backward:
-            from ..hopper_backward import launch as backward
-
-            return backward.bind(problem, call)
-        if launch.has_rows(problem) and call.mask is not None and not tensors.tiles_readable(call.mask):
+            return _backward().bind(problem, call)
+        if problem.masked_rows and call.mask is not None and not tensors.tiles_readable(call.mask):
             return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
         return _HopperKernel(launch.Forward(problem, call))
+
+
+def _backward() -> ModuleType:
+    """Imported late: it imports files of this package."""
+    from ..hopper_backward import launch
+
+    return launch
 
 
 class _HopperKernel(ForwardOnly):

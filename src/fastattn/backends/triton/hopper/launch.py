@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
-import threading
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,14 +14,17 @@ from ....call import Call, Problem
 from ...layout import Output
 from ...scratch import scratch
 from ..binaries import store as binaries
-from ..cuda_driver import Description, Function, make_current
-from ..launcher import INSTALL, has_triton
+from ..binaries.launcher import prepare
+from ..bounds import Bounds
+from ..cuda_driver import Function
+from ..limits import sm_count
 from ..prefill.launch_config import LISTED_KEYS
+from ..prefill.lists import Lists
+from .arguments import Arguments
 from .binary import (
     ALIGNED,
     BAND,
     BLOCKS,
-    CAPABILITY,
     FULL,
     INTERVALS,
     ROWS,
@@ -34,44 +33,23 @@ from .binary import (
     TILE,
     Flags,
 )
+from .limits import DTYPES, refusals, sides
 from .tensors import describe_mask, described, once
 
 _LOG2_E = math.log2(math.e)
-_OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
-_MOST_KEYS = 1 << 28  #: nor do lengths
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_BIASES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_INTEGERS = struct.Struct("15i2f")
+_BIASES = {torch.float32: "fp32", **DTYPES}
 
 
 def reasons(problem: Problem) -> list[str]:
     """Why the kernel cannot serve the problem. Empty: it can."""
-    p, why = problem, []
-    if p.device != "cuda" or p.capability != CAPABILITY:
-        why.append(f"is made for compute capability 9.0, this device is {_device(p)}")
-    if not has_triton():
-        why.append(INSTALL)
-    if p.dtype not in (torch.bfloat16, torch.float16):
-        why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
-    if has_rows(p) and p.mask == "additive" and p.mask_dtype not in _BIASES:
+    p, why = problem, refusals(problem)
+    if p.masked_rows and p.mask == "additive" and p.mask_dtype not in _BIASES:
         why.append(f"has no {str(p.mask_dtype).removeprefix('torch.')} mask with a row for each query")
-    if p.empty:
-        why.append("no queries or no keys")
-    elif dims(p) is None:
+    if not p.empty and dims(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to 256")
-    if max(p.q_len, p.kv_len) > _MOST_KEYS:
-        why.append(f"takes up to {_MOST_KEYS} tokens")
     return why
-
-
-def has_rows(p: Problem) -> bool:
-    """True when the problem has a tensor mask with a row for each query."""
-    return p.dense_mask and p.mask_shape[2] > 1
-
-
-def _device(p: Problem) -> str:
-    return f"{p.capability[0]}.{p.capability[1]}" if p.device == "cuda" else f"a {p.device}"
 
 
 def dims(p: Problem) -> tuple[int, int] | None:
@@ -85,7 +63,7 @@ def dims(p: Problem) -> tuple[int, int] | None:
 def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     """Names the binary that serves the problem."""
     lengths = p.q_lengths or p.kv_lengths
-    rows = has_rows(p)
+    rows = p.masked_rows
     if p.mask != "none" and not rows:
         mask = INTERVALS
     elif not p.banded:
@@ -97,7 +75,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     found = dims(p)
     assert found is not None
     return Flags(
-        dtype="fp16" if p.dtype == torch.float16 else "bf16",
+        dtype=DTYPES[p.dtype],
         dims=found,
         mask=mask,
         keys=p.dense_mask and not rows,
@@ -116,7 +94,7 @@ def all_flags(p: Problem) -> list[Flags]:
     """The binaries of the problem and of problems that differ from it in lengths alone: its own first."""
     own = flags(p)
     lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
-    if has_rows(p):
+    if p.masked_rows:
         lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
 
@@ -126,9 +104,12 @@ def function(name: Flags, device: int | None = None) -> Function:
     return binaries.shared.function(name, device)
 
 
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
+    """What the binary is launched with."""
+    described = 3 + flags.blocks.staged + bool(flags.tiles)
+    bounds = flags.mask == INTERVALS or flags.listed
+    present = True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys
+    return Arguments((4,) * described, present, integers, floats=2)
 
 
 class Forward:
@@ -149,18 +130,14 @@ class Forward:
         self._device = call.q.device.index
         rows = -(-p.q_len // TILE)
         heads = p.batch * p.q_heads
-        self._programs = min(rows * heads, _processors(self._device))
+        self._programs = min(rows * heads, sm_count(self._device))
         section = heads
         if self._flags.mask == FULL:
             bytes_of_a_head = p.kv_len * (p.head_dim + p.value_dim) * 2
             section = min(heads, max(1, _L2 // bytes_of_a_head) * p.group)
-        left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
         self._bounds: Any = None
         bias_strides: tuple[int, ...] = (0, 0)
         if self._flags.mask == INTERVALS:
-            from ..binaries.launcher import prepare
-            from ..bounds import Bounds
-
             self._bounds = Bounds(p, call, TILE, ordered=True)
             prepare(self._bounds.launches(call))
             if self._bounds.keys is not None:
@@ -171,19 +148,16 @@ class Forward:
             mask_once = once(call.mask)
             bias_strides = tuple([int(size > 1) for size in mask_once.shape[:2]])
         if self._flags.listed:
-            from ..binaries.launcher import prepare
-            from ..prefill.lists import Lists
-
             entries = replace(p, mask_shape=tuple(mask_once.shape))
             self._lists = Lists(entries, call._replace(mask=mask_once), TILE, self._blocks.keys)
             prepare(self._lists.launches(call))
             list_strides = self._lists.strides
             section = heads  # as with a band: the longest tiles first
         integers = (
-            p.batch, p.q_heads, p.group, p.q_len, p.kv_len, left, right, rows, section, p.value_dim // 8, *bias_strides,
+            p.batch, p.q_heads, p.group, p.q_len, p.kv_len, *sides(p), rows, section, p.value_dim // 8, *bias_strides,
             *list_strides,
         )  # fmt: skip
-        self._arguments = _Arguments(self._flags, self._blocks.staged, integers)
+        self._arguments = arguments(self._flags, integers)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if self._device != torch_internals.current_device():
@@ -225,54 +199,3 @@ class Forward:
             addresses += (address, 0 if bounds.keys is None else address + 4 * bounds.keys.bias_at)
         self._arguments.launch(self._function, self._programs, self._device, descriptions, addresses, inner, scale)
         return out, lse
-
-
-class _Arguments:
-    """The kernel's arguments as the driver wants them: an array of addresses, one array a thread.
-
-    A description is followed by its tensor's shape and strides, which no kernel of ours reads; the last two arguments
-    are scratch memory of Triton's, of which the kernel has none.
-    """
-
-    __slots__ = ("_integers", "_local", "_present", "_staged", "_tiled")
-
-    def __init__(self, flags: Flags, staged: bool, integers: tuple[int, ...]) -> None:
-        self._staged = staged
-        self._tiled = bool(flags.tiles)
-        self._integers = integers
-        bounds = flags.mask == INTERVALS or flags.listed
-        self._present = (True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys)
-        self._local = threading.local()
-
-    def launch(
-        self,
-        function: Function,
-        programs: int,
-        device: int,
-        described: list[Description],
-        addresses: list[int],
-        inner: float,
-        scale: float,
-    ) -> None:
-        kept = self._local.__dict__
-        if not kept:
-            make_current(device)
-            kept.update(zip(("places", "numbers", "pointers"), self._make(), strict=True))
-        places, numbers, pointers = kept["places"], kept["numbers"], kept["pointers"]
-        for i, description in enumerate(described):
-            places[9 * i] = description.address
-        _INTEGERS.pack_into(numbers, 0, *self._integers, inner, scale)
-        pointers[: len(addresses)] = addresses
-        function.launch(programs, device, torch_internals.raw_stream(device), places)
-
-    def _make(self) -> tuple[Any, Any, Any]:
-        numbers = ctypes.create_string_buffer(_INTEGERS.size)
-        pointers = (ctypes.c_uint64 * 8)()
-        unused = ctypes.addressof(pointers) + 8 * 7  # zeros, for what is not read
-        where = []
-        for _ in range(3 + self._staged + self._tiled):
-            where += [0] + 8 * [unused]
-        where += [ctypes.addressof(pointers) + 8 * i for i, present in enumerate(self._present) if present]
-        where += [ctypes.addressof(numbers) + 4 * i for i in range(17)]
-        where += 2 * [unused]
-        return (ctypes.c_void_p * len(where))(*where), numbers, pointers

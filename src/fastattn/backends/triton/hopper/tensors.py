@@ -10,7 +10,7 @@ from torch import Tensor
 from ....shape_cache import shape_cache
 from ...layout import copied
 from ..arguments import broadcast_strides
-from ..cuda_driver import Description, describe
+from ..cuda_driver import Description, describe, describe_flat
 from .binary import ROWS, Flags
 
 ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
@@ -28,16 +28,32 @@ def readable(x: Tensor) -> bool:
 _descriptions = shape_cache.section("tensor descriptions", 1 << 12)
 
 
-def described(x: Tensor, dtype: str, rows: int) -> tuple[Tensor, Description]:
-    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens."""
-    key = x.data_ptr(), x.shape, x.stride(), dtype, rows
-    found = _descriptions.get(key)
+def described(x: Tensor, dtype: str, rows: int, columns: int = 0) -> tuple[Tensor, Description]:
+    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens. columns: see
+    `cuda_driver.describe`."""
+    found = _descriptions.get((x.data_ptr(), x.shape, x.stride(), dtype, rows, columns))
     if found is None:
         if not readable(x):
             x = copied(x)
-            key = x.data_ptr(), x.shape, x.stride(), dtype, rows
-        found = _descriptions[key] = describe(*key)
+        found = _description(x, dtype, rows, columns)
     return x, found
+
+
+def _description(x: Tensor, dtype: str, rows: int, columns: int) -> Description:
+    key = x.data_ptr(), x.shape, x.stride(), dtype, rows, columns
+    found: Description | None = _descriptions.get(key)
+    if found is None:
+        found = _descriptions[key] = describe(*key)
+    return found
+
+
+def described_row(address: int, count: int, columns: int) -> Description:
+    """Of `count` float32 numbers in a row, in boxes of `columns`."""
+    key = address, count, columns
+    found: Description | None = _descriptions.get(key)
+    if found is None:
+        found = _descriptions[key] = describe_flat(*key)
+    return found
 
 
 def tiles_readable(mask: Tensor) -> bool:
@@ -61,8 +77,4 @@ def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
     mask = once(mask)
     if mask.data_ptr() % ALIGNMENT:
         mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device).copy_(mask)
-    key = mask.data_ptr(), mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys
-    found = _descriptions.get(key)
-    if found is None:
-        found = _descriptions[key] = describe(*key)
-    return mask, found
+    return mask, _description(mask, flags.tiles, ROWS, flags.blocks.keys)

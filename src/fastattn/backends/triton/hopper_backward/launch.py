@@ -10,54 +10,42 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem, token_major
-from ....shape_cache import shape_cache
 from ...base import BackwardOnly
-from ...layout import copied
+from ...layout import readable
 from ...scratch import scratch
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
+from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..bounds import Bounds
-from ..cuda_driver import Description, Function, describe, describe_flat
-from ..hopper.binary import CAPABILITY
-from ..hopper.launch import _processors
-from ..hopper.tensors import readable
-from ..launcher import INSTALL, has_triton
-from .arguments import Arguments
+from ..cuda_driver import Function
+from ..hopper.arguments import Arguments
+from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
+from ..hopper.tensors import described, described_row
+from ..limits import sm_count
+from ..representative import representative
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
-from .memory import Memory, blocks_of, rows_of, tiles_of
+from .memory import blocks_of, pieces_of, rows_of, tiles_of
 from .schedule import Sizes, choose
 
 _PREPARE = NamedKernel(f"{__package__}.prepare", "prepare_kernel")
 _EXTENTS = NamedKernel(f"{__package__}.extents", "extents_kernel")
 _FINISH = NamedKernel(f"{__package__}.finish", "finish_kernel")
 _LOG2_E = math.log2(math.e)
-_OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
-_MOST_KEYS = 1 << 28  #: nor do lengths
 _INT32 = 1 << 31
 
 
 def reasons(problem: Problem) -> list[str]:
     """Why the kernel cannot serve a problem with gradients. Empty: it can."""
-    p, why = problem, []
-    if p.device != "cuda" or p.capability != CAPABILITY:
-        found = f"{p.capability[0]}.{p.capability[1]}" if p.device == "cuda" else f"a {p.device}"
-        why.append(f"is made for compute capability 9.0, this device is {found}")
-    if not has_triton():
-        why.append(INSTALL)
-    if p.dtype not in (torch.bfloat16, torch.float16):
-        why.append(f"takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}")
+    p, why = problem, refusals(problem)
     if p.dense_mask:
         why.append(f"has no {p.mask} mask")
     if p.deterministic:
         why.append("adds dQ up in an order that changes from run to run")
-    if p.empty:
-        why.append("no queries or no keys")
-    elif dim_of(p) is None:
+    if not p.empty and dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
     keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
-    if max(p.q_len, p.kv_len) > _MOST_KEYS or max(rows_of(p) * 2 * ROWS, keys) >= _INT32:
+    if max(p.q_len, p.kv_len) <= MOST_KEYS and max(rows_of(p) * 2 * ROWS, keys) >= _INT32:
         why.append("has more tokens than its integers count")
     return why
 
@@ -96,13 +84,11 @@ def flags(p: Problem, split: bool) -> Flags:
     """Names the main kernel's binary."""
     dim = dim_of(p)
     assert dim is not None
-    return Flags("fp16" if p.dtype == torch.float16 else "bf16", dim, mask_of(p), p.softcap != 0, split)
+    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split)
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
     """All that calls like this one need: its own main kernel first."""
-    from ..representative import representative
-
     call = representative(problem)
     bound = Backward(problem, call, loads=False)
     found: list[FlagSet] = [bound.flags]
@@ -118,28 +104,11 @@ def bind(problem: Problem, call: Call) -> Backward:
     return Backward(problem, call)
 
 
-_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
-
-
-def _described(x: Tensor, dtype: str, rows: int, columns: int = 64) -> Description:
-    """Of a readable tensor."""
-    key = x.data_ptr(), x.shape, x.stride(), dtype, rows, columns
-    found = _descriptions.get(key)
-    if found is None:
-        found = _descriptions[key] = describe(*key)
-    return found
-
-
-def _flat(address: int, count: int) -> Description:
-    key = address, count
-    found = _descriptions.get(key)
-    if found is None:
-        found = _descriptions[key] = describe_flat(address, count, ROWS)
-    return found
-
-
-def _in_place(x: Tensor) -> Tensor:
-    return x if readable(x) else copied(x)
+def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
+    """What the main kernel's binary is launched with."""
+    bounds = flags.mask == INTERVALS
+    ranks = 4, 4, 4, 4, 1, 4, 4, *((4, 4) if bounds else ())
+    return Arguments(ranks, (True, flags.split, bounds, bounds), integers, floats=3)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -160,17 +129,16 @@ class Backward(BackwardOnly):
         p = self._problem = problem
         device = call.q.device
         self._device = device.index
-        choice = choose(sizes(p, _processors(device.index) if device.type == "cuda" else 132))
+        choice = choose(sizes(p, sm_count(device.index) if device.type == "cuda" else 132))
         self._split = choice.split > 1
         self.flags = flags(p, self._split)
         tiles, blocks, dim = tiles_of(p), blocks_of(p), self.flags.dim
         self._programs = blocks * p.batch * p.kv_heads * choice.split
-        left, right = (_OPEN if side < 0 else min(side, _OPEN) for side in (p.left, p.right))
         integers = (
-            p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, left, right, tiles, blocks, p.group // choice.split,
+            p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, *sides(p), tiles, blocks, p.group // choice.split,
             choice.split, choice.section, choice.sections,
         )  # fmt: skip
-        self._arguments = Arguments(self.flags, integers)
+        self._arguments = arguments(self.flags, integers)
         self._bounds: Any = None
         self._extents: Any = None
         self._prepares: dict[Any, Any] = {}
@@ -180,7 +148,7 @@ class Backward(BackwardOnly):
                 _EXTENTS, (blocks, p.batch), device, p.capability, (p.kv_len, tiles), (ROWS, KEYS, 64),
                 num_warps=4,
             )  # fmt: skip
-        self._memory = Memory(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
+        self._memory = pieces_of(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
         parts = 4 * p.batch * p.kv_heads * blocks if self._split else 0
         counts = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
@@ -199,23 +167,23 @@ class Backward(BackwardOnly):
         launches = self._launches(call, out)
         if self._bounds is not None:
             launches = [*self._bounds.launches(call), *launches]
-        return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+        return flag_sets(launches)
 
     def _launches(self, call: Call, out: Tensor) -> list[Any]:
         """What `binaries.launcher.prepare` takes; all tensors but the call's on the meta device."""
         p = self._problem
         lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device="meta")
-        memory = torch.empty(self._memory.size, dtype=torch.uint8, device="meta")
+        pieces = self._memory.cut(torch.empty(self._memory.total, dtype=torch.uint8, device="meta"))
         grads = [x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)]
         found: list[Any] = []
-        q = call.q.new_empty(0, device="meta")  # as `_in_place` leaves it: aligned
+        q = call.q.new_empty(0, device="meta")  # aligned, as `described` leaves it
         for grad_lse in (None, lse) if p.return_lse else (None,):
             sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")
-            tensors = self._prepare_tensors(memory, out, out, lse, grad_lse, sinks, q)
+            tensors = self._prepare_tensors(pieces, out, out, lse, grad_lse, sinks, q)
             found.append((self._prepare(out, out, lse, grad_lse, call.q), tensors, ()))
         if self._extents is not None:
-            found.append((self._extents, self._extents_tensors(memory), ()))
-        found.append((self._finish, self._finish_tensors(memory, *grads), (call.scale,)))
+            found.append((self._extents, _extents_tensors(pieces), ()))
+        found.append((self._finish, _finish_tensors(pieces, *grads), (call.scale,)))
         return found
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -226,47 +194,47 @@ class Backward(BackwardOnly):
         return self._backward(call, out, lse, grad_out, grad_lse)
 
     def _backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        p, flags, where = self._problem, self.flags, self._memory
-        q, k, v, out, grad_out = (_in_place(x) for x in (call.q, call.k, call.v, out, grad_out))
-        lse = _aligned(lse)
+        p, flags = self._problem, self.flags
+        dtype, dim = flags.dtype, flags.dim
+        q, q_described = described(call.q, dtype, ROWS)
+        _k, k_described = described(call.k, dtype, KEYS, key_columns(dim))
+        _v, v_described = described(call.v, dtype, KEYS)  # copies live until they are read
+        grad_out, grad_out_described = described(grad_out, dtype, ROWS)
+        out, lse = readable(out), _aligned(lse)
         if grad_lse is not None:
             grad_lse = _aligned(grad_lse.float())
         sinks = None if call.sinks is None else _aligned(call.sinks.contiguous())
-        memory = scratch(q.device, where.size)[: where.size]
+        memory = scratch(q.device, self._memory.total)
+        pieces = self._memory.cut(memory)
         dq = token_major(q, p.batch, p.q_heads, p.q_len, p.head_dim)
         dk = token_major(q, p.batch, p.kv_heads, p.kv_len, p.head_dim)
         dv = token_major(q, p.batch, p.kv_heads, p.kv_len, p.value_dim)
         if self._bounds is not None:
             self._bounds(call, memory)
-            self._extents(self._extents_tensors(memory))
-        tensors = self._prepare_tensors(memory, out, grad_out, lse, grad_lse, sinks, q)
+            self._extents(_extents_tensors(pieces))
+        tensors = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, q)
         self._prepare(out, grad_out, lse, grad_lse, q)(tensors)
-        dtype, dim, base = flags.dtype, flags.dim, memory.data_ptr()
-        described = [
-            _described(q, dtype, ROWS), _described(grad_out, dtype, ROWS),
-            _described(k, dtype, KEYS, key_columns(dim)), _described(v, dtype, KEYS),
-            _flat(base + where.rows[0], rows_of(p) * 2 * ROWS),
-            _described(dk, dtype, HALF), _described(dv, dtype, HALF),
+        rows = pieces["rows"]
+        descriptions = [
+            q_described, grad_out_described, k_described, v_described,
+            described_row(rows.data_ptr(), rows.numel(), ROWS),
+            described(dk, dtype, HALF)[1], described(dv, dtype, HALF)[1],
         ]  # fmt: skip
         if self._bounds is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
-            for place in (where.clean_q, where.clean_grad_out):
-                clean = Memory.piece(memory, place, q.dtype)
-                assert clean is not None
-                described.append(_described(clean.view(shape), dtype, ROWS))
-        addresses = [base + place[0] for place in (where.dq, where.dkv, where.bounds, where.extents)]
-        inner, scale = call.scale, call.scale * _LOG2_E
-        inner, scale = (call.scale / p.softcap, p.softcap * _LOG2_E) if p.softcap else (1.0, scale)
+            clean = (pieces[name].view(shape) for name in ("clean_q", "clean_grad_out"))
+            descriptions += [described(x, dtype, ROWS)[1] for x in clean]
+        found = (pieces.get(name) for name in ("dq", "dkv", "bounds", "extents"))
+        addresses = [0 if x is None else x.data_ptr() for x in found]
+        inner, scale = (call.scale / p.softcap, p.softcap) if p.softcap else (1.0, call.scale)
         assert self._function is not None
         self._arguments.launch(
-            self._function, self._programs, self._device, described, addresses, inner, scale, call.scale
+            self._function, self._programs, self._device, descriptions, addresses, inner, scale * _LOG2_E, call.scale
         )
-        self._finish(self._finish_tensors(memory, dq, dk, dv), (call.scale,))
+        self._finish(_finish_tensors(pieces, dq, dk, dv), (call.scale,))
         dsinks = None
         if call.sinks is not None and "s" in p.grads:
-            sums = Memory.piece(memory, where.sinks, torch.float32)
-            assert sums is not None
-            dsinks = sums.view(p.q_heads, -1).sum(1).to(call.sinks.dtype)
+            dsinks = pieces["sinks"].view(p.q_heads, -1).sum(1).to(call.sinks.dtype)
         wanted = p.grads
         return Gradients(
             q=dq if "q" in wanted else None,
@@ -298,7 +266,7 @@ class Backward(BackwardOnly):
 
     def _prepare_tensors(
         self,
-        memory: Tensor,
+        pieces: dict[str, Tensor],
         out: Tensor,
         grad_out: Tensor,
         lse: Tensor,
@@ -306,20 +274,16 @@ class Backward(BackwardOnly):
         sinks: Tensor | None,
         q: Tensor,
     ) -> list[Tensor | None]:
-        where, piece = self._memory, Memory.piece
+        names = "bounds", "extents", "clean_q", "clean_grad_out", "rows", "dq", "dkv", "sinks"
         return [
-            out, grad_out, lse, grad_lse, sinks,
-            q if self._bounds is not None else None,
-            piece(memory, where.bounds, torch.int32), piece(memory, where.extents, torch.int32),
-            piece(memory, where.clean_q, q.dtype), piece(memory, where.clean_grad_out, q.dtype),
-            piece(memory, where.rows, torch.float32), piece(memory, where.dq, torch.float32),
-            piece(memory, where.dkv, torch.float32), piece(memory, where.sinks, torch.float32),
+            out, grad_out, lse, grad_lse, sinks, q if self._bounds is not None else None,
+            *[pieces.get(name) for name in names],
         ]  # fmt: skip
 
-    def _extents_tensors(self, memory: Tensor) -> list[Tensor | None]:
-        pieces = self._memory.bounds, self._memory.extents
-        return [Memory.piece(memory, place, torch.int32) for place in pieces]
 
-    def _finish_tensors(self, memory: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
-        pieces = self._memory.dq, self._memory.dkv
-        return [*[Memory.piece(memory, place, torch.float32) for place in pieces], dq, dk, dv]
+def _extents_tensors(pieces: dict[str, Tensor]) -> list[Tensor | None]:
+    return [pieces["bounds"], pieces["extents"]]
+
+
+def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
+    return [pieces["dq"], pieces.get("dkv"), dq, dk, dv]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
+from ....shape_cache import cached
 from .binary import KEYS, ROWS
 
 # Fitted to times on an H200, where a step takes 2.2 us: benchmarks/results/h200/hopper_backward_tune.json.
@@ -74,7 +74,7 @@ def choose(s: Sizes) -> Choice:
     return found
 
 
-@lru_cache(1 << 10)
+@cached(1 << 10, "schedules of the Hopper backward")
 def _best(s: Sizes) -> Choice:
     return min(candidates(s, splits(s)), key=lambda c: (estimate(s, c), c.split))
 

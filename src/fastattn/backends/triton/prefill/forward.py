@@ -14,8 +14,8 @@ from ...layout import Output
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
@@ -47,7 +47,7 @@ def binaries(problem: Problem) -> list[FlagSet]:
         problem = with_intervals(problem)
         call = representative(problem)
     launches = PrefillKernel(problem, call, choose(problem)).launches(call) + before
-    return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+    return flag_sets(launches)
 
 
 class PrefillKernel(ForwardOnly):
@@ -128,7 +128,7 @@ def _arguments(
         *band(p),
     )
     blocks = (launch.block_m, launch.block_n, *parts(p.head_dim), *parts(p.value_dim))
-    mask_rows = p.dense_mask and p.mask_shape[2] > 1
+    mask_rows = p.masked_rows
     biased = p.mask == "additive"
     gaps = p.mask == "intervals" and p.mask_shape[1] > 1
     return integers, (

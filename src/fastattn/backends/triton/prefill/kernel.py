@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import float_bias, mask_tile, tanh, visible_keys
+from ..walk import keys_to_visit, program_of
 from .block_lists import HEADER
 
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
@@ -198,14 +199,7 @@ def forward_kernel(
     BY_HEAD: tl.constexpr,  # programs in the order of heads, for the L2 cache; else of row blocks, the longest first
     PRECISION: tl.constexpr,  # of float32 products
 ):
-    pid = tl.program_id(0)
-    if BY_HEAD:
-        bh = pid // row_blocks
-        block = pid - bh * row_blocks
-    else:
-        count = tl.num_programs(0) // row_blocks
-        block = pid // count
-        bh = pid - block * count
+    bh, block = program_of(row_blocks, BY_HEAD)
     block = row_blocks - 1 - block  # under a causal mask the last has the most to do
     b = bh // heads
     head = bh - b * heads
@@ -223,25 +217,9 @@ def forward_kernel(
     last = tl.max(tl.where(sees, hi, 0), 0)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head.to(tl.int64) * list_sh + block.to(tl.int64) * list_sm
-        begin = tl.load(lists_ptr) * BLOCK_N
-        full = tl.load(lists_ptr + 1)
-        partial = tl.load(lists_ptr + 2)
-        origin = 0
-        before = 0
-        end = 0
-    else:
-        origin = first
-        if mask_ptr is not None:
-            origin = first // BLOCK_N * BLOCK_N  # where a mask is loaded in wide pieces
-        before = (tl.max(tl.where(sees, lo, 0), 0) - origin + BLOCK_N - 1) // BLOCK_N  # partial blocks before the full
-        begin = origin + before * BLOCK_N
-        full = tl.maximum(tl.min(tl.where(sees, hi, kv_len), 0) - begin, 0) // BLOCK_N
-        if mask_ptr is not None:
-            full = full * 0
-        before = tl.where(full > 0, before, 0)
-        begin = origin + before * BLOCK_N
-        partial = tl.maximum(last - begin - full * BLOCK_N + BLOCK_N - 1, 0) // BLOCK_N + before
-        end = begin + full * BLOCK_N
+    begin, full, partial, origin, before, end = keys_to_visit(
+        lists_ptr, mask_ptr, lo, hi, sees, first, last, kv_len, BLOCK_N
+    )
 
     q_at = (b64 * q_sb + head.to(tl.int64) * q_sh + i.to(tl.int64) * q_si) * UNIT
     q, q_rest = load_rows(q_ptr, q_at, valid, D, HEAD, HEAD_REST)

@@ -55,7 +55,7 @@ _SPARE = 8 << 10  #: bytes of shared memory in which the compiler changes layout
 def choose(problem: Problem) -> Launch:
     """The launch for a problem: the one that is listed for its head dims, made smaller until it fits the GPU."""
     p = problem
-    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if _rows(p) else _HALF
+    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if p.masked_rows else _HALF
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
     limit = usual_shared_memory(p.capability)
@@ -80,12 +80,8 @@ def shared(problem: Problem, launch: Launch) -> int:
             rows += x.block_n * (head + value)
         elif x.stages == 1:
             rows += x.block_n * max(head, value)
-    mask = x.block_m * x.block_n * p.mask_dtype.itemsize if _rows(p) and p.mask_dtype else 0
+    mask = x.block_m * x.block_n * p.mask_dtype.itemsize if p.masked_rows and p.mask_dtype else 0
     return p.dtype.itemsize * rows + mask + (_SPARE if x.block_m > 16 else _SPARE // 4)
-
-
-def _rows(p: Problem) -> bool:
-    return p.dense_mask and p.mask_shape[2] > 1
 
 
 def _smaller(x: Launch) -> Launch:
@@ -117,4 +113,4 @@ def by_head(problem: Problem) -> bool:
     """Whether programs go from head to head, which keeps keys and values in the L2 cache. Not where blocks of rows may
     have different amounts to do: then those of all heads that probably have most go first."""
     p = problem
-    return not (p.banded or _rows(p))
+    return not (p.banded or p.masked_rows)
