@@ -211,6 +211,9 @@ def measure(contenders: Sequence[Contender], device: torch.device, rounds: int, 
                     with contender.context():
                         settle(contender.run, device)
                 us = _sample(contender, device, calls if turn else 3)
+            except torch.AcceleratorError as error:  # nothing runs in this process any more
+                which = f"{contender.case}, {contender.what}, {contender.mode}, {contender.implementation}"
+                raise RuntimeError(f"{which}: {text_of(error)[:200]}") from error
             except Exception as error:
                 errors[i] = text_of(error)[:200]
                 continue

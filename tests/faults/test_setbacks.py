@@ -520,7 +520,8 @@ def test_without_a_thread_a_plan_is_asked_for_again(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", None])
 def test_a_full_gpu(backend: str | None, seed: int) -> None:
-    """All memory taken, by torch and beside it: a call is right or out of memory, and cuDNN's once there is some."""
+    """All memory taken, by torch and beside it: a call is right or out of memory, and a fused kernel's once there is
+    some."""
     fastattn.clear_plans()
     case = Case(batch=1, q_heads=8, kv_heads=2, q_len=777, kv_len=777, head_dim=128, dtype=BF16, mask="causal")
     inputs = make(case, "cuda", seed)
@@ -537,9 +538,10 @@ def test_a_full_gpu(backend: str | None, seed: int) -> None:
     del taken
     torch.cuda.empty_cache()
     refusals._refusals.clear()  # as time would
-    before = fastattn.stats()["calls"].get("cudnn", 0)
+    before = fastattn.stats()["calls"]
     assert_right(case, inputs, run_case(inputs, backend, poison=False), want)
-    assert fastattn.stats()["calls"]["cudnn"] == before + 1
+    served = {name for name, count in fastattn.stats()["calls"].items() if count > before.get(name, 0)}
+    assert served in ([{"cudnn"}] if backend else [{"cudnn"}, {"hopper"}])
 
 
 def test_a_problem_is_what_is_passed_over(moody: Moody, clock: Clock, seed: int) -> None:

@@ -87,7 +87,9 @@ class Prepared:
             self.cases[name] = Ready(
                 case, inputs, {result: x.float() for result, x in reference_results(inputs).items()}
             )
-            backends = [None] if self.on_gpu else [b for b in ("torch", "reference") if not refusals(inputs, b)]
+            asked = ("cudnn",) if self.on_gpu else ("torch", "reference")
+            backends = [None] if self.on_gpu else []
+            backends += [backend for backend in asked if not refusals(inputs, backend)]
             self.turns += [(name, backend) for backend in backends]
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -245,7 +247,7 @@ def test_threads_on_a_gpu(
     before, served = in_use(), fastattn.stats()["calls"]
     stress_and_count(on_gpu, GPU_CALLS, seed, tmp_path, monkeypatch, narrow)
     served = {name: n - served.get(name, 0) for name, n in fastattn.stats()["calls"].items()}
-    assert all(served.get(name, 0) > 500 for name in ("decode", "cudnn", "cudnn.backward")), served
+    assert all(served.get(name, 0) > 300 for name in ("decode", "cudnn", "cudnn.backward")), served
     assert plans.shared.wait()
     after = in_use()
     assert after["bytes"] - before["bytes"] < GROWTH, (before, after)

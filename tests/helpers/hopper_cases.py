@@ -127,17 +127,13 @@ MASKED |= {
     **{name: Kind(_128, "any", lse=True, masks=(name,)) for name in _ROWS},
     "rows-plain": Kind(_128, "full", masks=("rows-bool", "rows-bf16")),
     "rows-causal": Kind(_128, "causal", masks=_ROWS),
-    "rows-lengths": Kind(_128, "any", lse=True, q_lengths=True, kv_lengths=True, masks=_ROWS),
-    "rows-everything": Kind(
-        _128, "any", q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True, lse=True, masks=_ROWS
-    ),
+    "rows-lengths": Kind(_128, "any", lse=True, q_lengths=True, masks=_ROWS),
+    "rows-everything": Kind(_128, "any", q_lengths=True, sinks=torch.float32, softcap=True, lse=True, masks=_ROWS),
     "rows-sinks": Kind(_128, "chunk", sinks=torch.bfloat16, masks=_ROWS),
     "rows-padded": Kind(((72, 72), (80, 80), (104, 88), (128, 64)), "any", lse=True, masks=_ROWS),
     "rows-64": Kind(_64, "any", lse=True, masks=_ROWS),
     "rows-64-plain": Kind(((64, 64), (32, 32), (48, 8)), "full", masks=_ROWS),
-    "rows-64-everything": Kind(
-        _64, "any", q_lengths=True, kv_lengths=True, sinks=torch.bfloat16, softcap=True, lse=True, masks=_ROWS
-    ),
+    "rows-64-everything": Kind(_64, "any", q_lengths=True, sinks=torch.bfloat16, softcap=True, lse=True, masks=_ROWS),
     "rows-192": Kind(((192, 128), (136, 128)), "any", lse=True, masks=_ROWS),
     "rows-256": Kind(((256, 256), (160, 256)), "any", lse=True, masks=_ROWS),
     "rows-odd": Kind(((128, 128), (64, 64)), "any", lse=True, masks=tuple(hopper_masks.ROWS)[4:]),

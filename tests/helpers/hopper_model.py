@@ -191,6 +191,7 @@ class Descriptor:
     def box(self, place: list[Any]) -> tuple[Any, slice, slice]:
         """The part of the tensor that a box covers, and the rows and columns of the box that it fills."""
         b, h, row, column = (int(x) for x in place)
+        assert column * self.size % 16 == 0, "an illegal instruction on a GPU"
         length, dim = self.x.shape[2:]
         begin, end = (min(max(x, 0), length) for x in (row, row + self.rows))
         left, right = (min(max(x, 0), dim) for x in (column, column + self.columns))
@@ -209,6 +210,7 @@ class FlatDescriptor:
 
     def box(self, place: list[Any]) -> tuple[Any, slice, slice]:
         at = int(place[0])
+        assert at % 4 == 0, "an illegal instruction on a GPU"
         assert 0 <= at <= len(self.x) - self.columns
         return self.x[None, at : at + self.columns], slice(0, 1), slice(0, self.columns)
 

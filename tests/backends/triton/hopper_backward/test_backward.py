@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 
 import gradient_bounds
 import naive
@@ -38,6 +41,27 @@ def test_takes_what_it_is_made_for() -> None:
     assert launch.reasons(everything) == []
     for mask, shape in ("segments", (5, 9)), ("intervals", (1, 300)):
         assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
+
+
+FIRST = """
+import torch, fastattn
+q, k, v, grad = torch.randn(4, 1, 2, 128, 64, device="cuda", dtype=torch.bfloat16)
+leaves = [x.requires_grad_() for x in (q, k, v)]
+out = fastattn.scaled_dot_product_attention(*leaves, mask="causal", backend="hopper")
+torch.cuda.synchronize()
+out.backward(grad)
+assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves)
+print("fine")
+"""
+
+
+@pytest.mark.gpu
+@_on_hopper
+def test_the_first_thing_that_autograds_thread_does() -> None:
+    """It has no CUDA context then."""
+    environment = os.environ | {"FASTATTN_COMPILE": "wait"}
+    done = subprocess.run([sys.executable, "-c", FIRST], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "fine\n", done.stderr
 
 
 @pytest.mark.parametrize(

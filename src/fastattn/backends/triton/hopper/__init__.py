@@ -23,10 +23,7 @@ class HopperBackend:
     def reasons(self, problem: Problem) -> list[str]:
         if problem.backward:
             return _backward().reasons(problem)
-        why = launch.reasons(problem)
-        if problem.masked_rows:
-            why.append("its kernel for masks with rows ended in CUDA errors on a GPU, for small masks")
-        return why
+        return launch.reasons(problem)
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.backward:

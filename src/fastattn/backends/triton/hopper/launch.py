@@ -47,6 +47,8 @@ def reasons(problem: Problem) -> list[str]:
     p, why = problem, refusals(problem)
     if p.masked_rows and p.mask == "additive" and p.mask_dtype not in _BIASES:
         why.append(f"has no {str(p.mask_dtype).removeprefix('torch.')} mask with a row for each query")
+    if p.masked_rows and p.kv_lengths:
+        why.append("has no lengths of keys beside a mask with a row for each query")
     if not p.empty and dims(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to 256")
     return why

@@ -6,8 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...._compat.gluon import barrier
-from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, ROWS, Seen
-from .tiles import block_start, listed_start, row_bounds, tile_fields
+from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, NO_TILES, ROWS, Seen
+from .tiles import block_start, row_bounds, tile_fields
 from .turns import here, next_slot
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
@@ -43,7 +43,7 @@ def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
     if cfg.MASK == BAND:
         bottom = gl.maximum(anchor + (group * ROWS + ROWS - 1) - shape.left, 0)
         cut = gl.maximum(first + cfg.BLOCK_N - bottom, 0) // cfg.BLOCK_N
-    if cfg.BLOCK_N < cfg.BLOCK_M:
+    if cfg.BLOCK_N < cfg.BLOCK_M or cfg.TILES != NO_TILES:  # a block that begins at a multiple may end too late
         if cfg.MASK == BAND:
             top = anchor + group * ROWS + shape.right
             edge = (gl.maximum(first + cfg.BLOCK_N - 1 - top, 0) + cfg.BLOCK_N - 1) // cfg.BLOCK_N
@@ -56,15 +56,16 @@ def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
 def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
     """s, the scores of block j (with LISTED, of the block of that index), with -inf where a row does not see a key.
     anchor, first: see `span`."""
-    least = 0
     if cfg.LISTED:
-        least = j * cfg.BLOCK_N
-        start = listed_start(j, first, cfg)
+        start = j * cfg.BLOCK_N
     else:
         start = block_start(anchor, first, j, cfg)
     cols = gl.arange(0, cfg.BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
+    if cfg.TILES != NO_TILES:
+        s = gl.where((cols < shape.kv_len - start)[None, :], s, float("-inf"))
     if cfg.MASK == FULL:
-        s = gl.where((cols >= least - start)[None, :], s, float("-inf"))
+        if cfg.TILES == NO_TILES:
+            s = gl.where((cols >= 0 - start)[None, :], s, float("-inf"))
     elif cfg.MASK == INTERVALS:
         # The last block may begin late, at the tile's first key: then its end repeats the block before.
         end = first - (j - 1) * cfg.BLOCK_N - start
@@ -76,7 +77,7 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (anchor + group * ROWS - start)
         if cfg.MASK == BAND:
             visible = cols[None, :] <= (rows + shape.right)[:, None]
-            visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, least - start)[:, None])
+            visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, 0 - start)[:, None])
         else:
             visible = cols[None, :] <= rows[:, None]
         s = gl.where(visible, s, float("-inf"))
@@ -86,8 +87,8 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
 @gluon.jit
 def is_cut(index, anchor, first, group: gl.constexpr, shape, cfg):
     """Whether `mask` hides anything of the block of that index. Only with LISTED."""
-    start = listed_start(index, first, cfg)
-    cut = start < index * cfg.BLOCK_N
+    start = index * cfg.BLOCK_N
+    cut = start > first
     if cfg.MASK == BAND:
         position = anchor + group * ROWS  # of the consumer's first row
         cut = cut | (start + cfg.BLOCK_N - 1 > position + shape.right) | (start < position + ROWS - 1 - shape.left)

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...._compat.gluon import load_tile
 from .parts import NO_TILES, ROWS
-from .tiles import block_start, listed_index, listed_start, read_list, share, span, start_walk, tile, total_tiles
+from .tiles import block_start, listed_index, read_list, share, span, start_walk, tile, total_tiles
 from .turns import next_slot
 
 
@@ -46,7 +46,7 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
             load_tile(q_desc, [b, h, row, 0], full, pipe.q.index(q_slot * 2 + group))
         for j in range(n):
             if cfg.LISTED:
-                row = listed_start(index, first, cfg)
+                row = index * cfg.BLOCK_N
                 if j + 1 < n:  # early: it is there when it is needed
                     index = listed_index(listed, j + 1)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ....shape_cache import shape_cache
 from ...layout import copied
 from ..arguments import broadcast_strides
-from ..cuda_driver import Description, describe, describe_flat
+from ..cuda_driver import Description, describe, describe_flat, make_current
 from .binary import ROWS, Flags
 
 ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
@@ -43,15 +43,23 @@ def _description(x: Tensor, dtype: str, rows: int, columns: int) -> Description:
     key = x.data_ptr(), x.shape, x.stride(), dtype, rows, columns
     found: Description | None = _descriptions.get(key)
     if found is None:
+        _with_context(x)
         found = _descriptions[key] = describe(*key)
     return found
 
 
-def described_row(address: int, count: int, columns: int) -> Description:
-    """Of `count` float32 numbers in a row, in boxes of `columns`."""
-    key = address, count, columns
+def _with_context(x: Tensor) -> None:
+    """Describing needs one, and a thread may have none yet: autograd's, before anything ran in it."""
+    if x.is_cuda:
+        make_current(x.device.index)
+
+
+def described_row(x: Tensor, columns: int) -> Description:
+    """Of the float32 numbers of `x`, which lie in a row, in boxes of `columns`."""
+    key = x.data_ptr(), x.numel(), columns
     found: Description | None = _descriptions.get(key)
     if found is None:
+        _with_context(x)
         found = _descriptions[key] = describe_flat(*key)
     return found
 

@@ -11,6 +11,10 @@ them with 0.
 With bounds of each row (INTERVALS) what lies before a tile's first key is as unknown as what lies past its last. There
 the last block begins at the first key, and repeats keys of the block before it, which it masks. Only a tile of fewer
 keys than a block has is left with others in it: see `masking.drop_unseen`.
+
+Under a mask with a row for each query a block begins at a multiple of ALIGNED_KEYS: the copy engine reads no tile of a
+mask from another key on. Such a block may reach past the last key, where keys, values and mask read as 0: the entry has
+as many keys as the tensors there, `KV_LENGTHS` is never beside such a mask.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
@@ -19,7 +23,9 @@ from triton.experimental.gluon import language as gl
 
 from ..bounds_kernel import FIELDS, HEADER
 from ..prefill.block_lists import HEADER as LIST_HEADER
-from .parts import BAND, FULL, INTERVALS, Listed
+from .parts import BAND, FULL, INTERVALS, NO_TILES, Listed
+
+ALIGNED_KEYS = gl.constexpr(16)  # bytes, which the copy engine wants: as many keys, of the smallest elements
 
 
 @gluon.jit
@@ -50,9 +56,9 @@ def span(m, b, h, shape, cfg):
     """The keys of row block m of batch entry b, head h.
 
     Returns an anchor, the first key of the first block, and how many blocks there are: at least one, so that a tile
-    without keys is no special case. Blocks go upwards without a band, downwards with one. The anchor is the position of
-    the first query, or with INTERVALS the first key that the tile sees. With LISTED the order is the list's, and the
-    first key is that of the entry's last block.
+    without keys is no special case. Blocks go upwards without a band or a mask with rows, else downwards. The anchor is
+    the position of the first query, or with INTERVALS the first key that the tile sees. With LISTED the order is the
+    list's, and the first key is that of a block that ends with the last key.
     """
     if cfg.LISTED:
         return _span_of_list(m, b, h, shape, cfg)
@@ -81,10 +87,9 @@ def _list_of(m, b, h, shape):
 
 @gluon.jit
 def _span_of_list(m, b, h, shape, cfg):
-    kv_len = keys_of(b, shape, cfg)
     at = _list_of(m, b, h, shape)
     n = gl.maximum(gl.load(at + 1) + gl.load(at + 2), 1)
-    return m * cfg.BLOCK_M + kv_len - queries_of(b, shape, cfg), kv_len - cfg.BLOCK_N, n
+    return m * cfg.BLOCK_M + shape.kv_len - queries_of(b, shape, cfg), shape.kv_len - cfg.BLOCK_N, n
 
 
 @gluon.jit
@@ -110,13 +115,6 @@ def listed_index(listed, j):
     if j < listed.others:
         index = gl.load(listed.at + j)
     return index
-
-
-@gluon.jit
-def listed_start(index, first, cfg):
-    """The first key of the block of that index. The entry's last block is moved up to end with the last key: then its
-    beginning repeats keys of the block before."""
-    return gl.minimum(index * cfg.BLOCK_N, first)
 
 
 @gluon.jit
@@ -149,12 +147,16 @@ def _span_of_band(m, b, shape, cfg):
     if cfg.MASK == FULL:
         n = gl.maximum((kv_len + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
         first = kv_len - n * cfg.BLOCK_N
+        if cfg.TILES != NO_TILES:
+            first = (n - 1) * cfg.BLOCK_N
     else:
         end = position + cfg.BLOCK_M
         begin = 0
         if cfg.MASK == BAND:
             end = gl.minimum(end + shape.right, kv_len)
             begin = gl.maximum(position - shape.left, 0)
+        if cfg.TILES != NO_TILES:
+            end = (end + ALIGNED_KEYS - 1) // ALIGNED_KEYS * ALIGNED_KEYS
         n = gl.maximum((end - begin + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
         first = end - cfg.BLOCK_N
     return position, first, n
@@ -163,7 +165,7 @@ def _span_of_band(m, b, shape, cfg):
 @gluon.jit
 def block_start(anchor, first, j, cfg):
     """The first key of block j."""
-    if cfg.MASK == FULL:
+    if cfg.MASK == FULL and cfg.TILES == NO_TILES:
         return first + j * cfg.BLOCK_N
     elif cfg.MASK == INTERVALS:
         return gl.maximum(first - j * cfg.BLOCK_N, gl.minimum(anchor, first))

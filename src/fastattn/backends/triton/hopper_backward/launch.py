@@ -217,7 +217,7 @@ class Backward(BackwardOnly):
         rows = pieces["rows"]
         descriptions = [
             q_described, grad_out_described, k_described, v_described,
-            described_row(rows.data_ptr(), rows.numel(), ROWS),
+            described_row(rows, ROWS),
             described(dk, dtype, HALF)[1], described(dv, dtype, HALF)[1],
         ]  # fmt: skip
         if self._bounds is not None:
