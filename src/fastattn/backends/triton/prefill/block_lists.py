@@ -29,6 +29,7 @@ INTEGERS = [*_MASK, "list_heads", "row_blocks", "q_len", "kv_len", "left", "righ
 HEADER = tl.constexpr(LIST_HEADER)
 _PARTIAL = tl.constexpr(1)
 _FULL = tl.constexpr(2)
+_AT_ONCE = tl.constexpr(32)  # rows of a block whose mask is loaded together
 
 
 @triton.jit
@@ -42,10 +43,12 @@ def _seen_and_neutral(bias):
 
 
 @triton.jit
-def _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M: tl.constexpr):
-    """A block's rows, whether each is there, and the keys that band and lengths let each see."""
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = i < q_len
+def _rows(
+    b, begin, end, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The rows from `begin` on, and the keys that band and lengths let each see: none, from row `end` on."""
+    i = begin + tl.arange(0, ROWS)
+    valid = i < end
     lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
     return i, lo, hi
 
@@ -67,14 +70,29 @@ def _may_be_uniform(
 
 @triton.jit
 def _state(
-    mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr
+    mask_ptr, b, block, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si, mask_sj,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """A block's state, from all of it."""
+    """A block's state, from all of it.
+
+    Some rows at a time, and one reduction at the end: so many loads are on their way, and few registers taken, that
+    memory is what it waits for. What is loaded does not depend on band and lengths: neighbours come in one load.
+    """
+    ROWS: tl.constexpr = _AT_ONCE if BLOCK_M > _AT_ONCE else BLOCK_M
     j = start + tl.arange(0, BLOCK_N)
-    bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, bounded, mask_si, mask_sj, UNIT, True, ADJACENT))
-    hidden = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) == 0
-    full = tl.min(tl.min(((neutral & bounded) | (hi <= lo)[:, None]).to(tl.int32), 1), 0) > 0
+    some = tl.zeros([ROWS, BLOCK_N], tl.int1)
+    every = tl.full([ROWS, BLOCK_N], 1, tl.int1)
+    for part in tl.static_range(BLOCK_M // ROWS):
+        i, lo, hi = _rows(
+            b, block * BLOCK_M + part * ROWS, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, ROWS
+        )
+        there = (i < q_len)[:, None] & (j < (kv_len + UNIT - 1) // UNIT * UNIT)[None, :]
+        seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
+        bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+        some = some | (seen & bounded)
+        every = every & ((neutral & bounded) | (hi <= lo)[:, None])
+    hidden = tl.max(tl.max(some.to(tl.int32), 1), 0) == 0
+    full = tl.min(tl.min(every.to(tl.int32), 1), 0) > 0
     return tl.where(hidden, 0, tl.where(full, _FULL, _PARTIAL))
 
 
@@ -105,7 +123,7 @@ def classify_kernel(
     block = tl.program_id(0) - entry * row_blocks
     b = entry // list_heads
     key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
-    i, lo, hi = _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
+    i, lo, hi = _rows(b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
     sees = hi > lo
     first = tl.min(tl.where(sees, lo, kv_len), 0)
     last = tl.max(tl.where(sees, hi, 0), 0)
@@ -122,7 +140,10 @@ def classify_kernel(
                     mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT
                 )
             if unsure:
-                state = _state(mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ADJACENT)
+                state = _state(
+                    mask_ptr, b, block, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si,
+                    mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT,
+                )  # fmt: skip
         tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state)
 
 
@@ -166,7 +187,9 @@ def list_kernel(
             last_full = last
         else:
             block = program - entry * row_blocks
-            _, lo, hi = _rows(b, block, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
+            _, lo, hi = _rows(
+                b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M
+            )
             sees = hi > lo
             first = tl.min(tl.where(sees, lo, kv_len), 0)
             last = tl.max(tl.where(sees, hi, 0), 0)

@@ -14,7 +14,7 @@ from .launch_config import LIST_HEADER
 
 _CLASSIFY = NamedKernel(f"{__package__}.block_lists", "classify_kernel")
 _LIST = NamedKernel(f"{__package__}.block_lists", "list_kernel")
-_CLASSIFIED = 4  #: blocks of keys that one program classifies
+_CLASSIFIED = 1  #: blocks of keys that one program classifies
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
 
