@@ -54,11 +54,18 @@ def float_bias(bias):
 
 
 @triton.jit
+def whole_pieces(last, UNIT: tl.constexpr):
+    """The bound `last` of the keys that are wanted of a mask, rounded up to whole units: what lies before it is loaded
+    a unit at a time. The mask has those keys: with units of more than one element it has a whole number of them."""
+    return (last + UNIT - 1) // UNIT * UNIT
+
+
+@triton.jit
 def mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT: tl.constexpr, ROWS: tl.constexpr, ADJACENT: tl.constexpr):
     """A mask's entries of queries i and keys j, `[queries, keys]`; `[1, keys]` of a mask that all queries share.
 
-    there: which of them are wanted, of the same shape. mask_si, mask_sj: strides in units of UNIT elements. ADJACENT:
-    neighbouring keys are neighbours in memory.
+    there: which of them are wanted, of the same shape (see `whole_pieces`). mask_si, mask_sj: strides in units of UNIT
+    elements. ADJACENT: neighbouring keys are neighbours in memory.
     """
     at = (j.to(tl.int64) if ADJACENT else j.to(tl.int64) * mask_sj * UNIT)[None, :]
     if ROWS:

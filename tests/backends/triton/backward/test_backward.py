@@ -15,7 +15,9 @@ from portable_cases import SERVED, sized
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends.triton.backward import backward, launch, launch_config, passes
+from fastattn.backends.triton.backward import backward, launch, launch_config
+from fastattn.backends.triton.backward.before import Before
+from fastattn.backends.triton.backward.sizes import Sizes, Walk
 from fastattn.call import Problem
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -241,7 +243,7 @@ def test_one_kernel_serves_other_data(device: str) -> None:
 def test_programs_share_a_group(q_heads: int, device: str) -> None:
     case = CASE.but(q_heads=q_heads, kv_heads=2, mask="causal", grads="qkv", q_len=20, kv_len=40)
     p = Problem.of(call_of(make(case, device)))
-    sizes = passes.Sizes(p, backward.choose(p), 0, passes.Before(p, call_of(make(case, device)), backward.choose(p)))
+    sizes = Sizes(p, backward.choose(p), 0, Before(p, call_of(make(case, device)), backward.choose(p)))
     assert sizes.group_parts == q_heads // 2
     check(case, device)
 
@@ -251,11 +253,11 @@ def test_programs_share_a_sum(shape: str, device: str, monkeypatch: pytest.Monke
     """Where there is one, and not where there are programs enough."""
     case = CASE.but(mask=f"additive:{shape}", q_len=20, kv_len=40, grads="m", batch=3)
     p = Problem.of(call_of(make(case, device)))
-    walk = passes._Walk.of(p, backward.choose(p))
+    walk = Walk.of(p, backward.choose(p))
     assert (walk.parts > 1) == (shape != "bhqk")
     check(case, device)
     monkeypatch.setattr(launch_config, "PROGRAMS", 1)
-    assert passes._Walk.of(p, backward.choose(p)).parts == 1
+    assert Walk.of(p, backward.choose(p)).parts == 1
     check(case, device)
 
 
@@ -265,7 +267,7 @@ def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
         batch=8, q_heads=12, kv_heads=12, q_len=2048, kv_len=2048, head_dim=64, value_dim=64, right=-1, grads="qkvm",
         mask="additive", mask_shape=(1, 12, 2048, 2048), mask_dtype=BF16,
     )  # fmt: skip
-    walk = passes._Walk.of(p, launch_config.choose(p))
+    walk = Walk.of(p, launch_config.choose(p))
     assert walk.parts == 1 and walk.each == 8
 
 

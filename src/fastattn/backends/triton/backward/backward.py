@@ -20,8 +20,10 @@ from ..binding import TILE, readable, with_bounds, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
 from ..representative import representative, stand_in
+from .before import Before
 from .launch_config import Launch, choose, variants
-from .passes import Before, Passes, Sizes
+from .passes import Passes
+from .sizes import Sizes
 
 _LOG2_E = math.log2(math.e)
 _MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows
-from ..masking import mask_tile, visible_keys
+from ..masking import mask_tile, visible_keys, whole_pieces
+from .prepare import STAT_ROWS
 from .prepare import UNIT as OUT_UNIT
 from .scores import probabilities, score_gradient
 
@@ -20,7 +21,7 @@ from .scores import probabilities, score_gradient
 INTEGERS = [
     "q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj", "do_sb", "do_sh", "do_si",
     "mask_sb", "mask_sh", "mask_si", "mask_sj", "mask_heads", "row_tiles", "key_tiles", "walk", "walk_heads",
-    "walk_rows", "walk_keys", "walk_each", "batch", "heads", "group", "q_len", "kv_len", "left", "right",
+    "walk_rows", "walk_keys", "walk_each", "batch", "heads", "group", "stat_blocks", "q_len", "kv_len", "left", "right",
 ]  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def bias_kernel(
     batch,
     heads,
     group,
+    stat_blocks,
     q_len,
     kv_len,
     left,
@@ -81,6 +83,7 @@ def bias_kernel(
     MASK_ROWS: tl.constexpr,
     MASK_KEYS: tl.constexpr,
     MASK_ADJACENT: tl.constexpr,
+    BOUNDED: tl.constexpr,  # not the mask alone says which keys a row sees
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -92,7 +95,7 @@ def bias_kernel(
     mask_entry = entry // mask_heads
     begin = tl.program_id(1) * walk_each
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    per_entry = (batch.to(tl.int64) * heads) * q_len
+    stats = stat_blocks.to(tl.int64) * STAT_ROWS
     for step in range(begin, tl.minimum(begin + walk_each, walk)):
         n = step % walk_keys + key_tile
         rest = step // walk_keys
@@ -108,26 +111,34 @@ def bias_kernel(
         j64 = j.to(tl.int64)
         valid = i < q_len
         inside = j < kv_len
-        lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
-        seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-        there = valid[:, None] & inside[None, :] if MASK_ROWS else inside[None, :]
+        seen = None
+        if BOUNDED:
+            lo, hi = visible_keys(
+                b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
+            )  # fmt: skip
+            seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+        elif not MASK_KEYS:
+            seen = valid[:, None] & inside[None, :]
+        pieces = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
+        there = valid[:, None] & pieces if MASK_ROWS else pieces
         at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT
         mask = mask_tile(at, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
-        stats = stats_ptr + (b64 * heads + head) * q_len + i
-        lse = tl.load(stats, mask=valid, other=float("inf"))
-        delta = tl.load(stats + per_entry, mask=valid, other=0.0)
+        row_stats = stats_ptr + (b64 * heads + head) * stats + i
+        lse = tl.load(row_stats)
+        delta = tl.load(row_stats + batch * heads * stats)
+        alive = lse < float("inf")  # other rows and their dO may hold anything
         q_at = (b64 * q_sb + head * q_sh + i64 * q_si) * UNIT
-        q, q_rest = load_rows(q_ptr, q_at, valid, D, HEAD, HEAD_REST)
+        q, q_rest = load_rows(q_ptr, q_at, alive, D, HEAD, HEAD_REST)
         k_at = (b64 * k_sb + kv_head * k_sh + j64 * k_sj) * UNIT
         k, k_rest = load_rows(k_ptr, k_at, inside, D, HEAD, HEAD_REST)
         do_at = (b64 * do_sb + head * do_sh + i64 * do_si) * OUT_UNIT
-        do, do_rest = load_rows(do_ptr, do_at, valid, DV, VALUE, VALUE_REST)
+        do, do_rest = load_rows(do_ptr, do_at, alive, DV, VALUE, VALUE_REST)
         v_at = (b64 * v_sb + kv_head * v_sh + j64 * v_sj) * UNIT
         v, v_rest = load_rows(v_ptr, v_at, inside, DV, VALUE, VALUE_REST)
         s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
         dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-        p, s, seen = probabilities(s, lse[:, None], mask, seen, inner, factor, False, True, SOFTCAP)
-        total += score_gradient(p, dp, delta[:, None], seen, False)
+        p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, True, SOFTCAP)
+        total += score_gradient(p, dp, delta[:, None], seen)
 
     rows = q_len if MASK_ROWS else 1
     columns = kv_len if MASK_KEYS else 1

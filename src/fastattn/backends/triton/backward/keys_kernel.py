@@ -11,17 +11,19 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
-from ..masking import float_bias, lengths_of, mask_tile, visible_keys
+from ..masking import float_bias, lengths_of, mask_tile, visible_keys, whole_pieces
 from ..walk import program_of
+from .prepare import STAT_ROWS
 from .prepare import UNIT as OUT_UNIT
-from .ranges import FIELDS, band_range
+from .ranges import FIELDS, LIST_HEADER, band_range
 from .scores import before_softcap, probabilities, score_gradient
 
 #: Never specialised.
 INTEGERS = [
     "q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj", "do_sb", "do_sh", "do_si",
     "mask_sb", "mask_sh", "mask_si", "mask_sj", "list_sb", "list_sh", "interval_sb", "interval_si",
-    "batch", "kv_heads", "group", "heads_each", "key_blocks", "row_blocks", "q_len", "kv_len", "left", "right",
+    "batch", "kv_heads", "group", "heads_each", "key_blocks", "row_blocks", "stat_blocks", "q_len", "kv_len", "left",
+    "right",
 ]  # fmt: skip
 
 
@@ -38,6 +40,7 @@ def _step(
     dv_rest,
     b,
     j,
+    entries,  # of a mask that all queries share and that adds something: [keys, 1], or None
     q_ptr,
     do_ptr,
     stats_ptr,
@@ -60,7 +63,9 @@ def _step(
     last,
     inner,
     factor,
-    FULL: tl.constexpr,
+    FULL: tl.constexpr,  # every query sees every key, as far as bounds go
+    WHOLE: tl.constexpr,  # and there is no query that sees no key
+    TILES: tl.constexpr,  # the block begins at a multiple of its size, so that there are statistics of all its rows
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     D: tl.constexpr,
@@ -84,39 +89,46 @@ def _step(
     i64 = i.to(tl.int64)
     wanted = None
     seen = None
-    mask = None
-    if FULL:
+    mask = entries
+    if TILES or WHOLE:
         lse = tl.load(stats_ptr + i)
         delta = tl.load(delta_ptr + i)
+        valid = i < q_len
     else:
         valid = i < last
         lse = tl.load(stats_ptr + i, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + i, mask=valid, other=0.0)
+        wanted = valid
+    if CHECKED and not WHOLE:
+        # Queries that see no key may hold anything, as may their dO, and 0 * NaN is not 0: they are not loaded.
+        wanted = lse < float("inf")
+    if not FULL:
         lo, hi = visible_keys(
             b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left,
             right,
         )  # fmt: skip
         seen = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])
-        # Queries that see no key may hold anything, as may their dO, and 0 * NaN is not 0: they are not loaded.
-        wanted = valid & (lse < float("inf")) if CHECKED else valid
-        if mask_ptr is not None:
-            inside = (j < kv_len)[None, :]
-            there = valid[:, None] & inside if MASK_ROWS else inside
-            mask = tl.trans(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT))
+    if mask_ptr is not None:
+        inside = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
+        there = valid[:, None] & inside if MASK_ROWS else inside
+        mask = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
+        if BIASED:  # before it is transposed, which takes fewer registers
+            mask = float_bias(mask)
+        mask = tl.trans(mask)
     q, q_rest = load_rows(q_ptr, i64 * q_si * UNIT, wanted, D, HEAD, HEAD_REST)
     do, do_rest = load_rows(do_ptr, i64 * do_si * OUT_UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(k, k_rest, q, q_rest, HEAD_REST, PRECISION)
     if KEYS:
         dp = dot_rows(v, v_rest, do, do_rest, VALUE_REST, PRECISION)
-    p, s, seen = probabilities(s, lse[None, :], mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
+    p, s = probabilities(s, lse[None, :], mask, seen, inner, factor, BIASED, SOFTCAP)
     if VALUES:
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision=PRECISION)
         if VALUE_REST > 0:
             dv_rest = tl.dot(weights, do_rest, dv_rest, input_precision=PRECISION)
     if KEYS:
-        ds = score_gradient(p, dp, delta[None, :], seen, FULL)
-        ds = before_softcap(ds, s, seen, FULL, SOFTCAP).to(q.dtype)
+        ds = score_gradient(p, dp, delta[None, :], seen)
+        ds = before_softcap(ds, s, seen, SOFTCAP).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if HEAD_REST > 0:
             dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
@@ -165,6 +177,7 @@ def keys_kernel(
     heads_each,  # query heads of one program: the group, or a part of it
     key_blocks,
     row_blocks,  # of the lists
+    stat_blocks,
     q_len,
     kv_len,
     left,
@@ -184,6 +197,8 @@ def keys_kernel(
     MASK_UNIT: tl.constexpr,
     MASK_ROWS: tl.constexpr,  # the mask is not the same for all queries
     MASK_ADJACENT: tl.constexpr,
+    MASK_HEADS: tl.constexpr,  # the mask is not the same for all heads of a group
+    BOUNDED: tl.constexpr,  # not the mask alone says which keys a row sees
     BIASED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CHECKED: tl.constexpr,  # between queries that see a key of the block may lie some that see no key at all
@@ -210,22 +225,28 @@ def keys_kernel(
     else:
         first, last, full_first, full_last = band_range(start, queries, keys, left, right, BLOCK_N)
     first_head = kv_head * group + part * heads_each
+    entries = None
+    shared: tl.constexpr = mask_ptr is not None and not MASK_ROWS and not MASK_HEADS
+    tiles: tl.constexpr = mask_ptr is not None and not shared
     if mask_ptr is not None:
         mask_ptr += b64 * mask_sb * MASK_UNIT
+    if shared:  # one row of a mask for all that this program meets
+        at = mask_ptr + first_head.to(tl.int64) * mask_sh * MASK_UNIT
+        inside = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
+        shown = tl.trans(mask_tile(at, j, j, inside, 0, mask_sj, MASK_UNIT, False, MASK_ADJACENT))
+        if BIASED:
+            entries = float_bias(shown)
+            shown = entries > float("-inf")
+        # Keys that no query sees: nothing to do.
+        last = last * tl.max(tl.max((shown & (j < kv_len)[:, None]).to(tl.int32), 1), 0)
+    if tiles:
+        first = first // BLOCK_M * BLOCK_M
         full = 0 * block
         before = 0 * block
-        if not MASK_ROWS:  # keys that no query of the head sees: nothing to do, if there is one mask for all heads
-            if mask_sh == 0:
-                entries = mask_tile(mask_ptr, j, j, (j < kv_len)[None, :], 0, mask_sj, MASK_UNIT, False, MASK_ADJACENT)
-                if BIASED:
-                    shown = (float_bias(entries) > float("-inf")) & (j < kv_len)[None, :]
-                    some = tl.max(tl.max(shown.to(tl.int32), 1), 0)
-                else:
-                    some = tl.max(tl.max(entries.to(tl.int32), 1), 0)
-                last = last * some
     else:
+        first = first // 2 * 2  # statistics are loaded in pairs
         before = tl.maximum(full_first - first + BLOCK_M - 1, 0) // BLOCK_M
-        full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
+        full = tl.maximum(tl.minimum(full_last, last) - first - before * BLOCK_M, 0) // BLOCK_M
         before = tl.where(full > 0, before, 0)
     after = tl.maximum(last - first - (before + full) * BLOCK_M + BLOCK_M - 1, 0) // BLOCK_M
     partial = before + after
@@ -238,25 +259,26 @@ def keys_kernel(
     q_ptr += (b64 * q_sb + first_head.to(tl.int64) * q_sh) * UNIT
     do_ptr += (b64 * do_sb + first_head.to(tl.int64) * do_sh) * OUT_UNIT
     heads = (kv_heads * group).to(tl.int64)
-    stats_ptr += (b64 * heads + first_head) * q_len
-    delta_ptr = stats_ptr + batch * heads * q_len
+    stats = stat_blocks.to(tl.int64) * STAT_ROWS
+    stats_ptr += (b64 * heads + first_head) * stats
+    delta_ptr = stats_ptr + batch * heads * stats
     dk = tl.zeros([BLOCK_N, HEAD], tl.float32)
     dk_rest = tl.zeros([BLOCK_N, HEAD_REST if HEAD_REST else 16], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE], tl.float32)
     dv_rest = tl.zeros([BLOCK_N, VALUE_REST if VALUE_REST else 16], tl.float32)
 
-    if mask_ptr is None:
+    if not tiles:
         for t in range(full * heads_each):
             g = t // full
             row = first + (before + t - g * full) * BLOCK_M
             g = g.to(tl.int64)
             dk, dk_rest, dv, dv_rest = _step(
-                row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, delta_ptr + g * q_len,
-                None, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb,
-                interval_si, q_len, kv_len, left, right, last, inner, factor, True, dk_ptr is not None,
-                dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
-                MASK_ADJACENT, BIASED, SOFTCAP, CHECKED, PRECISION,
+                row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr + g
+                * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, None, lo_ptr, hi_ptr, q_lengths_ptr,
+                kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len, left, right,
+                last, inner, factor, True, True, tiles, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD,
+                HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, CHECKED,
+                PRECISION,
             )  # fmt: skip
     if lists_ptr is None:
         for t in range(partial * heads_each):
@@ -265,32 +287,48 @@ def keys_kernel(
             row = first + tl.where(t < before, t, t + full) * BLOCK_M
             g = g.to(tl.int64)
             masked = None
-            if mask_ptr is not None:
+            if tiles:
                 masked = mask_ptr + (first_head + g) * mask_sh * MASK_UNIT
             dk, dk_rest, dv, dv_rest = _step(
-                row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, delta_ptr + g * q_len,
-                masked, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb,
-                interval_si, q_len, kv_len, left, right, last, inner, factor, False, dk_ptr is not None,
-                dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
-                MASK_ADJACENT, BIASED, SOFTCAP, CHECKED, PRECISION,
+                row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr + g
+                * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, masked, lo_ptr, hi_ptr,
+                q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len,
+                left, right, last, inner, factor, not BOUNDED, False, tiles, dk_ptr is not None, dv_ptr is not None, D,
+                DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED,
+                SOFTCAP, CHECKED, PRECISION,
             )  # fmt: skip
     else:
         for h in range(heads_each):
             head = (first_head + h).to(tl.int64)
-            list_ptr = lists_ptr + b64 * list_sb + head * list_sh + block.to(tl.int64) * (row_blocks + 1)
+            list_ptr = lists_ptr + b64 * list_sb + head * list_sh + block.to(tl.int64) * (row_blocks + LIST_HEADER)
             g = (head - first_head).to(tl.int64)
-            for t in range(tl.load(list_ptr)):
-                row = tl.load(list_ptr + 1 + t) * BLOCK_M
+            full = tl.load(list_ptr)
+            partial = tl.load(list_ptr + 1)
+            for t in range(full):
+                row = tl.load(list_ptr + LIST_HEADER + t) * BLOCK_M
                 dk, dk_rest, dv, dv_rest = _step(
-                    row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                    q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len,
-                    delta_ptr + g * q_len, mask_ptr + head * mask_sh * MASK_UNIT, lo_ptr, hi_ptr, q_lengths_ptr,
-                    kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len, left, right,
-                    last, inner, factor, False, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD,
-                    HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, CHECKED,
-                    PRECISION,
+                    row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr
+                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, None, lo_ptr, hi_ptr,
+                    q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len,
+                    kv_len, left, right, last, inner, factor, True, False, tiles, dk_ptr is not None, dv_ptr is not
+                    None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
+                    MASK_ADJACENT, BIASED, SOFTCAP, CHECKED, PRECISION,
                 )  # fmt: skip
+            for t in range(partial):
+                row = tl.load(list_ptr + LIST_HEADER + full + t) * BLOCK_M
+                dk, dk_rest, dv, dv_rest = _step(
+                    row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr
+                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, mask_ptr + head * mask_sh *
+                    MASK_UNIT, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj,
+                    interval_sb, interval_si, q_len, kv_len, left, right, last, inner, factor, not BOUNDED, False,
+                    tiles, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST,
+                    UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, CHECKED, PRECISION,
+                )  # fmt: skip
+    if shared and not BIASED:
+        dk = tl.where(shown, dk, 0.0)
+        dv = tl.where(shown, dv, 0.0)
+        dk_rest = tl.where(shown, dk_rest, 0.0)
+        dv_rest = tl.where(shown, dv_rest, 0.0)
     at = ((part * batch + b64) * kv_len + j) * kv_heads + kv_head
     if dk_ptr is not None:
         store_rows(dk_ptr, at * D, j < kv_len, dk * scale, dk_rest * scale, D, HEAD, HEAD_REST)

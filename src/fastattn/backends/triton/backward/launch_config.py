@@ -20,6 +20,8 @@ PROGRAMS = 256
 FEW = 132  #: programs that leave a part of a GPU without one
 MOST_PIECES = 1 << 22  #: bytes of sums that programs which share a mask's gradient may write
 RANGE_FIELDS = 4  #: int32 of a range, see `ranges.range_kernel`
+STAT_BLOCK = 64  #: rows whose statistics one program of `prepare_kernel` finds
+KEY_LIST_HEADER = 2  #: numbers before the blocks of a list, see `ranges.key_list_kernel`
 MOST_SUMS = 1 << 26  #: bytes of sums that programs which share a group may write: dK and dV in float32, each
 
 
@@ -40,6 +42,7 @@ class Launch:
     keys: Tile
     queries: Tile
     bias: Tile
+    exact: str = "bf16x6"  #: how products of float32 are computed: in Triton's words, as exact as float32 is
 
 
 _LEAST = Tile(16, 16, 4, 1)
@@ -101,7 +104,7 @@ def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
 
     keys = fitting(_SMALL.keys if few_keys else found.keys)
     queries = fitting(_SMALL.queries if few_queries else found.queries)
-    return Launch(keys, keys if p.masked_rows else queries, fitting(found.bias))
+    return replace(found, keys=keys, queries=keys if p.masked_rows else queries, bias=fitting(found.bias))
 
 
 def _has_small(p: Problem) -> bool:
@@ -152,6 +155,12 @@ def listed(problem: Problem) -> bool:
     """Whether the blocks that a tensor mask with rows hides are found before the passes."""
     p = problem
     return p.masked_rows and p.mask_shape[3] > 1 and p.kv_len >= LISTED_KEYS
+
+
+def bounded(problem: Problem) -> bool:
+    """Whether not a tensor mask alone says which keys a row sees."""
+    p = problem
+    return not p.dense_mask or p.banded or p.q_lengths or p.kv_lengths
 
 
 def by_head(problem: Problem) -> bool:

@@ -1,4 +1,4 @@
-"""The launches of the backward: what comes before the passes, the passes, and the sums after them."""
+"""The launches of the passes of the backward, and of the sums after them."""
 
 from __future__ import annotations
 
@@ -9,144 +9,23 @@ import torch
 from torch import Tensor
 
 from ....call import Call, Gradients, Problem
-from ...scratch import Pieces
 from ..arguments import band, broadcast_strides, strides_in_units
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.launcher import launcher_of
 from ..binaries.triton_kernel import NamedKernel
 from ..prefill.forward import precision_of
-from ..prefill.lists import Lists, mask_layout
+from ..prefill.lists import mask_layout
 from ..representative import stand_in
 from ..tile_parts import parts
 from . import launch_config
-from .launch_config import RANGE_FIELDS, Launch
+from .sizes import Sizes
 
 _PREPARE, _SUM = (NamedKernel(f"{__package__}.prepare", f"{name}_kernel") for name in ("prepare", "sum"))
-_KEY_LIST, _RANGE = (NamedKernel(f"{__package__}.ranges", f"{name}_kernel") for name in ("key_list", "range"))
 _KEYS, _QUERIES, _BIAS = (
     NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("keys", "queries", "bias")
 )
-_ROWS = 64  #: of one program of the kernel that prepares
 _FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
 _Strides = tuple[int, ...]
-
-
-class Before:
-    """What finds which blocks the passes visit, where that is data: lists of a tensor mask, ranges of Intervals."""
-
-    __slots__ = ("_key_lists", "_ranges", "key_list_strides", "key_lists_size", "lists", "ranges_size")
-
-    def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
-        device, tile = call.q.device, launch.queries
-        both = launch_config.listed(p)
-        rows = p.dense_mask and p.mask_shape[2] == 1 and p.mask_shape[3] > 1 and p.kv_len > 4 * tile.block_n
-        wanted = both or (rows and "q" in p.grads)
-        self.lists = Lists(p, call, tile.block_m, tile.block_n) if wanted else None
-        self._key_lists = self._ranges = None
-        self.key_lists_size = self.ranges_size = 0
-        self.key_list_strides = 0, 0
-        if both and self.lists is not None:
-            assert (launch.keys.block_m, launch.keys.block_n) == (tile.block_m, tile.block_n)
-            (batch, heads), row_blocks, key_blocks = self.lists.entries, self.lists.row_blocks, self.lists.key_blocks
-            each = key_blocks * (row_blocks + 1)
-            self.key_list_strides = heads * each if batch > 1 else 0, each if heads > 1 else 0
-            self.key_lists_size = 4 * batch * heads * each
-            self._key_lists = launcher_of(
-                _KEY_LIST,
-                (batch * heads * key_blocks,),
-                device,
-                p.capability,
-                (row_blocks, key_blocks),
-                (32,),
-                num_warps=1,
-            )
-        if call.lo is not None:
-            key_blocks = -(-p.kv_len // launch.keys.block_n)
-            self.ranges_size = 4 * RANGE_FIELDS * p.batch * key_blocks
-            self._ranges = launcher_of(
-                _RANGE,
-                (p.batch * key_blocks,),
-                device,
-                p.capability,
-                (*broadcast_strides(call.lo, 2), key_blocks, p.q_len, p.kv_len, *band(p)),
-                (launch.keys.block_n, 1024),
-                num_warps=4,
-            )
-
-    def launches(self, call: Call) -> list[Prepared]:
-        """What `binaries.launcher.prepare` takes."""
-        found: list[Prepared] = []
-        if self.lists is not None:
-            found += self.lists.launches(call)
-        if self._key_lists is not None:
-            found.append((self._key_lists, (stand_in(torch.uint8), stand_in(torch.int32)), ()))
-        if self._ranges is not None:
-            lengths = call.q_lengths, call.kv_lengths
-            found.append((self._ranges, (stand_in(torch.int32), call.lo, call.hi, *lengths), ()))
-        return found
-
-    def __call__(self, call: Call, pieces: dict[str, Tensor]) -> None:
-        """Fills its pieces of the memory."""
-        if self.lists is not None:
-            self.lists(call, pieces["lists"])
-            if self._key_lists is not None:
-                self._key_lists((self.lists.states(pieces["lists"]), pieces["key_lists"]))
-        if self._ranges is not None:
-            self._ranges((pieces["ranges"], call.lo, call.hi, call.q_lengths, call.kv_lengths))
-
-
-class Sizes:
-    """The pieces of the memory that a backward needs, and how much each launch shares with others."""
-
-    __slots__ = ("before", "bias_parts", "group_parts", "launch", "pieces", "row_blocks", "walk")
-
-    def __init__(self, p: Problem, launch: Launch, first: int, before: Before, group_parts: int | None = None) -> None:
-        """first: bytes that others use at the beginning. group_parts: if not as `launch_config` says."""
-        self.launch, self.before = launch, before
-        self.row_blocks = -(-p.q_len // _ROWS)
-        keys = any(name in p.grads for name in "kv")
-        self.group_parts = (group_parts or launch_config.group_parts(p, launch)) if keys else 1
-        self.walk = _Walk.of(p, launch) if "m" in p.grads else None
-        self.bias_parts = 1 if self.walk is None else self.walk.parts
-        wide = 4 * self.group_parts * p.batch * p.kv_len * p.kv_heads if self.group_parts > 1 else 0
-        f32, i32 = torch.float32, torch.int32
-        sizes = {
-            "stats": (8 * p.batch * p.q_heads * p.q_len, f32),
-            "dsinks": (4 * p.batch * self.row_blocks * p.q_heads if "s" in p.grads else 0, f32),
-            "dmask": (4 * self.bias_parts * math.prod(p.mask_shape) if self.bias_parts > 1 else 0, f32),
-            "dk": (wide * p.head_dim if "k" in p.grads else 0, f32),
-            "dv": (wide * p.value_dim if "v" in p.grads else 0, f32),
-            "lists": (0 if before.lists is None else before.lists.size, torch.uint8),
-            "key_lists": (before.key_lists_size, i32),
-            "ranges": (before.ranges_size, i32),
-        }
-        self.pieces = Pieces(sizes, first)
-
-
-class _Walk(NamedTuple):
-    """How the gradient of a mask is summed: see `bias_kernel`."""
-
-    tiles: tuple[int, int]  #: of rows and of keys
-    dims: tuple[int, int, int, int]  #: batch entries, heads, blocks of rows, blocks of keys that are summed
-    each: int  #: of them that one program sums
-    parts: int
-
-    @staticmethod
-    def of(p: Problem, launch: Launch) -> _Walk:
-        batch, heads, rows, keys = (size > 1 for size in p.mask_shape)
-        blocks = -(-p.q_len // launch.bias.block_m), -(-p.kv_len // launch.bias.block_n)
-        tiles = blocks[0] if rows else 1, blocks[1] if keys else 1
-        dims = (
-            1 if batch else p.batch,
-            1 if heads else p.q_heads,
-            1 if rows else blocks[0],
-            1 if keys else blocks[1],
-        )
-        walk, programs = math.prod(dims), p.mask_shape[0] * p.mask_shape[1] * math.prod(tiles)
-        most = launch_config.MOST_PIECES // (4 * math.prod(p.mask_shape))
-        wanted = max(1, min(walk, launch_config.PROGRAMS // programs, most))
-        each = -(-walk // wanted)
-        return _Walk(tiles, dims, each, -(-walk // each))
 
 
 class Layout(NamedTuple):
@@ -182,6 +61,9 @@ class Passes:
         heads = (*parts(p.head_dim), *parts(p.value_dim))
         biased, rows = p.mask == "additive", p.masked_rows
         precision = precision_of(p)
+        if precision == "tf32x3":  # as exact as float32 is
+            precision = launch.exact
+        bounded = launch_config.bounded(p)
         ends = p.q_len, p.kv_len, *band(p)
         strides = *layout.strides, *grad_out, *layout.mask_strides
         units = layout.unit, layout.mask_unit
@@ -192,7 +74,7 @@ class Passes:
             *where,
             (*out, *grad_out, *lse, *(grad_lse or (0, 0, 0)), *layout.interval_strides, p.q_heads, sizes.row_blocks,
              *ends),
-            (p.value_dim, _ROWS, *parts(p.value_dim), biased, p.dense_mask),
+            (p.value_dim, *parts(p.value_dim), biased, p.dense_mask),
             num_warps=4,
         )  # fmt: skip
         self._keys = self._queries = self._bias = None
@@ -205,8 +87,9 @@ class Passes:
                 (key_blocks * p.batch * p.kv_heads * sizes.group_parts,),
                 *where,
                 (*strides, *before.key_list_strides, *layout.interval_strides, p.batch, p.kv_heads, p.group,
-                 p.group // sizes.group_parts, key_blocks, -(-p.q_len // tile.block_m), *ends),
-                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent, biased, p.softcap != 0,
+                 p.group // sizes.group_parts, key_blocks, -(-p.q_len // tile.block_m), sizes.row_blocks, *ends),
+                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent,
+                 p.dense_mask and p.mask_shape[1] > 1 and p.group > 1, bounded, biased, p.softcap != 0,
                  p.mask != "none", by_head, precision),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
@@ -220,9 +103,10 @@ class Passes:
                 _QUERIES,
                 (row_blocks * p.batch * p.q_heads,),
                 *where,
-                (*strides, *list_strides, *layout.interval_strides, p.batch, p.q_heads, p.group, row_blocks, *ends),
-                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent, biased, p.softcap != 0,
-                 gaps, by_head, precision),
+                (*strides, *list_strides, *layout.interval_strides, p.batch, p.q_heads, p.group, row_blocks,
+                 sizes.row_blocks, *ends),
+                (*dims, tile.block_m, tile.block_n, *heads, *units, rows, layout.mask_adjacent, bounded, biased,
+                 p.softcap != 0, gaps, by_head, precision),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
@@ -234,9 +118,9 @@ class Passes:
                 (batch * mask_heads * math.prod(walk.tiles), walk.parts),
                 *where,
                 (*strides, mask_heads, *walk.tiles, math.prod(walk.dims), *walk.dims[1:], walk.each, p.batch, p.q_heads,
-                 p.group, *ends),
+                 p.group, sizes.row_blocks, *ends),
                 (*dims, tile.block_m, tile.block_n, *heads, *units, rows, p.mask_shape[3] > 1, layout.mask_adjacent,
-                 p.softcap != 0, precision),
+                 bounded, p.softcap != 0, precision),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip

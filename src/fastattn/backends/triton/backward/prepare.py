@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..head_dims import load_rows
 from ..masking import visible_keys
+from .launch_config import STAT_BLOCK
 from .scores import LOG2_E
 
 #: Never specialised.
@@ -16,6 +17,7 @@ INTEGERS = [
 ]  # fmt: skip
 SUM_INTEGERS = ["count", "pieces"]
 
+STAT_ROWS = tl.constexpr(STAT_BLOCK)  #: rows of a program, of which the passes' loads of statistics hold a whole number
 UNIT = tl.constexpr(8)  #: elements per unit of the strides of O and dO
 
 
@@ -26,7 +28,7 @@ def prepare_kernel(
     lse_ptr,
     dlse_ptr,
     sinks_ptr,
-    stats_ptr,  # float32 [2, B, Hq, Sq]: the log-sum-exp, in base 2 unless BIASED, and delta
+    stats_ptr,  # float32 [2, B, Hq, row blocks * STAT_ROWS]: the log-sum-exp, in base 2 unless BIASED, and delta
     dsinks_ptr,  # float32 [B * row blocks, Hq], or None
     lo_ptr,
     hi_ptr,
@@ -53,7 +55,6 @@ def prepare_kernel(
     left,
     right,
     DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_REST: tl.constexpr,
     BIASED: tl.constexpr,
@@ -67,7 +68,7 @@ def prepare_kernel(
     head = bh - b * heads
     b64 = b.to(tl.int64)
     head64 = head.to(tl.int64)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = block * STAT_ROWS + tl.arange(0, STAT_ROWS)
     i64 = i.to(tl.int64)
     valid = i < q_len
     lo, hi = visible_keys(
@@ -106,10 +107,9 @@ def prepare_kernel(
     if not BIASED:
         lse = lse * LOG2_E
     lse = tl.where(live, lse, float("inf"))
-    at = (b64 * heads + head) * q_len + i
-    half = (tl.num_programs(0) // row_blocks).to(tl.int64) * q_len
-    tl.store(stats_ptr + at, lse, mask=valid)
-    tl.store(stats_ptr + half + at, delta, mask=valid)
+    at = pid.to(tl.int64) * STAT_ROWS + tl.arange(0, STAT_ROWS)
+    tl.store(stats_ptr + at, lse)
+    tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * STAT_ROWS + at, delta)
 
 
 @triton.jit(do_not_specialize=SUM_INTEGERS)

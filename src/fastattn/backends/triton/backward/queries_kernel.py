@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
-from ..masking import mask_tile, visible_keys
+from ..masking import mask_tile, visible_keys, whole_pieces
 from ..prefill.block_lists import HEADER
 from ..walk import keys_to_visit, program_of
+from .prepare import STAT_ROWS
 from .prepare import UNIT as OUT_UNIT
 from .scores import before_softcap, probabilities, score_gradient
 
@@ -20,7 +21,7 @@ from .scores import before_softcap, probabilities, score_gradient
 INTEGERS = [
     "q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj", "do_sb", "do_sh", "do_si",
     "mask_sb", "mask_sh", "mask_si", "mask_sj", "list_sb", "list_sh", "list_sm", "interval_sb", "interval_si",
-    "batch", "heads", "group", "row_blocks", "q_len", "kv_len", "left", "right",
+    "batch", "heads", "group", "row_blocks", "stat_blocks", "q_len", "kv_len", "left", "right",
 ]  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def _step(
     MASK_UNIT: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     MASK_ADJACENT: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BIASED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GAPS: tl.constexpr,
@@ -73,14 +75,13 @@ def _step(
     wanted = None
     mask = None
     if not FULL:
-        seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         # Keys that no row of the block sees may hold anything, and 0 * NaN is not 0: they are not loaded.
-        if GAPS:
-            wanted = tl.max(seen.to(tl.int32), 0) > 0
-        else:
-            wanted = (j >= first) & (j < last)
+        wanted = j < last
+        if BOUNDED:
+            seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+            wanted = tl.max(seen.to(tl.int32), 0) > 0 if GAPS else wanted & (j >= first)
         if mask_ptr is not None:
-            inside = (j < last)[None, :]
+            inside = (j < whole_pieces(last, MASK_UNIT))[None, :]
             there = valid[:, None] & inside if MASK_ROWS else inside
             mask = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
     j64 = j.to(tl.int64)
@@ -88,9 +89,9 @@ def _step(
     v, v_rest = load_rows(v_ptr, j64 * v_sj * UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
     dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-    p, s, seen = probabilities(s, lse[:, None], mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
-    ds = score_gradient(p, dp, delta[:, None], seen, FULL)
-    ds = before_softcap(ds, s, seen, FULL, SOFTCAP).to(k.dtype)
+    p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, BIASED, SOFTCAP)
+    ds = score_gradient(p, dp, delta[:, None], seen)
+    ds = before_softcap(ds, s, seen, SOFTCAP).to(k.dtype)
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     if HEAD_REST > 0:
         dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision=PRECISION)
@@ -136,6 +137,7 @@ def queries_kernel(
     heads,  # of queries
     group,
     row_blocks,
+    stat_blocks,
     q_len,
     kv_len,
     left,
@@ -155,6 +157,7 @@ def queries_kernel(
     MASK_UNIT: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     MASK_ADJACENT: tl.constexpr,
+    BOUNDED: tl.constexpr,  # not the mask alone says which keys a row sees
     BIASED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GAPS: tl.constexpr,  # between two keys that a block of rows sees may lie keys that none of its rows sees
@@ -186,9 +189,10 @@ def queries_kernel(
     q, q_rest = load_rows(q_ptr, (b64 * q_sb + head64 * q_sh + i64 * q_si) * UNIT, valid, D, HEAD, HEAD_REST)
     do_at = (b64 * do_sb + head64 * do_sh + i64 * do_si) * OUT_UNIT
     do, do_rest = load_rows(do_ptr, do_at, valid, DV, VALUE, VALUE_REST)
-    stats_ptr += (b64 * heads + head) * q_len
-    lse = tl.load(stats_ptr + i, mask=valid, other=float("inf"))
-    delta = tl.load(stats_ptr + batch.to(tl.int64) * heads * q_len + i, mask=valid, other=0.0)
+    stats = stat_blocks.to(tl.int64) * STAT_ROWS
+    stats_ptr += (b64 * heads + head) * stats
+    lse = tl.load(stats_ptr + i)
+    delta = tl.load(stats_ptr + batch * heads * stats + i)
     k_ptr += (b64 * k_sb + kv_head * k_sh) * UNIT
     v_ptr += (b64 * v_sb + kv_head * v_sh) * UNIT
     if mask_ptr is not None:
@@ -199,7 +203,7 @@ def queries_kernel(
         dq, dq_rest = _step(
             begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None, k_sj,
             v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
-            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
+            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BOUNDED, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
     for t in range(partial):
         if lists_ptr is not None:
@@ -209,9 +213,10 @@ def queries_kernel(
         dq, dq_rest = _step(
             start, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, mask_ptr, k_sj,
             v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
-            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
+            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BOUNDED, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
-    # A row that sees nothing has dq of 0, unless a full block met it: it may have computed what it liked.
+    # A row that sees nothing has dq of 0, but it may have met blocks, and its dO may hold anything.
+    sees = sees & (lse < float("inf"))
     dq = tl.where(sees[:, None], dq * scale, 0.0)
     dq_rest = tl.where(sees[:, None], dq_rest * scale, 0.0)
     store_rows(dq_ptr, ((b64 * q_len + i) * heads + head) * D, valid, dq, dq_rest, D, HEAD, HEAD_REST)

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 from ..masking import visible_keys
-from .launch_config import RANGE_FIELDS
+from ..prefill.block_lists import FULL, PARTIAL
+from .launch_config import KEY_LIST_HEADER, RANGE_FIELDS
 
 #: Never specialised.
 RANGE_INTEGERS = ["interval_sb", "interval_si", "key_blocks", "q_len", "kv_len", "left", "right"]
 LIST_INTEGERS = ["row_blocks", "key_blocks"]
 FIELDS = tl.constexpr(RANGE_FIELDS)
+LIST_HEADER = tl.constexpr(KEY_LIST_HEADER)
 
 
 @triton.jit
@@ -81,21 +83,23 @@ def range_kernel(
 @triton.jit(do_not_specialize=LIST_INTEGERS)
 def key_list_kernel(
     states_ptr,  # uint8 [lists, row blocks, key blocks] of `classify_kernel`
-    lists_ptr,  # int32 [lists, key blocks, 1 + row blocks]: how many blocks of rows are not hidden, and which
+    lists_ptr,  # int32 [lists, key blocks, LIST_HEADER + row blocks]
     row_blocks,
     key_blocks,
     BLOCKS: tl.constexpr,  # in one step
 ):
-    """One block of keys."""
+    """One block of keys: how many blocks of rows are full, how many partial, and which, the full ones first."""
     entry = tl.program_id(0) // key_blocks
     block = tl.program_id(0) - entry * key_blocks
     states_ptr += entry.to(tl.int64) * row_blocks * key_blocks + block
-    lists_ptr += tl.program_id(0).to(tl.int64) * (row_blocks + 1)
+    lists_ptr += tl.program_id(0).to(tl.int64) * (row_blocks + LIST_HEADER)
     count = 0 * block
-    for begin in range(0, row_blocks, BLOCKS):
-        m = begin + tl.arange(0, BLOCKS)
-        state = tl.load(states_ptr + m.to(tl.int64) * key_blocks, mask=m < row_blocks, other=0)
-        listed = (state > 0).to(tl.int32)
-        tl.store(lists_ptr + count + tl.cumsum(listed, 0), m, mask=listed > 0)
-        count += tl.sum(listed, 0)
-    tl.store(lists_ptr, count)
+    for kind in tl.static_range(2):
+        before = count
+        for begin in range(0, row_blocks, BLOCKS):
+            m = begin + tl.arange(0, BLOCKS)
+            state = tl.load(states_ptr + m.to(tl.int64) * key_blocks, mask=m < row_blocks, other=0)
+            listed = (state == (FULL if kind == 0 else PARTIAL)).to(tl.int32)
+            tl.store(lists_ptr + (LIST_HEADER - 1) + count + tl.cumsum(listed, 0), m, mask=listed > 0)
+            count += tl.sum(listed, 0)
+        tl.store(lists_ptr + kind, count - before)

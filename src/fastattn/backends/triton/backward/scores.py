@@ -11,51 +11,43 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def probabilities(
-    s, lse, mask, seen, inner, factor, FULL: tl.constexpr, BIASED: tl.constexpr, SOFTCAP: tl.constexpr
-):  # fmt: skip
-    """Of a tile of scores `q k^T`: the probabilities, tanh of the scores under a softcap (else the scores), and which
-    entries are seen.
+def probabilities(s, lse, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Of a tile of scores `q k^T`: the probabilities, and tanh of the scores under a softcap (else the scores).
 
-    lse: of each row, as `prepare.py` stores it, along either dim. mask: entries of a tensor mask, or None. FULL: all
-    entries are seen, `seen` is not looked at.
+    lse: of each row, as `prepare.py` stores it, along either dim. mask: entries of a tensor mask, or None; keys that it
+    hides hold numbers. seen: which entries bounds let be seen, or None: all. Whatever the others hold, it ends here.
     """
     if SOFTCAP:
         s = tanh(s * inner)
     if BIASED:
         x = s * factor
         if mask is not None:
-            bias = float_bias(mask)
-            x = x + bias
-            seen = seen & (bias > float("-inf"))
+            x = x + float_bias(mask)
         # Beside the least float32 the log-sum-exp is coarse: what should be 0 may be a great number.
         p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E)
     else:
-        if mask is not None:
-            seen = seen & mask
         p = tl.exp2(s * factor - lse)
-    if FULL:
-        seen = p  # nobody looks at it, but Triton 3.6 has no None to return
-    else:
-        # Whatever a key that the row does not see holds, it ends here.
+        if mask is not None:
+            p = tl.where(mask, p, 0.0)
+    if seen is not None:
         p = tl.where(seen, p, 0.0)
-    return p, s, seen
+    return p, s
 
 
 @triton.jit
-def score_gradient(p, dp, delta, seen, FULL: tl.constexpr):
-    """The gradient of softmax's inputs."""
+def score_gradient(p, dp, delta, seen):
+    """The gradient of softmax's inputs. seen: as for `probabilities`."""
     ds = p * (dp - delta)
-    if not FULL:
+    if seen is not None:
         ds = tl.where(seen, ds, 0.0)
     return ds
 
 
 @triton.jit
-def before_softcap(ds, s, seen, FULL: tl.constexpr, SOFTCAP: tl.constexpr):
+def before_softcap(ds, s, seen, SOFTCAP: tl.constexpr):
     """The gradient of `scale * q k^T`. s: as `probabilities` returns it."""
     if SOFTCAP:
         ds = ds * (1.0 - s * s)
-        if not FULL:
+        if seen is not None:
             ds = tl.where(seen, ds, 0.0)
     return ds

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..masking import float_bias, mask_tile, visible_keys
+from ..masking import float_bias, mask_tile, visible_keys, whole_pieces
 from .launch_config import LIST_HEADER
 
 _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
@@ -27,8 +27,8 @@ _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
 INTEGERS = [*_MASK, "list_heads", "row_blocks", "q_len", "kv_len", "left", "right"]
 
 HEADER = tl.constexpr(LIST_HEADER)
-_PARTIAL = tl.constexpr(1)
-_FULL = tl.constexpr(2)
+PARTIAL = tl.constexpr(1)
+FULL = tl.constexpr(2)
 _AT_ONCE = tl.constexpr(32)  # rows of a block whose mask is loaded together
 
 
@@ -86,14 +86,14 @@ def _state(
         i, lo, hi = _rows(
             b, block * BLOCK_M + part * ROWS, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, ROWS
         )
-        there = (i < q_len)[:, None] & (j < (kv_len + UNIT - 1) // UNIT * UNIT)[None, :]
+        there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
         seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
         bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         some = some | (seen & bounded)
         every = every & ((neutral & bounded) | (hi <= lo)[:, None])
     hidden = tl.max(tl.max(some.to(tl.int32), 1), 0) == 0
     full = tl.min(tl.min(every.to(tl.int32), 1), 0) > 0
-    return tl.where(hidden, 0, tl.where(full, _FULL, _PARTIAL))
+    return tl.where(hidden, 0, tl.where(full, FULL, PARTIAL))
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -133,7 +133,7 @@ def classify_kernel(
         start = n * BLOCK_N
         state = n * 0
         if (start < last) & (start + BLOCK_N > first):
-            state += _PARTIAL
+            state += PARTIAL
             unsure = state > 0
             if mask_ptr.dtype.element_ty != tl.int1:
                 unsure = _may_be_uniform(
@@ -213,8 +213,8 @@ def list_kernel(
             is_partial = some & (all_neutral == 0)
         else:
             state = tl.load(states_ptr + program.to(tl.int64) * key_blocks + n, mask=n < key_blocks, other=0)
-            is_full = state == _FULL
-            is_partial = state == _PARTIAL
+            is_full = state == FULL
+            is_partial = state == PARTIAL
         # The run goes on, or begins, at the first full block of this step, up to the next that is not.
         begins = tl.where(length > 0, begin, tl.min(tl.where(is_full, n, key_blocks), 0))
         stops = tl.min(tl.where((n >= begins) & (is_full == 0), n, begin + BLOCKS), 0)

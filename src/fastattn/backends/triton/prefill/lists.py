@@ -72,14 +72,14 @@ class Lists:
 
 
 def mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
-    """Elements per unit of a mask's strides, the strides (0 along dims that are broadcast; the last one in elements of
-    a unit, too), and whether neighbouring keys are neighbours in memory."""
+    """Elements per unit of a mask's strides and of its keys, the strides (0 along dims that are broadcast; the last one
+    in elements of a unit, too), and whether neighbouring keys are neighbours in memory."""
     strides = broadcast_strides(mask, 4)
     if mask is None:
         return 1, strides, True
     if strides[3] != 1:
         return 1, strides, False
     unit = max(1, 16 // mask.element_size())
-    if any(stride % unit for stride in strides[:3]):
+    if any(number % unit for number in (mask.shape[3], *strides[:3])):
         unit = 1
     return unit, (*(stride // unit for stride in strides[:3]), 1), True
