@@ -173,3 +173,31 @@ def test_tiles_between_of_queries_that_see_nothing(seed: int) -> None:
     # Two segments of queries that see keys of one block, and one without keys between them.
     columns = [[0, 0, 40, 0, 30], [0, 40, 200, 30, 30], [0, 200, 300, 30, 100]]
     equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), segments=columns)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_holes_of_a_mask_that_hide_all_of_a_window(sinks: bool, seed: int) -> None:
+    """Within their bounds queries see no key, others in each head; and whole tiles of them. Their dO is NaN."""
+    rng = random.Random(seed)
+    for dtype in (torch.bool, torch.float32):
+        mask = torch.zeros(1, 4, 1, 320)
+        for head, (first, end) in enumerate(((40, 220), (150, 163), (1, 90), (200, 319))):
+            mask[:, head, :, first:end] = -torch.inf
+        mask = mask == 0 if dtype == torch.bool else mask
+        equals_the_truth(
+            rng, sizes=(1, 2, 2, 320, 320), tensor=mask, left=rng.randint(0, 9), right=0, sinks=sinks, lse=not sinks,
+            split=rng.choice((1, 2)),
+        )  # fmt: skip
+
+
+def test_biases_of_every_size(seed: int) -> None:
+    """Biases of heads that share keys, and rows whose keys are all low: what is low beside a greater one is nothing."""
+    rng = random.Random(seed)
+    for low in (-30.0, -1e4, -1e9, torch.finfo(torch.float32).min):
+        mask = torch.randn(2, 4, 1, 150)
+        mask[torch.rand(2, 4, 1, 150) < 0.4] = low
+        mask[:, 1, :, 20:90] = low
+        equals_the_truth(
+            rng, sizes=(2, 1, 4, 100, 150), tensor=mask, split=rng.choice((1, 2, 4)), softcap=rng.choice((0.0, 3.0)),
+            lse=True,
+        )  # fmt: skip
