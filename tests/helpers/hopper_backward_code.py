@@ -21,6 +21,10 @@ NAMES = {f"{name}-{dim}": Flags("bf16", dim, mask) for name, mask in _MASKS.item
     "causal-128-softcap": Flags("bf16", 128, CAUSAL, softcap=True),
     "intervals-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True),
     "intervals-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True),
+    "biased-64": Flags("bf16", 64, INTERVALS, biased=True),
+    "biased-128": Flags("bf16", 128, INTERVALS, biased=True),
+    "biased-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True, biased=True),
+    "biased-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True, biased=True),
 }
 
 

@@ -176,6 +176,14 @@ def hidden(mask: Tensor) -> Tensor:
     return ~seen.any(2, keepdim=True).any(1, keepdim=True).mT
 
 
+def unseen_by_head(visible: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """As `unseen`, where heads differ: queries `[B, H, Sq, 1]`, and keys `[B, Hkv, Skv, 1]` that no query of their
+    group of heads sees. visible: bool `[B, H or 1, Sq, Skv]`."""
+    visible = visible.expand(-1, heads, -1, -1)
+    keys = visible.any(2).unflatten(1, (kv_heads, heads // kv_heads)).any(2)
+    return ~visible.any(3, keepdim=True), ~keys[..., None]
+
+
 def unseen(visible: Tensor) -> tuple[Tensor, Tensor]:
     """Queries `[B, 1, Sq, 1]` that see no key, and keys `[B, 1, Skv, 1]` that no query sees. visible: bool
     `[B, 1, Sq, Skv]`."""

@@ -573,7 +573,13 @@ def backward(
         "batch", "heads", "kv_heads", "q_len", "kv_len", "left", "right", "tiles", "blocks", "share", "split",
         "section", "sections",
     )  # fmt: skip
-    integers = dict(zip(names, bound._arguments.integers, strict=True))
+    integers = dict(zip(names, bound._arguments.integers, strict=False))
+    bias_ptr, strides = None, bound._arguments.integers[len(names) :]
+    if flags.biased:
+        bias_ptr = Pointer(pieces["bounds"].view(torch.float32).numpy(), bound._bounds.keys.bias_at)
+        integers |= dict(zip(("bias_b", "bias_h"), strides, strict=True))
+    else:
+        assert not strides
     log2_e = math.log2(math.e)
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
     arguments = {
@@ -583,10 +589,10 @@ def backward(
         "dk_desc": described(dk, HALF), "dv_desc": described(dv, HALF),
         "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers("dq"),
         "dkv_sum_ptr": numbers("dkv"), "bounds_ptr": numbers("bounds"),
-        "extents_ptr": numbers("extents"), **{name: Value(x) for name, x in integers.items()},
-        "inner": Value(np.float32(inner)), "scale": Value(np.float32(scale)),
-        "factor": Value(np.float32(call.scale)), "D": flags.dim, "MASK": flags.mask, "SOFTCAP": flags.softcap,
-        "SPLIT": flags.split,
+        "extents_ptr": numbers("extents"), "bias_ptr": bias_ptr, "bias_b": None, "bias_h": None,
+        **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),
+        "scale": Value(np.float32(scale)), "factor": Value(np.float32(call.scale)), "D": flags.dim,
+        "MASK": flags.mask, "SOFTCAP": flags.softcap, "SPLIT": flags.split, "BIASED": flags.biased,
     }  # fmt: skip
     Model("hopper_backward", BACKWARD_FILES).launch(bound._programs, rng, arguments, "backward_kernel")
     found[1].copy_(torch.from_numpy(dk))

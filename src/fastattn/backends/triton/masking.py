@@ -61,6 +61,18 @@ def whole_pieces(last, UNIT: tl.constexpr):
 
 
 @triton.jit
+def weighs(size, lse, sink):
+    """Of rows under a tensor mask and a sink: whether their keys weigh something beside it.
+
+    A row of which the mask hides every key has an output of 0 and the sink for its log-sum-exp. (So have rows whose
+    keys together weigh nothing beside the sink: they have no gradient that would count.)
+
+    size: the sum of the output's absolute values.
+    """
+    return (size > 0.0) | (lse > sink + 4e-7 * (1.0 + tl.abs(sink)))
+
+
+@triton.jit
 def mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT: tl.constexpr, ROWS: tl.constexpr, ADJACENT: tl.constexpr):
     """A mask's entries of queries i and keys j, `[queries, keys]`; `[1, keys]` of a mask that all queries share.
 

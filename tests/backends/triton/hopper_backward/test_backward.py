@@ -39,7 +39,7 @@ def test_takes_what_it_is_made_for() -> None:
         dtype=torch.float16, left=5, right=3, softcap=30.0, sinks=True, q_lengths=True, kv_lengths=True, grads="qkvs"
     )
     assert launch.reasons(everything) == []
-    for mask, shape in ("segments", (5, 9)), ("intervals", (1, 300)):
+    for mask, shape in ("segments", (5, 9)), ("intervals", (1, 300)), ("bool", (2, 1, 1, 500)), ("additive", (1, 8, 1, 1)):
         assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
 
 
@@ -70,8 +70,10 @@ def test_the_first_thing_that_autograds_thread_does() -> None:
         ({"capability": (10, 0)}, "compute capability 9.0, this device is 10.0"),
         ({"device": "cpu", "capability": (0, 0)}, "this device is a cpu"),
         ({"dtype": torch.float32}, "not float32"),
-        ({"mask": "bool", "mask_shape": (1, 1, 1, 500)}, "has no bool mask"),
-        ({"mask": "additive", "mask_shape": (2, 8, 300, 500), "grads": "qkvm"}, "has no additive mask"),
+        ({"mask": "bool", "mask_shape": (1, 1, 300, 500)}, "has no bool mask with a row for each query"),
+        ({"mask": "additive", "mask_shape": (2, 8, 300, 500), "grads": "qkvm"}, "has no additive mask with a row"),
+        ({"mask": "additive", "mask_shape": (2, 8, 1, 500), "grads": "qkvm"}, "has no gradient of a mask"),
+        ({"mask": "additive", "mask_shape": (1, 1 << 14, 1, 1), "kv_len": 1 << 17, "batch": 1}, "tokens"),
         ({"head_dim": 136}, "head dim 136"),
         ({"value_dim": 20}, "value dim 20"),
         ({"kv_len": 0}, "no queries or no keys"),
@@ -100,17 +102,23 @@ def test_what_hides_keys() -> None:
     assert launch.mask_of(problem(left=3, q_len=600)) == BAND
     for other in ({"kv_lengths": True}, {"q_lengths": True}, {"mask": "segments"}, {"mask": "intervals"}):
         assert launch.mask_of(problem(**other)) == INTERVALS
+    keys = problem(mask="bool", mask_shape=(2, 1, 1, 500), mask_dtype=torch.bool)
+    assert launch.flags(keys, False) == launch.Flags("bf16", 128, INTERVALS, biased=True)
+    assert not launch.flags(problem(mask="segments", mask_shape=(5, 9)), False).biased
 
 
 def test_a_problem_of_every_mask_knows_its_binaries() -> None:
     pytest.importorskip("triton")
-    for changes in ({}, {"right": 0}, {"mask": "segments", "mask_shape": (5, 9)}, {"sinks": True, "return_lse": True}):
+    keys = {"mask": "additive", "mask_shape": (2, 1, 1, 500), "mask_dtype": torch.float32}
+    segments = {"mask": "segments", "mask_shape": (5, 9)}
+    for changes in ({}, {"right": 0}, segments, keys, {"sinks": True, "return_lse": True}):
         found = launch.binaries(problem(**changes))
         assert len(set(found)) == len(found)
         kernels = [x.kernel.rpartition(":")[2] for x in found if hasattr(x, "kernel")]
         assert kernels.count("finish_kernel") == 1
         assert kernels.count("prepare_kernel") == (2 if changes.get("return_lse") else 1)
         assert ("bounds_kernel" in kernels, "extents_kernel" in kernels) == ("mask" in changes,) * 2
+        assert ("key_bias_kernel" in kernels) == (changes is keys)
         main = [x for x in found if not hasattr(x, "kernel")]
         own = main[0].split
         assert main == [launch.flags(problem(**changes), split) for split in (own, not own)]
@@ -146,6 +154,7 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
         found = problem_of(kind, case)
         assert launch.reasons(found) == []
         mask = launch.mask_of(found)
+        assert launch.flags(found, False).biased == (found.mask in ("bool", "additive"))
         if kind.masks or kind.q_lengths or kind.kv_lengths:
             assert mask == INTERVALS
         elif kind.band in ("full", "causal"):

@@ -14,7 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 import gradient_bounds
 import naive
 from gradient_bounds import CAPPED, ROW, WORST
-from hopper_masks import Mask, draw, unseen
+from hopper_masks import Mask, draw, unseen, unseen_by_head
 
 from fastattn import Segments
 from fastattn.call import Call
@@ -31,8 +31,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def equals_the_truth(rng: random.Random, **options: Any) -> None:
     """One call. options: sizes (batch, K/V heads, group, queries, keys), dims, left, right, mask, segments (columns),
-    lengths, sinks, softcap, lse, dtype, split. NaN in every query that sees nothing, its dO, and every key that nothing
-    sees."""
+    lengths, sinks, softcap, lse, dtype, split. NaN in dO of every query that sees nothing, and, as far as that is not
+    for a tensor's sake, in the query and in every key that nothing sees."""
     import hopper_model
 
     from fastattn.backends.triton.hopper_backward import schedule
@@ -46,6 +46,8 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
     v = torch.randn(batch, kv_heads, kv_len, value_dim).to(dtype)
     grad_out = torch.randn(batch, heads, q_len, value_dim).to(dtype)
     drawn = draw(options["mask"], rng, batch, heads, q_len, kv_len, "cpu") if options.get("mask") else None
+    if options.get("tensor") is not None:
+        drawn = Mask({"mask": options["tensor"]}, options["tensor"], q_len)
     if options.get("segments"):
         table = torch.tensor(options["segments"], dtype=torch.int32).mT
         drawn = Mask({"segments": table}, Segments(table), q_len)
@@ -62,8 +64,17 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
     expected = naive.attention(
         *leaves, mask=argument, window=(left, right), sinks=sink_leaf, softcap=softcap or None, **lengths
     )
-    rows, keys = unseen(naive.visible(q, k, mask=argument, window=(left, right), **lengths))
-    there = ~rows.expand(batch, heads, q_len, 1)
+    what = {"window": (left, right), **lengths}
+    rows, keys = unseen_by_head(naive.visible(q, k, mask=argument, **what), heads, kv_heads)
+    bounds = None if isinstance(argument, torch.Tensor) else argument
+    beyond_rows, beyond_keys = unseen(naive.visible(q, k, mask=bounds, **what))
+    there = ~rows
+    # Of a row of nothing but finfo.min the log-sum-exp has no bits left for probabilities: it is padding.
+    lost = (expected.lse < -1e30) & there[..., 0]
+    grad_out.masked_fill_(lost[..., None], 0.0)
+    if grad_lse is not None:
+        grad_lse.masked_fill_(lost, 0.0)
+    coarse = expected.lse[there[..., 0] & ~lost].abs().max().item() * 2**-22 if (there[..., 0] & ~lost).any() else 0.0
     loss = (expected.out * grad_out.double() * there).sum()
     if grad_lse is not None:
         counted = torch.where(there[..., 0] if sinks is None else torch.ones_like(there[..., 0]), grad_lse.double(), 0)
@@ -73,10 +84,10 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
     loss = loss - (torch.where(there[..., 0], expected.lse, 0.0) * shift).sum()
     floors = gradient_bounds.floors(q, k, v, grad_out, there[..., 0], dim**-0.5)
     wanted = torch.autograd.grad(loss, [*leaves, *([] if sink_leaf is None else [sink_leaf])], allow_unused=True)
-    for x in (q, grad_out):
-        x.masked_fill_(rows, rng.choice((torch.nan, torch.inf)))
+    for x, hidden in ((q, beyond_rows), (grad_out, rows)):
+        x.masked_fill_(hidden, rng.choice((torch.nan, torch.inf)))
     for x in (k, v):
-        x.masked_fill_(keys, torch.nan)
+        x.masked_fill_(beyond_keys, torch.nan)
     if grad_lse is not None and sinks is None:
         grad_lse.masked_fill_(rows[..., 0], torch.nan)
     call = Call(
@@ -93,7 +104,8 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
             torch.testing.assert_close(ours.double(), truth, atol=1e-4, rtol=1e-3)
             continue
         error, row = gradient_bounds.errors(ours, truth, floors[name[1]], dtype)
-        assert error < WORST[dtype] and row < ROW[dtype] * (CAPPED if softcap else 1), (name, error, row)
+        assert error < WORST[dtype] + coarse, (name, error, row)
+        assert row < ROW[dtype] * (CAPPED if softcap else 1) + 4 * coarse, (name, error, row)
     for ours, hidden in zip(found, (rows, keys, keys), strict=False):  # exact zeros
         assert not ours.masked_select(hidden.expand(ours.shape)).any()
 
@@ -139,7 +151,7 @@ def test_lengths(seed: int) -> None:
     equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), right=0)  # rows that see nothing
 
 
-@pytest.mark.parametrize("mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes"])
+@pytest.mark.parametrize("mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge"])
 def test_masks(mask: str, seed: int) -> None:
     rng = random.Random(seed)
     for split in (1, 2):
@@ -161,3 +173,31 @@ def test_tiles_between_of_queries_that_see_nothing(seed: int) -> None:
     # Two segments of queries that see keys of one block, and one without keys between them.
     columns = [[0, 0, 40, 0, 30], [0, 40, 200, 30, 30], [0, 200, 300, 30, 100]]
     equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), segments=columns)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_holes_of_a_mask_that_hide_all_of_a_window(sinks: bool, seed: int) -> None:
+    """Within their bounds queries see no key, others in each head; and whole tiles of them. Their dO is NaN."""
+    rng = random.Random(seed)
+    for dtype in (torch.bool, torch.float32):
+        mask = torch.zeros(1, 4, 1, 320)
+        for head, (first, end) in enumerate(((40, 220), (150, 163), (1, 90), (200, 319))):
+            mask[:, head, :, first:end] = -torch.inf
+        mask = mask == 0 if dtype == torch.bool else mask
+        equals_the_truth(
+            rng, sizes=(1, 2, 2, 320, 320), tensor=mask, left=rng.randint(0, 9), right=0, sinks=sinks, lse=not sinks,
+            split=rng.choice((1, 2)),
+        )  # fmt: skip
+
+
+def test_biases_of_every_size(seed: int) -> None:
+    """Biases of heads that share keys, and rows whose keys are all low: what is low beside a greater one is nothing."""
+    rng = random.Random(seed)
+    for low in (-30.0, -1e4, -1e9, torch.finfo(torch.float32).min):
+        mask = torch.randn(2, 4, 1, 150)
+        mask[torch.rand(2, 4, 1, 150) < 0.4] = low
+        mask[:, 1, :, 20:90] = low
+        equals_the_truth(
+            rng, sizes=(2, 1, 4, 100, 150), tensor=mask, split=rng.choice((1, 2, 4)), softcap=rng.choice((0.0, 3.0)),
+            lse=True,
+        )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..head_dims import load_rows
-from ..masking import visible_keys
+from ..masking import visible_keys, weighs
 from .launch_config import STAT_BLOCK
 from .scores import LOG2_E
 
@@ -87,12 +87,10 @@ def prepare_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         if MASKED:
-            # A row of which the mask hides every key has an output of 0 and the sink for its log-sum-exp. (So have rows
-            # whose keys together weigh nothing beside the sink: they have no gradient that would count.)
             size = tl.sum(tl.abs(o), 1)
             if VALUE_REST > 0:
                 size += tl.sum(tl.abs(o_rest.to(tl.float32)), 1)
-            live = live & ((size > 0.0) | (lse > sink + 4e-7 * (1.0 + tl.abs(sink))))
+            live = live & weighs(size, lse, sink)
     delta = tl.where(live, delta, 0.0)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + b64 * dlse_sb + head64 * dlse_sh + i64 * dlse_si, mask=valid, other=0.0)

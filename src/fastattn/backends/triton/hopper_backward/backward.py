@@ -23,9 +23,12 @@ INTEGERS = [
     "batch", "heads", "kv_heads", "q_len", "kv_len", "left", "right", "tiles", "blocks", "share", "split", "section",
     "sections",
 ]  # fmt: skip
+#: These are there with BIASED alone.
+BIAS_INTEGERS = ["bias_b", "bias_h"]
+_NEVER_SPECIALISED = INTEGERS + BIAS_INTEGERS
 
 
-@gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=INTEGERS)
+@gluon.jit(do_not_specialize=_NEVER_SPECIALISED, do_not_specialize_on_alignment=_NEVER_SPECIALISED)
 def backward_kernel(
     q_desc,  # for shapes see `parts.Loads` and `parts.Results`
     grad_out_desc,
@@ -40,6 +43,7 @@ def backward_kernel(
     dkv_sum_ptr,  # from here on None where the configuration says so
     bounds_ptr,
     extents_ptr,
+    bias_ptr,
     batch,
     heads,
     kv_heads,
@@ -53,6 +57,8 @@ def backward_kernel(
     split,
     section,
     sections,
+    bias_b,
+    bias_h,
     inner,
     scale,
     factor,
@@ -60,11 +66,12 @@ def backward_kernel(
     MASK: gl.constexpr,
     SOFTCAP: gl.constexpr,
     SPLIT: gl.constexpr,
+    BIASED: gl.constexpr,
 ):
-    cfg = Config(D, MASK, SOFTCAP, SPLIT)
+    cfg = Config(D, MASK, SOFTCAP, SPLIT, BIASED)
     shape = Shape(
-        bounds_ptr, extents_ptr, batch, heads, kv_heads, q_len, kv_len, left, right, tiles, blocks, share, split,
-        section, sections,
+        bounds_ptr, extents_ptr, bias_ptr, bias_b, bias_h, batch, heads, kv_heads, q_len, kv_len, left, right, tiles,
+        blocks, share, split, section, sections,
     )  # fmt: skip
     loads = Loads(q_desc, grad_out_desc, k_desc, v_desc, rows_desc, clean_q_desc, clean_grad_out_desc)
     results = Results(dk_desc, dv_desc, dq_sum_ptr, dkv_sum_ptr, inner, scale, factor)

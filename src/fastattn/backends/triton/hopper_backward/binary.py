@@ -24,10 +24,11 @@ class Flags:
     mask: int
     softcap: bool = False
     split: bool = False  #: programs share blocks of keys
+    biased: bool = False  #: with INTERVALS: keys have biases
 
     def __str__(self) -> str:
         words = ["Hopper backward", self.dtype, str(self.dim), ("full", "causal", "band", "intervals")[self.mask]]
-        return " ".join([*words, *[name for name in ("softcap", "split") if getattr(self, name)]])
+        return " ".join([*words, *[name for name in ("softcap", "split", "biased") if getattr(self, name)]])
 
     # What a `FlagSet` has.
 
@@ -57,7 +58,7 @@ def compile_kernel(flags: Flags) -> Any:
 
     from ...._compat.gluon import SOURCE_OF
     from ...._compat.triton_compiler import compiled
-    from .backward import INTEGERS, backward_kernel
+    from .backward import BIAS_INTEGERS, INTEGERS, backward_kernel
 
     def descriptor(rows: int, columns: int = 64) -> str:
         box = [1, 1, rows, flags.dim]
@@ -77,7 +78,15 @@ def compile_kernel(flags: Flags) -> Any:
     if flags.mask == INTERVALS:
         signature |= dict.fromkeys(("clean_q_desc", "clean_grad_out_desc"), descriptor(ROWS))
         signature |= dict.fromkeys(("bounds_ptr", "extents_ptr"), "*i32")
-    values = {"D": flags.dim, "MASK": flags.mask, "SOFTCAP": flags.softcap, "SPLIT": flags.split}
+    if flags.biased:
+        signature |= dict.fromkeys(BIAS_INTEGERS, "i32") | {"bias_ptr": "*fp32"}
+    values = {
+        "D": flags.dim,
+        "MASK": flags.mask,
+        "SOFTCAP": flags.softcap,
+        "SPLIT": flags.split,
+        "BIASED": flags.biased,
+    }
     constants: dict[tuple[int, ...], Any] = {
         (i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"
     }

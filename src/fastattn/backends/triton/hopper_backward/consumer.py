@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...._compat.gluon import barrier, reinterpret, store_tile
-from .masking import common_range, drop_unseen, mask
+from .masking import common_range, drop_unseen, is_biased, load_bias, mask, with_bias
 from .parts import HALF, INTERVALS, KEYS, ROWS
 from .sums import add, place
 from .tiles import block_of, holes_in_keys, visitors
@@ -57,6 +57,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.D // 2, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = pipe.q.dtype
     n, b, kv_head, head = block_of(gl.program_id(0), shape, cfg)
     first, end = visitors(n, b, shape, cfg)
@@ -73,6 +74,9 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     m = first
     tile = (b * shape.heads + head) * shape.tiles + first
     steps = gl.maximum(end - first, 0) * shape.share
+    if cfg.BIASED:
+        biased = is_biased(first, b, shape)
+        bias_at = b * shape.bias_b + head * shape.bias_h + key
     if steps > 0:
         mbarrier.wait(pipe.keys_full.index(0), 0)
         mbarrier.wait(pipe.keys_full.index(1), 0)
@@ -95,7 +99,11 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         if cfg.SOFTCAP:
             s = _tanh(s * results.inner)
         s = mask(s, m, b, key, least, past, shape, cfg)
-        p = gl.exp2(s * results.scale - pipe.lse.index(slot).load(columns)[None, :])
+        x = s * results.scale - pipe.lse.index(slot).load(columns)[None, :]
+        if cfg.BIASED:
+            if biased != 0:
+                x = with_bias(x, load_bias(bias_at, key, rows, shape))  # from the L1 cache: kept, they cost more
+        p = gl.exp2(x)
         p_operand = gl.convert_layout(p.to(dtype), operand)
         if cfg.SOFTCAP:  # now, so that the scores need no registers any more
             s = gl.maximum(s, -1.0)  # where it is hidden, and P is 0
@@ -121,6 +129,8 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         if m == end:  # on to the next head
             m = first
             tile += shape.tiles - (end - first)
+            if cfg.BIASED:
+                bias_at += shape.bias_h
     dk = dk * results.factor
     if cfg.SPLIT:
         all_blocks = shape.batch * shape.kv_heads * shape.blocks

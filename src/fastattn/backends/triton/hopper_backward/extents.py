@@ -7,6 +7,7 @@ of N blocks of keys and T tiles of queries:
                           where some key of it is seen by no query; unused
             [B, T]        per tile: not 0 where some query sees no key. `prepare.py` writes it
             [B, N, KEYS]  per key: not 0 where some query sees it
+            [B, H, T]     with biases of keys, in place of [B, T]: what a query sees differs from head to head then
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from ..cuda_driver import Function
 from ..hopper.arguments import Arguments
 from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
 from ..hopper.tensors import described, described_row
+from ..key_bias import is_key_mask
 from ..limits import sm_count
 from ..representative import representative
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
@@ -38,14 +39,17 @@ _INT32 = 1 << 31
 def reasons(problem: Problem) -> list[str]:
     """Why the kernel cannot serve a problem with gradients. Empty: it can."""
     p, why = problem, refusals(problem)
-    if p.dense_mask:
-        why.append(f"has no {p.mask} mask")
+    if p.masked_rows:
+        why.append(f"has no {p.mask} mask with a row for each query")
+    elif "m" in p.grads:
+        why.append("has no gradient of a mask")
     if p.deterministic:
         why.append("adds dQ up in an order that changes from run to run")
     if not p.empty and dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
     keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
-    if max(p.q_len, p.kv_len) <= MOST_KEYS and max(rows_of(p) * 2 * ROWS, keys) >= _INT32:
+    biases = p.mask_shape[0] * p.mask_shape[1] * p.kv_len if is_key_mask(p) else 0
+    if max(p.q_len, p.kv_len) <= MOST_KEYS and max(rows_of(p) * 2 * ROWS, keys, biases) >= _INT32:
         why.append("has more tokens than its integers count")
     return why
 
@@ -84,7 +88,7 @@ def flags(p: Problem, split: bool) -> Flags:
     """Names the main kernel's binary."""
     dim = dim_of(p)
     assert dim is not None
-    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split)
+    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split, is_key_mask(p))
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
@@ -108,7 +112,7 @@ def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
     """What the main kernel's binary is launched with."""
     bounds = flags.mask == INTERVALS
     ranks = 4, 4, 4, 4, 1, 4, 4, *((4, 4) if bounds else ())
-    return Arguments(ranks, (True, flags.split, bounds, bounds), integers, floats=3)
+    return Arguments(ranks, (True, flags.split, bounds, bounds, flags.biased), integers, floats=3)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -138,7 +142,6 @@ class Backward(BackwardOnly):
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, *sides(p), tiles, blocks, p.group // choice.split,
             choice.split, choice.section, choice.sections,
         )  # fmt: skip
-        self._arguments = arguments(self.flags, integers)
         self._bounds: Any = None
         self._extents: Any = None
         self._prepares: dict[Any, Any] = {}
@@ -148,6 +151,9 @@ class Backward(BackwardOnly):
                 _EXTENTS, (blocks, p.batch), device, p.capability, (p.kv_len, tiles), (ROWS, KEYS, 64),
                 num_warps=4,
             )  # fmt: skip
+            if self._bounds.keys is not None:
+                integers += self._bounds.keys.strides
+        self._arguments = arguments(self.flags, integers)
         self._memory = pieces_of(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
         parts = 4 * p.batch * p.kv_heads * blocks if self._split else 0
         counts = (
@@ -226,6 +232,7 @@ class Backward(BackwardOnly):
             descriptions += [described(x, dtype, ROWS)[1] for x in clean]
         found = (pieces.get(name) for name in ("dq", "dkv", "bounds", "extents"))
         addresses = [0 if x is None else x.data_ptr() for x in found]
+        addresses.append(addresses[2] + 4 * self._bounds.keys.bias_at if flags.biased else 0)
         inner, scale = (call.scale / p.softcap, p.softcap) if p.softcap else (1.0, call.scale)
         assert self._function is not None
         self._arguments.launch(
@@ -257,8 +264,9 @@ class Backward(BackwardOnly):
                 p.batch, p.q_heads, p.q_len, tiles_of(p), blocks_of(p), zeros, p.head_dim // 8, p.value_dim // 8,
                 *eighths, *strides[3], *strides[4],
             )  # fmt: skip
+            constants = dim, ROWS, self.flags.biased, KEYS
             device = torch.device(p.device, self._device) if self._device is not None else q.device
-            found = launcher_of(_PREPARE, (rows_of(p),), device, p.capability, integers, (dim, ROWS), num_warps=4)
+            found = launcher_of(_PREPARE, (rows_of(p),), device, p.capability, integers, constants, num_warps=4)
             if len(self._prepares) > 16:
                 self._prepares.clear()
             self._prepares[key] = found

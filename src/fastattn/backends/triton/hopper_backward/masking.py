@@ -53,6 +53,27 @@ def mask(s, m, b, key, least, end, shape, cfg):
 
 
 @gluon.jit
+def is_biased(first, b, shape):
+    """Not 0 where biases say more than the bounds. first: a tile with a query that sees a key. Only with BIASED."""
+    return gl.load(shape.bounds + HEADER + (b * shape.tiles + first) * FIELDS + 5)
+
+
+@gluon.jit
+def load_bias(at, key, layout: gl.constexpr, shape):
+    """What a consumer's keys add to exponents, in base 2: [HALF]. at: where that of the first key is. Keys past the last
+    add 0: `mask` hides them."""
+    rows = gl.arange(0, HALF, layout=layout)
+    return gl.load(shape.bias + at + rows, mask=rows < shape.kv_len - key, other=0.0)
+
+
+@gluon.jit
+def with_bias(x, bias):
+    """Exponents with the biases of their keys. Beside the least float32 the log-sum-exp is coarse: what should be 0 or
+    less may be a great number then."""
+    return gl.minimum(x + bias[:, None], 0.0)
+
+
+@gluon.jit
 def drop_unseen(keys, n, b, group: gl.constexpr, shape, cfg):
     """Writes 0 over a consumer's keys (or values) that no query sees: they may hold NaN, and so would the products of
     the dS that is 0. keys: [KEYS, D] in shared memory. Others see it after a fence and a barrier."""

@@ -6,6 +6,7 @@ import torch
 
 from ....call import Problem
 from ...scratch import Pieces
+from ..key_bias import is_key_mask
 from .binary import KEYS, ROWS
 
 
@@ -27,10 +28,11 @@ def pieces_of(p: Problem, dim: int, split: bool, bounds: int) -> Pieces:
     rows, blocks = rows_of(p), p.batch * p.kv_heads * blocks_of(p)
     clean = 2 * rows * ROWS * dim if bounds else 0
     f32, i32 = torch.float32, torch.int32
+    extents = p.batch * (4 * blocks_of(p) + tiles_of(p) + KEYS * blocks_of(p)) + (rows if is_key_mask(p) else 0)
     return Pieces(
         {
             "bounds": (bounds, i32),
-            "extents": (4 * p.batch * (4 * blocks_of(p) + tiles_of(p) + KEYS * blocks_of(p)) if bounds else 0, i32),
+            "extents": (4 * extents if bounds else 0, i32),
             "rows": (4 * rows * 2 * ROWS, f32),
             "sinks": (4 * rows if p.sinks else 0, f32),
             "dq": (4 * rows * ROWS * dim, f32),

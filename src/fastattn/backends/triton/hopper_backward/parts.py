@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from ...._compat.gluon import aggregate, base_value
 
 #: What hides keys. FULL: nothing. CAUSAL: lower right, no more queries than keys. BAND: left and right, as data, where
-#: every query sees a key. INTERVALS: bounds of each query, made by `bounds.py`; it stands for all the rest.
+#: every query sees a key. INTERVALS: bounds of each query, made by `bounds.py`; it stands for all the rest, and with
+#: BIASED each key has a bias as well.
 FULL = gl.constexpr(0)
 CAUSAL = gl.constexpr(1)
 BAND = gl.constexpr(2)
@@ -29,6 +30,7 @@ class Config:
     MASK: gl.constexpr
     SOFTCAP: gl.constexpr
     SPLIT: gl.constexpr  # several programs share a block of keys, and add their dK and dV up in memory
+    BIASED: gl.constexpr  # with INTERVALS: keys have biases, the same for all queries
 
 
 @aggregate
@@ -37,6 +39,9 @@ class Shape:
 
     bounds: gl.tensor | gl.constexpr  # int32: see `bounds.py`
     extents: gl.tensor | gl.constexpr  # int32: see `extents.py`
+    bias: gl.tensor | gl.constexpr  # float32 [B|1, H|1, Skv]: see `key_bias.py`
+    bias_b: gl.tensor | gl.constexpr  # its strides
+    bias_h: gl.tensor | gl.constexpr
     batch: gl.tensor
     heads: gl.tensor
     kv_heads: gl.tensor

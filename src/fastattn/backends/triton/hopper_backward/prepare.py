@@ -6,7 +6,8 @@
 - The sinks' gradient, -sum exp(sink - lse) * delta, of each tile.
 - With bounds of rows: copies of the queries and dO of tiles in which some query sees nothing, with 0 in those. What is
   in these rows may be NaN, which a P of 0 does not make 0 in a product. Tiles in which none sees anything are among
-  them: between two tiles that see a block of keys, the main kernel visits them too.
+  them: between two tiles that see a block of keys, the main kernel visits them too. A mask of keys may hide all that a
+  query has within its bounds: then the log-sum-exp tells, with a sink the output, which is 0.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import triton
 import triton.language as tl
 
 from ..bounds_kernel import FIELDS, HEADER
+from ..masking import weighs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST = tl.constexpr(-3e38)
 _ZEROS = tl.constexpr(4096)  # numbers that are cleared at a time
 PREPARE_INTEGERS = [
     "batch", "heads", "q_len", "tiles", "blocks", "zeros", "dim8", "value8", "o_b", "o_h", "o_s", "g_b", "g_h", "g_s",
@@ -65,6 +68,8 @@ def prepare_kernel(
     d_s,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    BIASED: tl.constexpr,  # keys have biases: what a query sees differs from head to head
+    KEYS: tl.constexpr,  # of a block
 ):
     pid = tl.program_id(0)
     place = pid.to(tl.int64)
@@ -93,6 +98,14 @@ def prepare_kernel(
     o_at = b64 * (o_b * 8) + h.to(tl.int64) * (o_h * 8) + i64[:, None] * (o_s * 8) + c[None, :]
     g_at = b64 * (g_b * 8) + h.to(tl.int64) * (g_h * 8) + i64[:, None] * (g_s * 8) + c[None, :]
     out = tl.load(out_ptr + o_at, mask=inside, other=0.0)
+    if BIASED:
+        size = tl.sum(tl.abs(out.to(tl.float32)), 1)
+        row_lse = tl.load(lse_ptr + b64 * l_b + h.to(tl.int64) * l_h + i64 * l_s, mask=there, other=float("-inf"))
+        live = row_lse > float("-inf")
+        if sinks_ptr is not None:
+            live = live & weighs(size, row_lse, tl.load(sinks_ptr + h).to(tl.float32))
+        seeing = seeing & live
+        inside = inside & live[:, None]
     grad_out = tl.load(grad_out_ptr + g_at, mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + b64 * l_b + h.to(tl.int64) * l_h + i64 * l_s, mask=there, other=float("inf"))
@@ -108,12 +121,17 @@ def prepare_kernel(
         found = tl.sum(tl.where(there, tl.exp2((sink - lse) * _LOG2_E) * delta, 0.0), 0)
         tl.store(sink_sums_ptr + h.to(tl.int64) * batch * tiles + b * tiles + m, -found)
     pair = rows_ptr + place * (2 * ROWS) + row
-    tl.store(pair, tl.where(seeing, lse * _LOG2_E, float("inf")))
+    exponent = lse * _LOG2_E
+    if BIASED:
+        exponent = tl.maximum(exponent, _LEAST)  # finite, also where the mask is so low that it is not
+    tl.store(pair, tl.where(seeing, exponent, float("inf")))
     tl.store(pair + ROWS, tl.where(seeing, delta, 0.0))
     if bounds_ptr is not None:
         some = tl.sum(seeing.to(tl.int32), 0)
         holes = (some < tl.sum(there.to(tl.int32), 0)).to(tl.int32)
-        if h == 0:
+        if BIASED:
+            tl.store(extents_ptr + batch.to(tl.int64) * (blocks * (4 + KEYS) + tiles) + pid, holes)
+        elif h == 0:
             tl.store(extents_ptr + batch.to(tl.int64) * blocks * 4 + b * tiles + m, holes)
         if holes > 0:
             copy = place * (ROWS * DIM) + row[:, None] * DIM + c[None, :]

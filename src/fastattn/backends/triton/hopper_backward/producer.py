@@ -32,7 +32,7 @@ def produce(loads, pipe, shape, cfg):
             load_tile(loads.rows, [(tiles + m) * (2 * ROWS)], full, pipe.lse.index(slot))
             late = pipe.grad_out_full.index(slot)
             if cfg.MASK == INTERVALS:
-                if holes_in_queries(m, b, shape) != 0:
+                if holes_in_queries(m, b, h, shape, cfg) != 0:
                     load_tile(loads.clean_q, [b, h, m * ROWS, 0], full, pipe.q.index(slot))
                     mbarrier.expect(late, ROWS * cfg.D * 2 + ROWS * 4)
                     load_tile(loads.clean_grad_out, [b, h, m * ROWS, 0], late, pipe.grad_out.index(slot))

@@ -69,6 +69,10 @@ def seen_at(n, b, shape):
 
 
 @gluon.jit
-def holes_in_queries(m, b, shape):
+def holes_in_queries(m, b, h, shape, cfg):
     """Not 0 where the tile's queries come from a copy, without those that see nothing. Only with INTERVALS."""
-    return gl.load(shape.extents + shape.batch * shape.blocks * _FIELDS + b * shape.tiles + m)
+    if cfg.BIASED:
+        before = shape.batch * (shape.blocks * (_FIELDS + KEYS) + shape.tiles)
+        return gl.load(shape.extents + before + (b * shape.heads + h) * shape.tiles + m)
+    else:
+        return gl.load(shape.extents + shape.batch * shape.blocks * _FIELDS + b * shape.tiles + m)
