@@ -21,6 +21,7 @@ from ..validation import default_scale
 from . import routes, serve
 
 _TENSORS = len(CALL.tensor_names)
+_NO_MORE = (None,) * (_TENSORS - 3)  #: tensors of a call that has but q, k and v
 
 
 class Bound:
@@ -84,9 +85,9 @@ def attention(bound: Bound | None, names: tuple[str, ...], call: Call) -> tuple[
     may serve it. Autocast must be off.
     """
     if call.grads in _FEW:
-        found = _apply(bound, names, call, call.q, call.k, call.v)
+        found = _apply((bound, names, call), call.q, call.k, call.v)
     else:
-        found = _apply(bound, names, call, call.q, call.k, call.v, call.mask, call.sinks)
+        found = _apply((bound, names, call), call.q, call.k, call.v, call.mask, call.sinks)
     return found if call.return_lse else (found, None)
 
 
@@ -95,10 +96,11 @@ _FEW = frozenset(["q", "k", "v", "qk", "qv", "kv", "qkv"])
 
 
 class _Attention(torch.autograd.Function):
-    """The link. Arguments: those of `attention`, and the tensors of the call that may have a gradient."""
+    """The link. Arguments: those of `attention` as one, and the tensors of the call that may have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, bound: Bound | None, names: tuple[str, ...], call: Call, *inputs: Any) -> Any:
+    def forward(ctx: Any, of: tuple[Bound | None, tuple[str, ...], Call], *inputs: Any) -> Any:
+        bound, names, call = of
         out = lse = None
         if bound is not None:
             try:
@@ -111,16 +113,23 @@ class _Attention(torch.autograd.Function):
         if out is None:
             out, lse, route = serve.forward(call, names)
             bound = Bound(call, names, route)
-        ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs nothing)
-        ctx.bound, ctx.scale = bound, call.scale
+        if bound.extras is None:
+            ctx.save_for_backward(call.q, call.k, call.v, out, lse)
+        else:
+            ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs little)
+        ctx.of = bound, call.scale
         ctx.set_materialize_grads(False)
         return (out, lse) if call.return_lse else out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
-        bound: Bound = ctx.bound
-        *tensors, out, lse = ctx.saved_tensors
-        call: Call = CALL.join(tensors, (ctx.scale, *bound.static))
+        bound, scale = ctx.of
+        if bound.extras is None:
+            q, k, v, out, lse = ctx.saved_tensors
+            call = Call(q, k, v, *_NO_MORE, scale, *bound.static)
+        else:
+            *tensors, out, lse = ctx.saved_tensors
+            call = CALL.join(tensors, (scale, *bound.static))
         found = None
         if grad_out is None and grad_lse is None:
             found = Gradients()
@@ -145,8 +154,8 @@ class _Attention(torch.autograd.Function):
         if found is None:
             found = _backward(bound, call, out, lse, grad_out, grad_lse)
         if call.grads in _FEW:
-            return None, None, None, found.q, found.k, found.v
-        return None, None, None, *found
+            return None, found.q, found.k, found.v
+        return None, *found
 
 
 _apply: Any = torch_internals.quick_apply(_Attention)
