@@ -72,5 +72,5 @@ def null_backend() -> Iterator[None]:
             yield
     finally:
         shape_cache.clear()
-        for name in (found.name, f"{found.name}.backward"):
-            serve._calls.pop(name, None)
+        for calls in (serve._calls, serve._backwards):
+            calls.pop(found.name, None)

@@ -21,7 +21,7 @@ from ..validation import default_scale
 from . import routes, serve
 
 _TENSORS = len(CALL.tensor_names)
-_NO_MORE = (None,) * (_TENSORS - 3)  #: tensors of a call that has but q, k and v
+NO_MORE = (None,) * (_TENSORS - 3)  #: tensors of a call that has but q, k and v
 
 
 class Bound:
@@ -60,11 +60,15 @@ def plain(*tensors: Tensor) -> bool:
     Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
     gradients.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
-        and not torch_internals.may_be_watched()
-    )
+    if torch.compiler.is_compiling() or torch_internals.may_be_watched():
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) not in _PLAIN or x.is_neg():
+            return False
+    return True
+
+
+_PLAIN = frozenset([Tensor, Parameter])
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -113,6 +117,7 @@ class _Attention(torch.autograd.Function):
         if out is None:
             out, lse, route = serve.forward(call, names)
             bound = Bound(call, names, route)
+        assert bound is not None
         if bound.extras is None:
             ctx.save_for_backward(call.q, call.k, call.v, out, lse)
         else:
@@ -126,7 +131,7 @@ class _Attention(torch.autograd.Function):
         bound, scale = ctx.of
         if bound.extras is None:
             q, k, v, out, lse = ctx.saved_tensors
-            call = Call(q, k, v, *_NO_MORE, scale, *bound.static)
+            call = CALL.of((q, k, v, *NO_MORE, scale, *bound.static))
         else:
             *tensors, out, lse = ctx.saved_tensors
             call = CALL.join(tensors, (scale, *bound.static))
@@ -147,7 +152,7 @@ class _Attention(torch.autograd.Function):
                 if not serve.refused(route, error, but_for=(OutOfMemory,)):
                     raise
             else:
-                serve.count(f"{route.backend.name}.backward")
+                serve.count(route.backend.name, backward=True)
             finally:
                 if autocast:
                     torch.set_autocast_enabled(bound.device_type, True)
@@ -165,15 +170,15 @@ def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> boo
     """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
     nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
     layout)."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, dtype, device = call.q, call.k, call.v, bound.dtype, bound.device
     if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
         return False
     if not (
         (q.stride(), k.stride(), v.stride()) == bound.strides
-        and q.dtype is k.dtype is v.dtype is bound.dtype
-        and q.device == k.device == v.device == bound.device
+        and q.dtype is dtype and k.dtype is dtype and v.dtype is dtype
+        and q.device == device and k.device == device and v.device == device
         and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
-    ):
+    ):  # fmt: skip
         return False
     # What torch dispatches alike (no batch of old vmap's, not negative, not sparse) need not be looked at again.
     alike = torch_internals.dispatch_of(grad_out)
