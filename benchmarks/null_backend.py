@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Kernel
-from fastattn.backends.layout import Output, TokenMajor
+from fastattn.backends.layout import Output, RowNumbers, TokenMajor
 from fastattn.call import Call, Gradients, Problem
 from fastattn.dispatch import registry, serve
 from fastattn.shape_cache import shape_cache
@@ -39,18 +39,17 @@ class _NullKernel:
     def __init__(self, p: Problem, call: Call) -> None:
         self._problem = p
         self._output = Output(p, call.q)
-        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse or p.grads else None
+        self._lse = RowNumbers(p, call.q) if p.return_lse or p.grads else None
         self._gradients = [TokenMajor(x.shape, x) for x in (call.q, call.k, call.v)]
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        lse = call.q.new_empty(self._lse, dtype=torch.float32) if self._lse else None
-        return self._output(call.q), lse
+        return self._output(), None if self._lse is None else self._lse()
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         q, k, v = self._gradients
         mask = torch.empty_like(call.mask) if call.mask is not None and "m" in self._problem.grads else None
         sinks = torch.empty_like(call.sinks) if call.sinks is not None and "s" in self._problem.grads else None
-        return Gradients(q(call.q), k(call.k), v(call.v), mask, sinks)
+        return Gradients(q(), k(), v(), mask, sinks)
 
 
 @contextmanager
@@ -73,5 +72,5 @@ def null_backend() -> Iterator[None]:
             yield
     finally:
         shape_cache.clear()
-        for name in (found.name, f"{found.name}.backward"):
-            serve._calls.pop(name, None)
+        for calls in (serve._calls, serve._backwards):
+            calls.pop(found.name, None)

@@ -7,9 +7,9 @@ by its problem alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -75,6 +75,8 @@ class Fields:
             if kind not in _SCHEMA:
                 raise TypeError(f"{name}: {kind} has no type in the schema of an operator")
         self.type = call_type
+        #: The call of all fields' values, in order, as one tuple: the type itself takes half as long again.
+        self.of: Callable[[tuple[Any, ...]], Any] = partial(tuple.__new__, call_type)
         self.names: tuple[str, ...] = call_type._fields
         self.tensor_names = tuple([name for name, kind in types.items() if kind in (Tensor, Tensor | None)])
         self.static_names = tuple([name for name in self.names if name not in (*self.tensor_names, *self.DATA)])
@@ -100,7 +102,7 @@ class Fields:
 
     def join(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         """The call of which `tensors` and `options` are the parts."""
-        return self.type(*tensors, *options)
+        return self.of((*tensors, *options))
 
     def unpack(self, arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         """The call that an operator's arguments begin with, and the arguments after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -144,27 +145,31 @@ def test_an_error_is_a_row_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_launches_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """What our kernels launch is launched again, and nothing else."""
-    from fastattn.backends.triton.cuda_driver import Function
+    from fastattn.backends.triton.cuda_driver import BoundLaunch
     from fastattn.backends.triton.launcher import Launcher
 
     launched: list[Any] = []
 
-    def launch_grid(self: Function, *given: Any, overlaps: bool = False) -> None:
-        launched.append((self, given, overlaps))
+    def of_a_binary(self: BoundLaunch, stream: int) -> None:
+        launched.append((self, list(self.places), stream))
 
-    monkeypatch.setattr(Function, "launch_grid", launch_grid)
-    function = Function.__new__(Function)
+    monkeypatch.setattr(BoundLaunch, "__call__", of_a_binary)
+    binary = BoundLaunch.__new__(BoundLaunch)
+    binary.places = (ctypes.c_void_p * 2)(5, 6)
     monkeypatch.setattr(Launcher, "__call__", lambda self, tensors, floats=(): launched.append((self, tensors, floats)))
     launcher = Launcher.__new__(Launcher)
 
     def run() -> None:
         launcher((1, 2), (3.0,))
         launcher((4,))
-        function.launch_grid((1, 1, 1), 0, overlaps=True)
+        binary.places[0] = 5
+        binary(7)
 
     again = host._launches(run)
     assert again is not None
     launched.clear()
+    binary.places[0] = 8  # by another call
     again()
-    assert launched == [(launcher, (1, 2), (3.0,)), (launcher, (4,), ()), (function, ((1, 1, 1), 0), True)]
+    assert launched == [(launcher, (1, 2), (3.0,)), (launcher, (4,), ()), (binary, [5, 6], 7)]
+    assert list(binary.places) == [8, 6]
     assert host._launches(lambda: None) is None

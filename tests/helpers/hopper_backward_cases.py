@@ -146,7 +146,7 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
     import hopper_masks
     import naive
 
-    from fastattn.backends.triton.hopper_backward import launch, schedule
+    from fastattn.backends.triton.hopper_backward import launch, run, schedule
     from fastattn.call import Call, Problem
 
     torch.manual_seed(seed)
@@ -220,7 +220,7 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
     )  # fmt: skip
     problem = Problem.of(call)
     assert not launch.reasons(problem), launch.reasons(problem)
-    _poison(launch)
+    _poison(run)
     with schedule.forced(split=kind.split):
         bound = launch.bind(problem, call)
     beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
@@ -255,20 +255,19 @@ def _named(found: Any) -> list[torch.Tensor]:
     return [x for x in (found.q, found.k, found.v, found.sinks) if x is not None]
 
 
-def _poison(launch: Any) -> None:
+def _poison(run: Any) -> None:
     """What the kernels are given to write to holds NaN."""
-    from fastattn import call
-    from fastattn.backends import scratch
+    from fastattn.backends import layout, scratch
 
     def memory(device: torch.device, size: int) -> torch.Tensor:
         found = scratch.scratch(device, size)
         return found.fill_(0xFF)
 
-    def gradient(*arguments: Any) -> torch.Tensor:
-        found = call.token_major(*arguments)
-        return found if found.device.type == "meta" else found.fill_(torch.nan)
+    class Gradient(layout.TokenMajor):
+        def here(self) -> torch.Tensor:
+            return super().here().fill_(torch.nan)
 
-    launch.scratch, launch.token_major = memory, gradient
+    run.scratch, run.TokenMajor = memory, Gradient
 
 
 def run_kind(name: str, count: int, start: int) -> int:

@@ -133,8 +133,8 @@ MUTATIONS = (
     Mutation(
         "a kernel of another alignment is launched",
         "backends/triton/binaries/launcher.py",
-        "function = None if bits % ALIGNMENT else self._aligned",
-        "function = self._aligned",
+        "if room is None or bits % ALIGNMENT:",
+        "if room is None:",
         _BINARIES,
     ),
     Mutation(

@@ -37,6 +37,22 @@ _modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
 _keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
 
 
+_Allocate = Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]
+
+
+def allocator(device: torch.device) -> _Allocate:
+    """What makes an uninitialised tensor of a shape, strides and a dtype on the current device of that type.
+
+    As code that torch's own compiler generates does it: past the dispatcher, at less than half of what torch's
+    functions take. Nobody who watches operators sees it.
+    """
+    guards = getattr(_private("_dynamo"), "guards", None)
+    found: _Allocate | None = getattr(guards, f"_empty_strided_{device.type}", None)
+    if found is not None and device.type in ("cpu", "cuda"):
+        return found
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def transforms_active() -> bool:
     """Whether torch.func's transforms are at work around this call. False where torch does not tell: the operators
     refuse them too, later and less clearly."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._compat import torch as torch_internals
 from ..call import Problem, token_major
 from ..shape_cache import cached
 
@@ -44,27 +45,53 @@ def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     return not any(stride % step for stride in apart) and (shape[2] == 1 or strides[2] >= shape[3])
 
 
-class TokenMajor:
-    """Makes uninitialised token-major tensors of one shape for calls of one kind, the quickest way there is."""
+class Fresh:
+    """Uninitialised tensors of one shape, one layout and one dtype, on one device: the quickest way to them."""
 
-    __slots__ = ("_as_like", "_shape", "_strides")
+    __slots__ = ("_allocate", "_dtype", "_index", "shape", "strides")
+
+    def __init__(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.strides, self._dtype = tuple(shape), tuple(strides), dtype
+        self._index = device.index if device.type == "cuda" else None
+        self._allocate = torch_internals.allocator(device)
+
+    def __call__(self) -> Tensor:
+        if self._index is not None and self._index != torch_internals.current_device():
+            with torch.cuda.device(self._index):
+                return self.here()
+        return self.here()
+
+    def here(self) -> Tensor:
+        """The same; a GPU must be the current one."""
+        return self._allocate(self.shape, self.strides, self._dtype)
+
+
+class TokenMajor(Fresh):
+    """The same for token-major tensors."""
+
+    __slots__ = ()
 
     def __init__(self, shape: Sequence[int], like: Tensor) -> None:
-        """like: as the tensors that are given to every call, which say dtype and device."""
-        batch, heads, length, dim = self._shape = tuple(shape)
-        self._strides = token_major(like.new_empty(0, device="meta"), batch, heads, length, dim).stride()
-        self._as_like = (like.shape, like.stride()) == (self._shape, self._strides)  # empty_like is 2 us faster
-
-    def __call__(self, like: Tensor) -> Tensor:
-        if self._as_like:
-            return torch.empty_like(like)
-        return torch.empty_strided(self._shape, self._strides, dtype=like.dtype, device=like.device)
+        """like: says dtype and device."""
+        batch, heads, length, dim = shape
+        strides = token_major(like.new_empty(0, device="meta"), batch, heads, length, dim).stride()
+        super().__init__(shape, strides, like.dtype, like.device)
 
 
 class Output(TokenMajor):
-    """The same for the outputs of calls of one problem and one layout of q."""
+    """The same for the outputs of calls of one problem."""
 
     __slots__ = ()
 
     def __init__(self, p: Problem, q: Tensor) -> None:
         super().__init__((p.batch, p.q_heads, p.q_len, p.value_dim), q)
+
+
+class RowNumbers(Fresh):
+    """The same for the log-sum-exps: float32 `[B, Hq, Sq]`."""
+
+    __slots__ = ()
+
+    def __init__(self, p: Problem, q: Tensor) -> None:
+        shape = p.batch, p.q_heads, p.q_len
+        super().__init__(shape, (p.q_heads * p.q_len, p.q_len, 1), torch.float32, q.device)

@@ -21,6 +21,7 @@ from ..validation import default_scale
 from . import routes, serve
 
 _TENSORS = len(CALL.tensor_names)
+NO_MORE = (None,) * (_TENSORS - 3)  #: tensors of a call that has but q, k and v
 
 
 class Bound:
@@ -59,11 +60,15 @@ def plain(*tensors: Tensor) -> bool:
     Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
     gradients.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all([(type(x) is Tensor or type(x) is Parameter) and not x.is_neg() for x in tensors])
-        and not torch_internals.may_be_watched()
-    )
+    if torch.compiler.is_compiling() or torch_internals.may_be_watched():
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) not in _PLAIN or x.is_neg():
+            return False
+    return True
+
+
+_PLAIN = frozenset([Tensor, Parameter])
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -84,9 +89,9 @@ def attention(bound: Bound | None, names: tuple[str, ...], call: Call) -> tuple[
     may serve it. Autocast must be off.
     """
     if call.grads in _FEW:
-        found = _apply(bound, names, call, call.q, call.k, call.v)
+        found = _apply((bound, names, call), call.q, call.k, call.v)
     else:
-        found = _apply(bound, names, call, call.q, call.k, call.v, call.mask, call.sinks)
+        found = _apply((bound, names, call), call.q, call.k, call.v, call.mask, call.sinks)
     return found if call.return_lse else (found, None)
 
 
@@ -95,10 +100,11 @@ _FEW = frozenset(["q", "k", "v", "qk", "qv", "kv", "qkv"])
 
 
 class _Attention(torch.autograd.Function):
-    """The link. Arguments: those of `attention`, and the tensors of the call that may have a gradient."""
+    """The link. Arguments: those of `attention` as one, and the tensors of the call that may have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, bound: Bound | None, names: tuple[str, ...], call: Call, *inputs: Any) -> Any:
+    def forward(ctx: Any, of: tuple[Bound | None, tuple[str, ...], Call], *inputs: Any) -> Any:
+        bound, names, call = of
         out = lse = None
         if bound is not None:
             try:
@@ -111,16 +117,24 @@ class _Attention(torch.autograd.Function):
         if out is None:
             out, lse, route = serve.forward(call, names)
             bound = Bound(call, names, route)
-        ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs nothing)
-        ctx.bound, ctx.scale = bound, call.scale
+        assert bound is not None
+        if bound.extras is None:
+            ctx.save_for_backward(call.q, call.k, call.v, out, lse)
+        else:
+            ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs little)
+        ctx.of = bound, call.scale
         ctx.set_materialize_grads(False)
         return (out, lse) if call.return_lse else out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
-        bound: Bound = ctx.bound
-        *tensors, out, lse = ctx.saved_tensors
-        call: Call = CALL.join(tensors, (ctx.scale, *bound.static))
+        bound, scale = ctx.of
+        if bound.extras is None:
+            q, k, v, out, lse = ctx.saved_tensors
+            call = CALL.of((q, k, v, *NO_MORE, scale, *bound.static))
+        else:
+            *tensors, out, lse = ctx.saved_tensors
+            call = CALL.join(tensors, (scale, *bound.static))
         found = None
         if grad_out is None and grad_lse is None:
             found = Gradients()
@@ -138,15 +152,15 @@ class _Attention(torch.autograd.Function):
                 if not serve.refused(route, error, but_for=(OutOfMemory,)):
                     raise
             else:
-                serve.count(f"{route.backend.name}.backward")
+                serve.count(route.backend.name, backward=True)
             finally:
                 if autocast:
                     torch.set_autocast_enabled(bound.device_type, True)
         if found is None:
             found = _backward(bound, call, out, lse, grad_out, grad_lse)
         if call.grads in _FEW:
-            return None, None, None, found.q, found.k, found.v
-        return None, None, None, *found
+            return None, found.q, found.k, found.v
+        return None, *found
 
 
 _apply: Any = torch_internals.quick_apply(_Attention)
@@ -156,15 +170,15 @@ def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> boo
     """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
     nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
     layout)."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, dtype, device = call.q, call.k, call.v, bound.dtype, bound.device
     if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
         return False
     if not (
         (q.stride(), k.stride(), v.stride()) == bound.strides
-        and q.dtype is k.dtype is v.dtype is bound.dtype
-        and q.device == k.device == v.device == bound.device
+        and q.dtype is dtype and k.dtype is dtype and v.dtype is dtype
+        and q.device == device and k.device == device and v.device == device
         and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
-    ):
+    ):  # fmt: skip
         return False
     # What torch dispatches alike (no batch of old vmap's, not negative, not sparse) need not be looked at again.
     alike = torch_internals.dispatch_of(grad_out)

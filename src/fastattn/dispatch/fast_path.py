@@ -101,7 +101,12 @@ def attention(
         bound = _cached.get(key)
         if bound is None:
             return None
-    call = _call(arguments, bound.scale if scale is None else scale, bound.static)
+    if scale is None:
+        scale = bound.scale
+    if bound.extras is None:
+        call = CALL.of((arguments[0], arguments[1], arguments[2], *eager.NO_MORE, scale, *bound.static))
+    else:
+        call = _call(arguments, scale, bound.static)
     device = bound.device_type
     if not torch.is_autocast_enabled(device):
         return _run(bound, call)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ from .refusals import record
 from .registry import BackendError
 from .routes import Route, nobody, reasons, route
 
-_calls: Counter[str] = Counter()
+_calls: dict[str, int] = {}  #: forwards, by backend
+_backwards: dict[str, int] = {}
 _lock = threading.Lock()
 after_fork(sys.modules[__name__], renew_lock)
 
@@ -75,7 +75,7 @@ def backward(
                 if attempts.goes_on(found, error):
                     continue
                 raise
-            count(f"{found.backend.name}.backward")
+            count(found.backend.name, backward=True)
             return gradients
     finally:
         del attempts  # see `Attempts`
@@ -151,17 +151,18 @@ def backward_by_lse(call: Call, names: tuple[str, ...], out: Tensor, lse: Tensor
         if refused(found, error):
             return None
         raise
-    count(f"{found.backend.name}.backward")
+    count(found.backend.name, backward=True)
     return gradients
 
 
-def count(name: str) -> None:
-    """Counts a call served, for `calls_served`."""
+def count(name: str, backward: bool = False) -> None:
+    """Counts a call that a backend served, for `calls_served`."""
+    calls = _backwards if backward else _calls
     with _lock:
-        _calls[name] += 1
+        calls[name] = calls.get(name, 0) + 1
 
 
 def calls_served() -> dict[str, int]:
     """Calls served in this process: forward calls by backend, backward calls as "<backend>.backward"."""
     with _lock:
-        return dict(_calls)
+        return _calls | {f"{name}.backward": calls for name, calls in _backwards.items()}

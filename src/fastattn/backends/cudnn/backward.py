@@ -130,7 +130,7 @@ class _Bound:
 
     def __init__(self, p: Problem, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, deterministic: bool) -> None:
         self._problem = p
-        self._make = [(d, role, TokenMajor(x.shape, x)) for (d, role), x in zip(_GRADIENTS, (q, k, v), strict=True)]
+        self._make = [(d, TokenMajor(x.shape, x)) for (d, _), x in zip(_GRADIENTS, (q, k, v), strict=True)]
         tensors = {"q": q, "k": k, "v": v, "o": o, "do": do, **_gradients(q, k, v)}
         static = None
         if may_be_static(p):
@@ -148,8 +148,8 @@ class _Bound:
         """All tensors by their roles, gradients among them. stats: see `_stats`. The others: as those of `__init__`."""
         p = self._problem
         tensors = {"q": q, "k": k, "v": v, "o": o, "do": do}
-        for d, role, make in self._make:
-            tensors[d] = make(tensors[role])
+        for d, make in self._make:
+            tensors[d] = make()
         plan, is_static = self._choice.plan()
         if is_static:
             return _execute_static(c, plan, tensors, stats)

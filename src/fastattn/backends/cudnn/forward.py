@@ -122,7 +122,7 @@ class UnbiasedForward:
     def _attend(self, c: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, c.q
         plan, is_static = self._choice.plan()
-        out = self._output(q)
+        out = self._output()
         tensors = {"q": q, "k": c.k, "v": c.v, "o": out, "scale": scale_operand(c.scale)}
         lse = None
         if is_static:

@@ -26,23 +26,40 @@ Rows that see a key have exactly the bounds of `masks.bounds`, within the range 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from ...call import Call, Problem
+from ..._compat import torch as torch_internals
+from ...call import CALL, Call, Problem
+from ..layout import ALIGNMENT, aligned
 from .arguments import band, broadcast_strides
-from .binaries.launcher import Launch, launcher_of
+from .binaries.launcher import BinaryLauncher, Launch, Room, launcher_of
 from .binaries.triton_kernel import NamedKernel
 from .key_bias import RANGE_NUMBERS, KeyBias, is_key_mask
-from .launcher import overlaps
+from .launcher import Launcher, overlaps
 from .representative import stand_in
 
 HEADER_NUMBERS = 4  #: before the tiles
 TILE_NUMBERS = 8  #: of a tile
 MOST_TOKENS = 1 << 30  #: positions and sums of two lengths are int32
 
+_READ = "segments", "lo", "hi", "q_lengths", "kv_lengths"  #: of a call, by the kernel of bounds, after the memory
 _BOUNDS = NamedKernel(f"{__package__}.bounds_kernel", "bounds_kernel")
 _ORDER = NamedKernel(f"{__package__}.bounds_kernel", "order_kernel")
+
+
+#: The arguments of launches, each with its pointers besides the memory: where they are, and which fields of the call.
+_Found = Sequence[tuple[Room, Sequence[tuple[int, int]]]]
+
+
+class _Rooms(threading.local):
+    """One thread's: see `Bounds._found`."""
+
+    found: _Found | None = None
 
 
 class Bounds:
@@ -52,7 +69,19 @@ class Bounds:
     mask that is broadcast along the queries, or None.
     """
 
-    __slots__ = ("_bounds", "_order", "_strided", "hi_at", "keys", "lo_at", "order_at", "size", "tiles")
+    __slots__ = (
+        "_bounds",
+        "_index",
+        "_order",
+        "_rooms",
+        "_strided",
+        "hi_at",
+        "keys",
+        "lo_at",
+        "order_at",
+        "size",
+        "tiles",
+    )
 
     def __init__(self, p: Problem, call: Call, tile: int = 128, ordered: bool = False) -> None:
         """tile: rows of a tile, a power of two. ordered: sort the tiles too, by a launch more.
@@ -72,6 +101,8 @@ class Bounds:
             end = self.keys.end
             ranges = self.keys.ranges_at, RANGE_NUMBERS * self.keys.heads * (p.mask_shape[0] > 1), self.keys.heads
         self.size = 4 * end
+        self._index = call.q.device.index
+        self._rooms = _Rooms()
         left, right = band(p)
         table, lo, hi = call.segments, call.lo, call.hi
         count = 0 if table is None else table.shape[1]
@@ -102,7 +133,7 @@ class Bounds:
     def launches(self, call: Call) -> list[Launch]:
         """What `binaries.launcher.prepare` takes."""
         memory = stand_in(torch.uint8)
-        tensors = memory, call.segments, call.lo, call.hi, call.q_lengths, call.kv_lengths
+        tensors = memory, *[getattr(call, name) for name in _READ]
         found: list[Launch] = [(self._bounds, tensors, ())]
         if self._order is not None:
             found.append((self._order, (memory,), ()))
@@ -113,6 +144,49 @@ class Bounds:
     def __call__(self, call: Call, memory: Tensor) -> None:
         """Fills the memory: uint8, contiguous, at least `size` bytes on the call's device, its address a multiple of 16
         (`scratch`), on the current stream."""
+        rooms, tensors = self._rooms.found, cast("Sequence[Tensor]", call)
+        if rooms and self._index == torch_internals.current_device():
+            address = bits = memory.data_ptr()
+            for room, fields in rooms:
+                values = room.values
+                values[0] = address
+                for i, field in fields:
+                    given = values[i] = tensors[field].data_ptr()
+                    bits |= given
+            if not bits % ALIGNMENT:
+                stream = torch_internals.raw_stream(self._index)
+                for room, _ in rooms:
+                    room.launch(stream)
+                return
+        self._fill(call, memory)
+        if rooms is None:
+            self._rooms.found = self._found(call)
+
+    def _found(self, call: Call) -> _Found | None:
+        """This thread's arguments of all launches. Nothing where tensors have to be copied first, or nothing is
+        launched on a GPU; None where the call does not say: its launches were not those for aligned tensors."""
+        lengths = call.q_lengths, call.kv_lengths
+        if self._strided or not all([x is None or x.is_contiguous() for x in lengths]):
+            return ()
+        launches: list[tuple[BinaryLauncher | Launcher, tuple[str, ...]]] = [(self._bounds, _READ)]
+        if self.keys is not None:
+            launches.insert(0, (self.keys.launch, ("mask",)))
+        if self._order is not None:
+            launches.append((self._order, ()))
+        given = [x for name in (*_READ, "mask") if (x := getattr(call, name)) is not None]
+        if not aligned(*given):
+            return None
+        found, memory = [], stand_in(torch.uint8)
+        for launcher, names in launches:
+            if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
+                return ()
+            fields = [CALL.names.index(name) for name in names if getattr(call, name) is not None]
+            tensors = [None if getattr(call, name) is None else stand_in(getattr(call, name).dtype) for name in names]
+            found.append((launcher.room((memory, *tensors)), list(enumerate(fields, 1))))
+        return found
+
+    def _fill(self, call: Call, memory: Tensor) -> None:
+        """`__call__`, for tensors of any alignment, and where it has not run before."""
         lo, hi = call.lo, call.hi
         if self._strided and lo is not None and hi is not None:
             lo, hi = lo.contiguous(), hi.contiguous()

@@ -87,35 +87,12 @@ class Function:
                 self._handles[device] = handle
         return handle
 
-    def launch(self, programs: int, device: int, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
-        """arguments: the address of each."""
-        handle = self._handles.get(device) or self.load(device)
-        status = _driver().cuLaunchKernel(
-            handle, programs, 1, 1, self._threads, 1, 1, self._shared, ctypes.c_void_p(stream), arguments, None
-        )
-        if status:
-            _check(status, "launching a kernel")
-
-    def launch_grid(
-        self,
-        grid: tuple[int, int, int],
-        device: int,
-        stream: int,
-        arguments: ctypes.Array[ctypes.c_void_p],
-        overlaps: bool = False,
-    ) -> None:
-        """As `launch`, over three dims. overlaps: it may start while the kernel before it in the stream still runs, to
-        wait for that one itself (programmatic dependent launch)."""
-        handle = self._handles.get(device) or self.load(device)
-        place = ctypes.c_void_p(stream)
+    def told(self, grid: tuple[int, int, int], overlaps: bool) -> _Config:
+        """What the driver is told of launches over such a grid. overlaps: see `BoundLaunch`."""
+        config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(self._threads, 1, 1), self._shared)
         if overlaps:
-            config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(self._threads, 1, 1), self._shared)
-            config.stream, config.attributes, config.count = place, _OVERLAP, 1
-            status = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, arguments, None)
-        else:
-            status = _driver().cuLaunchKernel(handle, *grid, self._threads, 1, 1, self._shared, place, arguments, None)
-        if status:
-            _check(status, "launching a kernel")
+            config.attributes, config.count = _OVERLAP, 1
+        return config
 
 
 class _Attribute(ctypes.Structure):
@@ -140,6 +117,41 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint32),
     )
+
+
+class BoundLaunch:
+    """Launches of one kernel over one grid, of which only the values of arguments change.
+
+    Of one thread at a time, as the memory that holds these values.
+    """
+
+    __slots__ = ("_config", "_handle", "_how", "_run", "_stream", "places")
+
+    def __init__(
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        device: int,
+        places: ctypes.Array[ctypes.c_void_p],
+        overlaps: bool = False,
+    ) -> None:
+        """places: the address of each argument. overlaps: it may start while the kernel before it in the stream still
+        runs, to wait for that one itself (programmatic dependent launch). The device must be the current one, with a
+        context."""
+        self.places = places
+        self._config = function.told(grid, overlaps)
+        self._how = ctypes.byref(self._config)
+        self._handle = function.load(device)
+        self._run = _driver().cuLaunchKernelEx
+        self._stream = 0
+
+    def __call__(self, stream: int) -> None:
+        """On that stream, of which this is the address."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        status = self._run(self._how, self._handle, self.places, None)
+        if status:
+            _check(status, "launching a kernel")
 
 
 _OVERLAP = (_Attribute * 1)(_Attribute(id=6, value=1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

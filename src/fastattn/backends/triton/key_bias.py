@@ -30,10 +30,10 @@ class KeyBias:
     ranges_at, bias_at: int32 and float32 numbers from the memory's beginning: [B'|1, H'|1, 4] (first key that the mask
     lets be seen, one past the last, 1 where biases say more than this range, unused; 0 without such a key) and
     [B'|1, H'|1, Skv], of the mask's B' and H'. end: one past the last number. strides: of the bias, along batch entries
-    and heads; 0 where it is broadcast.
+    and heads; 0 where it is broadcast. launch: the launcher, of the memory and the mask.
     """
 
-    __slots__ = ("_launch", "bias_at", "end", "heads", "ranges_at", "strides")
+    __slots__ = ("bias_at", "end", "heads", "launch", "ranges_at", "strides")
 
     def __init__(self, p: Problem, call: Call, start: int) -> None:
         mask: Any = call.mask
@@ -45,7 +45,7 @@ class KeyBias:
         self.strides = (self.heads * p.kv_len if batch > 1 else 0, p.kv_len if self.heads > 1 else 0)
         mask_strides = broadcast_strides(mask, 4)
         pdl = overlaps(p.capability)
-        self._launch = launcher_of(
+        self.launch = launcher_of(
             _KERNEL,
             (self.heads, batch),
             call.q.device,
@@ -58,7 +58,7 @@ class KeyBias:
 
     def launches(self, call: Call) -> list[Launch]:
         """See `Bounds.launches`."""
-        return [(self._launch, (stand_in(torch.uint8), call.mask), ())]
+        return [(self.launch, (stand_in(torch.uint8), call.mask), ())]
 
     def __call__(self, call: Call, memory: Any) -> None:
-        self._launch((memory, call.mask))
+        self.launch((memory, call.mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from fastattn.backends.triton.binaries.compilers import Compilers
 from fastattn.backends.triton.binaries.label import FILES, label
 from fastattn.backends.triton.binaries.policy import mode, waiting
 from fastattn.backends.triton.binaries.store import TRIES, Binaries
+from fastattn.backends.triton.cuda_driver import BoundLaunch
 from fastattn.shape_cache import Reason, shape_cache
 
 
@@ -91,10 +93,10 @@ def test_asking_does_not_wait_and_is_done_once(binaries: Binaries, log: Path, tm
     stats = binaries.stats()
     assert (stats["binaries"], stats["background_compiles"], stats["compiles"], stats["failures"]) == (1, 1, 0, 0)
     assert stats["background_compile_ms"] > 0
-    arguments: Any = None
-    function.launch(3, 0, 5, arguments)
+    BoundLaunch(function, (3, 1, 1), 0, (ctypes.c_void_p * 1)())(5)
     launched = driver.launched[0]
     assert (launched["grid"], launched["block"], launched["shared"]) == ((3, 1, 1), (128, 1, 1), 1007)
+    assert launched["stream"] == 5
 
 
 def test_what_a_call_is_told(binaries: Binaries, tmp_path: Path) -> None:

@@ -202,23 +202,6 @@ def test_layouts_that_the_copy_engine_reads() -> None:
     assert not tensors.readable(x[:, :1].expand(2, 4, 10, 64))
 
 
-def test_a_thread_has_a_context_before_it_describes_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver describes nothing without one, and autograd's thread begins without."""
-    done: list[object] = []
-    for name in ("describe", "describe_flat"):
-        monkeypatch.setattr(tensors, name, lambda *key, name=name: done.append(name))
-    monkeypatch.setattr(tensors, "make_current", done.append)
-    monkeypatch.setattr(tensors, "_descriptions", {})
-
-    class OnAGpu(torch.Tensor):
-        is_cuda, device = True, torch.device("cuda", 3)
-
-    x = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16).as_subclass(OnAGpu)
-    tensors.described(x, "bf16", 64)
-    tensors.described_row(x.view(-1), 64)
-    assert done == [3, "describe", 3, "describe_flat"]
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_cases_are_what_their_kind_says(name: str) -> None:
     """What the GPU test draws reaches the binary that it is to test."""

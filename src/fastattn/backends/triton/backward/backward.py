@@ -108,9 +108,9 @@ class BackwardKernel(BackwardOnly):
         if p.mask != "additive":
             factor *= _LOG2_E
         grads = Gradients(
-            q=self._outputs["q"](call.q) if "q" in p.grads else None,
-            k=self._outputs["k"](call.k) if "k" in p.grads else None,
-            v=self._outputs["v"](call.v) if "v" in p.grads else None,
+            q=self._outputs["q"]() if "q" in p.grads else None,
+            k=self._outputs["k"]() if "k" in p.grads else None,
+            v=self._outputs["v"]() if "v" in p.grads else None,
             mask=_packed(call.mask) if "m" in p.grads else None,
             sinks=_packed(call.sinks) if "s" in p.grads else None,
         )

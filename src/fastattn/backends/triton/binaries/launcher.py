@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...._compat import torch as torch_internals
-from ..cuda_driver import Function, make_current
+from ..cuda_driver import BoundLaunch, Function, make_current
 from ..launcher import Launcher
 from . import store
 from .flag_set import FlagSet
@@ -74,8 +74,8 @@ class BinaryLauncher:
     """
 
     __slots__ = (
-        *("_aligned", "_capability", "_constants", "_device", "_functions", "_grid", "_integers", "_kernel"),
-        *("_local", "_looked_at", "_options", "_overlaps", "_told"),
+        *("_capability", "_constants", "_device", "_functions", "_grid", "_integers", "_kernel", "_looked_at"),
+        *("_options", "_overlaps", "_rooms", "_told"),
     )
 
     def __init__(
@@ -100,9 +100,8 @@ class BinaryLauncher:
         self._constants = constants
         self._options = options
         self._overlaps = bool(options.get("launch_pdl"))
-        self._aligned: Function | None = None  #: the binary for tensors that all are
         self._functions: dict[TritonFlags, Function] = {}
-        self._local = threading.local()
+        self._rooms = _Rooms()
 
     @property
     def launches(self) -> bool:
@@ -137,22 +136,37 @@ class BinaryLauncher:
                 return self(tensors, floats)
         addresses = [x.data_ptr() for x in tensors if x is not None]
         bits = 0
-        for address in addresses[: self._looked_at]:
+        for address in addresses if self._looked_at is None else addresses[: self._looked_at]:
             bits |= address
-        function = None if bits % ALIGNMENT else self._aligned
-        if function is None:
-            function = self._find(tensors, floats)
-            if self._told is not None:
-                self._looked_at = len([x for x in tensors[: self._told] if x is not None])
-            if not bits % ALIGNMENT:
-                self._aligned = function
-        kept = self._local.__dict__
-        if not kept:
-            make_current(index)
-            kept["pack"], kept["values"], kept["places"] = _room(len(addresses), self._integers, floats)
-        kept["pack"].pack_into(kept["values"], 0, *addresses, *self._integers, *[x for x in floats if x is not None])
-        stream = torch_internals.raw_stream(index)
-        function.launch_grid(self._grid, index, stream, kept["places"], self._overlaps)
+        room = self._rooms.of_aligned
+        if room is None or bits % ALIGNMENT:
+            room = self._room(tensors, floats, not bits % ALIGNMENT)
+        room.pack(room.values, 0, *addresses)
+        if floats != room.floats:
+            room.put(floats)
+        room.launch(torch_internals.raw_stream(index))
+
+    def room(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...] = ()) -> Room:
+        """Arguments of launches by this thread, for who writes them himself: new ones each time. tensors: of which the
+        same ones are None, and as many begin where 16 bytes do, as in all launches. The device must be the current one.
+        Raises what `prepare` raises."""
+        make_current(self._device)
+        pointers = len([x for x in tensors if x is not None])
+        function = self._find(tensors, floats)
+        return Room(function, self._grid, self._device, pointers, self._integers, floats, self._overlaps)
+
+    def _room(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...], aligned: bool) -> Room:
+        """This thread's for `__call__`."""
+        function = self._find(tensors, floats)
+        if self._told is not None:
+            self._looked_at = len([x for x in tensors[: self._told] if x is not None])
+        rooms = self._rooms
+        found = rooms.by_function.get(function)
+        if found is None:
+            found = rooms.by_function[function] = self.room(tensors, floats)
+        if aligned:
+            rooms.of_aligned = found
+        return found
 
     def _find(self, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...]) -> Function:
         flags = self.flags(tensors, floats)
@@ -162,12 +176,47 @@ class BinaryLauncher:
         return found
 
 
-def _room(pointers: int, integers: tuple[int, ...], floats: tuple[float | None, ...]) -> tuple[struct.Struct, Any, Any]:
-    """What packs a launch's values, eight bytes each, where to, and the addresses of them all, as the driver wants
-    them. (It knows itself how many bytes of each the kernel reads.)"""
-    count = len([x for x in floats if x is not None])
-    pack = struct.Struct("<" + "Q" * pointers + "q" * len(integers) + "f4x" * count)
-    values = ctypes.create_string_buffer(pack.size + 8)
-    first = ctypes.addressof(values)
-    places = [*range(first, first + pack.size, 8), *[first + pack.size] * _UNUSED]
-    return pack, values, (ctypes.c_void_p * len(places))(*places)
+class Room:
+    """Launches of a plain kernel by one thread, and the memory of their arguments: eight bytes each, pointers, then
+    integers, then floats. (The driver knows itself how many bytes of each the kernel reads.)
+
+    values: of all arguments, `values[i]` the address that the i-th pointer is; pack: writes these, one after another.
+    floats: what was put there last.
+    """
+
+    __slots__ = ("_floats_at", "_pack_floats", "floats", "launch", "pack", "values")
+
+    def __init__(
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        device: int,
+        pointers: int,
+        integers: tuple[int, ...],
+        floats: tuple[float | None, ...],
+        overlaps: bool,
+    ) -> None:
+        count = len([x for x in floats if x is not None])
+        self.values = (ctypes.c_uint64 * (pointers + len(integers) + count + 1))()  # and a 0 for what is not read
+        struct.pack_into(f"<{len(integers)}q", self.values, 8 * pointers, *integers)
+        self.pack = struct.Struct(f"<{pointers}Q").pack_into
+        self._pack_floats, self._floats_at = struct.Struct("<" + "f4x" * count), 8 * (pointers + len(integers))
+        self.put(floats)
+        first = ctypes.addressof(self.values)
+        end = first + ctypes.sizeof(self.values) - 8
+        places = [*range(first, end, 8), *[end] * _UNUSED]
+        self.launch = BoundLaunch(function, grid, device, (ctypes.c_void_p * len(places))(*places), overlaps)
+
+    def put(self, floats: tuple[float | None, ...]) -> None:
+        """Writes the floats."""
+        self._pack_floats.pack_into(self.values, self._floats_at, *[x for x in floats if x is not None])
+        self.floats = floats
+
+
+class _Rooms(threading.local):
+    """One thread's."""
+
+    of_aligned: Room | None = None  #: for tensors that all are
+
+    def __init__(self) -> None:
+        self.by_function: dict[Function, Room] = {}

@@ -146,7 +146,7 @@ class DecodeKernel(ForwardOnly):
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q = self._problem, call.q
-        out = self._output(q)
+        out = self._output()
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
         self._attend[_precision(p.dtype)](

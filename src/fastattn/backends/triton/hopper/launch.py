@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ...layout import Output
+from ...layout import Output, RowNumbers
 from ...scratch import scratch
 from ..binaries import store as binaries
 from ..binaries.launcher import prepare
@@ -20,7 +21,7 @@ from ..cuda_driver import Function
 from ..limits import sm_count
 from ..prefill.launch_config import LISTED_KEYS
 from ..prefill.lists import Lists
-from .arguments import Arguments
+from .arguments import TENSOR, Arguments, Room
 from .binary import (
     ALIGNED,
     BAND,
@@ -34,9 +35,10 @@ from .binary import (
     Flags,
 )
 from .limits import DTYPES, refusals, sides
-from .tensors import describe_mask, described, once
+from .tensors import ALIGNMENT, brought, describe_mask, fits, known, layout_of, once
 
 _LOG2_E = math.log2(math.e)
+_OUT, _LSE, _SINKS, _Q_LENGTHS, _KV_LENGTHS, _BOUNDS, _BIAS = range(7)  #: the kernel's pointers
 _L2 = 24 << 20  #: bytes of keys and values that programs work on at a time without a band: half of an H100's L2 cache
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _BIASES = {torch.float32: "fp32", **DTYPES}
@@ -115,20 +117,22 @@ def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
 
 
 class Forward:
-    """The kernel bound to one problem: see `backends.base.Backend.bind`. Strides of q, k and v may differ from call to
-    call, those of masks may not. Strides of a mask with rows are `tiles_readable`."""
+    """The kernel bound to calls of one kind: see `backends.base.Backend.bind`. Strides of a mask with rows are
+    `tiles_readable`."""
 
     __slots__ = (
-        "_arguments", "_blocks", "_bounds", "_device", "_flags", "_function", "_lists", "_output", "_problem",
-        "_programs",
+        "_arguments", "_blocks", "_bounds", "_copies", "_device", "_flags", "_function", "_layouts", "_lists", "_local",
+        "_lse", "_of_copies", "_output", "_problem", "_programs", "_reads_more", "_where",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, call: Call) -> None:
         p = self._problem = problem
         self._flags = flags(p, None if call.sinks is None else call.sinks.dtype)
-        self._blocks = self._flags.blocks
+        blocks = self._blocks = self._flags.blocks
         self._function = function(self._flags, call.q.device.index)
         self._output = Output(p, call.q)
+        self._lse = RowNumbers(p, call.q) if self._flags.lse else None
+        self._where = call.q.device
         self._device = call.q.device.index
         rows = -(-p.q_len // TILE)
         heads = p.batch * p.q_heads
@@ -151,7 +155,7 @@ class Forward:
             bias_strides = tuple([int(size > 1) for size in mask_once.shape[:2]])
         if self._flags.listed:
             entries = replace(p, mask_shape=tuple(mask_once.shape))
-            self._lists = Lists(entries, call._replace(mask=mask_once), TILE, self._blocks.keys)
+            self._lists = Lists(entries, call._replace(mask=mask_once), TILE, blocks.keys)
             prepare(self._lists.launches(call))
             list_strides = self._lists.strides
             section = heads  # as with a band: the longest tiles first
@@ -160,44 +164,95 @@ class Forward:
             *list_strides,
         )  # fmt: skip
         self._arguments = arguments(self._flags, integers)
+        self._local = threading.local()
+        self._copies = not all([fits(x) for x in (call.q, call.k, call.v)])
+        self._of_copies: dict[Any, Forward] = {}
+        keys = blocks.keys
+        boxes = (call.q, ROWS), (call.k, keys), (call.v, keys)
+        layouts = [layout_of(x.shape, x.stride(), self._flags.dtype, n) for x, n in boxes]
+        layouts.append(layout_of(self._output.shape, self._output.strides, self._flags.dtype, ROWS))
+        self._layouts = tuple(layouts)  #: of q, k, v and the output
+        #: Whether the kernel reads anything besides q, k and v.
+        self._reads_more = bool(
+            self._bounds or self._flags.tiles or p.sinks or self._flags.q_lengths or self._flags.kv_lengths
+        )
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if self._device != torch_internals.current_device():
             with torch.cuda.device(self._device):
-                return self._launch(call)
-        return self._launch(call)
-
-    def _launch(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        p, flags = self._problem, self._flags
-        q, k, v, scale = call.q, call.k, call.v, call.scale  # > 0: see `validation`
-        out = self._output(call.q)
-        lse = None
-        if flags.lse:
-            lse = torch.empty((p.batch, p.q_heads, p.q_len), dtype=torch.float32, device=q.device)
-        inner, scale = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
-        if not (flags.tiles and p.mask == "additive"):  # see `masking.with_tile`
-            scale *= _LOG2_E
-        dtype, keys = flags.dtype, self._blocks.keys
-        q, q_described = described(q, dtype, ROWS)
-        k, k_described = described(k, dtype, keys)
-        v, v_described = described(v, dtype, keys)
-        descriptions = [q_described, k_described, v_described]
+                return self(call)
+        q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
+        if self._copies or (q | k | v) % ALIGNMENT:
+            return self._copied(call)
+        room: Room = self._local.__dict__.get("room") or self._room()
+        places, pointers = room.places, room.pointers
+        out, lse = self._output.here(), None
+        out_at = pointers[_OUT] = out.data_ptr()
+        if self._lse is not None:
+            lse = self._lse.here()
+            pointers[_LSE] = lse.data_ptr()
+        of_q, of_k, of_v, of_out = self._layouts
+        # Held until the launch: the cache of descriptions may drop them meanwhile.
+        first = known((q, of_q)) or of_q.describe(q)
+        second = known((k, of_k)) or of_k.describe(k)
+        third = known((v, of_v)) or of_v.describe(v)
+        places[0], places[TENSOR], places[2 * TENSOR] = first.address, second.address, third.address
         if self._blocks.staged:
-            descriptions.append(described(out, dtype, ROWS)[1])
-        if flags.tiles:
-            _kept, mask_described = describe_mask(call.mask, flags)  # a copy lives until it is read
-            descriptions.append(mask_described)
-        kept = [None if x is None else x.contiguous() for x in (call.sinks, call.q_lengths, call.kv_lengths)]
-        addresses = [0 if x is None else x.data_ptr() for x in (out, lse, *kept)]
-        bounds = self._bounds
-        if self._lists is not None:
-            addresses += (self._lists(call, scratch(q.device, self._lists.size)).data_ptr(), 0)
-        elif bounds is None:
-            addresses += (0, 0)
-        else:
-            memory = scratch(q.device, bounds.size)
-            bounds(call, memory)
-            address = memory.data_ptr()
-            addresses += (address, 0 if bounds.keys is None else address + 4 * bounds.keys.bias_at)
-        self._arguments.launch(self._function, self._programs, self._device, descriptions, addresses, inner, scale)
+            fourth = known((out_at, of_out)) or of_out.describe(out_at)
+            places[3 * TENSOR] = fourth.address
+        held = self._put_more(call, room) if self._reads_more else None
+        scale = call.scale
+        if scale != room.scale:
+            self._put_scale(scale, room)
+        room.launch(torch_internals.raw_stream(self._device))
+        del held
         return out, lse
+
+    def _room(self) -> Room:
+        """This thread's."""
+        found = self._arguments.room(self._function, self._programs, self._device)
+        self._local.__dict__["room"] = found
+        return found
+
+    def _put_scale(self, scale: float, room: Room) -> None:
+        """scale: > 0, see `validation`."""
+        p, room.scale = self._problem, scale
+        inner, scale = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        if not (self._flags.tiles and p.mask == "additive"):  # see `masking.with_tile`
+            scale *= _LOG2_E
+        room.put(inner, scale)
+
+    def _put_more(self, call: Call, room: Room) -> list[Any]:
+        """Writes the addresses of what the kernel reads besides q, k and v, which is made where it is ours. Returns
+        what has to live until the launch."""
+        held: list[Any] = []
+        pointers, bounds = room.pointers, self._bounds
+        for i, x in enumerate((call.sinks, call.q_lengths, call.kv_lengths), _SINKS):
+            if x is not None:
+                x = x.contiguous()
+                held.append(x)
+                pointers[i] = x.data_ptr()
+        if self._flags.tiles:
+            held += describe_mask(call.mask, self._flags)
+            room.places[room.described[-1]] = held[-1].address
+        if self._lists is not None:
+            lists = self._lists(call, scratch(self._where, self._lists.size))
+            held.append(lists)
+            pointers[_BOUNDS] = lists.data_ptr()
+        elif bounds is not None:
+            memory = scratch(self._where, bounds.size)
+            held.append(memory)
+            bounds(call, memory)
+            address = pointers[_BOUNDS] = memory.data_ptr()
+            if bounds.keys is not None:
+                pointers[_BIAS] = address + 4 * bounds.keys.bias_at
+        return held
+
+    def _copied(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The same for inputs that the copy engine cannot read where they are."""
+        call = call._replace(q=brought(call.q), k=brought(call.k), v=brought(call.v))
+        strides = call.q.stride(), call.k.stride(), call.v.stride()
+        found = self._of_copies.get(strides)
+        if found is None:
+            found = self._of_copies[strides] = Forward(self._problem, call)
+        return found(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ....shape_cache import shape_cache
 from ...layout import copied
 from ..arguments import broadcast_strides
-from ..cuda_driver import Description, describe, describe_flat, make_current
+from ..cuda_driver import Description, describe, describe_flat
 from .binary import ROWS, Flags
 
 ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
@@ -18,49 +19,64 @@ ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 
 def readable(x: Tensor) -> bool:
     """True when the copy engine can read or write `x` `[B, H, S, D]` (2 bytes an element) where it lies."""
+    return not x.data_ptr() % ALIGNMENT and fits(x)
+
+
+def fits(x: Tensor) -> bool:
+    """True when the strides of `x` allow that, wherever it lies."""
     step = ALIGNMENT // x.element_size()
-    if x.data_ptr() % ALIGNMENT or (x.shape[3] > 1 and x.stride(3) != 1):
+    if x.shape[3] > 1 and x.stride(3) != 1:
         return False
     return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
 
 
-#: Of readable tensors only: one that was seen before costs one look.
+def brought(x: Tensor) -> Tensor:
+    """`x`, or a copy of it that the copy engine can read."""
+    return x if readable(x) else copied(x)
+
+
+class Layout:
+    """What descriptions of tensors have in common that differ in their addresses alone: see `cuda_driver.describe`."""
+
+    __slots__ = ("columns", "dtype", "rows", "shape", "strides")
+
+    def __init__(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0
+    ) -> None:
+        self.shape, self.strides, self.dtype, self.rows, self.columns = shape, strides, dtype, rows, columns
+
+    def describe(self, address: int) -> Description:
+        """A tensor at that address, a multiple of 16."""
+        key = address, self
+        found: Description | None = _descriptions.get(key)
+        if found is None:
+            found = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns)
+            _descriptions[key] = found
+        return found
+
+
+#: By address, and a `Layout` or what takes its place: one that was seen before costs one look.
 _descriptions = shape_cache.section("tensor descriptions", 1 << 12)
+_layouts = shape_cache.section("tensor layouts", 1 << 12)
+#: What is known under such a key, or None: for who would rather call `Layout.describe` for new ones alone.
+known: Callable[[tuple[int, Any]], Description | None] = _descriptions.get
 
 
-def described(x: Tensor, dtype: str, rows: int, columns: int = 0) -> tuple[Tensor, Description]:
-    """`x`, or a copy of it that the copy engine can read, and its description for boxes of `rows` tokens. columns: see
-    `cuda_driver.describe`."""
-    found = _descriptions.get((x.data_ptr(), x.shape, x.stride(), dtype, rows, columns))
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0) -> Layout:
+    """One and the same for the same values."""
+    key = tuple(shape), strides, dtype, rows, columns
+    found: Layout | None = _layouts.get(key)
     if found is None:
-        if not readable(x):
-            x = copied(x)
-        found = _description(x, dtype, rows, columns)
-    return x, found
-
-
-def _description(x: Tensor, dtype: str, rows: int, columns: int) -> Description:
-    key = x.data_ptr(), x.shape, x.stride(), dtype, rows, columns
-    found: Description | None = _descriptions.get(key)
-    if found is None:
-        _with_context(x)
-        found = _descriptions[key] = describe(*key)
+        found = _layouts[key] = Layout(*key)
     return found
 
 
-def _with_context(x: Tensor) -> None:
-    """Describing needs one, and a thread may have none yet: autograd's, before anything ran in it."""
-    if x.is_cuda:
-        make_current(x.device.index)
-
-
-def described_row(x: Tensor, columns: int) -> Description:
-    """Of the float32 numbers of `x`, which lie in a row, in boxes of `columns`."""
-    key = x.data_ptr(), x.numel(), columns
+def describe_row(address: int, count: int, columns: int) -> Description:
+    """Of `count` float32 numbers in a row, in boxes of `columns`."""
+    key = address, (count, columns)
     found: Description | None = _descriptions.get(key)
     if found is None:
-        _with_context(x)
-        found = _descriptions[key] = describe_flat(*key)
+        found = _descriptions[key] = describe_flat(address, count, columns)
     return found
 
 
@@ -85,4 +101,5 @@ def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
     mask = once(mask)
     if mask.data_ptr() % ALIGNMENT:
         mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device).copy_(mask)
-    return mask, _description(mask, flags.tiles, ROWS, flags.blocks.keys)
+    layout = layout_of(mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys)
+    return mask, layout.describe(mask.data_ptr())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...._compat import torch as torch_internals
-from ....call import Call, Gradients, Problem, token_major
+from ....call import Call, Problem, token_major
 from ...base import BackwardOnly
-from ...layout import readable
-from ...scratch import scratch
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import flag_sets, launcher_of, prepare
@@ -21,18 +18,19 @@ from ..bounds import Bounds
 from ..cuda_driver import Function
 from ..hopper.arguments import Arguments
 from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
-from ..hopper.tensors import described, described_row
+from ..hopper.tensors import layout_of
 from ..key_bias import is_key_mask
 from ..limits import sm_count
 from ..representative import representative
-from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
+from . import run
+from .binary import BAND, CAUSAL, DIMS, FULL, INTERVALS, KEYS, ROWS, Flags
 from .memory import blocks_of, pieces_of, rows_of, tiles_of
+from .room import Room
 from .schedule import Sizes, choose
 
 _PREPARE = NamedKernel(f"{__package__}.prepare", "prepare_kernel")
 _EXTENTS = NamedKernel(f"{__package__}.extents", "extents_kernel")
 _FINISH = NamedKernel(f"{__package__}.finish", "finish_kernel")
-_LOG2_E = math.log2(math.e)
 _INT32 = 1 << 31
 
 
@@ -115,17 +113,13 @@ def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
     return Arguments(ranks, (True, flags.split, bounds, bounds, flags.biased), integers, floats=3)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 class Backward(BackwardOnly):
-    """The kernels bound to one problem: see `backends.base.Backend.bind`. Strides of what the call's tensors are may
-    differ from call to call, those of masks may not."""
+    """The kernels bound to calls of one kind: see `backends.base.Backend.bind`. Strides of the output, the log-sum-exp
+    and their gradients may differ from call to call."""
 
     __slots__ = (
         *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_memory", "_prepares", "_problem"),
-        *("_programs", "_split", "flags"),
+        *("_programs", "_split", "backward", "flags"),
     )
 
     def __init__(self, problem: Problem, call: Call, loads: bool = True) -> None:
@@ -159,8 +153,16 @@ class Backward(BackwardOnly):
         counts = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
         )  # fmt: skip
-        self._finish = launcher_of(_FINISH, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4)
+        self._finish: Any = launcher_of(
+            _FINISH, (rows_of(p) + parts,), device, p.capability, counts, (dim,), num_warps=4
+        )
         self._function: Function | None = None
+
+        def with_inputs(other: Call) -> run.Backward:
+            return Backward(p, other).backward
+
+        #: See `backends.base.Kernel.backward`.
+        self.backward: run.Backward = run.Run(p, call, self.flags, self._memory, self._bounds, self._room, with_inputs)
         if loads:
             if self._bounds is not None:
                 prepare(self._bounds.launches(call))
@@ -182,7 +184,7 @@ class Backward(BackwardOnly):
         pieces = self._memory.cut(torch.empty(self._memory.total, dtype=torch.uint8, device="meta"))
         grads = [x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)]
         found: list[Any] = []
-        q = call.q.new_empty(0, device="meta")  # aligned, as `described` leaves it
+        q = call.q.new_empty(0, device="meta")  # aligned, as it is when it is read
         for grad_lse in (None, lse) if p.return_lse else (None,):
             sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")
             tensors = self._prepare_tensors(pieces, out, out, lse, grad_lse, sinks, q)
@@ -192,62 +194,36 @@ class Backward(BackwardOnly):
         found.append((self._finish, _finish_tensors(pieces, *grads), (call.scale,)))
         return found
 
-    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """See `backends.base.Kernel.backward`."""
-        if self._device != torch_internals.current_device():
-            with torch.cuda.device(self._device):
-                return self._backward(call, out, lse, grad_out, grad_lse)
-        return self._backward(call, out, lse, grad_out, grad_lse)
-
-    def _backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        p, flags = self._problem, self.flags
-        dtype, dim = flags.dtype, flags.dim
-        q, q_described = described(call.q, dtype, ROWS)
-        _k, k_described = described(call.k, dtype, KEYS, key_columns(dim))
-        _v, v_described = described(call.v, dtype, KEYS)  # copies live until they are read
-        grad_out, grad_out_described = described(grad_out, dtype, ROWS)
-        out, lse = readable(out), _aligned(lse)
-        if grad_lse is not None:
-            grad_lse = _aligned(grad_lse.float())
-        sinks = None if call.sinks is None else _aligned(call.sinks.contiguous())
-        memory = scratch(q.device, self._memory.total)
-        pieces = self._memory.cut(memory)
-        dq = token_major(q, p.batch, p.q_heads, p.q_len, p.head_dim)
-        dk = token_major(q, p.batch, p.kv_heads, p.kv_len, p.head_dim)
-        dv = token_major(q, p.batch, p.kv_heads, p.kv_len, p.value_dim)
-        if self._bounds is not None:
-            self._bounds(call, memory)
-            self._extents(_extents_tensors(pieces))
-        tensors = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, q)
-        self._prepare(out, grad_out, lse, grad_lse, q)(tensors)
-        rows = pieces["rows"]
-        descriptions = [
-            q_described, grad_out_described, k_described, v_described,
-            described_row(rows, ROWS),
-            described(dk, dtype, HALF)[1], described(dv, dtype, HALF)[1],
-        ]  # fmt: skip
-        if self._bounds is not None:
-            shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
-            clean = (pieces[name].view(shape) for name in ("clean_q", "clean_grad_out"))
-            descriptions += [described(x, dtype, ROWS)[1] for x in clean]
-        found = (pieces.get(name) for name in ("dq", "dkv", "bounds", "extents"))
-        addresses = [0 if x is None else x.data_ptr() for x in found]
-        addresses.append(addresses[2] + 4 * self._bounds.keys.bias_at if flags.biased else 0)
-        inner, scale = (call.scale / p.softcap, p.softcap) if p.softcap else (1.0, call.scale)
+    def _room(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Room:
+        """This thread's, for tensors that lie as these."""
+        p, dim, dtype = self._problem, self.flags.dim, self.flags.dtype
         assert self._function is not None
-        self._arguments.launch(
-            self._function, self._programs, self._device, descriptions, addresses, inner, scale * _LOG2_E, call.scale
-        )
-        self._finish(_finish_tensors(pieces, dq, dk, dv), (call.scale,))
-        dsinks = None
-        if call.sinks is not None and "s" in p.grads:
-            dsinks = pieces["sinks"].view(p.q_heads, -1).sum(1).to(call.sinks.dtype)
-        wanted = p.grads
-        return Gradients(
-            q=dq if "q" in wanted else None,
-            k=dk if "k" in wanted else None,
-            v=dv if "v" in wanted else None,
-            sinks=dsinks,
+        main = self._arguments.room(self._function, self._programs, self._device)
+        pieces = self._memory.cut(torch.empty(self._memory.total, dtype=torch.uint8, device="meta"))
+        sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")
+        before = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, call.q)
+        after = _finish_tensors(pieces, *[x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)])
+        launcher = self._prepare(out, grad_out, lse, grad_lse, call.q)
+        pointers = [(name, 0) for name in ("dq", "dkv", "bounds", "extents")]
+        if self.flags.biased:
+            assert self._bounds is not None and self._bounds.keys is not None
+            pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
+        clean = None
+        extents = None
+        if self._extents is not None:
+            shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
+            clean = layout_of(shape, _contiguous(shape), dtype, ROWS)
+            extents = self._extents.room(_extents_tensors(pieces)), ("bounds", "extents")
+        return Room(
+            main,
+            (launcher.room(before), _present(_BEFORE, before)),
+            extents,
+            (self._finish.room(after, (call.scale,)), _present(_AFTER, after)),
+            pointers,
+            (pieces["rows"].numel(), ROWS),
+            clean,
+            self._memory,
+            run.layout(grad_out, dtype, ROWS),
         )
 
     def _prepare(self, out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, q: Tensor) -> Any:
@@ -295,3 +271,19 @@ def _extents_tensors(pieces: dict[str, Tensor]) -> list[Tensor | None]:
 
 def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
     return [pieces["dq"], pieces.get("dkv"), dq, dk, dv]
+
+
+#: What the tensors are, the pieces of the memory by their names.
+_BEFORE = (
+    "out", "grad_out", "lse", "grad_lse", "given_sinks", "q", "bounds", "extents", "clean_q", "clean_grad_out", "rows",
+    "dq", "dkv", "sinks",
+)  # fmt: skip
+_AFTER = "dq", "dkv", "grad_q", "grad_k", "grad_v"
+
+
+def _present(names: Sequence[str], tensors: Sequence[Tensor | None]) -> list[str]:
+    return [name for name, x in zip(names, tensors, strict=True) if x is not None]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1

@@ -92,7 +92,7 @@ class PrefillKernel(ForwardOnly):
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q, scale = self._problem, call.q, call.scale
-        out = self._output(q)
+        out = self._output()
         lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
         lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)

@@ -1,0 +1,178 @@
+"""What a call of the Hopper backward does, once it is bound: three launches, with bounds five."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._compat import torch as torch_internals
+from ....call import Call, Gradients, Problem
+from ...layout import TokenMajor, readable
+from ...scratch import Pieces, scratch
+from ..bounds import Bounds
+from ..hopper.arguments import TENSOR
+from ..hopper.tensors import ALIGNMENT, Layout, brought, fits, known, layout_of
+from .binary import HALF, KEYS, ROWS, Flags, key_columns
+from .room import Room
+
+_LOG2_E = math.log2(math.e)
+_DK, _DV = 4 * TENSOR + 3, 5 * TENSOR + 3  #: arguments; before them is a description of one dim
+
+#: Of a call, output, log-sum-exp, and gradients of these two.
+Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it that begins where 16 bytes do."""
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def layout(x: Tensor, dtype: str, rows: int, columns: int = 0) -> Layout:
+    """Of tensors that lie as `x`."""
+    return layout_of(x.shape, x.stride(), dtype, rows, columns)
+
+
+class _Rooms(threading.local):
+    """One thread's, by the strides of what the backward is given."""
+
+    def __init__(self) -> None:
+        self.by_strides: dict[Any, Room] = {}
+
+
+class Run:
+    """The kernels for calls of one kind. Strides of the output, the log-sum-exp and their gradients may differ from
+    call to call."""
+
+    __slots__ = (
+        "_bounds", "_copies", "_device", "_grads", "_layouts", "_make_room", "_memory", "_of_copies", "_problem",
+        "_rooms", "_where", "_with_inputs",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        problem: Problem,
+        call: Call,
+        flags: Flags,
+        memory: Pieces,
+        bounds: Bounds | None,
+        make_room: Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Room],
+        with_inputs: Callable[[Call], Backward],
+    ) -> None:
+        """memory: what one call's holds. make_room: for tensors that lie as these, in this thread. with_inputs: the
+        backward of calls whose q, k and v lie as those of this one."""
+        self._problem, self._memory, self._bounds = problem, memory, bounds
+        self._make_room, self._with_inputs = make_room, with_inputs
+        self._where, self._device = call.q.device, call.q.device.index
+        inputs = call.q, call.k, call.v
+        self._copies = not all([fits(x) for x in inputs])
+        self._of_copies: dict[Any, Backward] = {}
+        self._rooms = _Rooms()
+        self._grads = [TokenMajor(x.shape, x) for x in inputs]
+        boxes = (ROWS, 0), (KEYS, key_columns(flags.dim)), (KEYS, 0)
+        of_inputs = [layout(x, flags.dtype, *box) for x, box in zip(inputs, boxes, strict=True)]
+        of_grads = [layout_of(x.shape, x.strides, flags.dtype, HALF) for x in self._grads[1:]]
+        self._layouts = *of_inputs, *of_grads  #: of q, k, v, dk, dv
+
+    def __call__(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """See `backends.base.Kernel.backward`."""
+        if self._device != torch_internals.current_device():
+            with torch.cuda.device(self._device):
+                return self(call, out, lse, grad_out, grad_lse)
+        q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
+        o, r, g = out.data_ptr(), lse.data_ptr(), grad_out.data_ptr()
+        strides = out.stride(), lse.stride(), grad_out.stride(), None if grad_lse is None else grad_lse.stride()
+        room = self._rooms.by_strides.get(strides)
+        if room is None or self._copies or (q | k | v | o | r | g) % ALIGNMENT:
+            return self._brought(call, out, lse, grad_out, grad_lse)
+        memory = scratch(self._where, self._memory.total)
+        make_dq, make_dk, make_dv = self._grads
+        dq, dk, dv = make_dq.here(), make_dk.here(), make_dv.here()
+        at = memory.data_ptr()
+        if at != room.memory:
+            room.move(at)
+        if call.scale != room.scale:
+            self._put_scale(call.scale, room)
+        held = self._put_more(call, room, grad_lse) if room.reads_more else None
+        stream = torch_internals.raw_stream(self._device)
+        if self._bounds is not None:
+            self._bounds(call, memory)
+            room.extents.launch(stream)
+        values = room.prepare.values
+        values[0], values[1], values[2] = o, g, r
+        room.prepare.launch(stream)
+        of_q, of_k, of_v, of_dk, of_dv = self._layouts
+        of_grad_out, places, a, b = room.grad_out, room.main.places, dk.data_ptr(), dv.data_ptr()
+        # Descriptions are held until the launch: their cache may drop them meanwhile.
+        d0 = known((q, of_q)) or of_q.describe(q)
+        d1 = known((g, of_grad_out)) or of_grad_out.describe(g)
+        d2 = known((k, of_k)) or of_k.describe(k)
+        d3 = known((v, of_v)) or of_v.describe(v)
+        d4 = known((a, of_dk)) or of_dk.describe(a)
+        d5 = known((b, of_dv)) or of_dv.describe(b)
+        places[0], places[TENSOR], places[2 * TENSOR] = d0.address, d1.address, d2.address
+        places[3 * TENSOR], places[_DK], places[_DV] = d3.address, d4.address, d5.address
+        room.main.launch(stream)
+        values, i = room.finish.values, room.grads
+        values[i], values[i + 1], values[i + 2] = dq.data_ptr(), a, b
+        room.finish.launch(stream)
+        del held
+        wanted = self._problem.grads
+        if wanted == "qkv":
+            return Gradients(dq, dk, dv)
+        dsinks = None
+        if call.sinks is not None and "s" in wanted:
+            start, end, dtype = self._memory.at["sinks"]
+            dsinks = memory[start:end].view(dtype).view(self._problem.q_heads, -1).sum(1).to(call.sinks.dtype)
+        return Gradients(
+            q=dq if "q" in wanted else None,
+            k=dk if "k" in wanted else None,
+            v=dv if "v" in wanted else None,
+            sinks=dsinks,
+        )
+
+    def _brought(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The same for tensors that lie as none before did in this thread, or where they cannot be read."""
+        q, k, v = brought(call.q), brought(call.k), brought(call.v)
+        if self._copies or q is not call.q or k is not call.k or v is not call.v:
+            call, strides = call._replace(q=q, k=k, v=v), (q.stride(), k.stride(), v.stride())
+            found = self._of_copies.get(strides)
+            if found is None:
+                found = self._of_copies[strides] = self._with_inputs(call)
+            return found(call, out, lse, grad_out, grad_lse)
+        out, lse, grad_out = readable(out), aligned(lse), brought(grad_out)
+        grad_lse = None if grad_lse is None else aligned(grad_lse.float())
+        given = out.stride(), lse.stride(), grad_out.stride(), None if grad_lse is None else grad_lse.stride()
+        rooms = self._rooms.by_strides
+        if given not in rooms:
+            if len(rooms) > 16:
+                rooms.clear()
+            rooms[given] = self._make_room(call, out, lse, grad_out, grad_lse)
+        return self(call, out, lse, grad_out, grad_lse)
+
+    def _put_scale(self, scale: float, room: Room) -> None:
+        p, room.scale = self._problem, scale
+        inner, outer = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        room.main.put(inner, outer * _LOG2_E, scale)
+        room.finish.put((scale,))
+
+    def _put_more(self, call: Call, room: Room, grad_lse: Tensor | None) -> list[Tensor]:
+        """Writes the addresses of what the first kernel reads besides the usual. Returns what has to live until it is
+        launched."""
+        slots, values = room.slots, room.prepare.values
+        held: list[Tensor] = []
+        if grad_lse is not None:
+            grad_lse = aligned(grad_lse.float())
+            values[slots["grad_lse"]] = grad_lse.data_ptr()
+            held.append(grad_lse)
+        if call.sinks is not None:
+            sinks = aligned(call.sinks.contiguous())
+            values[slots["given_sinks"]] = sinks.data_ptr()
+            held.append(sinks)
+        if self._bounds is not None:
+            values[slots["q"]] = call.q.data_ptr()
+        return held
