@@ -170,7 +170,7 @@ class HopperGpu:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    """From now on the backend "hopper" takes tensors of the CPU, and launches its kernels by a driver that runs none."""
+    """From now on the backend "hopper" takes tensors of the CPU, and its driver runs nothing."""
     gpu, problem_of = HopperGpu(), Problem.of
 
     def on_gpu(call: Call, backward: bool = False) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,11 @@ B, H, HKV, S, D = 2, 4, 2, 40, 64
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[HopperGpu]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     monkeypatch.setattr(debug, "ENABLED", False)
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
         monkeypatch.delenv(name, raising=False)
-    yield pretend(monkeypatch)
+    return pretend(monkeypatch)
 
 
 def made(heads: int, length: int = S, dim: int = D, dtype: torch.dtype = BF16) -> Tensor:
@@ -77,24 +77,24 @@ def test_each_call_has_its_own_addresses(gpu: HopperGpu) -> None:
     assert (lse.shape, lse.dtype) == ((B, H, S), torch.float32)
 
 
+def piece(memory: Tensor, heads: int, sizes: tuple[int, int], dtype: torch.dtype, token_major: bool) -> Tensor:
+    """A tensor at the beginning of the memory. sizes: length and dim."""
+    length, dim = sizes
+    x = memory.view(dtype)[: B * heads * length * dim]
+    return x.view(B, length, heads, dim).transpose(1, 2) if token_major else x.view(B, heads, length, dim)
+
+
 def test_memory_that_is_used_again_for_other_shapes(gpu: HopperGpu) -> None:
     """The same addresses, other shapes, strides and dtypes: descriptions are not theirs who were there before."""
-    memory = torch.randn(3, 1 << 14)
+    memory, dtypes = torch.randn(3, 1 << 14), {BF16: "bf16", torch.float16: "fp16"}
     shapes = (H, HKV, S, D), (H, HKV, 20, 128), (HKV, HKV, S, D), (H, HKV, S, D)
-    for turn in range(2):
-        for dtype in BF16, torch.float16:
-            for heads, kv_heads, length, dim in shapes:
-                for token_major in True, False:
-
-                    def piece(i: int, n: int) -> Tensor:
-                        x = memory[i].view(dtype)[: B * length * n * dim]
-                        return x.view(B, length, n, dim).transpose(1, 2) if token_major else x.view(B, n, length, dim)
-
-                    q, k, v = piece(0, heads), piece(1, kv_heads), piece(2, kv_heads)
-                    out = attend(q, k, v, mask="causal")
-                    (launched,) = gpu.taken()
-                    check(launched, q, k, v, out, dim**-0.5)
-                    assert launched.flags.dtype == ("bf16" if dtype == BF16 else "fp16")
+    for (heads, kv_heads, length, dim), dtype, token_major in 2 * list(product(shapes, dtypes, (True, False))):
+        how = (length, dim), dtype, token_major
+        q, k, v = piece(memory[0], heads, *how), piece(memory[1], kv_heads, *how), piece(memory[2], kv_heads, *how)
+        out = attend(q, k, v, mask="causal")
+        (launched,) = gpu.taken()
+        check(launched, q, k, v, out, dim**-0.5)
+        assert launched.flags.dtype == dtypes[dtype]
 
 
 def test_inputs_that_cannot_be_read_where_they_are(gpu: HopperGpu) -> None:
