@@ -26,6 +26,7 @@ from fastattn._compat import torch as torch_internals
 from fastattn._compat import triton_compiler
 from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
 from fastattn.backends.triton.binaries import launcher, store
+from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
 from fastattn.backends.triton.cuda_driver import Function
 from fastattn.backends.triton.hopper import launch as hopper_forward
 from fastattn.backends.triton.hopper import tensors
@@ -93,6 +94,15 @@ def signature_of(flags: Any) -> dict[str, str]:
     raise AssertionError("nothing was compiled")
 
 
+def aligned_names(flags: Any) -> list[str]:
+    """The pointers that a kernel in plain Triton takes to be multiples of 16."""
+    if not isinstance(flags, TritonFlags):
+        return []
+    module, _, name = flags.kernel.partition(":")
+    names = NamedKernel(module, name).load().arg_names
+    return [names[i] for i in flags.aligned]
+
+
 class HopperDriver(Driver):
     """See `stand_in_compiler.Driver`. Keeps what it is told, as `launches`."""
 
@@ -129,6 +139,8 @@ class HopperDriver(Driver):
                 (found[name],) = struct.unpack(form, ctypes.string_at(arguments[at], struct.calcsize(form)))
                 at += 1
         assert at + 2 == len(arguments), "arguments, and two that Triton adds"
+        for name in aligned_names(flags):
+            assert found[name] % 16 == 0, f"{name} is not aligned, as this binary takes it to be"
         told = config._obj
         name = getattr(flags, "kernel", None) or str(flags)
         launched = Launched(name, flags, tuple(told.grid), told.stream or 0, found, threading.get_ident())

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals, Segments, debug
+from fastattn.backends.triton.bounds import Bounds
 from fastattn.backends.triton.hopper import tensors
+from fastattn.call import Call, Problem
 from fastattn.shape_cache import shape_cache
 
 pytest.importorskip("triton")
@@ -115,6 +117,22 @@ def test_inputs_that_cannot_be_read_where_they_are(gpu: HopperGpu) -> None:
             assert launched.arguments["q_desc"].tells(q) and launched.arguments["out_desc"].tells(out)
 
 
+def test_inputs_of_one_kind_some_of_which_are_misaligned(gpu: HopperGpu) -> None:
+    """The same strides: those that are not aligned are copied, each by itself."""
+    read: list[Tensor] = []
+    gpu.driver.after = lambda x: read.extend([x.arguments[f"{name}_desc"].values(BF16) for name in "qkv"])
+    memory = [torch.randn(B, S, heads, D + 8).to(BF16).transpose(1, 2) for heads in (H, HKV, HKV)]
+    for bits in [0, *range(8), *range(8)]:
+        shifts = [bits >> i & 1 for i in range(3)]
+        q, k, v = (x[..., shift : shift + D] for x, shift in zip(memory, shifts, strict=True))
+        read.clear()
+        attend(q, k, v)
+        (launched,) = gpu.taken()
+        for name, x, shift, got in zip("qkv", (q, k, v), shifts, read, strict=True):
+            assert torch.equal(got, x), name
+            assert launched.arguments[f"{name}_desc"].tells(x) == (not shift)
+
+
 def test_what_else_is_read(gpu: HopperGpu) -> None:
     for _ in range(3):
         q, k, v = inputs()
@@ -179,13 +197,16 @@ def test_threads(gpu: HopperGpu) -> None:
     attempts = 12
 
     def run() -> None:
-        for _ in range(attempts):
+        for turn in range(attempts):
             q, k, v = inputs()
-            mine: list[Any] = []
-            out = attend(q, k, v, mask="causal")
+            mask = torch.ones(B, 1, 1, S, dtype=torch.bool)
+            out = attend(q, k, v, mask=mask if turn % 2 else "causal")
             mine = [x for x in gpu.driver.launches if x.thread == threading.get_ident()]
             try:
-                check(mine[-1], q, k, v, out)
+                a = check(mine[-1], q, k, v, out)
+                if turn % 2:
+                    assert {x.arguments["memory_ptr"] for x in mine[-4:-1]} == {a["bounds_ptr"]}
+                    assert mine[-4].arguments["mask_ptr"] == mask.data_ptr()
             except AssertionError as error:
                 wrong.append(error)
 
@@ -194,7 +215,7 @@ def test_threads(gpu: HopperGpu) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(gpu.driver.launches) == 4 * attempts
+    assert not wrong and len(gpu.driver.launches) == 4 * attempts * (1 + 4) // 2
 
 
 def test_another_device_is_current(gpu: HopperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,3 +230,19 @@ def test_another_device_is_current(gpu: HopperGpu, monkeypatch: pytest.MonkeyPat
             assert gpu.device == 5
         check(gpu.taken()[-1], q, k, v, out)
     assert seen == [None] * 12
+
+
+def test_bounds_for_others_on_a_device_that_is_not_current(gpu: HopperGpu) -> None:
+    lengths = ints(S, 3)
+    call = Call(*inputs(), kv_lengths=lengths)
+    bounds = Bounds(Problem.of(call), call)
+    seen: list[Any] = []
+    gpu.driver.before = lambda: seen.append(gpu.device)
+    for turn in range(4):
+        memory = torch.empty(bounds.size, dtype=torch.uint8)
+        with gpu.on(turn % 2 or None):
+            bounds(call, memory)
+        (launched,) = gpu.taken()
+        found = launched.arguments["memory_ptr"], launched.arguments["kv_lengths_ptr"]
+        assert found == (memory.data_ptr(), lengths.data_ptr())
+    assert seen == [None] * 4

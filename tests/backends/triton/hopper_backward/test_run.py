@@ -194,6 +194,31 @@ def test_what_cannot_be_read_where_it_is(gpu: HopperGpu) -> None:
                 assert found.q is not None and launches[2].arguments["dq_ptr"] == found.q.data_ptr()
 
 
+def test_tensors_of_one_kind_some_of_which_are_misaligned(gpu: HopperGpu) -> None:
+    """The same strides: those that are not aligned are copied, each by itself."""
+    read: dict[str, Any] = {}
+
+    def look(x: Launched) -> None:
+        for name, what in x.arguments.items():
+            if name in ("q_desc", "k_desc", "v_desc", "grad_out_desc"):
+                read[name] = what.values(BF16)
+        if "lse_ptr" in x.arguments:
+            read["lse"] = _at(x.arguments["lse_ptr"], torch.empty(B, H, S)).clone()
+
+    gpu.driver.after = look
+    memory = [torch.randn(B, S, heads, D + 8).to(BF16).transpose(1, 2) for heads in (H, HKV, HKV, H)]
+    lses = torch.randn(B * H * S + 4)
+    call = call_of(**{name: x[..., :D] for name, x in zip("qkv", memory, strict=False)})
+    bound = Backward(Problem.of(call), call)
+    for bits in [0, *range(32), *range(32)]:
+        q, k, v, grad_out = (x[..., (bits >> i & 1) :][..., :D] for i, x in enumerate(memory))
+        lse = lses[bits >> 4 :][: B * H * S].view(B, H, S)
+        bound.backward(call._replace(q=q, k=k, v=v), made(H), lse, grad_out, None)
+        for name, x in ("q", q), ("k", k), ("v", v), ("grad_out", grad_out):
+            assert torch.equal(read[f"{name}_desc"], x), name
+        assert torch.equal(read["lse"], lse)
+
+
 def test_the_log_sum_exp_s_gradient_and_sinks(gpu: HopperGpu) -> None:
     sinks = torch.randn(2 * H)[::2]  # not contiguous: a copy is read
     base = call_of(sinks=sinks, return_lse=True, grads="qkvs", softcap=30.0)
