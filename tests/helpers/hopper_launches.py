@@ -1,0 +1,214 @@
+"""A GPU for Hopper's kernels on a machine that has none: its driver keeps what it is told to launch, and runs nothing.
+
+Tensors lie on the CPU. A launch's arguments are read as the kernel would read them: by the addresses that the driver
+gets, in the order and the types that the compiler is told.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from caches import own_caches
+from stand_in_compiler import Driver
+from torch import Tensor
+
+from fastattn._compat import torch as torch_internals
+from fastattn._compat import triton_compiler
+from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
+from fastattn.backends.triton.binaries import launcher, store
+from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
+from fastattn.backends.triton.cuda_driver import Function
+from fastattn.backends.triton.hopper import launch as hopper_forward
+from fastattn.backends.triton.hopper import tensors
+from fastattn.backends.triton.hopper_backward import launch as hopper_backward
+from fastattn.call import Call, Problem
+from fastattn.shape_cache import Section
+
+_FORMS = {"i32": "i", "i64": "q", "fp32": "f"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A tensor as the copy engine was told of it; shape and strides (in bytes) from the innermost dim outwards."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def tells(self, x: Tensor) -> bool:
+        """Whether it is of `x`, where it lies."""
+        sizes, strides = tuple(x.shape)[::-1], [2 * stride for stride in x.stride()[2::-1]]
+        there = [i for i, size in enumerate(sizes[1:]) if size > 1]  # strides of what there is one of mean nothing
+        same = [self.strides[i] for i in there] == [strides[i] for i in there]
+        return (self.address, self.shape) == (x.data_ptr(), sizes) and same
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """What lies there now, as the copy engine reads it: `[B, H, S, D]`."""
+        shape, strides = self.shape[::-1], (*[stride // 2 for stride in self.strides[::-1]], 1)
+        count = 1 + sum([(size - 1) * stride for size, stride in zip(shape, strides, strict=True)])
+        memory = (ctypes.c_uint16 * count).from_address(self.address)
+        return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides).clone()
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """One launch. arguments: by the kernel's names for them."""
+
+    kernel: str
+    flags: Any
+    programs: tuple[int, ...]
+    stream: int
+    arguments: dict[str, Any]
+    thread: int
+
+
+class _Signature(Exception):
+    pass
+
+
+@cache
+def signature_of(flags: Any) -> dict[str, str]:
+    """The types of a kernel's arguments, as its compiler is told them; without constants."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def compiled(kernel: Any, signature: dict[str, str], *rest: Any) -> Any:
+            raise _Signature({name: signature[name] for name in kernel.arg_names if signature[name] != "constexpr"})
+
+        patch.setattr(triton_compiler, "compiled", compiled)
+        try:
+            flags.compile()
+        except _Signature as error:
+            found: dict[str, str] = error.args[0]
+            return found
+    raise AssertionError("nothing was compiled")
+
+
+def aligned_names(flags: Any) -> list[str]:
+    """The pointers that a kernel in plain Triton takes to be multiples of 16."""
+    if not isinstance(flags, TritonFlags):
+        return []
+    module, _, name = flags.kernel.partition(":")
+    names = NamedKernel(module, name).load().arg_names
+    return [names[i] for i in flags.aligned]
+
+
+class HopperDriver(Driver):
+    """See `stand_in_compiler.Driver`. Keeps what it is told, as `launches`."""
+
+    def __init__(self, functions: Sequence[Any]) -> None:
+        super().__init__()
+        self._functions = functions
+        self.launches: list[Launched] = []
+        self.described: dict[int, Described] = {}  #: by the address of the description
+        self.before: Any = None  #: called before each launch
+        self.after: Any = None  #: called with each launch, before who launched goes on
+
+    def cuModuleGetFunction(self, handle: Any, module: Any, name: bytes) -> int:
+        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = 1 + int(name)
+        return 0
+
+    def cuTensorMapEncodeTiled(self, made: Any, kind: int, rank: int, address: Any, *rest: Any) -> int:
+        shape, strides, box = (tuple(x) for x in rest[:3])
+        self.described[made.value] = Described(address.value, shape, strides, box)
+        return 0
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, _: Any) -> int:
+        if self.before is not None:
+            self.before()
+        flags = self._functions[function.value - 1]
+        found: dict[str, Any] = {}
+        at = 0
+        for name, kind in signature_of(flags).items():
+            if kind.startswith("tensordesc"):
+                rank = kind.partition("[")[2].partition("]")[0].count(",") + 1
+                found[name] = self.described[arguments[at]]
+                at += 1 + 2 * rank
+            else:
+                form = "Q" if kind.startswith("*") else _FORMS[kind]
+                (found[name],) = struct.unpack(form, ctypes.string_at(arguments[at], struct.calcsize(form)))
+                at += 1
+        assert at + 2 == len(arguments), "arguments, and two that Triton adds"
+        for name in aligned_names(flags):
+            assert found[name] % 16 == 0, f"{name} is not aligned, as this binary takes it to be"
+        told = config._obj
+        name = getattr(flags, "kernel", None) or str(flags)
+        launched = Launched(name, flags, tuple(told.grid), told.stream or 0, found, threading.get_ident())
+        self.launches.append(launched)
+        if self.after is not None:
+            self.after(launched)
+        return 0
+
+
+class HopperGpu:
+    """What stands for the GPU. device, stream: those that are current."""
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+        self.driver = HopperDriver(self.functions)
+        self.device: int | None = None  #: tensors of the CPU have no index, which is that of "the" device here
+        self.stream = 0
+        self._made: dict[Any, Function] = {}
+
+    def function(self, flags: Any, device: int | None = None) -> Function:
+        if flags not in self._made:
+            self._made[flags] = Function(b"\x7fELF", str(len(self.functions)), 1024, 128)
+            self.functions.append(flags)
+        return self._made[flags]
+
+    @contextmanager
+    def on(self, index: int | None) -> Iterator[None]:
+        """As torch.cuda.device."""
+        before, self.device = self.device, index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def taken(self) -> list[Launched]:
+        """What was launched since the last time."""
+        found, self.driver.launches = self.driver.launches, []
+        return found
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
+    """From now on the backend "hopper" takes tensors of the CPU, and its driver runs nothing."""
+    gpu, problem_of = HopperGpu(), Problem.of
+
+    def on_gpu(call: Call, backward: bool = False) -> Problem:
+        return dataclasses.replace(problem_of(call, backward), device="cuda", index=0, capability=(9, 0))
+
+    def launcher_of(kernel: Any, grid: Any, device: torch.device, *rest: Any, **options: int) -> Any:
+        device = device if device.type == "meta" else torch.device("cuda")
+        return launcher.BinaryLauncher(kernel, grid, device, *rest, **options)
+
+    set_ = monkeypatch.setattr
+    set_(Problem, "of", staticmethod(on_gpu))
+    own_caches(monkeypatch)
+    set_(tensors, "_descriptions", Section("test", 1 << 10))
+    set_(tensors, "known", tensors._descriptions.get)
+    for module in (hopper_forward, hopper_backward.run):
+        set_(module, "known", tensors._descriptions.get)
+    set_(cuda_driver, "_driver", lambda: gpu.driver)
+    set_(torch_internals, "current_device", lambda: gpu.device)
+    set_(torch_internals, "raw_stream", lambda index: gpu.stream)
+    set_(torch.cuda, "device", gpu.on)
+    set_(limits, "missing", lambda device: [])
+    set_(launcher.BinaryLauncher, "launches", True)
+    ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
+    set_(store, "shared", ready)
+    for module in (bounds, key_bias, hopper_backward):
+        set_(module, "launcher_of", launcher_of)
+    for module in (hopper_forward, hopper_backward):
+        set_(module, "sm_count", lambda index: 132)
+    return gpu
