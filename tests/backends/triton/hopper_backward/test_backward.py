@@ -36,7 +36,12 @@ def test_takes_what_it_is_made_for() -> None:
         dtype=torch.float16, left=5, right=3, softcap=30.0, sinks=True, q_lengths=True, kv_lengths=True, grads="qkvs"
     )
     assert launch.reasons(everything) == []
-    for mask, shape in ("segments", (5, 9)), ("intervals", (1, 300)), ("bool", (2, 1, 1, 500)), ("additive", (1, 8, 1, 1)):
+    for mask, shape in (
+        ("segments", (5, 9)),
+        ("intervals", (1, 300)),
+        ("bool", (2, 1, 1, 500)),
+        ("additive", (1, 8, 1, 1)),
+    ):
         assert launch.reasons(dataclasses.replace(everything, mask=mask, mask_shape=shape)) == []
 
 

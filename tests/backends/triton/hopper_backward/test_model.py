@@ -151,7 +151,9 @@ def test_lengths(seed: int) -> None:
     equals_the_truth(rng, sizes=(1, 1, 1, 300, 100), right=0)  # rows that see nothing
 
 
-@pytest.mark.parametrize("mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge"])
+@pytest.mark.parametrize(
+    "mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "bool", "bias", "edge"]
+)
 def test_masks(mask: str, seed: int) -> None:
     rng = random.Random(seed)
     for split in (1, 2):

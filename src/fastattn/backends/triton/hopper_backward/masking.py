@@ -60,8 +60,8 @@ def is_biased(first, b, shape):
 
 @gluon.jit
 def load_bias(at, key, layout: gl.constexpr, shape):
-    """What a consumer's keys add to exponents, in base 2: [HALF]. at: where that of the first key is. Keys past the last
-    add 0: `mask` hides them."""
+    """What a consumer's keys add to exponents, in base 2: [HALF]. at: where that of the first one is. Keys past the
+    last add 0: `mask` hides them."""
     rows = gl.arange(0, HALF, layout=layout)
     return gl.load(shape.bias + at + rows, mask=rows < shape.kv_len - key, other=0.0)
 
