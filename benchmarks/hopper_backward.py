@@ -53,6 +53,9 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "packed 50 in 8192": ((1, 32, 8, 8192, 8192, 128), {"causal": True, "mask": "packed"}),
     "left-padded B8 2048": ((8, 32, 8, 2048, 2048, 128), {"causal": True, "mask": "left"}),
     "BERT B32 384 lengths D64": ((32, 12, 12, 384, 384, 64), {"lengths": "k"}),
+    "BERT B32 384 mask D64": ((32, 12, 12, 384, 384, 64), {"mask": "bool"}),
+    "BERT B32 384 bias D64": ((32, 12, 12, 384, 384, 64), {"mask": "bias"}),
+    "keys bias B2 2048": ((2, 32, 8, 2048, 2048, 128), {"mask": "bias"}),
 }  # fmt: skip
 #: Of --tune: batch, query heads, K/V heads, lengths.
 GRID = [

@@ -11,7 +11,7 @@ from cases import a_problem
 
 import fastattn
 from fastattn import api
-from fastattn.dispatch import preference
+from fastattn.dispatch import preference, registry
 from fastattn.dispatch.registry import NAMES
 
 PROBLEM = dataclasses.replace(a_problem(), q_len=300)
@@ -71,6 +71,19 @@ def test_masks_on_hopper(changes: dict[str, Any], first: tuple[str, ...]) -> Non
     assert preference.ordered(but(capability=(9, 0), **changes), NAMES)[: len(first)] == first
     if "backward" not in changes:
         assert preference.ordered(but(capability=(8, 0), **changes), NAMES)[1] == "hopper"  # which refuses there
+
+
+@pytest.mark.parametrize("kind, dtype", [("bool", torch.bool), ("additive", torch.float32)])
+def test_gradients_under_a_mask_of_keys_are_for_the_hopper_kernels(kind: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    p = but(capability=(9, 0), backward=True, grads="qkv", mask=kind, mask_shape=(1, 1, 1, 8192), mask_dtype=dtype)
+    order = preference.ordered(p, NAMES)
+    assert next(name for name in order if not registry.backend(name).reasons(p)) == "hopper"
+    for other in (
+        {"mask_shape": (1, 1, 300, 8192)},
+        {"grads": "qkvm"} if kind == "additive" else {"deterministic": True},
+    ):
+        assert registry.backend("hopper").reasons(dataclasses.replace(p, **other))
 
 
 @pytest.mark.parametrize("changes", [{}, {"right": 0}, {"dtype": torch.float32, "q_heads": 8, "kv_heads": 8}], ids=str)
