@@ -102,15 +102,14 @@ def keys_step(
     q, q_rest = load_rows(q_ptr, i64 * q_si * UNIT, wanted, D, HEAD, HEAD_REST)
     do, do_rest = load_rows(do_ptr, i64 * do_si * OUT_UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(k, k_rest, q, q_rest, HEAD_REST, PRECISION)
-    if KEYS:
-        dp = dot_rows(v, v_rest, do, do_rest, VALUE_REST, PRECISION)
     p, s = probabilities(s, lse[None, :], mask, seen, inner, factor, BIASED, SOFTCAP)
     if VALUES:
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision=PRECISION)
         if VALUE_REST > 0:
             dv_rest = tl.dot(weights, do_rest, dv_rest, input_precision=PRECISION)
-    if KEYS:
+    if KEYS:  # not before the scores have become weights: both take many registers
+        dp = dot_rows(v, v_rest, do, do_rest, VALUE_REST, PRECISION)
         ds = score_gradient(p, dp, delta[None, :], seen)
         ds = before_softcap(ds, s, seen, SOFTCAP).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
