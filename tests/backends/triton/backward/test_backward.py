@@ -261,6 +261,31 @@ def test_programs_share_a_sum(shape: str, device: str, monkeypatch: pytest.Monke
     check(case, device)
 
 
+#: A tile holds all queries and keys.
+WINDOW = CASE.but(batch=3, kv_heads=2, q_len=13, kv_len=15, mask="additive:1hqk")
+WINDOWS = {
+    "plain": WINDOW,
+    "shared-by-heads": WINDOW.but(mask="additive:hqk", q_heads=1, kv_heads=1, dtype=FP16),
+    "bounds": WINDOW.but(window=(3, 0), kv_lengths=(15, 9, 0), q_lengths=(13, 4, 13), softcap=3.0),
+    "finfo": WINDOW.but(mask="finfo:1hqk", mask_dtype=BF16, sinks=FP32, head_dim=72, value_dim=40),
+    "mask-alone": WINDOW.but(grads="m"),
+    "without-keys": WINDOW.but(grads="qm"),
+    "without-queries": WINDOW.but(grads="kvm"),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_small_windows_take_one_pass(name: str, device: str) -> None:
+    case = WINDOWS[name]
+    call = call_of(make(case.but(grads=case.grads or case.leaves), device))
+    p = Problem.of(call)
+    assert Walk.of(p, backward.choose(p)).whole
+    assert not Walk.of(dataclasses.replace(p, q_len=65), backward.choose(p)).whole
+    kernels = {x.kernel.split(":")[1] for x in launch.binaries(dataclasses.replace(p, device="cuda"))}
+    assert "bias_kernel" in kernels and not kernels & {"keys_kernel", "queries_kernel"}
+    check(case, device)
+
+
 def test_gradients_of_a_mask_take_no_more_memory_than_they_have() -> None:
     """A mask of a head for all batch entries: neither is it repeated nor are its scores kept."""
     p = a_problem(

@@ -4,6 +4,8 @@ The gradient of a mask that is broadcast along a dim is the sum over that dim, w
 and heads, and blocks of queries or of keys. No matrix of scores exists, in memory, but the gradient itself; and no
 atomics: bits repeat. Where the mask has few tiles, several programs share the walk, each of which writes a sum of its
 own.
+
+Where one tile is all of the queries and keys (the windows of Swin), it computes the other gradients, too.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..head_dims import dot_rows, load_rows
+from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import mask_tile, visible_keys, whole_pieces
 from .prepare import STAT_ROWS
 from .prepare import UNIT as OUT_UNIT
-from .scores import probabilities, score_gradient
+from .scores import before_softcap, probabilities, score_gradient
 
 #: Never specialised.
 INTEGERS = [
@@ -33,6 +35,9 @@ def bias_kernel(
     do_ptr,
     stats_ptr,  # of `prepare_kernel`
     dmask_ptr,  # [parts, *the mask's shape], contiguous
+    dq_ptr,  # [B, Sq, Hq, D], [B, Skv, Hkv, D] and [B, Skv, Hkv, Dv] if WHOLE, each of them or None
+    dk_ptr,
+    dv_ptr,
     mask_ptr,
     q_lengths_ptr,
     kv_lengths_ptr,
@@ -70,6 +75,7 @@ def bias_kernel(
     right,
     inner,  # as in `keys_kernel`
     factor,
+    scale,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,6 +89,8 @@ def bias_kernel(
     MASK_ROWS: tl.constexpr,
     MASK_KEYS: tl.constexpr,
     MASK_ADJACENT: tl.constexpr,
+    ENTRIES: tl.constexpr,  # a program walks batch entries alone, of a mask with rows and keys that is the same for all
+    WHOLE: tl.constexpr,  # and a tile is all of an entry's queries and keys of a head: then this is the only pass
     BOUNDED: tl.constexpr,  # not the mask alone says which keys a row sees
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,17 +104,27 @@ def bias_kernel(
     begin = tl.program_id(1) * walk_each
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     stats = stat_blocks.to(tl.int64) * STAT_ROWS
+    head = mask_head.to(tl.int64)
+    mask = None
+    if ENTRIES:
+        i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
+        mask_ptr += head * mask_sh * MASK_UNIT
+        mask = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
     for step in range(begin, tl.minimum(begin + walk_each, walk)):
-        n = step % walk_keys + key_tile
-        rest = step // walk_keys
-        m = rest % walk_rows + row_tile
-        rest = rest // walk_rows
-        head = (rest % walk_heads + mask_head).to(tl.int64)
-        b = rest // walk_heads + mask_entry
+        b = step + mask_entry
+        if not ENTRIES:
+            n = step % walk_keys + key_tile
+            rest = step // walk_keys
+            m = rest % walk_rows + row_tile
+            rest = rest // walk_rows
+            head = (rest % walk_heads + mask_head).to(tl.int64)
+            b = rest // walk_heads + mask_entry
+            i = m * BLOCK_M + tl.arange(0, BLOCK_M)
+            j = n * BLOCK_N + tl.arange(0, BLOCK_N)
         b64 = b.to(tl.int64)
         kv_head = head // group
-        i = m * BLOCK_M + tl.arange(0, BLOCK_M)
-        j = n * BLOCK_N + tl.arange(0, BLOCK_N)
         i64 = i.to(tl.int64)
         j64 = j.to(tl.int64)
         valid = i < q_len
@@ -117,12 +135,15 @@ def bias_kernel(
                 b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
             )  # fmt: skip
             seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+            if WHOLE:  # the keys that no row sees may hold anything, and 0 * NaN is not 0
+                inside = tl.max(seen.to(tl.int32), 0) > 0
         elif not MASK_KEYS:
             seen = valid[:, None] & inside[None, :]
-        pieces = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
-        there = valid[:, None] & pieces if MASK_ROWS else pieces
-        at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT
-        mask = mask_tile(at, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
+        if not ENTRIES:
+            pieces = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
+            there = valid[:, None] & pieces if MASK_ROWS else pieces
+            at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT
+            mask = mask_tile(at, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
         row_stats = stats_ptr + (b64 * heads + head) * stats + i
         lse = tl.load(row_stats)
         delta = tl.load(row_stats + batch * heads * stats)
@@ -138,7 +159,32 @@ def bias_kernel(
         s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
         dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
         p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, True, SOFTCAP)
-        total += score_gradient(p, dp, delta[:, None], seen)
+        ds = score_gradient(p, dp, delta[:, None], seen)
+        total += ds
+        if WHOLE:
+            ds = before_softcap(ds, s, seen, SOFTCAP).to(q.dtype)
+            at_query = (b64 * q_len + i) * heads + head
+            at_key = (b64 * kv_len + j) * heads + head
+            if dq_ptr is not None:
+                dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+                dq_rest = dq
+                if HEAD_REST > 0:
+                    dq_rest = tl.dot(ds, k_rest, input_precision=PRECISION) * scale
+                store_rows(dq_ptr, at_query * D, valid, dq, dq_rest, D, HEAD, HEAD_REST)
+            if dk_ptr is not None:
+                columns = tl.trans(ds)
+                dk = tl.dot(columns, q, input_precision=PRECISION) * scale
+                dk_rest = dk
+                if HEAD_REST > 0:
+                    dk_rest = tl.dot(columns, q_rest, input_precision=PRECISION) * scale
+                store_rows(dk_ptr, at_key * D, j < kv_len, dk, dk_rest, D, HEAD, HEAD_REST)
+            if dv_ptr is not None:
+                weights = tl.trans(p.to(do.dtype))
+                dv = tl.dot(weights, do, input_precision=PRECISION)
+                dv_rest = dv
+                if VALUE_REST > 0:
+                    dv_rest = tl.dot(weights, do_rest, input_precision=PRECISION)
+                store_rows(dv_ptr, at_key * DV, j < kv_len, dv, dv_rest, DV, VALUE, VALUE_REST)
 
     rows = q_len if MASK_ROWS else 1
     columns = kv_len if MASK_KEYS else 1

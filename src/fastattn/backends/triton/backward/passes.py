@@ -79,7 +79,8 @@ class Passes:
         )  # fmt: skip
         self._keys = self._queries = self._bias = None
         before = sizes.before
-        if any(name in p.grads for name in "kv"):
+        whole = sizes.walk is not None and sizes.walk.whole
+        if any(name in p.grads for name in "kv") and not whole:
             tile = launch.keys
             key_blocks = -(-p.kv_len // tile.block_n)
             self._keys = launcher_of(
@@ -94,7 +95,7 @@ class Passes:
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
-        if "q" in p.grads:
+        if "q" in p.grads and not whole:
             tile = launch.queries
             row_blocks = -(-p.q_len // tile.block_m)
             gaps = p.mask == "intervals" and p.mask_shape[1] > 1
@@ -120,7 +121,7 @@ class Passes:
                 (*strides, mask_heads, *walk.tiles, math.prod(walk.dims), *walk.dims[1:], walk.each, p.batch, p.q_heads,
                  p.group, sizes.row_blocks, *ends),
                 (*dims, tile.block_m, tile.block_n, *heads, *units, rows, p.mask_shape[3] > 1, layout.mask_adjacent,
-                 bounded, p.softcap != 0, precision),
+                 walk.entries, walk.whole, bounded, p.softcap != 0, precision),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )  # fmt: skip
@@ -185,7 +186,9 @@ class Passes:
         if self._queries is not None:
             found.append((self._queries, (*inputs, grads.q, call.mask, lists, *bounds), floats))
         if self._bias is not None:
-            found.append((self._bias, (*inputs, dmask, call.mask, *lengths), floats[:2]))
+            walk = self._sizes.walk
+            others = (grads.q, dk, dv) if walk is not None and walk.whole else (None, None, None)
+            found.append((self._bias, (*inputs, dmask, *others, call.mask, *lengths), floats))
         for name, launcher in self._sums.items():
             found.append((launcher, (pieces[f"d{name}"], getattr(grads, name)), ()))
         return found

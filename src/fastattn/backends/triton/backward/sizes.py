@@ -50,6 +50,8 @@ class Walk(NamedTuple):
     dims: tuple[int, int, int, int]  #: batch entries, heads, blocks of rows, blocks of keys that are summed
     each: int  #: of them that one program sums
     parts: int
+    entries: bool  #: batch entries alone are walked, of a mask with rows and keys that is the same for all
+    whole: bool  #: and a tile is all of an entry's queries and keys of a head: the pass over the mask is the only one
 
     @staticmethod
     def of(p: Problem, launch: Launch) -> Walk:
@@ -66,4 +68,5 @@ class Walk(NamedTuple):
         most = launch_config.MOST_PIECES // (4 * math.prod(p.mask_shape))
         wanted = max(1, min(walk, launch_config.PROGRAMS // programs, most))
         each = -(-walk // wanted)
-        return Walk(tiles, dims, each, -(-walk // each))
+        entries = not batch and rows and keys and dims[1] == 1
+        return Walk(tiles, dims, each, -(-walk // each), entries, entries and tiles == (1, 1) and p.group == 1)
