@@ -125,7 +125,7 @@ class BoundLaunch:
     Of one thread at a time, as the memory that holds these values.
     """
 
-    __slots__ = ("_config", "_handle", "_how", "_run", "_stream", "places")
+    __slots__ = ("_config", "_handle", "_how", "_memory", "_run", "_stream", "places")
 
     def __init__(
         self,
@@ -133,12 +133,13 @@ class BoundLaunch:
         grid: tuple[int, int, int],
         device: int,
         places: ctypes.Array[ctypes.c_void_p],
+        memory: Any,
         overlaps: bool = False,
     ) -> None:
-        """places: the address of each argument. overlaps: it may start while the kernel before it in the stream still
+        """places: the address of each argument. memory: where they are, which lives as long as this. overlaps: it may start while the kernel before it in the stream still
         runs, to wait for that one itself (programmatic dependent launch). The device must be the current one, with a
         context."""
-        self.places = places
+        self.places, self._memory = places, memory
         self._config = function.told(grid, overlaps)
         self._how = ctypes.byref(self._config)
         self._handle = function.load(device)

@@ -93,7 +93,7 @@ def test_asking_does_not_wait_and_is_done_once(binaries: Binaries, log: Path, tm
     stats = binaries.stats()
     assert (stats["binaries"], stats["background_compiles"], stats["compiles"], stats["failures"]) == (1, 1, 0, 0)
     assert stats["background_compile_ms"] > 0
-    BoundLaunch(function, (3, 1, 1), 0, (ctypes.c_void_p * 1)())(5)
+    BoundLaunch(function, (3, 1, 1), 0, (ctypes.c_void_p * 1)(), None)(5)
     launched = driver.launched[0]
     assert (launched["grid"], launched["block"], launched["shared"]) == ((3, 1, 1), (128, 1, 1), 1007)
     assert launched["stream"] == 5

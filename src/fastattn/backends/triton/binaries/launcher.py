@@ -205,7 +205,8 @@ class Room:
         first = ctypes.addressof(self.values)
         end = first + ctypes.sizeof(self.values) - 8
         places = [*range(first, end, 8), *[end] * _UNUSED]
-        self.launch = BoundLaunch(function, grid, device, (ctypes.c_void_p * len(places))(*places), overlaps)
+        array = (ctypes.c_void_p * len(places))(*places)
+        self.launch = BoundLaunch(function, grid, device, array, self.values, overlaps)
 
     def put(self, floats: tuple[float | None, ...]) -> None:
         """Writes the floats."""

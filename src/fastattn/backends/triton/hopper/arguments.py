@@ -34,7 +34,7 @@ class Arguments:
         pack = struct.Struct(f"{len(self.integers)}i")
         pack.pack_into(numbers, 0, *self.integers)
         steps = [1 + 2 * rank for rank in self._ranks]
-        launch = BoundLaunch(function, (programs, 1, 1), device, places)
+        launch = BoundLaunch(function, (programs, 1, 1), device, places, (numbers, pointers))
         return Room(launch, tuple(accumulate(steps, initial=0))[:-1], pointers, numbers, pack.size, self._floats)
 
     def make(self) -> tuple[Any, Any, Any]:
