@@ -25,7 +25,9 @@ CHANGES: dict[str, Any] = {
     "tiles": "bf16", "listed": True,
 }  # fmt: skip
 BACKWARD = BackwardFlags("bf16", 128, ALIGNED)
-BACKWARD_CHANGES: dict[str, Any] = {"dtype": "fp16", "dim": 64, "mask": BAND, "softcap": True, "split": True}
+BACKWARD_CHANGES: dict[str, Any] = {
+    "dtype": "fp16", "dim": 64, "mask": BAND, "softcap": True, "split": True, "biased": True,
+}  # fmt: skip
 TRITON = TritonFlags("fastattn.a:b", (9, 0), ("i32",), (), (), ())
 TRITON_CHANGES: dict[str, Any] = {
     "kernel": "fastattn.a:c", "capability": (8, 0), "types": ("i64",), "aligned": (0,), "constants": ((0, None),),

@@ -199,6 +199,7 @@ def test_biases_of_every_size(seed: int) -> None:
         mask = torch.randn(2, 4, 1, 150)
         mask[torch.rand(2, 4, 1, 150) < 0.4] = low
         mask[:, 1, :, 20:90] = low
+        mask[1, 2:] = low
         equals_the_truth(
             rng, sizes=(2, 1, 4, 100, 150), tensor=mask, split=rng.choice((1, 2, 4)), softcap=rng.choice((0.0, 3.0)),
             lse=True,

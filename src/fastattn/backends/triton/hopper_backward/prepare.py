@@ -19,7 +19,7 @@ from ..bounds_kernel import FIELDS, HEADER
 from ..masking import weighs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LEAST = tl.constexpr(-3e38)
+_LEAST = tl.constexpr(-2e38)
 _ZEROS = tl.constexpr(4096)  # numbers that are cleared at a time
 PREPARE_INTEGERS = [
     "batch", "heads", "q_len", "tiles", "blocks", "zeros", "dim8", "value8", "o_b", "o_h", "o_s", "g_b", "g_h", "g_s",
@@ -121,10 +121,9 @@ def prepare_kernel(
         found = tl.sum(tl.where(there, tl.exp2((sink - lse) * _LOG2_E) * delta, 0.0), 0)
         tl.store(sink_sums_ptr + h.to(tl.int64) * batch * tiles + b * tiles + m, -found)
     pair = rows_ptr + place * (2 * ROWS) + row
-    exponent = lse * _LOG2_E
     if BIASED:
-        exponent = tl.maximum(exponent, _LEAST)  # finite, also where the mask is so low that it is not
-    tl.store(pair, tl.where(seeing, exponent, float("inf")))
+        lse = tl.maximum(lse, _LEAST)  # finite in base 2, also where the mask is as low as can be
+    tl.store(pair, tl.where(seeing, lse * _LOG2_E, float("inf")))
     tl.store(pair + ROWS, tl.where(seeing, delta, 0.0))
     if bounds_ptr is not None:
         some = tl.sum(seeing.to(tl.int32), 0)
