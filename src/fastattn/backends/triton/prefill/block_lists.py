@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..masking import float_bias, mask_tile, visible_keys
+from ..masking import float_bias, mask_tile, visible_keys, whole_pieces
 from .launch_config import LIST_HEADER
 
 _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
@@ -67,12 +67,14 @@ def _may_be_uniform(
 
 @triton.jit
 def _state(
-    mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr
+    mask_ptr, i, lo, hi, start, mask_si, mask_sj, q_len, kv_len,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
     """A block's state, from all of it."""
     j = start + tl.arange(0, BLOCK_N)
     bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, bounded, mask_si, mask_sj, UNIT, True, ADJACENT))
+    there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
+    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
     hidden = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) == 0
     full = tl.min(tl.min(((neutral & bounded) | (hi <= lo)[:, None]).to(tl.int32), 1), 0) > 0
     return tl.where(hidden, 0, tl.where(full, FULL, PARTIAL))
@@ -122,7 +124,9 @@ def classify_kernel(
                     mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT
                 )
             if unsure:
-                state = _state(mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_N, MASK_UNIT, MASK_ADJACENT)
+                state = _state(
+                    mask_ptr, i, lo, hi, start, mask_si, mask_sj, q_len, kv_len, BLOCK_N, MASK_UNIT, MASK_ADJACENT
+                )
         tl.store(states_ptr + tl.program_id(0).to(tl.int64) * key_blocks + n, state)
 
 
