@@ -5,8 +5,9 @@
 ROW: words of the names of rows; all rows without any. First every kernel of ours is compiled and compared with the
 float64 reference ("error": the greatest norm of a gradient's difference over norm). Then times: medians in microseconds
 of GPU work, captured in CUDA graphs, "cold" with the L2 cache flushed before each call, "hot" over many calls in a row.
-"NAME" is the backward alone, "NAME forward" the forward before it. --tune: many tiles of the portable kernel's passes
-for each row, hot, instead. --flex: torch's compiled flex attention too, forward and backward as one.
+"NAME" is the backward alone, "NAME forward" the forward before it. --tune: tiles of the portable kernel's passes
+instead, hot: of the rows named, without any of one row of each kind (see `backward_tune.py`). --flex: torch's compiled
+flex attention too, forward and backward as one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
-from itertools import product
 from typing import Any
 
 import torch
@@ -34,8 +34,10 @@ from fastattn.call import Call, Problem
 from fastattn.dispatch.registry import backend
 
 from .backward_calls import ROWS, Own
+from .backward_tune import ROWS as TUNED
+from .backward_tune import tune
 from .command import end, write
-from .row_commands import call_of, in_time, report, row_parser, tuned
+from .row_commands import call_of, in_time, report, row_parser
 from .torchs_backward import Run, torchs
 from .turns import FLUSHED, measure
 
@@ -44,17 +46,6 @@ KERNELS = {
     "hopper": "fastattn.backends.triton.hopper_backward.launch",
 }
 _MOST_SCORES = 3 << 30  #: of a row that is compared: float64 takes its time
-#: Tiles that are tried of a pass: queries, keys, warps, stages.
-TILES = [
-    *product((64,), (64,), (4, 8), (1, 2, 3)),
-    *product((64,), (128,), (8,), (1, 2)),
-    *product((128,), (64,), (8,), (1, 2)),
-    *product((32,), (64, 128), (4, 8), (1, 2, 3)),
-    *product((64, 128), (32,), (4, 8), (2, 3)),
-    (32, 32, 4, 2),
-    (128, 128, 8, 1),
-    (128, 128, 8, 2),
-]
 
 
 def upstream(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,27 +127,6 @@ def errors_of(call: Call) -> dict[str, Any]:
     return found
 
 
-def tune(call: Call) -> dict[str, dict[str, float]]:
-    """Hot microseconds of each tile of each pass, the quickest first, the other passes as they are listed."""
-    from fastattn.backends.triton.backward import backward, launch_config
-    from fastattn.backends.triton.limits import usual_shared_memory
-
-    p, (out, lse, grad_out) = Problem.of(call), upstream(call)
-    listed, limit = launch_config.choose(p), usual_shared_memory(p.capability)
-    tiles = [tile for tile in (launch_config.Tile(*numbers) for numbers in TILES)
-             if launch_config.shared(p, tile) <= limit]  # fmt: skip
-
-    def with_tile(name: str, tile: Any) -> Run:
-        one = replace(listed, **dict.fromkeys(name.split(" and "), tile))
-        return partial(backward.bind(p, call, one).backward, call, out, lse, grad_out, None)
-
-    passes = ["keys", "queries"] if not p.masked_rows else ["keys and queries"]
-    return {
-        name: tuned((" ".join(str(x) for x in asdict(tile).values()), partial(with_tile, name, tile)) for tile in tiles)
-        for name in [*passes, *(["bias"] if "m" in p.grads else [])]
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -171,14 +141,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"benchmark": "backward", "unit": "us", "rows": {}}
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
     try:
-        for row in in_time(chosen(arguments.rows, ROWS), begun, arguments.seconds):
+        rows = chosen(arguments.rows, ROWS)
+        if arguments.tune and not arguments.rows:
+            rows = [row for row in rows if row.name in TUNED]
+        for row in in_time(rows, begun, arguments.seconds):
             torch.manual_seed(0)
             with torch.no_grad():
                 call = call_of(row, device)
                 if arguments.tune:
-                    found["rows"][row.name] = tune(call)
-                    for name, times in found["rows"][row.name].items():
-                        print(f"{row.name:24} {name}: {list(times.items())[:5]}", flush=True)
+                    passes = tune(call, upstream(call))
+                    found["rows"][row.name] = {name: asdict(one) for name, one in passes.items()}
+                    for one in passes.values():
+                        print(f"{row.name:20} {one.line()}", flush=True)
                     continue
                 checks = {} if arguments.time else errors_of(call)
                 runs = {} if arguments.check else contenders(call)

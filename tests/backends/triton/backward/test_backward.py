@@ -80,29 +80,29 @@ BLOCKS = {
     "lengths-window": CASE.but(kv_lengths=(50, 18), window=(20, 0)),
     "intervals": CASE.but(mask="intervals:bq"),
     "intervals-shared": CASE.but(mask="intervals:b1", kv_lengths=(40, 50)),
-    "intervals-window": CASE.but(mask="intervals:1q", window=(30, 0), sinks=FP32),
+    "intervals-window": ONE.but(mask="intervals:1q", window=(30, 0), sinks=FP32),
     "segments": CASE.but(mask="segments:5", sinks=FP32),
     "packed": CASE.but(mask="segments:3c", q_len=50),
     "left-padded": CASE.but(mask="segments:pc"),
     "sinks": ONE.but(sinks=FP32, mask="causal"),
     "sinks-nothing-seen": CASE.but(sinks=FP32, kv_lengths=(0, 0)),
     "softcap": ONE.but(softcap=3.0, mask="causal"),
-    "softcap-bias": CASE.but(softcap=3.0, mask="additive:1hqk", sinks=FP32),
+    "softcap-bias": ONE.but(softcap=3.0, mask="additive:1hqk", sinks=FP32),
     "finfo": CASE.but(mask="finfo:b1qk"),
-    "finfo-float64": CASE.but(mask="finfo:b1qk", mask_dtype=FP64, return_lse=False),
+    "finfo-float64": ONE.but(mask="finfo:b1qk", mask_dtype=FP64, return_lse=False),
     "finfo-lengths": CASE.but(mask="finfo:b1qk", kv_lengths=(45, 20), mask_dtype=FP32),
     "additive-bf16": CASE.but(mask="additive:b1qk", mask_dtype=BF16, kv_lengths=(45, 20)),
-    "additive-rare": CASE.but(mask="additive:b1qk", keep=0.02),  # hidden blocks
+    "additive-rare": ONE.but(mask="additive:b1qk", keep=0.02),  # hidden blocks
     "additive-whole": CASE.but(mask="additive:bhqk", window=(20, 5)),
-    "bool-rare": CASE.but(mask="bool:b1qk", keep=0.02, sinks=FP32),
+    "bool-rare": ONE.but(mask="bool:b1qk", keep=0.02, sinks=FP32),
     "bool-all": CASE.but(mask="bool:bhqk", keep=1.0, kv_lengths=(50, 33)),
-    "bool-none": CASE.but(mask="bool:b1qk", keep=0.0, sinks=FP32),
+    "bool-none": ONE.but(mask="bool:b1qk", keep=0.0, sinks=FP32),
     "keys": CASE.but(mask="bool:b11k", keep=0.1, kv_len=90),
-    "keys-all": CASE.but(mask="bool:b11k", keep=1.0, window=(20, 0)),
-    "keys-none": CASE.but(mask="bool:b11k", keep=0.0),
+    "keys-all": ONE.but(mask="bool:b11k", keep=1.0, window=(20, 0)),
+    "keys-none": ONE.but(mask="bool:b11k", keep=0.0),
     "keys-lengths": CASE.but(mask="bool:111k", q_lengths=(37, 5), kv_lengths=(40, 50)),
     "key-bias": CASE.but(mask="additive:1h1k", window=(30, 3), kv_lengths=(40, 50)),
-    "window-bool": CASE.but(mask="bool:1hqk", window=(20, 2)),
+    "window-bool": ONE.but(mask="bool:1hqk", window=(20, 2)),
     "everything": CASE.but(
         mask="additive:b1qk", window=(50, 1), q_lengths=(30, 1), kv_lengths=(50, 40), sinks=FP32, softcap=4.0, scale=0.3
     ),
@@ -162,8 +162,8 @@ def test_head_dims(dims: tuple[int, int], dtype: torch.dtype, device: str, monke
     if device == "cuda":
         monkeypatch.setattr(backward, "choose", launch_config.choose)
     head, value = dims
-    if device == "cpu" and dtype == BF16 and head >= 256:
-        pytest.skip("the interpreter takes its time: smaller dims are in parts, too, and larger ones in float32")
+    if device == "cpu" and (dims == (512, 512) or (dtype == BF16 and head >= 256)):
+        pytest.skip("the interpreter takes its time: 256 is in one part, too, 576 larger, and smaller dims in parts")
     check(CASE.but(mask="causal", head_dim=head, value_dim=value, dtype=dtype, q_len=20, kv_len=23), device)
 
 
@@ -176,7 +176,7 @@ def test_layouts(layout: str, mask: str, device: str) -> None:
 @pytest.mark.parametrize("grads", ["q", "k", "v", "kv", "m", "s", "qms"])
 def test_what_is_asked_for(grads: str, device: str) -> None:
     """Gradients of a part of the inputs; `gradients` asserts that there are no others."""
-    check(CASE.but(mask="additive:1hqk", sinks=FP32, grads=grads, q_len=20, kv_len=23), device)
+    check(ONE.but(mask="additive:1hqk", sinks=FP32, grads=grads, q_len=20, kv_len=23), device)
 
 
 def upstream(layout: str, x: Tensor) -> Tensor:
@@ -219,10 +219,12 @@ def test_nothing_flows_back_from_rows_that_see_nothing(mask: str, sinks: Any, de
 
 @pytest.mark.parametrize("name", ["packed", "additive-whole", "key-bias", "everything"])
 def test_bits_repeat(name: str, device: str) -> None:
+    if device == "cpu":
+        pytest.skip("the interpreter runs programs one after another: there no order changes")
     case = sized(BLOCKS[name].but(dtype=FP16), device)
     inputs = make(case.but(grads=case.leaves), device)
     first = gradients(inputs)
-    for _ in range(1 if device == "cpu" else 10):
+    for _ in range(10):
         again = gradients(inputs)
         assert all(torch.equal(x, again[n]) for n, x in first.items())
 
@@ -239,12 +241,13 @@ def test_one_kernel_serves_other_data(device: str) -> None:
     assert all(torch.equal(x, reused[name]) for name, x in fresh.items())
 
 
-@pytest.mark.parametrize("q_heads", [6, 8])
-def test_programs_share_a_group(q_heads: int, device: str) -> None:
-    case = CASE.but(q_heads=q_heads, kv_heads=2, mask="causal", grads="qkv", q_len=20, kv_len=40)
-    p = Problem.of(call_of(make(case, device)))
-    sizes = Sizes(p, backward.choose(p), 0, Before(p, call_of(make(case, device)), backward.choose(p)))
-    assert sizes.group_parts == q_heads // 2
+@pytest.mark.parametrize("group", [3, 4])
+def test_programs_share_a_group(group: int, device: str) -> None:
+    case = ONE.but(q_heads=group, kv_heads=1, mask="causal", grads="qkv", q_len=20, kv_len=40)
+    call = call_of(make(case, device))
+    p = Problem.of(call)
+    tiles = backward.choose(p)
+    assert Sizes(p, tiles, 0, Before(p, call, tiles)).group_parts == group
     check(case, device)
 
 

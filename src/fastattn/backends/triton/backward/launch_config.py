@@ -51,27 +51,33 @@ _LEAST = Tile(16, 16, 4, 1)
 _HALF = {
     64: Launch(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
     128: Launch(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    256: Launch(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+    256: Launch(Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     512: Launch(Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 #: The same for 2-byte elements where the passes have fewer programs than `FEW`.
 _SMALL = Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
 _SMALL_DIM = 128
-#: With a tensor mask that has a row for each query: one tile for all passes, so that its blocks are classified once.
+#: With a tensor mask that has a row for each query: the passes over keys and over queries have the same blocks, so that
+#: they are classified once.
 _HALF_MASKED = {
     64: Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     256: Launch(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),
     512: Launch(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
-#: For float32.
+#: For float32. Tiles of 64 rows, or of 128 for 8 warps, are multiplied by asynchronous instructions on SM 9.0.
 _FLOAT = {
-    64: Launch(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-    128: Launch(Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    64: Launch(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    128: Launch(Tile(32, 128, 8, 1), Tile(128, 32, 8, 1), Tile(64, 32, 4, 1)),
     256: Launch(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+_FLOAT_MASKED = _FLOAT | {
+    64: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    128: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
+_FLOAT_SPARE = 8 << 10  #: with products of float32, which have room for that anyway
 
 
 @cached(1 << 12, "launches of the portable backward")
@@ -92,7 +98,8 @@ def variants(problem: Problem) -> list[tuple[Launch, int]]:
 
 def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
     """few_keys, few_queries: whether the passes have few programs."""
-    table = _FLOAT if p.dtype.itemsize != 2 else _HALF_MASKED if p.masked_rows else _HALF
+    tables = (_HALF, _HALF_MASKED) if p.dtype.itemsize == 2 else (_FLOAT, _FLOAT_MASKED)
+    table = tables[p.masked_rows]
     size = max(p.head_dim, p.value_dim)
     found = next((launch for dim, launch in table.items() if size <= dim), table[512])
     limit = usual_shared_memory(p.capability)
@@ -103,8 +110,10 @@ def _choose(p: Problem, few_keys: bool, few_queries: bool) -> Launch:
         return x
 
     keys = fitting(_SMALL.keys if few_keys else found.keys)
-    queries = fitting(_SMALL.queries if few_queries else found.queries)
-    return replace(found, keys=keys, queries=keys if p.masked_rows else queries, bias=fitting(found.bias))
+    queries = _SMALL.queries if few_queries else found.queries
+    if p.masked_rows:
+        queries = replace(queries, block_m=keys.block_m, block_n=keys.block_n)
+    return replace(found, keys=keys, queries=fitting(queries), bias=fitting(found.bias))
 
 
 def _has_small(p: Problem) -> bool:
@@ -130,16 +139,17 @@ def shared(problem: Problem, x: Tile) -> int:
     mask, and what the compiler needs to transpose tiles and to change their layouts."""
     p = problem
     head, value = sum(parts(p.head_dim)), sum(parts(p.value_dim))
-    rows = (max(x.block_m, x.block_n) + x.stages * min(x.block_m, x.block_n)) * (head + value)
-    if x.block_m == x.block_n:
-        rows = (1 + x.stages) * x.block_m * (head + value)
-    scores = x.block_m * x.block_n * 4
-    if p.dtype.itemsize == 4:  # its products want both sides transposed, of copies
-        rows += min(x.block_m, x.block_n) * (head + value)
-        scores *= 2
+    larger, smaller = max(x.block_m, x.block_n), min(x.block_m, x.block_n)
+    mask = 0
     if p.dense_mask and p.mask_dtype is not None:
-        scores += x.stages * x.block_m * x.block_n * p.mask_dtype.itemsize
-    return p.dtype.itemsize * rows + scores + _SPARE
+        mask = x.stages * x.block_m * x.block_n * p.mask_dtype.itemsize
+    if p.dtype.itemsize == 2:
+        rows = (larger + x.stages * smaller) * (head + value)
+        return 2 * rows + x.block_m * x.block_n * 4 + mask + _SPARE
+    # Products want tiles in three parts of 2 bytes, or transposed (found by compiling).
+    dim = max(head, value)
+    copies = max(4 * larger * dim + 6 * smaller * dim, 8 * smaller * (head + value))
+    return 4 * (larger + (x.stages - 1) * smaller) * (head + value) + copies + mask + _FLOAT_SPARE
 
 
 def _smaller(x: Tile) -> Tile:

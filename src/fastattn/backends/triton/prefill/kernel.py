@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
-from ..masking import float_bias, mask_tile, tanh, visible_keys
+from ..masking import float_bias, mask_tile, tanh, visible_keys, whole_pieces
 from ..walk import keys_to_visit, program_of
 from .block_lists import HEADER
 
@@ -46,7 +46,7 @@ def _mask_of(
 ):  # fmt: skip
     """A block's entries of a tensor mask."""
     j = start + tl.arange(0, BLOCK_N)
-    inside = (j < last)[None, :]
+    inside = (j < whole_pieces(last, UNIT))[None, :]
     there = valid[:, None] & inside if ROWS else inside
     return mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, ROWS, ADJACENT)
 
