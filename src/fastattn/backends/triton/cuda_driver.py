@@ -136,9 +136,9 @@ class BoundLaunch:
         memory: Any,
         overlaps: bool = False,
     ) -> None:
-        """places: the address of each argument. memory: where they are, which lives as long as this. overlaps: it may start while the kernel before it in the stream still
-        runs, to wait for that one itself (programmatic dependent launch). The device must be the current one, with a
-        context."""
+        """places: the address of each argument. memory: where they are, which lives as long as this. overlaps: it may
+        start while the kernel before it in the stream still runs, to wait for that one itself (programmatic dependent
+        launch). The device must be the current one, with a context."""
         self.places, self._memory = places, memory
         self._config = function.told(grid, overlaps)
         self._how = ctypes.byref(self._config)
