@@ -1,4 +1,7 @@
-"""Which calls the Hopper backward serves, which binaries a call takes, and its launches: three, with bounds five."""
+"""Which calls the Hopper backward serves, which binaries a call takes, and its launches.
+
+Three launches, with bounds of rows five, with a mask of keys six.
+"""
 
 from __future__ import annotations
 
