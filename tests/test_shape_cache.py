@@ -47,7 +47,8 @@ KEPT_BY_OTHER_THINGS = {
     # by the config, dropped with it
     "fastattn.integrations.transformers.mask._asking",
     # by what calls, in words: counters and warnings
-    "fastattn.dispatch.serve._calls", "fastattn.dispatch.handed_over._handed", "fastattn.common.notice._given",
+    "fastattn.dispatch.serve._calls", "fastattn.dispatch.serve._backwards", "fastattn.dispatch.handed_over._handed",
+    "fastattn.common.notice._given",
     # what os.environ wraps, and names of variables
     "fastattn.config._plain", "fastattn.config._encoded",
     # lists of live objects

@@ -64,8 +64,31 @@ def test_every_private_name_is_there() -> None:
         assert torch._dynamo.config.recompile_limit == 77
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_allocation(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.empty_strided, with torch's private function and without it."""
+    device = torch.device("cpu")
+    if there:
+        assert torch_internals.allocator(device) is torch._C._dynamo.guards._empty_strided_cpu
+    else:
+        monkeypatch.setattr(torch_internals, "_private", lambda name: None)
+    make = torch_internals.allocator(device)
+    for dtype in torch.bfloat16, torch.float32, torch.uint8:
+        x = make((2, 3, 4), (1, 8, 2), dtype)
+        assert (x.shape, x.stride(), x.dtype, x.device) == ((2, 3, 4), (1, 8, 2), dtype, device)
+        assert type(x) is Tensor and not x.requires_grad and x.untyped_storage().nbytes() == 24 * dtype.itemsize
+    with torch.inference_mode():
+        assert make((2,), (1,), torch.float32).is_inference()
+    assert torch_internals.allocator(torch.device("meta"))((2,), (1,), torch.float32).is_meta
+
+
 @pytest.mark.gpu
 def test_streams_and_devices() -> None:
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            x = torch_internals.allocator(torch.device("cuda", index))((2, 3), (3, 1), torch.bfloat16)
+            assert x.device == torch.device("cuda", index)
+            assert torch_internals.allocator(x.device) is torch._C._dynamo.guards._empty_strided_cuda
     assert torch_internals.raw_stream is torch._C._cuda_getCurrentRawStream
     with torch.cuda.stream(torch.cuda.Stream()) as _:
         index = torch.cuda.current_device()

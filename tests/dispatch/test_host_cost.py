@@ -17,6 +17,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
+import hopper_launches
 from counted import Counts, counted, without_gradients
 from pretended_gpu import pretend
 from torch import Tensor
@@ -54,6 +55,7 @@ def options_of(name: str) -> dict[str, Any]:
         "scaled": {"mask": "causal", "scale": 0.3},
         "lengths": {"mask": "causal", "kv_lengths": ints(S, 3)},
         "mask": {"mask": torch.ones(1, 1, S, S, dtype=torch.bool)},
+        "keys": {"mask": torch.ones(B, 1, 1, S, dtype=torch.bool)},
         "sinks": {"mask": "causal", "sinks": torch.zeros(H)},
         "segments": {"mask": Segments(ints(0, 0, 9, 1, 2, 9).view(2, 3).T.contiguous(), True)},
         "intervals": {"mask": Intervals(ints(0, 1)[:, None], ints(9, 4)[:, None])},
@@ -123,22 +125,22 @@ def cache_step() -> Callable[[], Any]:
 #: Over a backend that allocates its results (out; log-sum-exp where there are gradients; a gradient for each input)
 #: and computes nothing. Python 3.11; later versions need fewer calls.
 CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(forward, "causal"), Counts(10, 16, 1)),
-    "forward, scaled": (partial(forward, "scaled"), Counts(10, 16, 1)),
-    "forward, lengths": (partial(forward, "lengths"), Counts(13, 19, 1)),
-    "forward, mask": (partial(forward, "mask"), Counts(12, 20, 1)),
-    "forward, segments": (partial(forward, "segments"), Counts(13, 19, 1)),
-    "forward, intervals": (partial(forward, "intervals"), Counts(18, 22, 1)),
-    "both": (partial(both, "causal"), Counts(24, 34, 5)),
-    "both, lengths": (partial(both, "lengths"), Counts(29, 41, 5)),
-    "both, mask": (partial(both, "mask"), Counts(28, 42, 5)),
-    "both, sinks": (partial(both, "sinks"), Counts(29, 42, 6)),
-    "varlen": (partial(packed, False), Counts(27, 41, 13)),
-    "varlen, both": (partial(packed, True), Counts(43, 63, 25)),
-    "operator": (operator, Counts(18, 13, 2)),
-    "layer": (partial(layer, False), Counts(15, 27, 2)),
-    "layer, mask": (partial(layer, True), Counts(16, 27, 2)),
-    "cache": (cache_step, Counts(51, 47, 31)),
+    "forward": (partial(forward, "causal"), Counts(9, 16, 0)),
+    "forward, scaled": (partial(forward, "scaled"), Counts(9, 16, 0)),
+    "forward, lengths": (partial(forward, "lengths"), Counts(13, 19, 0)),
+    "forward, mask": (partial(forward, "mask"), Counts(12, 20, 0)),
+    "forward, segments": (partial(forward, "segments"), Counts(13, 19, 0)),
+    "forward, intervals": (partial(forward, "intervals"), Counts(18, 22, 0)),
+    "both": (partial(both, "causal"), Counts(22, 31, 0)),
+    "both, lengths": (partial(both, "lengths"), Counts(29, 38, 0)),
+    "both, mask": (partial(both, "mask"), Counts(28, 39, 0)),
+    "both, sinks": (partial(both, "sinks"), Counts(29, 39, 1)),
+    "varlen": (partial(packed, False), Counts(27, 41, 12)),
+    "varlen, both": (partial(packed, True), Counts(43, 60, 20)),
+    "operator": (operator, Counts(18, 13, 1)),
+    "layer": (partial(layer, False), Counts(14, 27, 1)),
+    "layer, mask": (partial(layer, True), Counts(15, 27, 1)),
+    "cache": (cache_step, Counts(51, 47, 30)),
 }
 
 
@@ -164,12 +166,12 @@ def test_the_way_to_a_backend_and_back(name: str, nothing_computed: None) -> Non
 BF16 = torch.bfloat16
 #: Over cuDNN's kernels bound to plans that execute nothing; the offsets of lengths are given.
 CUDNN: dict[str, tuple[Callable[[], Callable[[], Any]], bool, Counts]] = {
-    "dynamic": (partial(forward, "causal", BF16), False, Counts(16, 18, 8)),
-    "static": (partial(forward, "causal", BF16), True, Counts(16, 18, 1)),
-    "dynamic, both": (partial(both, "causal", BF16), False, Counts(42, 48, 25)),
-    "static, both": (partial(both, "causal", BF16), True, Counts(43, 47, 5)),
-    "lengths, both": (partial(both, "lengths", BF16), False, Counts(47, 61, 31)),
-    "mask, both": (partial(both, "mask", BF16), False, Counts(103, 118, 38)),
+    "dynamic": (partial(forward, "causal", BF16), False, Counts(15, 18, 7)),
+    "static": (partial(forward, "causal", BF16), True, Counts(15, 18, 0)),
+    "dynamic, both": (partial(both, "causal", BF16), False, Counts(39, 45, 21)),
+    "static, both": (partial(both, "causal", BF16), True, Counts(40, 44, 1)),
+    "lengths, both": (partial(both, "lengths", BF16), False, Counts(46, 58, 27)),
+    "mask, both": (partial(both, "mask", BF16), False, Counts(102, 119, 38)),
 }
 
 
@@ -180,6 +182,39 @@ def test_cudnns_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(gpu), "static", static)
     with fastattn.use_backend("cudnn"):
         check(counted(make()), recorded)
+
+
+#: Over Hopper's kernels, which a driver takes that runs nothing. Allocations are calls of a built-in function.
+HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
+    "forward": (partial(forward, "causal", BF16), Counts(11, 31, 0)),
+    "forward, lengths": (partial(forward, "lengths", BF16), Counts(16, 37, 0)),
+    "forward, keys": (partial(forward, "keys", BF16), Counts(25, 42, 0)),
+    "forward, segments": (partial(forward, "segments", BF16), Counts(23, 40, 0)),
+    "both": (partial(both, "causal", BF16), Counts(30, 72, 0)),
+    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 87, 0)),
+    "both, segments": (partial(both, "segments", BF16), Counts(53, 90, 0)),
+    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 91, 5)),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hoppers_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    make, recorded = HOPPER[name]
+    gpu = hopper_launches.pretend(monkeypatch)
+    hopper_launches.allocate_in_place(monkeypatch)
+    run = make()
+    with fastattn.use_backend("hopper"):
+        found = counted(run)
+        gpu.taken()
+        run()
+        check(found, recorded)
+    kernels = 1 + 3 * name.startswith("both")
+    if "keys" in name:
+        kernels += 3
+    if "segments" in name or name == "both, lengths":
+        kernels += 2 * ("segments" in name) + 2 * name.startswith("both")
+    assert len(gpu.taken()) == kernels
 
 
 def dropped_in(differentiated: bool, **options: Any) -> Callable[[], Any]:
@@ -198,12 +233,12 @@ def three_dims() -> Callable[[], Any]:
     return partial(patching.scaled_dot_product_attention, *(torch.randn(B, S, D) for _ in range(3)))
 
 
-#: torch's function while it is patched. Of each forward the op itself is 10, 16, 1 (with a mask 12, 20, 1).
+#: torch's function while it is patched. Of each forward the op itself is 9, 16, 0 (with a mask 12, 20, 0).
 DROP_IN: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(dropped_in, False, is_causal=True), Counts(21, 28, 1)),
-    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 32, 1)),
-    "both": (partial(dropped_in, True, is_causal=True), Counts(35, 46, 5)),
-    "three dims": (three_dims, Counts(46, 83, 5)),
+    "forward": (partial(dropped_in, False, is_causal=True), Counts(20, 28, 0)),
+    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 32, 0)),
+    "both": (partial(dropped_in, True, is_causal=True), Counts(33, 43, 0)),
+    "three dims": (three_dims, Counts(45, 83, 4)),
     "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(13, 8, 1)),
 }
 

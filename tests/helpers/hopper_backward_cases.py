@@ -264,8 +264,10 @@ def _poison(run: Any) -> None:
         return found.fill_(0xFF)
 
     class Gradient(layout.TokenMajor):
-        def here(self) -> torch.Tensor:
-            return super().here().fill_(torch.nan)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            make = self.here
+            self.here = lambda: make().fill_(torch.nan)
 
     run.scratch, run.TokenMajor = memory, Gradient
 

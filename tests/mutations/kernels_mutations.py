@@ -10,6 +10,7 @@ _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
 _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
+_LAUNCHES = ("tests/backends/triton/hopper/test_launch.py", "tests/backends/triton/hopper_backward/test_run.py")
 
 _PREFILL_MASKS = (
     "tests/backends/triton/prefill/test_prefill.py",
@@ -129,6 +130,41 @@ MUTATIONS = (
         "if found is None and self.failed(flags) is None and not hindrance():",
         "if found is None and not hindrance():",
         _BINARIES,
+    ),
+    Mutation(
+        "the backward's memory has moved, and its kernels do not know",
+        "backends/triton/hopper_backward/run.py",
+        "if at != room.memory:",
+        "if room.memory == 0:",
+        _LAUNCHES,
+    ),
+    Mutation(
+        "a backward takes the scale of the one before",
+        "backends/triton/hopper_backward/run.py",
+        "if call.scale != room.scale:",
+        "if room.scale != room.scale:",
+        _LAUNCHES,
+    ),
+    Mutation(
+        "threads share the arguments of launches",
+        "backends/triton/hopper/launch.py",
+        "self._local = threading.local()",
+        "self._local = type('Local', (), {})()",
+        _LAUNCHES,
+    ),
+    Mutation(
+        "a description stays when memory is used for another shape",
+        "backends/triton/hopper/tensors.py",
+        "key = address, self",
+        "key = address, 0",
+        _LAUNCHES,
+    ),
+    Mutation(
+        "bounds of misaligned tensors are found by the binary for aligned ones",
+        "backends/triton/bounds.py",
+        "if not bits % ALIGNMENT:",
+        "if True:",
+        _LAUNCHES,
     ),
     Mutation(
         "a kernel of another alignment is launched",

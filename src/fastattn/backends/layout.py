@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,24 +47,24 @@ def _fits(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
 
 
 class Fresh:
-    """Uninitialised tensors of one shape, one layout and one dtype, on one device: the quickest way to them."""
+    """Uninitialised tensors of one shape, one layout and one dtype, on one device: the quickest way to them.
 
-    __slots__ = ("_allocate", "_dtype", "_index", "shape", "strides")
+    here: makes one; a GPU must be the current one.
+    """
+
+    __slots__ = ("_index", "here", "shape", "strides")
 
     def __init__(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.strides, self._dtype = tuple(shape), tuple(strides), dtype
+        self.shape, self.strides = tuple(shape), tuple(strides)
         self._index = device.index if device.type == "cuda" else None
-        self._allocate = torch_internals.allocator(device)
+        self.here: Callable[[], Tensor] = partial(torch_internals.allocator(device), self.shape, self.strides, dtype)
 
     def __call__(self) -> Tensor:
+        """Makes one, whichever GPU is the current one."""
         if self._index is not None and self._index != torch_internals.current_device():
             with torch.cuda.device(self._index):
                 return self.here()
         return self.here()
-
-    def here(self) -> Tensor:
-        """The same; a GPU must be the current one."""
-        return self._allocate(self.shape, self.strides, self._dtype)
 
 
 class TokenMajor(Fresh):

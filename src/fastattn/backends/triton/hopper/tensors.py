@@ -57,7 +57,7 @@ class Layout:
 
 #: By address, and a `Layout` or what takes its place: one that was seen before costs one look.
 _descriptions = shape_cache.section("tensor descriptions", 1 << 12)
-_layouts = shape_cache.section("tensor layouts", 1 << 12)
+_layouts = shape_cache.section("tensor descriptions", 1 << 12)
 #: What is known under such a key, or None: for who would rather call `Layout.describe` for new ones alone.
 known: Callable[[tuple[int, Any]], Description | None] = _descriptions.get
 
