@@ -102,6 +102,7 @@ BLOCKS = {
     "keys-none": ONE.but(mask="bool:b11k", keep=0.0),
     "keys-lengths": CASE.but(mask="bool:111k", q_lengths=(37, 5), kv_lengths=(40, 50)),
     "key-bias": CASE.but(mask="additive:1h1k", window=(30, 3), kv_lengths=(40, 50)),
+    "key-bias-of-each-head": ONE.but(mask="additive:1h1k", kv_heads=2, keep=0.5),
     "window-bool": ONE.but(mask="bool:1hqk", window=(20, 2)),
     "everything": CASE.but(
         mask="additive:b1qk", window=(50, 1), q_lengths=(30, 1), kv_lengths=(50, 40), sinks=FP32, softcap=4.0, scale=0.3
