@@ -105,13 +105,12 @@ def bias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     stats = stat_blocks.to(tl.int64) * STAT_ROWS
     head = mask_head.to(tl.int64)
-    mask = None
     if ENTRIES:
         i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         j = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
         mask_ptr += head * mask_sh * MASK_UNIT
-        mask = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
+        of_all = mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
     for step in range(begin, tl.minimum(begin + walk_each, walk)):
         b = step + mask_entry
         if not ENTRIES:
@@ -139,7 +138,9 @@ def bias_kernel(
                 inside = tl.max(seen.to(tl.int32), 0) > 0
         elif not MASK_KEYS:
             seen = valid[:, None] & inside[None, :]
-        if not ENTRIES:
+        if ENTRIES:
+            mask = of_all
+        else:
             pieces = (j < whole_pieces(kv_len, MASK_UNIT))[None, :]
             there = valid[:, None] & pieces if MASK_ROWS else pieces
             at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT

@@ -55,17 +55,22 @@ def _rows(
 
 @triton.jit
 def _may_be_uniform(
-    mask_ptr, i, lo, hi, start, mask_si, mask_sj,
+    mask_ptr, b, block, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si, mask_sj,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Whether a block may be hidden, or full, as far as its diagonal tells. Most blocks of a bias are neither, and
-    the rest of them need not be read."""
-    j = start + tl.arange(0, BLOCK_M) * BLOCK_N // BLOCK_M
-    bounded = (j >= lo) & (j < hi)
-    at = i.to(tl.int64) * mask_si * UNIT + (j.to(tl.int64) if ADJACENT else j.to(tl.int64) * mask_sj * UNIT)
-    seen, neutral = _seen_and_neutral(tl.load(mask_ptr + at, mask=bounded, other=0))
-    some = tl.max((seen & bounded).to(tl.int32), 0) > 0
-    return (some == 0) | (tl.min((neutral | (bounded == 0)).to(tl.int32), 0) > 0)
+    """Whether a block may be hidden, or full, as far as its first and its last row tell. Most blocks of a bias are
+    neither, and the rest of them need not be read."""
+    i = block * BLOCK_M + tl.arange(0, 2) * (BLOCK_M - 1)
+    lo, hi = visible_keys(
+        b, i, i < q_len, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
+    )  # fmt: skip
+    j = start + tl.arange(0, BLOCK_N)
+    there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
+    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
+    bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+    some = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) > 0
+    every = tl.min(tl.min((neutral | (bounded == 0)).to(tl.int32), 1), 0) > 0
+    return (some == 0) | every
 
 
 @triton.jit
@@ -123,7 +128,7 @@ def classify_kernel(
     block = tl.program_id(0) - entry * row_blocks
     b = entry // list_heads
     key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
-    i, lo, hi = _rows(b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
+    _, lo, hi = _rows(b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
     sees = hi > lo
     first = tl.min(tl.where(sees, lo, kv_len), 0)
     last = tl.max(tl.where(sees, hi, 0), 0)
@@ -137,8 +142,9 @@ def classify_kernel(
             unsure = state > 0
             if mask_ptr.dtype.element_ty != tl.int1:
                 unsure = _may_be_uniform(
-                    mask_ptr, i, lo, hi, start, mask_si, mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT
-                )
+                    mask_ptr, b, block, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si,
+                    mask_sj, BLOCK_M, BLOCK_N, MASK_UNIT, MASK_ADJACENT,
+                )  # fmt: skip
             if unsure:
                 state = _state(
                     mask_ptr, b, block, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si,
