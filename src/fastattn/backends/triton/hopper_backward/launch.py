@@ -198,6 +198,9 @@ class Backward(BackwardOnly):
         before = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, call.q)
         after = _finish_tensors(pieces, *[x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)])
         launcher = self._prepare(out, grad_out, lse, grad_lse, call.q)
+        pointers = [(name, 0) for name in ("dq", "dkv", "bounds", "extents")]
+        if self._bounds is not None and self._bounds.keys is not None:
+            pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
         clean = None
         extents = None
         if self._extents is not None:
@@ -209,7 +212,7 @@ class Backward(BackwardOnly):
             (launcher.room(before), _present(_BEFORE, before)),
             extents,
             (self._finish.room(after, (call.scale,)), _present(_AFTER, after)),
-            [(name, 0) for name in ("dq", "dkv", "bounds", "extents")],
+            pointers,
             (pieces["rows"].numel(), ROWS),
             clean,
             self._memory,
