@@ -70,8 +70,8 @@ MUTATIONS = (
     Mutation(
         "a cached call takes the scale of the first one",
         "dispatch/fast_path.py",
-        "bound.scale if scale is None else scale, bound.static",
-        "bound.scale, bound.static",
+        "if scale is None:",
+        "if bound is not None:",
         _FAST,
     ),
     Mutation(

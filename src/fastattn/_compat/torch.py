@@ -37,11 +37,12 @@ _modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
 _keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
 
 
-_Allocate = Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]
+_Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
 def allocator(device: torch.device) -> _Allocate:
-    """What makes an uninitialised tensor of a shape, strides and a dtype on the current device of that type.
+    """What makes an uninitialised tensor of a shape, strides (both plain tuples) and a dtype on the current device of
+    that type.
 
     As code that torch's own compiler generates does it: past the dispatcher, at less than half of what torch's
     functions take. Nobody who watches operators sees it.

@@ -208,8 +208,7 @@ class Backward(BackwardOnly):
         after = _finish_tensors(pieces, *[x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)])
         launcher = self._prepare(out, grad_out, lse, grad_lse, call.q)
         pointers = [(name, 0) for name in ("dq", "dkv", "bounds", "extents")]
-        if self.flags.biased:
-            assert self._bounds is not None and self._bounds.keys is not None
+        if self._bounds is not None and self._bounds.keys is not None:
             pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
         clean = None
         extents = None
