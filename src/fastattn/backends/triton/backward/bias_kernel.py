@@ -92,7 +92,7 @@ def bias_kernel(
     mask_entry = entry // mask_heads
     begin = tl.program_id(1) * walk_each
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    per_entry = (batch.to(tl.int64) * heads) * q_len
+    apart = batch.to(tl.int64) * heads * q_len
     for step in range(begin, tl.minimum(begin + walk_each, walk)):
         n = step % walk_keys + key_tile
         rest = step // walk_keys
@@ -115,7 +115,8 @@ def bias_kernel(
         mask = mask_tile(at, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
         stats = stats_ptr + (b64 * heads + head) * q_len + i
         lse = tl.load(stats, mask=valid, other=float("inf"))
-        delta = tl.load(stats + per_entry, mask=valid, other=0.0)
+        delta = tl.load(stats + apart, mask=valid, other=0.0)
+        rest = tl.load(stats + 2 * apart, mask=valid, other=0.0)[:, None]
         q_at = (b64 * q_sb + head * q_sh + i64 * q_si) * UNIT
         q, q_rest = load_rows(q_ptr, q_at, valid, D, HEAD, HEAD_REST)
         k_at = (b64 * k_sb + kv_head * k_sh + j64 * k_sj) * UNIT
@@ -126,7 +127,7 @@ def bias_kernel(
         v, v_rest = load_rows(v_ptr, v_at, inside, DV, VALUE, VALUE_REST)
         s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
         dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-        p, s, seen = probabilities(s, lse[:, None], mask, seen, inner, factor, False, True, SOFTCAP)
+        p, s, seen = probabilities(s, lse[:, None], rest, mask, seen, inner, factor, False, True, SOFTCAP)
         total += score_gradient(p, dp, delta[:, None], seen, False)
 
     rows = q_len if MASK_ROWS else 1

@@ -41,7 +41,7 @@ def _step(
     q_ptr,
     do_ptr,
     stats_ptr,
-    delta_ptr,
+    apart,  # numbers from a row's log-sum-exp to its delta
     mask_ptr,  # None: nothing is read of a mask
     lo_ptr,
     hi_ptr,
@@ -85,13 +85,17 @@ def _step(
     wanted = None
     seen = None
     mask = None
+    rest = None
+    stats_ptr += i
     if FULL:
-        lse = tl.load(stats_ptr + i)
-        delta = tl.load(delta_ptr + i)
+        lse = tl.load(stats_ptr)
+        delta = tl.load(stats_ptr + apart)
     else:
         valid = i < last
-        lse = tl.load(stats_ptr + i, mask=valid, other=float("inf"))
-        delta = tl.load(delta_ptr + i, mask=valid, other=0.0)
+        lse = tl.load(stats_ptr, mask=valid, other=float("inf"))
+        delta = tl.load(stats_ptr + apart, mask=valid, other=0.0)
+        if BIASED:
+            rest = tl.load(stats_ptr + 2 * apart, mask=valid, other=0.0)[None, :]
         lo, hi = visible_keys(
             b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left,
             right,
@@ -108,7 +112,7 @@ def _step(
     s = dot_rows(k, k_rest, q, q_rest, HEAD_REST, PRECISION)
     if KEYS:
         dp = dot_rows(v, v_rest, do, do_rest, VALUE_REST, PRECISION)
-    p, s, seen = probabilities(s, lse[None, :], mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
+    p, s, seen = probabilities(s, lse[None, :], rest, mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
     if VALUES:
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision=PRECISION)
@@ -239,7 +243,7 @@ def keys_kernel(
     do_ptr += (b64 * do_sb + first_head.to(tl.int64) * do_sh) * OUT_UNIT
     heads = (kv_heads * group).to(tl.int64)
     stats_ptr += (b64 * heads + first_head) * q_len
-    delta_ptr = stats_ptr + batch * heads * q_len
+    apart = batch * heads * q_len
     dk = tl.zeros([BLOCK_N, HEAD], tl.float32)
     dk_rest = tl.zeros([BLOCK_N, HEAD_REST if HEAD_REST else 16], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE], tl.float32)
@@ -252,7 +256,7 @@ def keys_kernel(
             g = g.to(tl.int64)
             dk, dk_rest, dv, dv_rest = _step(
                 row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, delta_ptr + g * q_len,
+                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, apart,
                 None, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb,
                 interval_si, q_len, kv_len, left, right, last, inner, factor, True, dk_ptr is not None,
                 dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
@@ -269,7 +273,7 @@ def keys_kernel(
                 masked = mask_ptr + (first_head + g) * mask_sh * MASK_UNIT
             dk, dk_rest, dv, dv_rest = _step(
                 row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, delta_ptr + g * q_len,
+                q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, apart,
                 masked, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb,
                 interval_si, q_len, kv_len, left, right, last, inner, factor, False, dk_ptr is not None,
                 dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
@@ -284,8 +288,8 @@ def keys_kernel(
                 row = tl.load(list_ptr + 1 + t) * BLOCK_M
                 dk, dk_rest, dv, dv_rest = _step(
                     row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j,
-                    q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len,
-                    delta_ptr + g * q_len, mask_ptr + head * mask_sh * MASK_UNIT, lo_ptr, hi_ptr, q_lengths_ptr,
+                    q_ptr + g * q_sh * UNIT, do_ptr + g * do_sh * OUT_UNIT, stats_ptr + g * q_len, apart,
+                    mask_ptr + head * mask_sh * MASK_UNIT, lo_ptr, hi_ptr, q_lengths_ptr,
                     kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len, left, right,
                     last, inner, factor, False, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD,
                     HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, CHECKED,

@@ -68,6 +68,8 @@ _FLOAT = {
     256: Launch(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+#: Of a log-sum-exp, by the bytes of an element: beyond it float32 rounds it by more than results are rounded.
+_COARSE = {2: 8192.0, 4: 256.0}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
 
 
@@ -152,6 +154,11 @@ def listed(problem: Problem) -> bool:
     """Whether the blocks that a tensor mask with rows hides are found before the passes."""
     p = problem
     return p.masked_rows and p.mask_shape[3] > 1 and p.kv_len >= LISTED_KEYS
+
+
+def coarse(problem: Problem) -> float:
+    """How large a log-sum-exp may be, either way, before `coarse_kernel` takes it apart."""
+    return _COARSE[problem.dtype.itemsize]
 
 
 def by_head(problem: Problem) -> bool:

@@ -23,8 +23,8 @@ from .launch_config import RANGE_FIELDS, Launch
 
 _PREPARE, _SUM = (NamedKernel(f"{__package__}.prepare", f"{name}_kernel") for name in ("prepare", "sum"))
 _KEY_LIST, _RANGE = (NamedKernel(f"{__package__}.ranges", f"{name}_kernel") for name in ("key_list", "range"))
-_KEYS, _QUERIES, _BIAS = (
-    NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("keys", "queries", "bias")
+_COARSE, _KEYS, _QUERIES, _BIAS = (
+    NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("coarse", "keys", "queries", "bias")
 )
 _ROWS = 64  #: of one program of the kernel that prepares
 _FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
@@ -111,7 +111,7 @@ class Sizes:
         wide = 4 * self.group_parts * p.batch * p.kv_len * p.kv_heads if self.group_parts > 1 else 0
         f32, i32 = torch.float32, torch.int32
         sizes = {
-            "stats": (8 * p.batch * p.q_heads * p.q_len, f32),
+            "stats": ((12 if p.mask == "additive" else 8) * p.batch * p.q_heads * p.q_len, f32),
             "dsinks": (4 * p.batch * self.row_blocks * p.q_heads if "s" in p.grads else 0, f32),
             "dmask": (4 * self.bias_parts * math.prod(p.mask_shape) if self.bias_parts > 1 else 0, f32),
             "dk": (wide * p.head_dim if "k" in p.grads else 0, f32),
@@ -163,7 +163,7 @@ class Layout(NamedTuple):
 class Passes:
     """The passes for one layout of all tensors."""
 
-    __slots__ = ("_bias", "_keys", "_prepare", "_problem", "_queries", "_sizes", "_sums")
+    __slots__ = ("_bias", "_coarse", "_keys", "_prepare", "_problem", "_queries", "_sizes", "_sums")
 
     def __init__(
         self,
@@ -195,8 +195,22 @@ class Passes:
             (p.value_dim, _ROWS, *parts(p.value_dim), biased, p.dense_mask),
             num_warps=4,
         )  # fmt: skip
-        self._keys = self._queries = self._bias = None
+        self._coarse = self._keys = self._queries = self._bias = None
         before = sizes.before
+        row_blocks = -(-p.q_len // launch.queries.block_m)
+        list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
+        if biased:
+            tile, mask = launch.queries, layout.mask_strides
+            self._coarse = launcher_of(
+                _COARSE,
+                (row_blocks * p.batch * p.q_heads,),
+                *where,
+                (*layout.strides[:6], *mask, *list_strides, p.batch, p.q_heads, p.group, row_blocks, *ends),
+                (p.head_dim, tile.block_m, tile.block_n, *parts(p.head_dim), *units, rows, layout.mask_adjacent,
+                 p.softcap != 0, launch_config.coarse(p), precision),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
         if any(name in p.grads for name in "kv"):
             tile = launch.keys
             key_blocks = -(-p.kv_len // tile.block_n)
@@ -213,9 +227,7 @@ class Passes:
             )  # fmt: skip
         if "q" in p.grads:
             tile = launch.queries
-            row_blocks = -(-p.q_len // tile.block_m)
             gaps = p.mask == "intervals" and p.mask_shape[1] > 1
-            list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
             self._queries = launcher_of(
                 _QUERIES,
                 (row_blocks * p.batch * p.q_heads,),
@@ -295,6 +307,8 @@ class Passes:
         found: list[Prepared] = [
             (self._prepare, (out, grad_out, lse, grad_lse, call.sinks, stats, pieces.get("dsinks"), *bounds), ())
         ]
+        if self._coarse is not None:
+            found.append((self._coarse, (call.q, call.k, stats, call.mask, lists, call.sinks, *lengths), floats[:2]))
         if self._keys is not None:
             more = call.mask, pieces.get("key_lists"), pieces.get("ranges")
             found.append((self._keys, (*inputs, dk, dv, *more, *bounds), floats))

@@ -26,7 +26,8 @@ def prepare_kernel(
     lse_ptr,
     dlse_ptr,
     sinks_ptr,
-    stats_ptr,  # float32 [2, B, Hq, Sq]: the log-sum-exp, in base 2 unless BIASED, and delta
+    stats_ptr,  # float32 [2, B, Hq, Sq]: the log-sum-exp, in base 2 unless BIASED, and delta; if BIASED [3, ...]: see
+    # `coarse_kernel`, which puts something in the place of the zeros that are stored here
     dsinks_ptr,  # float32 [B * row blocks, Hq], or None
     lo_ptr,
     hi_ptr,
@@ -110,6 +111,8 @@ def prepare_kernel(
     half = (tl.num_programs(0) // row_blocks).to(tl.int64) * q_len
     tl.store(stats_ptr + at, lse, mask=valid)
     tl.store(stats_ptr + half + at, delta, mask=valid)
+    if BIASED:
+        tl.store(stats_ptr + 2 * half + at, tl.zeros([BLOCK_M], tl.float32), mask=valid)
 
 
 @triton.jit(do_not_specialize=SUM_INTEGERS)

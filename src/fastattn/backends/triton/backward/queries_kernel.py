@@ -32,6 +32,7 @@ def _step(
     do,
     do_rest,
     lse,
+    rest,  # None unless BIASED
     delta,
     dq,
     dq_rest,
@@ -88,7 +89,7 @@ def _step(
     v, v_rest = load_rows(v_ptr, j64 * v_sj * UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
     dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-    p, s, seen = probabilities(s, lse[:, None], mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
+    p, s, seen = probabilities(s, lse[:, None], rest, mask, seen, inner, factor, FULL, BIASED, SOFTCAP)
     ds = score_gradient(p, dp, delta[:, None], seen, FULL)
     ds = before_softcap(ds, s, seen, FULL, SOFTCAP).to(k.dtype)
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -188,7 +189,11 @@ def queries_kernel(
     do, do_rest = load_rows(do_ptr, do_at, valid, DV, VALUE, VALUE_REST)
     stats_ptr += (b64 * heads + head) * q_len
     lse = tl.load(stats_ptr + i, mask=valid, other=float("inf"))
-    delta = tl.load(stats_ptr + batch.to(tl.int64) * heads * q_len + i, mask=valid, other=0.0)
+    apart = batch.to(tl.int64) * heads * q_len
+    delta = tl.load(stats_ptr + apart + i, mask=valid, other=0.0)
+    rest = None
+    if BIASED:
+        rest = tl.load(stats_ptr + 2 * apart + i, mask=valid, other=0.0)[:, None]
     k_ptr += (b64 * k_sb + kv_head * k_sh) * UNIT
     v_ptr += (b64 * v_sb + kv_head * v_sh) * UNIT
     if mask_ptr is not None:
@@ -197,7 +202,7 @@ def queries_kernel(
     dq_rest = tl.zeros([BLOCK_M, HEAD_REST if HEAD_REST else 16], tl.float32)
     for t in range(full):
         dq, dq_rest = _step(
-            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None, k_sj,
+            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None, k_sj,
             v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
             VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
@@ -207,7 +212,7 @@ def queries_kernel(
         else:
             start = tl.where(t < before, origin + t * BLOCK_N, end + (t - before) * BLOCK_N)
         dq, dq_rest = _step(
-            start, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, mask_ptr, k_sj,
+            start, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, mask_ptr, k_sj,
             v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
             VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip

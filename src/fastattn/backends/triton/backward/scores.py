@@ -12,13 +12,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def probabilities(
-    s, lse, mask, seen, inner, factor, FULL: tl.constexpr, BIASED: tl.constexpr, SOFTCAP: tl.constexpr
+    s, lse, rest, mask, seen, inner, factor, FULL: tl.constexpr, BIASED: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
     """Of a tile of scores `q k^T`: the probabilities, tanh of the scores under a softcap (else the scores), and which
     entries are seen.
 
-    lse: of each row, as `prepare.py` stores it, along either dim. mask: entries of a tensor mask, or None. FULL: all
-    entries are seen, `seen` is not looked at.
+    lse, rest: of each row, as `prepare.py` and `coarse_kernel.py` store them, along either dim; rest counts if BIASED.
+    mask: entries of a tensor mask, or None. FULL: all entries are seen, `seen` is not looked at.
     """
     if SOFTCAP:
         s = tanh(s * inner)
@@ -28,8 +28,8 @@ def probabilities(
             bias = float_bias(mask)
             x = x + bias
             seen = seen & (bias > float("-inf"))
-        # Beside the least float32 the log-sum-exp is coarse: what should be 0 may be a great number.
-        p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E)
+        # Of a coarse row lse is the largest score, which may be rounded otherwise here.
+        p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E - rest)
     else:
         if mask is not None:
             seen = seen & mask
