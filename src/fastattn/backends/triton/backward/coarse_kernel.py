@@ -89,7 +89,7 @@ def coarse_kernel(
     last = tl.max(tl.where(sees, hi, 0), 0)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head64 * list_sh + block.to(tl.int64) * list_sm
-    begin, full, partial, origin, before, end = keys_to_visit(
+    begin, full, partial, _origin, _before, _end = keys_to_visit(
         lists_ptr, mask_ptr, lo, hi, sees, first, last, kv_len, BLOCK_N
     )
     q, q_rest = load_rows(q_ptr, (b64 * q_sb + head64 * q_sh + i64 * q_si) * UNIT, coarse, D, HEAD, HEAD_REST)

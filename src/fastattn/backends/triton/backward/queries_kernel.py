@@ -202,9 +202,9 @@ def queries_kernel(
     dq_rest = tl.zeros([BLOCK_M, HEAD_REST if HEAD_REST else 16], tl.float32)
     for t in range(full):
         dq, dq_rest = _step(
-            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None, k_sj,
-            v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
-            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
+            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None,
+            k_sj, v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST,
+            VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
     for t in range(partial):
         if lists_ptr is not None:
