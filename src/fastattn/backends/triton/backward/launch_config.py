@@ -71,6 +71,8 @@ _FLOAT = {
     256: Launch(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     512: Launch(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+#: Of a log-sum-exp, by the bytes of an element: beyond it float32 rounds it by more than results are rounded.
+_COARSE = {2: 8192.0, 4: 256.0}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
 
 
@@ -161,6 +163,11 @@ def bounded(problem: Problem) -> bool:
     """Whether not a tensor mask alone says which keys a row sees."""
     p = problem
     return not p.dense_mask or p.banded or p.q_lengths or p.kv_lengths
+
+
+def coarse(problem: Problem) -> float:
+    """How large a log-sum-exp may be, either way, before `coarse_kernel` takes it apart."""
+    return _COARSE[problem.dtype.itemsize]
 
 
 def by_head(problem: Problem) -> bool:
