@@ -92,7 +92,8 @@ def prepare_kernel(
             size = tl.sum(tl.abs(o), 1)
             if VALUE_REST > 0:
                 size += tl.sum(tl.abs(o_rest.to(tl.float32)), 1)
-            live = live & ((size > 0.0) | (lse > sink + 4e-7 * (1.0 + tl.abs(sink))))
+            near = 4e-7 * (1.0 + tl.minimum(tl.abs(sink), 1e30))  # finite beside a sink of -inf, which is none
+            live = live & ((size > 0.0) | (lse > sink + near))
     delta = tl.where(live, delta, 0.0)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + b64 * dlse_sb + head64 * dlse_sh + i64 * dlse_si, mask=valid, other=0.0)
