@@ -131,8 +131,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
             json.dump(data, file)
     with pytest.raises(ValueError, match=r"^NEW\.json: expected a file of 'sweep users' as OLD\.json, got 'model'"):
         compare.main(paths[:2])
-    with pytest.raises(ValueError, match='none: expected an object as "environment", got list'):
+    with pytest.raises(ValueError, match=r'none: expected an object as "environment", got list$'):
         compare.main([paths[0], paths[2]])
     for least in ("nan", "-1", "inf"):
-        with pytest.raises(ValueError, match="^--least: expected a number of 0 or more"):
+        with pytest.raises(ValueError, match=r"^--least: expected a number of 0 or more"):
             compare.main([paths[0], paths[0], "--least", least])

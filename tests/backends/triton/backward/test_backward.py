@@ -217,6 +217,19 @@ def test_nothing_flows_back_from_rows_that_see_nothing(mask: str, sinks: Any, de
     assert (got["dv"][keys[:, None].expand(got["dv"].shape[:3])] == 0).all()
 
 
+@pytest.mark.parametrize("sink", [-torch.inf, 0.5])
+def test_values_of_zero_beside_a_sink(sink: float, device: str) -> None:
+    """Their output is 0, as is that of rows of which the mask hides every key. A sink of -inf is none."""
+    case = CASE.but(mask="bool:b1qk", sinks=FP32, grads="v", q_len=20, kv_len=23, return_lse=False)
+    inputs = make(case, device)
+    for x in (inputs.v.detach(), inputs.clean[2]):
+        x.zero_()
+    inputs.options["sinks"] = torch.full_like(inputs.options["sinks"], sink)
+    want = reference_results(inputs)["dv"]
+    assert want.abs().min() > 0
+    assert_right(case, inputs, gradients(inputs), {"dv": want})
+
+
 @pytest.mark.parametrize("low", [torch.finfo(FP32).min, -1e9], ids=["finfo", "1e9"])
 @pytest.mark.parametrize(
     "changes",
