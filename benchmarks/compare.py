@@ -10,6 +10,7 @@ and its median changed by more than RATIO. A file without trials says so: its fi
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,8 +76,7 @@ def is_worse(old: Figure, new: Figure) -> bool:
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float = LEAST) -> Comparison:
     """Compares two result files of one kind. Raises ValueError for two kinds."""
-    if old["benchmark"] != new["benchmark"]:
-        raise ValueError(f"NEW.json: expected a file of {old['benchmark']!r} as OLD.json, got {new['benchmark']!r}")
+    check_kinds(old, new)
     before, after = dict(figures(old)), dict(figures(new))
     both = [name for name in before if name in after]
     moved = [(name, before[name], after[name]) for name in both if before[name].moved(after[name], least)]
@@ -84,6 +84,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], least: float = LEAST) -> C
     bare = sum(not x.has_trials for found in (before, after) for x in found.values())
     only_old, only_new = [name for name in before if name not in after], [name for name in after if name not in before]
     return Comparison(moved, len(both) - len(moved), only_old, only_new, bare)
+
+
+def check_kinds(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises ValueError for files of two kinds."""
+    if old["benchmark"] != new["benchmark"]:
+        raise ValueError(f"NEW.json: expected a file of {old['benchmark']!r} as OLD.json, got {new['benchmark']!r}")
 
 
 def _change(old: Figure, new: Figure) -> float:
@@ -172,7 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("new", type=path_of, metavar="NEW.json")
     parser.add_argument("--least", type=float, default=LEAST, metavar="RATIO", help="a smaller change is none (0.02)")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if not 0 <= arguments.least < math.inf:
+        raise ValueError(f"--least: expected a number of 0 or more, got {arguments.least}")
     old, new = load(arguments.old), load(arguments.new)
+    check_kinds(old, new)
     for key in ("gpu", "driver", "torch", "cudnn", "triton", "commit"):
         was, now = old["environment"].get(key), new["environment"].get(key)
         if was != now:

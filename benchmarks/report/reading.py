@@ -39,6 +39,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON file: {error}") from error
     if not isinstance(found, dict) or not {"benchmark", "environment"} <= set(found):
         raise ValueError(f'{path}: expected a result file of fastattn, with "benchmark" and "environment" in it')
+    if not isinstance(found["environment"], dict):
+        raise ValueError(f'{path}: expected an object as "environment", got {type(found["environment"]).__name__}')
     return found
 
 

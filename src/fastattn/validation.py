@@ -49,6 +49,8 @@ def validated(arguments: Arguments, scale: float | None = None) -> Call:
     check_inputs(q, k, v)
     if not torch.compiler.is_compiling() and torch_internals.transforms_active():
         raise ValueError("q: expected a tensor outside of torch.func's transforms: vmap, grad, jvp are not supported")
+    if not torch.compiler.is_compiling() and torch_internals.forward_ad_active():
+        _check_not_dual(arguments)
     q, k, v = _one_dtype(q, k, v)
     left, right = (-1, -1) if window is None else check_window(window)
     if isinstance(mask, str):
@@ -91,6 +93,16 @@ def validated(arguments: Arguments, scale: float | None = None) -> Call:
         return_lse=check_flag("return_lse", return_lse),
     )
     return call._replace(grads=_wanted(call)) if torch.is_grad_enabled() else call
+
+
+def _check_not_dual(arguments: Arguments) -> None:
+    """No kernel has forward-mode gradients: what follows a dual tensor would be a constant without a word."""
+    for name in ("q", "k", "v", "mask", "sinks"):
+        x = getattr(arguments, name)
+        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name}: expected no tangent of torch.autograd.forward_ad: there are no forward-mode gradients"
+            )
 
 
 def default_scale(q: Tensor) -> float:

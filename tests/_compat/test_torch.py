@@ -43,6 +43,15 @@ def test_who_might_be_watched_goes_the_long_way(monkeypatch: pytest.MonkeyPatch)
     assert not eager.plain(x)
 
 
+def test_forward_mode_gradients_watch() -> None:
+    x = torch.zeros(1)
+    assert not torch_internals.forward_ad_active()
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_internals.forward_ad_active()
+        assert not eager.plain(x)
+    assert eager.plain(x)
+
+
 def test_torch_serves_no_gradients_without_its_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 1, 2, 8, requires_grad=True)
     assert fastattn.explain(q, q, q).chosen == "torch"

@@ -108,3 +108,24 @@ def test_serves_by_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     q = torch.randn(1, 2, 5, 8)
     assert fastattn.explain(q, q, q, mask="causal").chosen == "torch"
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("low", [torch.finfo(FP32).min, -1e30])
+def test_gradients_of_rows_whose_scores_drown_in_their_bias(
+    low: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a row sees all its keys alike. torch's backward would take each for the only one."""
+    case = Case(mask="finfo:b1qk", mask_dtype=FP32, dtype=dtype, grads="qkv", batch=2, q_len=9, kv_len=11)
+    inputs = make(case)
+    mask = inputs.options["mask"]
+    lowest = torch.finfo(FP32).min
+    assert (mask == lowest).all(-1).any()
+    inputs.grad_out = torch.randn_like(inputs.grad_out)
+    want = reference_results(inputs)
+    inputs.options["mask"] = mask.masked_fill(mask == lowest, low)
+    assert_right(case, inputs, run(inputs, "torch"), want)
+    # Where it is not so, torch's own backward runs.
+    inputs.options["mask"] = mask.masked_fill(mask == lowest, -torch.inf)
+    monkeypatch.setattr(torch_sdpa.reference, "backward", None)
+    run(inputs, "torch")

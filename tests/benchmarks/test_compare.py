@@ -120,3 +120,19 @@ def test_the_command(tmp_path, capsys):
 def test_two_kinds_of_files_are_not_compared():
     with pytest.raises(ValueError, match=r"NEW\.json: expected a file of 'model'"):
         compare.compare(model(1.0), users(1.0, 1.0, 1.0))
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    """In words of its own: a file of another kind is no damaged file, and no change is more than NaN."""
+    paths = [str(tmp_path / name) for name in ("users", "model", "none")]
+    none = {"benchmark": "sweep users", "environment": []}
+    for path, data in zip(paths, (users(1.0, 1.0, 1.0), model(1.0), none), strict=True):
+        with open(path, "w") as file:
+            json.dump(data, file)
+    with pytest.raises(ValueError, match=r"^NEW\.json: expected a file of 'sweep users' as OLD\.json, got 'model'"):
+        compare.main(paths[:2])
+    with pytest.raises(ValueError, match=r'none: expected an object as "environment", got list$'):
+        compare.main([paths[0], paths[2]])
+    for least in ("nan", "-1", "inf"):
+        with pytest.raises(ValueError, match=r"^--least: expected a number of 0 or more"):
+            compare.main([paths[0], paths[0], "--least", least])

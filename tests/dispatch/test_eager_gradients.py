@@ -362,12 +362,25 @@ def test_batched_upstream_gradients() -> None:
     torch.testing.assert_close(found[0][0][1], one)
 
 
-def test_forward_mode_is_refused() -> None:
-    q, k, v = qkv()
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sinks"])
+def test_forward_mode_is_refused(name: str, trained: bool, backend: str) -> None:
+    """No kernel carries tangents: they would be lost without a word, also in a call of a kind that was served."""
+    q, k, v = (x.detach().requires_grad_(trained) for x in qkv())
+    arguments = {"q": q, "k": k, "v": v, "mask": torch.zeros(q.shape[2], k.shape[2])}
+    if backend == "reference":
+        arguments["sinks"] = torch.zeros(q.shape[1])
+    elif name == "sinks":
+        return
+    want = attend(**arguments, backend=backend)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"jvp|forward"):
-            attend(dual, k, v)
+        torch.testing.assert_close(attend(**arguments, backend=backend), want)  # nothing has a tangent
+        x = arguments[name]
+        arguments[name] = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match=f"^{name}: expected no tangent of torch.autograd.forward_ad"):
+            attend(**arguments, backend=backend)
+    torch.testing.assert_close(attend(**(arguments | {name: x}), backend=backend), want)
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in _Attention")

@@ -114,3 +114,47 @@ def test_no_backend_at_all_names_the_two_switches(monkeypatch: pytest.MonkeyPatc
 def test_meta_tensors_pass_through_explain() -> None:
     q, k, v = (x.to("meta") for x in qkv())
     assert "reference" in fastattn.explain(q, k, v).reasons
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_traced_program_holds_the_operator(backend: str) -> None:
+    """To `torch.jit.trace` sizes are tensors: no backend is to see them, nor a cache."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask="causal", window=(4, -1), backend=backend)
+
+    def made(q_len: int, kv_len: int) -> list[Tensor]:
+        return [torch.randn(2, heads, n, 8) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len))]
+
+    first, other = made(5, 7), made(6, 9)
+    function(*first)  # also of a kind that was served
+    traced = torch.jit.trace(function, first)
+    assert "fastattn::attention" in str(traced.graph)
+    torch.testing.assert_close(traced(*other), function(*other))
+    for x in (*first, *other):
+        x.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^fastattn: q, k, v: expected no gradient to be asked for"):
+        traced(*other).sum().backward()
+    # (torch's check traces once more, with inputs that need no gradient.)
+    traced, grad_out = torch.jit.trace(function, first, check_trace=False), torch.randn(2, 4, 6, 8)
+    gradients = [torch.autograd.grad(f(*other), other, grad_out) for f in (traced, function)]
+    torch.testing.assert_close(*gradients)
+
+
+class _Attention(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask="causal")
+
+
+def test_an_exported_program_does_not_lose_gradients_without_a_word() -> None:
+    first, other = qkv(), qkv()
+    for x in other:
+        x.requires_grad_()
+    inference = torch.export.export(_Attention(), first).module()
+    torch.testing.assert_close(inference(*other), _Attention()(*other))
+    with pytest.raises(RuntimeError, match=r"^fastattn: q, k, v: expected no gradient to be asked for"):
+        inference(*other).sum().backward()
+    trained = torch.export.export(_Attention(), other).module()
+    gradients = [torch.autograd.grad(f(*other).square().sum(), other) for f in (trained, _Attention())]
+    torch.testing.assert_close(*gradients)

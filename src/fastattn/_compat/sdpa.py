@@ -52,12 +52,6 @@ def watched_by_a_function_mode() -> bool:
     return any(type(_function_mode(i)).__name__ != "DeviceContext" for i in range(count))
 
 
-def forward_ad_active() -> bool:
-    """Whether tensors may be dual numbers of `torch.autograd.forward_ad`. False where torch does not tell: the
-    operators then refuse them."""
-    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
-
-
 def traced_by_jit() -> bool:
     """Whether `torch.jit.trace` records what operators do. False where torch does not tell."""
     return _tracing is not None and _tracing() is not None

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,10 @@ current_device: Callable[[], int] = _private("_cuda_getDevice") or torch.cuda.cu
 _transforms: Callable[[], bool] | None = _private("_are_functorch_transforms_active")
 _modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
 _keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
+#: Its `_current_level` is 0 or more where tensors may be dual numbers. A torch that does not tell has none here.
+_forward_ad: Any = torch.autograd.forward_ad
+if not hasattr(_forward_ad, "_current_level"):
+    _forward_ad = SimpleNamespace(_current_level=-1)
 
 
 _Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
@@ -60,8 +65,16 @@ def transforms_active() -> bool:
     return _transforms is not None and _transforms()
 
 
+def forward_ad_active() -> bool:
+    """Whether tensors may be dual numbers of `torch.autograd.forward_ad`. False where torch does not tell."""
+    return _forward_ad._current_level >= 0  # type: ignore[no-any-return]
+
+
 def may_be_watched() -> bool:
-    """Whether a mode or a transform may see what operators do. True where torch does not tell."""
+    """Whether a mode, a transform or forward-mode gradients may see what operators do. True where torch does not tell
+    of the first two."""
+    if _forward_ad._current_level >= 0:  # (to call `forward_ad_active` would take as long as all the rest)
+        return True
     return _modes is None or _transforms is None or bool(_modes()) or _transforms()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import masks
+from .. import masks, reference
 from .._compat import sdpa as torchs
 from .._compat import torch as torch_internals
 from ..call import Call, Gradients, Problem, as_token_major
@@ -14,6 +14,7 @@ from .layout import copied, readable
 
 #: What stands for an infinite number in a key: as good as one in a score, and its parts and products are finite.
 _INFINITE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: torch.finfo(torch.float16).max}
+_COARSE = 256.0  #: a bias beyond which float32 rounds a score, and the log-sum-exp, by more than results are rounded
 #: A dense mask larger than this (elements) is not made for torch's kernels: the reference needs memory O(S) instead.
 MAX_MASK_ELEMENTS = 1 << 28
 
@@ -61,6 +62,8 @@ class _TorchKernel:
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
         p = self._problem
+        if p.device == "cpu" and _drowns(p, call):
+            return reference.backward(p, call, grad_out, grad_lse)
         inputs = [getattr(call, name).detach().requires_grad_(name in p.grads) for name in "qkv"]
         wanted = [x for x in inputs if x.requires_grad]
         with torch_internals.autograd_within(), torch.enable_grad():
@@ -68,6 +71,18 @@ class _TorchKernel:
             grad_out = readable(grad_out) if p.device == "cuda" else grad_out
             found = iter(torch.autograd.grad(again, wanted, grad_out))
         return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
+
+
+def _drowns(p: Problem, call: Call) -> bool:
+    """Whether scores of some row drown in its bias, finfo.min or -1e9 for all keys that it sees. The log-sum-exp, from
+    which torch's backward computes the probabilities, has no bits left for the number of keys then, and the gradients
+    are too large by it (measured, 2.13). Reads data: not for a GPU, where other backends come first."""
+    if p.mask != "additive" or call.mask is None or not (call.mask.isfinite() & (call.mask.abs() > _COARSE)).any():
+        return False
+    seen = masks.visibility(call)
+    bias = call.mask if seen is None else torch.where(seen, call.mask, -torch.inf)
+    top = bias.amax(-1)
+    return bool((top.isfinite() & (top.abs() > _COARSE)).any())
 
 
 def _needs_mask(p: Problem) -> bool:

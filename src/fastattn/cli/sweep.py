@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from typing import Any
 
@@ -78,6 +79,8 @@ def _users(arguments: argparse.Namespace, command: str, device: Any) -> int:
 
     if arguments.plot:
         raise ValueError("--plot: expected another sweep, users has no plot (python -m benchmarks.site makes a page)")
+    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+        raise ValueError(f"--seconds: expected a number of seconds over 0, got {arguments.seconds}")
     for text in arguments.absent:
         if "=" not in text:
             raise ValueError(f"--absent: expected NAME=WHY, got {text!r}")

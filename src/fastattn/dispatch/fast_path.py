@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import debug
+from .._compat import sdpa as torchs
 from .._compat import torch as torch_internals
 from ..backends.base import OutOfMemory
 from ..call import CALL, Call
@@ -135,6 +136,8 @@ def _run(bound: Bound, call: Call) -> tuple[Tensor, Tensor | None] | None:
 
 def remember(key: Any, arguments: tuple[Any, ...], call: Call, names: tuple[str, ...]) -> None:
     """Caches what a call became that took the full path. key: what `key_of` said of it."""
+    if torchs.traced_by_jit():  # to which sizes are tensors
+        return
     again = _call(arguments, call.scale, CALL.static(call))
     if any(x is not y for x, y in zip(CALL.tensors(again), CALL.tensors(call), strict=True)):
         return  # validation made other tensors of these

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._compat import sdpa as torchs
 from ..backends.scratch import inside_operator
-from ..call import CALL, Call, Gradients, token_major, work_dtype
+from ..call import CALL, LETTERS, Call, Gradients, token_major, work_dtype
 from . import double_backward, eager, routes, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
@@ -32,7 +33,7 @@ def attention(call: Call, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None
 
     The log-sum-exp means nothing unless `call.return_lse` asks for it.
     """
-    if not eager.plain(*[x for x in CALL.tensors(call) if x is not None]):
+    if torchs.traced_by_jit() or not eager.plain(*[x for x in CALL.tensors(call) if x is not None]):
         return torch.ops.fastattn.attention(*call, ",".join(names))
     with eager.no_autocast(call.q):
         if call.grads:
@@ -104,6 +105,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
     call: Call = CALL.join(tensors, ctx.options)
+    needed = [name for name, wanted in zip(CALL.names, ctx.needs_input_grad) if wanted]  # (backends come after these)
+    untraced = [name for name in needed if LETTERS.get(name, "-") not in call.grads]
+    if untraced:
+        raise RuntimeError(
+            f"fastattn: {', '.join(untraced)}: expected no gradient to be asked for: the graph was traced without"
+        )
     if not call.grads or (grad_out is None and grad_lse is None):
         return (*CALL.gradients(Gradients(), ""), None)
     if grad_out is None:

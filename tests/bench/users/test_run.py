@@ -150,6 +150,10 @@ def test_a_wrong_row_fails_the_command(monkeypatch, capsys):
     [
         (["users", "no such row"], "ROW: expected"),
         (["users", "--absent", "xformers"], "--absent: expected NAME=WHY"),
+        *(
+            (["users", "--seconds", text], "--seconds: expected a number of seconds over 0")
+            for text in ("nan", "0", "-1")
+        ),
         (["users", "--plot", "x.png"], "--plot: expected"),
         (["decode", "--check"], "ROW, --check, --flex, --absent, --seconds: expected"),
         (["decode", "causal"], "ROW, --check, --flex, --absent, --seconds: expected"),

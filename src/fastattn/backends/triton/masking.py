@@ -69,7 +69,8 @@ def weighs(size, lse, sink):
 
     size: the sum of the output's absolute values.
     """
-    return (size > 0.0) | (lse > sink + 4e-7 * (1.0 + tl.abs(sink)))
+    near = 4e-7 * (1.0 + tl.minimum(tl.abs(sink), 1e30))  # finite beside a sink of -inf, which is none
+    return (size > 0.0) | (lse > sink + near)
 
 
 @triton.jit

@@ -121,10 +121,8 @@ def _beside_the_shapes(
         return CHOSEN
     if torch_internals.may_be_watched():
         if not torch_internals.transforms_active():
-            return MODE
+            return FORWARD_MODE if torch_internals.forward_ad_active() else MODE
         return VMAP if torchs.innermost_is_vmap() else TRANSFORMS
-    if torchs.forward_ad_active():
-        return FORWARD_MODE
     if torchs.traced_by_jit():
         return MODE
     for x in (query, key, value) if mask is None else (query, key, value, mask):
@@ -237,7 +235,7 @@ class _Allowed(NamedTuple):
 
 @torch_internals.constant_when_traced
 def _allowed_when_traced() -> _Allowed:
-    if torchs.insists_on_torch() or torch_internals.transforms_active() or torchs.forward_ad_active():
+    if torchs.insists_on_torch() or torch_internals.transforms_active() or torch_internals.forward_ad_active():
         return _Allowed((), True)
     names = registry.allowed()
     return _Allowed(_before_torch(names), "torch" in names)

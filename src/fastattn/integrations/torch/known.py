@@ -33,7 +33,7 @@ def kind_of(
         return None  # what else the op takes as a mask is none for torch
     if dropout_p.__class__ not in _NUMBERS or dropout_p:
         return None
-    if torchs.insists_on_torch() or torchs.forward_ad_active() or torchs.traced_by_jit():
+    if torchs.insists_on_torch() or torchs.traced_by_jit():
         return None
     key = fast_path.key_of(arguments, scale, None)
     return None if key is None else (key, enable_gqa)

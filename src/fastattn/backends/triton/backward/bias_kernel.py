@@ -104,6 +104,7 @@ def bias_kernel(
     begin = tl.program_id(1) * walk_each
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     stats = stat_blocks.to(tl.int64) * STAT_ROWS
+    apart = batch * heads * stats
     head = mask_head.to(tl.int64)
     if ENTRIES:
         i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,8 +147,9 @@ def bias_kernel(
             at = mask_ptr + (b64 * mask_sb + head * mask_sh) * MASK_UNIT
             mask = mask_tile(at, i, j, there, mask_si, mask_sj, MASK_UNIT, MASK_ROWS, MASK_ADJACENT)
         row_stats = stats_ptr + (b64 * heads + head) * stats + i
-        lse = tl.load(row_stats)
-        delta = tl.load(row_stats + batch * heads * stats)
+        delta = tl.load(row_stats + apart)
+        lse = tl.load(row_stats + 2 * apart)
+        rest = tl.load(row_stats + 3 * apart)[:, None]
         alive = lse < float("inf")  # other rows and their dO may hold anything
         q_at = (b64 * q_sb + head * q_sh + i64 * q_si) * UNIT
         q, q_rest = load_rows(q_ptr, q_at, alive, D, HEAD, HEAD_REST)
@@ -159,7 +161,7 @@ def bias_kernel(
         v, v_rest = load_rows(v_ptr, v_at, inside, DV, VALUE, VALUE_REST)
         s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
         dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-        p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, True, SOFTCAP)
+        p, s = probabilities(s, lse[:, None], rest, mask, seen, inner, factor, True, SOFTCAP)
         ds = score_gradient(p, dp, delta[:, None], seen)
         total += ds
         if WHOLE:

@@ -29,6 +29,7 @@ def keys_step(
     do_ptr,
     stats_ptr,
     delta_ptr,
+    apart,  # numbers from a row's log-sum-exp to its delta
     mask_ptr,  # None: nothing is read of a mask
     lo_ptr,
     hi_ptr,
@@ -74,6 +75,10 @@ def keys_step(
     wanted = None
     seen = None
     mask = entries
+    rest = None
+    adds: tl.constexpr = BIASED and (entries is not None or mask_ptr is not None)
+    if adds:  # the statistics that `coarse_kernel` may have replaced
+        stats_ptr += 2 * apart
     if TILES or WHOLE:
         lse = tl.load(stats_ptr + i)
         delta = tl.load(delta_ptr + i)
@@ -102,7 +107,12 @@ def keys_step(
     q, q_rest = load_rows(q_ptr, i64 * q_si * UNIT, wanted, D, HEAD, HEAD_REST)
     do, do_rest = load_rows(do_ptr, i64 * do_si * OUT_UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(k, k_rest, q, q_rest, HEAD_REST, PRECISION)
-    p, s = probabilities(s, lse[None, :], mask, seen, inner, factor, BIASED, SOFTCAP)
+    if adds:  # not before: it takes registers
+        if TILES or WHOLE:
+            rest = tl.load(stats_ptr + apart + i)[None, :]
+        else:
+            rest = tl.load(stats_ptr + apart + i, mask=valid, other=0.0)[None, :]
+    p, s = probabilities(s, lse[None, :], rest, mask, seen, inner, factor, BIASED, SOFTCAP)
     if VALUES:
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision=PRECISION)

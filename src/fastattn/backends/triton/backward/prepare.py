@@ -28,7 +28,8 @@ def prepare_kernel(
     lse_ptr,
     dlse_ptr,
     sinks_ptr,
-    stats_ptr,  # float32 [2, B, Hq, row blocks * STAT_ROWS]: the log-sum-exp, in base 2 unless BIASED, and delta
+    stats_ptr,  # float32 [2, B, Hq, row blocks * STAT_ROWS]: the log-sum-exp, in base 2 unless BIASED, and delta; if
+    # BIASED [4, ...]: the log-sum-exp again, and 0, in place of which `coarse_kernel` puts others for some rows
     dsinks_ptr,  # float32 [B * row blocks, Hq], or None
     lo_ptr,
     hi_ptr,
@@ -106,8 +107,12 @@ def prepare_kernel(
         lse = lse * LOG2_E
     lse = tl.where(live, lse, float("inf"))
     at = pid.to(tl.int64) * STAT_ROWS + tl.arange(0, STAT_ROWS)
+    apart = tl.num_programs(0).to(tl.int64) * STAT_ROWS
     tl.store(stats_ptr + at, lse)
-    tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * STAT_ROWS + at, delta)
+    tl.store(stats_ptr + apart + at, delta)
+    if BIASED:
+        tl.store(stats_ptr + 2 * apart + at, lse)
+        tl.store(stats_ptr + 3 * apart + at, tl.zeros([STAT_ROWS], tl.float32))
 
 
 @triton.jit(do_not_specialize=SUM_INTEGERS)

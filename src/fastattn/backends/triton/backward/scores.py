@@ -11,11 +11,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def probabilities(s, lse, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
+def probabilities(s, lse, rest, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Of a tile of scores `q k^T`: the probabilities, and tanh of the scores under a softcap (else the scores).
 
-    lse: of each row, as `prepare.py` stores it, along either dim. mask: entries of a tensor mask, or None; keys that it
-    hides hold numbers. seen: which entries bounds let be seen, or None: all. Whatever the others hold, it ends here.
+    lse: of each row, as `prepare.py` stores it, along either dim. rest: what `coarse_kernel.py` found beside lse where
+    the mask adds something, else None. mask: entries of a tensor mask, or None; keys that it hides hold numbers. seen:
+    which entries bounds let be seen, or None: all. Whatever the others hold, it ends here.
     """
     if SOFTCAP:
         s = tanh(s * inner)
@@ -23,8 +24,11 @@ def probabilities(s, lse, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTC
         x = s * factor
         if mask is not None:
             x = x + float_bias(mask)
-        # Beside the least float32 the log-sum-exp is coarse: what should be 0 may be a great number.
-        p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E)
+        # Beside a great number lse is coarse, and the largest score of a row may be rounded otherwise here.
+        x = tl.minimum(x - lse, 0.0) * LOG2_E
+        if rest is not None:
+            x = x - rest
+        p = tl.exp2(x)
     else:
         p = tl.exp2(s * factor - lse)
         if mask is not None:
