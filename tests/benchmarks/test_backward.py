@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import backward, row_commands, torchs_backward
+from benchmarks import backward, backward_tune, row_commands, torchs_backward
 from benchmarks.backward_calls import ROWS, Own
 from benchmarks.row_commands import call_of
 from fastattn import reference
@@ -98,3 +98,31 @@ def test_a_row_in_lines(capsys):
 def test_without_a_gpu(capsys):
     assert backward.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_tiles_are_tried_of_each_kind_of_row(monkeypatch):
+    """One row of each, and of each pass some tiles, what is listed among them. Nothing runs."""
+    pytest.importorskip("triton")
+    from fastattn.backends.triton.binaries import store
+
+    assert set(backward_tune.ROWS) <= {row.name for row in ROWS}
+    needed = []
+    monkeypatch.setattr(store.shared, "make_all", lambda every, device: needed.extend(every) or [])
+    monkeypatch.setattr(backward_tune, "tuned", lambda runs: {name: 7.0 + i for i, (name, _) in enumerate(runs)})
+    nothing = torch.empty(0)
+    kinds = set()
+    for row in ROWS:
+        if row.name in backward_tune.ROWS:
+            for one in backward_tune.tune(call_of(row.reduced(), CPU), (nothing, nothing, nothing)).values():
+                assert 2 <= len(one.times) <= 12 and one.listed in one.times
+                kinds.add(one.kind)
+    assert needed and {kind.partition(" ")[0] for kind in kinds} >= {"_HALF_MASKED[128]", "_HALF[64]", "_FLOAT[128]"}
+
+
+def test_the_best_tile_is_beside_the_listed_one():
+    found = backward_tune.Found("_HALF[64] keys", {"64 64 4 2": 100.0, "64 128 8 2": 150.0}, "64 128 8 2")
+    assert found.line() == (
+        "_HALF[64] keys: best (64 64 4 2) 100 us; listed (64 128 8 2) 150 us, 1.500; then 64 128 8 2 1.50"
+    )
+    assert "not timed" in backward_tune.Found("x", {"a": 1.0}, "b").line()
+    assert backward_tune.Found("x", {}, "b").line() == "x: none ran"
