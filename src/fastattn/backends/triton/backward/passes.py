@@ -196,5 +196,5 @@ class Passes:
 
 def _sum(count: int, pieces: int, device: torch.device, capability: tuple[int, int]) -> Any:
     """Sums that many pieces of `count` numbers."""
-    block, step = (512, 2) if count >= 1 << 16 else (16, 128)
+    block, step = (512, 2) if count >= 1 << 16 else (64, 32) if count >= 1 << 10 else (16, 128)
     return launcher_of(_SUM, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4)
