@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, Case, a_problem, make
+from cases import BF16, FP16, FP32, FP64, Case, a_problem, assert_right, make, reference_results
 from features import BROADCASTS, FEATURES
 from portable_backward import call_of, check, gradients
 from portable_cases import SERVED, sized
@@ -216,6 +216,48 @@ def test_nothing_flows_back_from_rows_that_see_nothing(mask: str, sinks: Any, de
     keys = ~inputs.seen.any(2).expand(case.batch, case.q_heads, case.kv_len).any(1)
     assert (got["dk"][keys[:, None].expand(got["dk"].shape[:3])] == 0).all()
     assert (got["dv"][keys[:, None].expand(got["dv"].shape[:3])] == 0).all()
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, 0.5])
+def test_values_of_zero_beside_a_sink(sink: float, device: str) -> None:
+    """Their output is 0, as is that of rows of which the mask hides every key. A sink of -inf is none."""
+    case = CASE.but(mask="bool:b1qk", sinks=FP32, grads="v", q_len=20, kv_len=23, return_lse=False)
+    inputs = make(case, device)
+    for x in (inputs.v.detach(), inputs.clean[2]):
+        x.zero_()
+    inputs.options["sinks"] = torch.full_like(inputs.options["sinks"], sink)
+    want = reference_results(inputs)["dv"]
+    assert want.abs().min() > 0
+    assert_right(case, inputs, gradients(inputs), {"dv": want})
+
+
+@pytest.mark.parametrize("low", [torch.finfo(FP32).min, -1e9], ids=["finfo", "1e9"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": "finfo:b1qk"},
+        {"mask": "finfo:bhqk", "sinks": FP32, "softcap": 3.0, "kv_lengths": (45, 20)},
+        {"mask": "finfo:b1qk", "dtype": FP16, "return_lse": False},
+        {"mask": "finfo:b11k", "keep": 0.0, "kv_len": 90},
+    ],
+    ids=["rows", "everything", "half", "keys"],
+)
+def test_what_flows_into_rows_whose_scores_drown_in_their_bias(
+    changes: dict[str, Any], low: float, device: str
+) -> None:
+    """Such a row sees all its keys alike, and float32 has no room for log(n) beside the bias: see `coarse_kernel`."""
+    case = sized(CASE.but(mask_dtype=FP32, **changes), device)
+    case = case.but(grads=case.leaves)
+    inputs = make(case, device)
+    mask = inputs.options["mask"].detach()
+    drowned = ((mask == torch.finfo(FP32).min) | ~inputs.seen).all(-1) & inputs.seen.any(-1)
+    assert drowned.any()
+    other = make(case.but(mask="none", grads=""), device, seed=1)  # whose gradients are 0 nowhere
+    inputs = dataclasses.replace(inputs, grad_out=other.grad_out, grad_lse=other.grad_lse)
+    want = {name: x for name, x in reference_results(inputs).items() if name.startswith("d")}
+    given = mask.masked_fill(mask == torch.finfo(FP32).min, low).requires_grad_()
+    inputs = dataclasses.replace(inputs, options=inputs.options | {"mask": given}, leaves=inputs.leaves | {"m": given})
+    assert_right(case, inputs, gradients(inputs), want)
 
 
 @pytest.mark.parametrize("name", ["packed", "additive-whole", "key-bias", "everything"])

@@ -147,6 +147,7 @@ def bias_kernel(
         row_stats = stats_ptr + (b64 * heads + head) * stats + i
         lse = tl.load(row_stats)
         delta = tl.load(row_stats + batch * heads * stats)
+        coarse = tl.load(row_stats + 2 * batch * heads * stats)[:, None]
         alive = lse < float("inf")  # other rows and their dO may hold anything
         q_at = (b64 * q_sb + head * q_sh + i64 * q_si) * UNIT
         q, q_rest = load_rows(q_ptr, q_at, alive, D, HEAD, HEAD_REST)
@@ -158,7 +159,7 @@ def bias_kernel(
         v, v_rest = load_rows(v_ptr, v_at, inside, DV, VALUE, VALUE_REST)
         s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
         dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-        p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, True, SOFTCAP)
+        p, s = probabilities(s, lse[:, None], coarse, mask, seen, inner, factor, True, SOFTCAP)
         ds = score_gradient(p, dp, delta[:, None], seen)
         total += ds
         if WHOLE:

@@ -153,7 +153,7 @@ def keys_kernel(
     heads = (kv_heads * group).to(tl.int64)
     stats = stat_blocks.to(tl.int64) * STAT_ROWS
     stats_ptr += (b64 * heads + first_head) * stats
-    delta_ptr = stats_ptr + batch * heads * stats
+    apart = batch * heads * stats
     dk = tl.zeros([BLOCK_N, HEAD], tl.float32)
     dk_rest = tl.zeros([BLOCK_N, HEAD_REST if HEAD_REST else 16], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE], tl.float32)
@@ -166,7 +166,7 @@ def keys_kernel(
             g = g.to(tl.int64)
             dk, dk_rest, dv, dv_rest = keys_step(
                 row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr + g
-                * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, None, lo_ptr, hi_ptr, q_lengths_ptr,
+                * do_sh * OUT_UNIT, stats_ptr + g * stats, apart, None, lo_ptr, hi_ptr, q_lengths_ptr,
                 kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len, left, right,
                 last, inner, factor, True, True, tiles, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD,
                 HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED, SOFTCAP, CHECKED,
@@ -183,7 +183,7 @@ def keys_kernel(
                 masked = mask_ptr + (first_head + g) * mask_sh * MASK_UNIT
             dk, dk_rest, dv, dv_rest = keys_step(
                 row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr + g
-                * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, masked, lo_ptr, hi_ptr,
+                * do_sh * OUT_UNIT, stats_ptr + g * stats, apart, masked, lo_ptr, hi_ptr,
                 q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len, kv_len,
                 left, right, last, inner, factor, not BOUNDED, False, tiles, dk_ptr is not None, dv_ptr is not None, D,
                 DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BIASED,
@@ -200,7 +200,7 @@ def keys_kernel(
                 row = tl.load(list_ptr + LIST_HEADER + t) * BLOCK_M
                 dk, dk_rest, dv, dv_rest = keys_step(
                     row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr
-                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, None, lo_ptr, hi_ptr,
+                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, apart, None, lo_ptr, hi_ptr,
                     q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj, interval_sb, interval_si, q_len,
                     kv_len, left, right, last, inner, factor, True, False, tiles, dk_ptr is not None, dv_ptr is not
                     None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS,
@@ -210,7 +210,7 @@ def keys_kernel(
                 row = tl.load(list_ptr + LIST_HEADER + full + t) * BLOCK_M
                 dk, dk_rest, dv, dv_rest = keys_step(
                     row, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, b, j, entries, q_ptr + g * q_sh * UNIT, do_ptr
-                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, delta_ptr + g * stats, mask_ptr + head * mask_sh *
+                    + g * do_sh * OUT_UNIT, stats_ptr + g * stats, apart, mask_ptr + head * mask_sh *
                     MASK_UNIT, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, q_si, do_si, mask_si, mask_sj,
                     interval_sb, interval_si, q_len, kv_len, left, right, last, inner, factor, not BOUNDED, False,
                     tiles, dk_ptr is not None, dv_ptr is not None, D, DV, BLOCK_M, HEAD, HEAD_REST, VALUE, VALUE_REST,

@@ -28,7 +28,7 @@ def keys_step(
     q_ptr,
     do_ptr,
     stats_ptr,
-    delta_ptr,
+    apart,  # numbers from a row's log-sum-exp to its delta
     mask_ptr,  # None: nothing is read of a mask
     lo_ptr,
     hi_ptr,
@@ -74,14 +74,20 @@ def keys_step(
     wanted = None
     seen = None
     mask = entries
+    rest = None
+    stats_ptr += i
     if TILES or WHOLE:
-        lse = tl.load(stats_ptr + i)
-        delta = tl.load(delta_ptr + i)
+        lse = tl.load(stats_ptr)
+        delta = tl.load(stats_ptr + apart)
+        if BIASED:
+            rest = tl.load(stats_ptr + 2 * apart)[None, :]
         valid = i < q_len
     else:
         valid = i < last
-        lse = tl.load(stats_ptr + i, mask=valid, other=float("inf"))
-        delta = tl.load(delta_ptr + i, mask=valid, other=0.0)
+        lse = tl.load(stats_ptr, mask=valid, other=float("inf"))
+        delta = tl.load(stats_ptr + apart, mask=valid, other=0.0)
+        if BIASED:
+            rest = tl.load(stats_ptr + 2 * apart, mask=valid, other=0.0)[None, :]
         wanted = valid
     if CHECKED and not WHOLE:
         # Queries that see no key may hold anything, as may their dO, and 0 * NaN is not 0: they are not loaded.
@@ -102,7 +108,7 @@ def keys_step(
     q, q_rest = load_rows(q_ptr, i64 * q_si * UNIT, wanted, D, HEAD, HEAD_REST)
     do, do_rest = load_rows(do_ptr, i64 * do_si * OUT_UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(k, k_rest, q, q_rest, HEAD_REST, PRECISION)
-    p, s = probabilities(s, lse[None, :], mask, seen, inner, factor, BIASED, SOFTCAP)
+    p, s = probabilities(s, lse[None, :], rest, mask, seen, inner, factor, BIASED, SOFTCAP)
     if VALUES:
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision=PRECISION)

@@ -76,6 +76,8 @@ _FLOAT_MASKED = _FLOAT | {
     64: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     128: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
 }
+#: Of a log-sum-exp, by the bytes of an element: beyond it float32 rounds it by more than results are rounded.
+_COARSE = {2: 8192.0, 4: 256.0}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
 _FLOAT_SPARE = 8 << 10  #: with products of float32, which have room for that anyway
 
@@ -171,6 +173,11 @@ def bounded(problem: Problem) -> bool:
     """Whether not a tensor mask alone says which keys a row sees."""
     p = problem
     return not p.dense_mask or p.banded or p.q_lengths or p.kv_lengths
+
+
+def coarse(problem: Problem) -> float:
+    """How large a log-sum-exp may be, either way, before `coarse_kernel` takes it apart."""
+    return _COARSE[problem.dtype.itemsize]
 
 
 def by_head(problem: Problem) -> bool:

@@ -21,8 +21,8 @@ from . import launch_config
 from .sizes import Sizes
 
 _PREPARE, _SUM = (NamedKernel(f"{__package__}.prepare", f"{name}_kernel") for name in ("prepare", "sum"))
-_KEYS, _QUERIES, _BIAS = (
-    NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("keys", "queries", "bias")
+_COARSE, _KEYS, _QUERIES, _BIAS = (
+    NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("coarse", "keys", "queries", "bias")
 )
 _FLOATS = (1.0, 1.0, 1.0)  #: stand for the kernels' floats where only binaries are asked for
 _Strides = tuple[int, ...]
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 class Passes:
     """The passes for one layout of all tensors."""
 
-    __slots__ = ("_bias", "_keys", "_prepare", "_problem", "_queries", "_sizes", "_sums")
+    __slots__ = ("_bias", "_coarse", "_keys", "_prepare", "_problem", "_queries", "_sizes", "_sums")
 
     def __init__(
         self,
@@ -77,8 +77,23 @@ class Passes:
             (p.value_dim, *parts(p.value_dim), biased, p.dense_mask),
             num_warps=4,
         )  # fmt: skip
-        self._keys = self._queries = self._bias = None
+        self._coarse = self._keys = self._queries = self._bias = None
         before = sizes.before
+        row_blocks = -(-p.q_len // launch.queries.block_m)
+        list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
+        if biased:
+            tile, mask = launch.queries, layout.mask_strides
+            self._coarse = launcher_of(
+                _COARSE,
+                (row_blocks * p.batch * p.q_heads,),
+                *where,
+                (*layout.strides[:6], *mask, *list_strides, p.batch, p.q_heads, p.group, row_blocks, sizes.row_blocks,
+                 *ends),
+                (p.head_dim, tile.block_m, tile.block_n, *parts(p.head_dim), *units, rows, layout.mask_adjacent,
+                 p.softcap != 0, launch_config.coarse(p), precision),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
         whole = sizes.walk is not None and sizes.walk.whole
         if any(name in p.grads for name in "kv") and not whole:
             tile = launch.keys
@@ -97,9 +112,7 @@ class Passes:
             )  # fmt: skip
         if "q" in p.grads and not whole:
             tile = launch.queries
-            row_blocks = -(-p.q_len // tile.block_m)
             gaps = p.mask == "intervals" and p.mask_shape[1] > 1
-            list_strides = before.lists.strides if before.lists is not None else (0, 0, 0)
             self._queries = launcher_of(
                 _QUERIES,
                 (row_blocks * p.batch * p.q_heads,),
@@ -180,6 +193,8 @@ class Passes:
         found: list[Prepared] = [
             (self._prepare, (out, grad_out, lse, grad_lse, call.sinks, stats, pieces.get("dsinks"), *bounds), ())
         ]
+        if self._coarse is not None:
+            found.append((self._coarse, (call.q, call.k, stats, call.mask, lists, call.sinks, *lengths), floats[:2]))
         if self._keys is not None:
             more = call.mask, pieces.get("key_lists"), pieces.get("ranges")
             found.append((self._keys, (*inputs, dk, dv, *more, *bounds), floats))

@@ -28,7 +28,8 @@ def prepare_kernel(
     lse_ptr,
     dlse_ptr,
     sinks_ptr,
-    stats_ptr,  # float32 [2, B, Hq, row blocks * STAT_ROWS]: the log-sum-exp, in base 2 unless BIASED, and delta
+    stats_ptr,  # float32 [2, B, Hq, row blocks * STAT_ROWS]: the log-sum-exp, in base 2 unless BIASED, and delta;
+    # if BIASED [3, ...]: see `coarse_kernel`, which puts something in the place of the zeros that are stored here
     dsinks_ptr,  # float32 [B * row blocks, Hq], or None
     lo_ptr,
     hi_ptr,
@@ -92,7 +93,8 @@ def prepare_kernel(
             size = tl.sum(tl.abs(o), 1)
             if VALUE_REST > 0:
                 size += tl.sum(tl.abs(o_rest.to(tl.float32)), 1)
-            live = live & ((size > 0.0) | (lse > sink + 4e-7 * (1.0 + tl.abs(sink))))
+            near = 4e-7 * (1.0 + tl.minimum(tl.abs(sink), 1e30))  # finite beside a sink of -inf, which is none
+            live = live & ((size > 0.0) | (lse > sink + near))
     delta = tl.where(live, delta, 0.0)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + b64 * dlse_sb + head64 * dlse_sh + i64 * dlse_si, mask=valid, other=0.0)
@@ -109,7 +111,10 @@ def prepare_kernel(
     lse = tl.where(live, lse, float("inf"))
     at = pid.to(tl.int64) * STAT_ROWS + tl.arange(0, STAT_ROWS)
     tl.store(stats_ptr + at, lse)
-    tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * STAT_ROWS + at, delta)
+    apart = tl.num_programs(0).to(tl.int64) * STAT_ROWS
+    tl.store(stats_ptr + apart + at, delta)
+    if BIASED:
+        tl.store(stats_ptr + 2 * apart + at, tl.zeros([STAT_ROWS], tl.float32))
 
 
 @triton.jit(do_not_specialize=SUM_INTEGERS)

@@ -33,6 +33,7 @@ def _step(
     do,
     do_rest,
     lse,
+    rest,  # None unless BIASED
     delta,
     dq,
     dq_rest,
@@ -89,7 +90,7 @@ def _step(
     v, v_rest = load_rows(v_ptr, j64 * v_sj * UNIT, wanted, DV, VALUE, VALUE_REST)
     s = dot_rows(q, q_rest, k, k_rest, HEAD_REST, PRECISION)
     dp = dot_rows(do, do_rest, v, v_rest, VALUE_REST, PRECISION)
-    p, s = probabilities(s, lse[:, None], mask, seen, inner, factor, BIASED, SOFTCAP)
+    p, s = probabilities(s, lse[:, None], rest, mask, seen, inner, factor, BIASED, SOFTCAP)
     ds = score_gradient(p, dp, delta[:, None], seen)
     ds = before_softcap(ds, s, seen, SOFTCAP).to(k.dtype)
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -192,7 +193,11 @@ def queries_kernel(
     stats = stat_blocks.to(tl.int64) * STAT_ROWS
     stats_ptr += (b64 * heads + head) * stats
     lse = tl.load(stats_ptr + i)
-    delta = tl.load(stats_ptr + batch * heads * stats + i)
+    apart = batch * heads * stats
+    delta = tl.load(stats_ptr + apart + i)
+    rest = None
+    if BIASED:
+        rest = tl.load(stats_ptr + 2 * apart + i)[:, None]
     k_ptr += (b64 * k_sb + kv_head * k_sh) * UNIT
     v_ptr += (b64 * v_sb + kv_head * v_sh) * UNIT
     if mask_ptr is not None:
@@ -201,9 +206,9 @@ def queries_kernel(
     dq_rest = tl.zeros([BLOCK_M, HEAD_REST if HEAD_REST else 16], tl.float32)
     for t in range(full):
         dq, dq_rest = _step(
-            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None, k_sj,
-            v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
-            VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BOUNDED, BIASED, SOFTCAP, GAPS, PRECISION,
+            begin + t * BLOCK_N, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, None,
+            k_sj, v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, True, D, DV, BLOCK_N, HEAD, HEAD_REST,
+            VALUE, VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BOUNDED, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
     for t in range(partial):
         if lists_ptr is not None:
@@ -211,8 +216,8 @@ def queries_kernel(
         else:
             start = tl.where(t < before, origin + t * BLOCK_N, end + (t - before) * BLOCK_N)
         dq, dq_rest = _step(
-            start, q, q_rest, do, do_rest, lse, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, mask_ptr, k_sj,
-            v_sj, mask_si, mask_sj, lo, hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
+            start, q, q_rest, do, do_rest, lse, rest, delta, dq, dq_rest, i, valid, k_ptr, v_ptr, mask_ptr, k_sj, v_sj,
+            mask_si, mask_sj, lo, hi, first, last, inner, factor, False, D, DV, BLOCK_N, HEAD, HEAD_REST, VALUE,
             VALUE_REST, UNIT, MASK_UNIT, MASK_ROWS, MASK_ADJACENT, BOUNDED, BIASED, SOFTCAP, GAPS, PRECISION,
         )  # fmt: skip
     # A row that sees nothing has dq of 0, but it may have met blocks, and its dO may hold anything.

@@ -11,11 +11,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def probabilities(s, lse, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
+def probabilities(s, lse, rest, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Of a tile of scores `q k^T`: the probabilities, and tanh of the scores under a softcap (else the scores).
 
-    lse: of each row, as `prepare.py` stores it, along either dim. mask: entries of a tensor mask, or None; keys that it
-    hides hold numbers. seen: which entries bounds let be seen, or None: all. Whatever the others hold, it ends here.
+    lse, rest: of each row, as `prepare.py` and `coarse_kernel.py` store them, along either dim; rest counts if BIASED.
+    mask: entries of a tensor mask, or None; keys that it hides hold numbers. seen: which entries bounds let be seen, or
+    None: all. Whatever the others hold, it ends here.
     """
     if SOFTCAP:
         s = tanh(s * inner)
@@ -23,8 +24,8 @@ def probabilities(s, lse, mask, seen, inner, factor, BIASED: tl.constexpr, SOFTC
         x = s * factor
         if mask is not None:
             x = x + float_bias(mask)
-        # Beside the least float32 the log-sum-exp is coarse: what should be 0 may be a great number.
-        p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E)
+        # Of a coarse row lse is the largest score, which may be rounded otherwise here.
+        p = tl.exp2(tl.minimum(x - lse, 0.0) * LOG2_E - rest)
     else:
         p = tl.exp2(s * factor - lse)
         if mask is not None:

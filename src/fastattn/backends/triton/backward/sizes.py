@@ -31,7 +31,7 @@ class Sizes:
         wide = 4 * self.group_parts * p.batch * p.kv_len * p.kv_heads if self.group_parts > 1 else 0
         f32, i32 = torch.float32, torch.int32
         sizes = {
-            "stats": (8 * p.batch * p.q_heads * self.row_blocks * STAT_BLOCK, f32),
+            "stats": ((12 if p.mask == "additive" else 8) * p.batch * p.q_heads * self.row_blocks * STAT_BLOCK, f32),
             "dsinks": (4 * p.batch * self.row_blocks * p.q_heads if "s" in p.grads else 0, f32),
             "dmask": (4 * self.bias_parts * math.prod(p.mask_shape) if self.bias_parts > 1 else 0, f32),
             "dk": (wide * p.head_dim if "k" in p.grads else 0, f32),
