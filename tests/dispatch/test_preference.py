@@ -73,16 +73,14 @@ def test_masks_on_hopper(changes: dict[str, Any], first: tuple[str, ...]) -> Non
         assert preference.ordered(but(capability=(8, 0), **changes), NAMES)[1] == "hopper"  # which refuses there
 
 
-@pytest.mark.parametrize("kind, dtype", [("bool", torch.bool), ("additive", torch.float32)])
-def test_gradients_under_a_mask_of_keys_are_for_the_hopper_kernels(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind, dtype, by", [("bool", torch.bool, "hopper"), ("additive", torch.float32, "prefill")])
+def test_gradients_under_a_mask_of_keys(kind: str, dtype: torch.dtype, by: str) -> None:
+    """An additive one may be so low that scores drown in it, which the portable backward alone looks after."""
     pytest.importorskip("triton")
     p = but(capability=(9, 0), backward=True, grads="qkv", mask=kind, mask_shape=(1, 1, 1, 8192), mask_dtype=dtype)
     order = preference.ordered(p, NAMES)
-    assert next(name for name in order if not registry.backend(name).reasons(p)) == "hopper"
-    for other in (
-        {"mask_shape": (1, 1, 300, 8192)},
-        {"grads": "qkvm"} if kind == "additive" else {"deterministic": True},
-    ):
+    assert next(name for name in order if not registry.backend(name).reasons(p)) == by
+    for other in ({"mask_shape": (1, 1, 300, 8192)}, {"deterministic": True}):
         assert registry.backend("hopper").reasons(dataclasses.replace(p, **other))
 
 

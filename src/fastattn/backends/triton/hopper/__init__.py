@@ -22,7 +22,10 @@ class HopperBackend:
 
     def reasons(self, problem: Problem) -> list[str]:
         if problem.backward:
-            return _backward().reasons(problem)
+            why: list[str] = _backward().reasons(problem)
+            if problem.mask == "additive" and not why:
+                why.append("its gradients of rows whose keys all have a very low bias, such as finfo.min, are too large")
+            return why
         return launch.reasons(problem)
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
