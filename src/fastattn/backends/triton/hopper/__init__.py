@@ -24,7 +24,9 @@ class HopperBackend:
         if problem.backward:
             why: list[str] = _backward().reasons(problem)
             if problem.mask == "additive" and not why:
-                why.append("its gradients of rows whose keys all have a very low bias, such as finfo.min, are too large")
+                why.append(
+                    "its gradients of rows whose keys all have a very low bias, such as finfo.min, are too large"
+                )
             return why
         return launch.reasons(problem)
 
