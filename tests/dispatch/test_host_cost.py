@@ -190,10 +190,10 @@ HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "forward, lengths": (partial(forward, "lengths", BF16), Counts(16, 37, 0)),
     "forward, keys": (partial(forward, "keys", BF16), Counts(25, 42, 0)),
     "forward, segments": (partial(forward, "segments", BF16), Counts(23, 40, 0)),
-    "both": (partial(both, "causal", BF16), Counts(30, 72, 0)),
-    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 87, 0)),
-    "both, segments": (partial(both, "segments", BF16), Counts(53, 90, 0)),
-    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 91, 5)),
+    "both": (partial(both, "causal", BF16), Counts(30, 73, 0)),
+    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 88, 0)),
+    "both, segments": (partial(both, "segments", BF16), Counts(53, 91, 0)),
+    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 92, 5)),
 }
 
 
@@ -235,10 +235,10 @@ def three_dims() -> Callable[[], Any]:
 
 #: torch's function while it is patched. Of each forward the op itself is 9, 16, 0 (with a mask 12, 20, 0).
 DROP_IN: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(dropped_in, False, is_causal=True), Counts(20, 28, 0)),
-    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 32, 0)),
-    "both": (partial(dropped_in, True, is_causal=True), Counts(33, 43, 0)),
-    "three dims": (three_dims, Counts(45, 83, 4)),
+    "forward": (partial(dropped_in, False, is_causal=True), Counts(19, 27, 0)),
+    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(22, 31, 0)),
+    "both": (partial(dropped_in, True, is_causal=True), Counts(32, 42, 0)),
+    "three dims": (three_dims, Counts(43, 81, 4)),
     "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(13, 8, 1)),
 }
 
