@@ -64,6 +64,16 @@ class Kernel(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsGraph(Protocol):
+    """A kernel whose backward would run its forward again, but for what the forward of an eager call keeps."""
+
+    def forward_for_backward(self, call: Call) -> tuple[Tensor, Callable[[Call, Tensor], Gradients]]:
+        """The output, as `Kernel.forward`, and a function for one use: the gradients for that of the output. It is
+        given the call anew, as saved."""
+        ...
+
+
 class ForwardOnly:
     """A kernel for the forward: another one that `Backend.bind` gives, of this or of another backend, has the
     backward."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -59,17 +62,33 @@ class _TorchKernel:
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         return as_token_major(_attend(self._problem, call, call.q, call.k, call.v), self._problem.dtype), None
 
+    def forward_for_backward(self, call: Call) -> tuple[Tensor, Callable[[Call, Tensor], Gradients]]:
+        """The output, and its backward for one use: it keeps what torch's autograd saved of the forward.
+
+        torch's public function keeps its own log-sum-exp to itself: without that graph the forward has to run again.
+        """
+        p, inputs = self._problem, self._leaves(call)
+        with torch_internals.autograd_within(), torch.enable_grad():
+            out = _attend(p, call, *inputs)
+        return as_token_major(out.detach(), p.dtype), partial(self._gradients, inputs, out)
+
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        # torch's public function keeps its own log-sum-exp to itself, so the forward runs again to give it a graph.
+        inputs = self._leaves(call)
+        with torch_internals.autograd_within(), torch.enable_grad():
+            again = _attend(self._problem, call, *inputs)
+        return self._gradients(inputs, again, call, grad_out)
+
+    def _leaves(self, call: Call) -> list[Tensor]:
+        return [getattr(call, name).detach().requires_grad_(name in self._problem.grads) for name in "qkv"]
+
+    def _gradients(self, inputs: list[Tensor], out: Tensor, call: Call, grad_out: Tensor) -> Gradients:
         p = self._problem
         if p.device == "cpu" and _drowns(p, call):
-            return reference.backward(p, call, grad_out, grad_lse)
-        inputs = [getattr(call, name).detach().requires_grad_(name in p.grads) for name in "qkv"]
+            return reference.backward(p, call, grad_out, None)
         wanted = [x for x in inputs if x.requires_grad]
-        with torch_internals.autograd_within(), torch.enable_grad():
-            again = _attend(p, call, *inputs)
+        with torch_internals.autograd_within():
             grad_out = readable(grad_out) if p.device == "cuda" else grad_out
-            found = iter(torch.autograd.grad(again, wanted, grad_out))
+            found = iter(torch.autograd.grad(out, wanted, grad_out))
         return Gradients(*(as_token_major(next(found), x.dtype) if x.requires_grad else None for x in inputs))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._compat import torch as torch_internals
-from ..backends.base import OutOfMemory
+from ..backends.base import KeepsGraph, OutOfMemory
 from ..call import CALL, Call, Gradients
 from ..validation import default_scale
 from . import routes, serve
@@ -28,15 +28,16 @@ class Bound:
     """What all calls of one kind share, found once: where they go, and what their `Call` has besides data."""
 
     __slots__ = (
-        "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "kernel", "name", "names",
-        "names_for_backward", "route", "scale", "static", "strides",
+        "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "keeps", "kernel", "name",
+        "names", "names_for_backward", "route", "scale", "static", "strides",
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
         """names: the backends that may serve the calls. route: of the call, which has served it or is going to."""
         q, k, v = call.q, call.k, call.v
         self.route = route
-        self.kernel = route.kernel
+        self.kernel: Any = route.kernel
+        self.keeps = isinstance(route.kernel, KeepsGraph)
         self.name = route.backend.name
         self.names = names
         self.names_for_backward = routes.names_for_backward(route.backend, names)
@@ -105,10 +106,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, of: tuple[Bound | None, tuple[str, ...], Call], *inputs: Any) -> Any:
         bound, names, call = of
-        out = lse = None
+        out = lse = gradients = None
         if bound is not None:
             try:
-                out, lse = bound.kernel.forward(call)
+                if bound.keeps:
+                    out, gradients = bound.kernel.forward_for_backward(call)
+                else:
+                    out, lse = bound.kernel.forward(call)
             except Exception as error:
                 if not serve.refused(bound.route, error, but_for=(OutOfMemory,)):  # `serve` tries once more after one
                     raise
@@ -122,13 +126,15 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(call.q, call.k, call.v, out, lse)
         else:
             ctx.save_for_backward(*call[:_TENSORS], out, lse)  # (to save None costs little)
-        ctx.of = bound, call.scale
+        ctx.of = bound, call.scale, gradients
         ctx.set_materialize_grads(False)
         return (out, lse) if call.return_lse else out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
-        bound, scale = ctx.of
+        bound, scale, gradients = ctx.of
+        if gradients is not None:
+            ctx.of = bound, scale, None  # its memory is for the first backward
         if bound.extras is None:
             q, k, v, out, lse = ctx.saved_tensors
             call = CALL.of((q, k, v, *NO_MORE, scale, *bound.static))
@@ -147,7 +153,10 @@ class _Attention(torch.autograd.Function):
             try:
                 if autocast:  # (torch.autocast takes 4 us to say so)
                     torch.set_autocast_enabled(bound.device_type, False)
-                found = route.kernel.backward(call, out, given, grad_out, grad_lse)
+                if gradients is not None and route.backend is bound.route.backend:
+                    found = gradients(call, grad_out)
+                else:
+                    found = route.kernel.backward(call, out, given, grad_out, grad_lse)
             except Exception as error:
                 if not serve.refused(route, error, but_for=(OutOfMemory,)):
                     raise
