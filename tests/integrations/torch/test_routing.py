@@ -176,6 +176,31 @@ def test_an_order_of_kernels_is_honoured() -> None:
         assert drop_in.explain(Q, Q, Q).chosen == "reference"
 
 
+def test_the_order_that_torch_makes_itself_is_nobodys_choice() -> None:
+    """Its first call on an H100 puts cuDNN's kernels first."""
+    before = torch._C._get_sdp_priority_order()
+    with fastattn.use_backend("reference"):
+        torch._C._set_sdp_priority_order([3, 1, 2, 0, 4])  # cuDNN's, flash, efficient, math
+        try:
+            assert drop_in.explain(Q, Q, Q).chosen == "reference"
+        finally:
+            torch._C._set_sdp_priority_order(before)
+        torch._C._set_sdp_priority_order([3, 2, 1, 0, 4])
+        try:
+            assert drop_in.explain(Q, Q, Q).reason == decide.CHOSEN
+        finally:
+            torch._C._set_sdp_priority_order(before)
+        assert drop_in.explain(Q, Q, Q).chosen == "reference"
+
+
+@pytest.mark.gpu
+def test_a_call_of_torchs_on_a_gpu_chooses_nothing() -> None:
+    q = torch.randn(1, 4, 128, 64, device="cuda", dtype=torch.bfloat16)
+    SDPA(q, q, q)
+    TORCHS(q, q, q)
+    assert drop_in.explain(q, q, q).reason != decide.CHOSEN
+
+
 def test_compiled_calls_honour_them_too() -> None:
     torch._dynamo.reset()
     with fastattn.use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
