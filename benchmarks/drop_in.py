@@ -28,6 +28,7 @@ import torch
 from fastattn.bench import output
 from fastattn.bench.loaded import release
 from fastattn.bench.timing import text_of
+from fastattn.integrations.torch import decide
 from fastattn.lm.loading.device import pick_device
 
 from . import drop_in_libraries as libraries
@@ -133,11 +134,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "faster": {name: ratio for name, ratio in found.items() if ratio < 2 - TARGET},
         "wrong": [f"{row['model']}, {row['what']}" for row in rows if not row.get("right", True)],
         "failed": [f"{row['model']}, {row['what']}" for row in rows if "error" in row],
+        # Then torch was compared with itself.
+        "bypassed": [
+            f"{row['model']}, {row['what']}" for row in rows if decide.CHOSEN in row.get("handed_to_torch", ())
+        ],
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 1 where a model failed or its result is wrong."""
+    """The command. Returns 0, or 1 where a model failed, its result is wrong, or fastattn was passed by because torch's
+    kernels were chosen."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = parser_of("drop_in", __doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)} (default: all)")
@@ -181,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Worst ratio: {found['worst_ratio']} ({found['worst']}); target {TARGET}; slower: {found['slower'] or 'none'}"
     )
     print(f"Wrong: {found['wrong'] or 'none'}; failed: {found['failed'] or 'none'}; {time.monotonic() - begun:.0f} s")
-    return int(bool(found["wrong"] or found["failed"]))
+    if found["bypassed"]:
+        print(f"{decide.CHOSEN}, and fastattn passed by: {found['bypassed']}")
+    return int(bool(found["wrong"] or found["failed"] or found["bypassed"]))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     ratios = [row["ratio"] for row in found["rows"]] + [x["fresh"]["ratio"] for x in found["rows"] if "fresh" in x]
     assert len(ratios) == 6 and found["worst_ratio"] == max(ratios) and found["target"] == 1.02
     assert set(found["slower"].values()) == {x for x in ratios if x > 1.02}
-    assert found["wrong"] == found["failed"] == []
+    assert found["wrong"] == found["failed"] == found["bypassed"] == []
     assert f"Worst ratio: {found['worst_ratio']}" in capsys.readouterr().out
 
 
@@ -119,6 +119,17 @@ def test_what_fails_is_a_row_and_a_status(capsys: pytest.CaptureFixture[str], mo
     assert out.count("RuntimeError: no such kernel\n") == 2 and "failed: ['sdxl, forward'" in out
     with pytest.raises(ValueError, match=r"MODEL: expected .*gpt2.*, got 'gpt3'"):
         drop_in.main(["gpt3"])
+
+
+def test_torch_beside_itself_is_no_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody chose among torch's kernels, fastattn serves nothing."""
+    monkeypatch.setattr(drop_in, "QUICK", SHORT)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        assert drop_in.main(["vit-l-224", "--quick", "--device", "cpu"]) == 1
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert "fastattn passed by: ['vit-l-224, forward', 'vit-l-224, training step']" in capsys.readouterr().out
 
 
 def test_no_time_left(capsys: pytest.CaptureFixture[str]) -> None:

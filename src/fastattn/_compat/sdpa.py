@@ -29,7 +29,7 @@ _SWITCHES = tuple(
 _order: Callable[[], list[int]] | None = _private("_get_sdp_priority_order")
 _USUAL_ORDER = None if _order is None else _order()
 _KINDS = _private("_SDPBackend")
-#: What torch makes of that order in its first call on an H100 or a B200 (`priority_order` of its sdp_utils.cpp, 2.7 on).
+#: What torch makes of that order in its first call on an H100 or a B200 (`priority_order` of its sdp_utils.cpp).
 _ORDER_ON_HOPPER = [
     int(getattr(_KINDS, name, -1))
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
