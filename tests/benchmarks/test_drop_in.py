@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fastattn
 from benchmarks import drop_in, drop_in_runs
 from benchmarks.drop_in_runs import Plan
+from fastattn.integrations.torch import decide
 
 CPU = torch.device("cpu")
 THERE = [name for name, kind in drop_in.MODELS.items() if kind.library is None or find_spec(kind.library)]
@@ -123,13 +124,14 @@ def test_what_fails_is_a_row_and_a_status(capsys: pytest.CaptureFixture[str], mo
 
 def test_torch_beside_itself_is_no_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where somebody chose among torch's kernels, fastattn serves nothing."""
-    monkeypatch.setattr(drop_in, "QUICK", SHORT)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        assert drop_in.main(["vit-l-224", "--quick", "--device", "cpu"]) == 1
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-    assert "fastattn passed by: ['vit-l-224, forward', 'vit-l-224, training step']" in capsys.readouterr().out
+
+    def measured(name: str, *args: Any) -> list[dict[str, Any]]:
+        row = {"model": name, "what": "forward", "ratio": 1.0, "calls": {}}
+        return [row | {"handed_to_torch": {decide.CHOSEN: 2}}, row | {"what": "other", "handed_to_torch": {"else": 2}}]
+
+    monkeypatch.setattr(drop_in, "measured", measured)
+    assert drop_in.main(["gpt2", "--device", "cpu"]) == 1
+    assert "fastattn passed by: ['gpt2, forward']" in capsys.readouterr().out
 
 
 def test_no_time_left(capsys: pytest.CaptureFixture[str]) -> None:
