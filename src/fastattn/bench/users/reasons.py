@@ -9,8 +9,8 @@ _SPLITS = "The decode kernel's splits of the keys were fitted to times of an H10
 _ROUNDS = "640 tiles are 4.85 rounds of 132 multiprocessors: those that are idle in the last one cost 3%."
 REASONS: dict[str, str] = {
     "chunk 32/4096": (
-        "32 queries of 4 heads a group are more rows than a tile of the decode kernel has, and the Hopper kernel, which "
-        "serves them, does not split keys: 32 of 132 multiprocessors work."
+        "32 queries of 4 heads a group are more rows than a tile of the decode kernel has, and the Hopper kernel, "
+        "which serves them, does not split keys: 32 of 132 multiprocessors work."
     ),
     "decode B1 2048": _SPLITS,
     "decode B1 32768": _SPLITS,
@@ -25,7 +25,7 @@ REASONS: dict[str, str] = {
     "SDXL self 4096": _ROUNDS,
     "SDXL fp16 4096": _ROUNDS,
     "train fp32 1024": (
-        "torch's kernels serve it, whose forward ran once more for the gradients at the commit of this file; it does not "
-        "any more."
+        "torch's kernels serve it, whose forward ran once more for the gradients at the commit of this file; it does "
+        "not any more."
     ),
 }

@@ -170,6 +170,30 @@ def test_other_masks_with_rows_get_the_portable_kernel(monkeypatch: pytest.Monke
         assert getattr(found, "forward", found) == expected
 
 
+@pytest.mark.parametrize(
+    "changes, kernels",
+    [
+        ({}, []),
+        ({"mask": "segments", "mask_shape": (5, 9)}, ["bounds_kernel", "order_kernel"]),
+        (
+            {"mask": "bool", "mask_shape": (2, 1, 1, 500), "mask_dtype": torch.bool},
+            ["bounds_kernel", "order_kernel", "key_bias_kernel"],
+        ),
+        (
+            {"mask": "bool", "mask_shape": (2, 1, 300, 512), "kv_len": 512, "mask_dtype": torch.bool},
+            ["list_kernel", "classify_kernel"],
+        ),
+    ],
+    ids=["plain", "segments", "keys", "rows"],
+)
+def test_kernels_before_the_main_one_are_among_the_binaries(changes: dict[str, object], kernels: list[str]) -> None:
+    """`fastattn.warmup` makes them ready, too."""
+    found = HopperBackend().binaries(problem(**changes))
+    assert found[0] == launch.flags(problem(**changes))
+    others = [x for x in found if not isinstance(x, Flags)]
+    assert [x.kernel.partition(":")[2] for x in others] == kernels
+
+
 def test_every_binary_of_other_lengths_is_known_beforehand() -> None:
     for changes in ({}, {"right": 0}, {"left": 9, "right": 0}, {"kv_lengths": True, "right": 0}, {"head_dim": 256}):
         listed = launch.all_flags(problem(**changes))

@@ -37,7 +37,7 @@ class HopperBackend:
             mask = representative(problem).mask
             if mask is not None and not tensors.tiles_readable(mask):
                 return prefill.PrefillBackend().binaries(problem)
-        return launch.all_flags(problem)
+        return launch.binaries_of(problem)
 
     def bind(self, problem: Problem, call: Call) -> Kernel:
         if problem.backward:

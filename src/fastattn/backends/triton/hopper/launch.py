@@ -15,12 +15,14 @@ from ....call import Call, Problem
 from ...layout import Output, RowNumbers
 from ...scratch import scratch
 from ..binaries import store as binaries
-from ..binaries.launcher import prepare
+from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import flag_sets, prepare
 from ..bounds import Bounds
 from ..cuda_driver import Function
 from ..limits import sm_count
 from ..prefill.launch_config import LISTED_KEYS
 from ..prefill.lists import Lists
+from ..representative import representative
 from .arguments import TENSOR, Arguments, Room
 from .binary import (
     ALIGNED,
@@ -103,6 +105,24 @@ def all_flags(p: Problem) -> list[Flags]:
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
 
 
+def binaries_of(p: Problem) -> list[FlagSet]:
+    """All that calls like this one need, its own main kernel first."""
+    own, call = flags(p), representative(p)
+    found: list[FlagSet] = [*all_flags(p)]
+    if own.mask == INTERVALS:
+        found += flag_sets(Bounds(p, call, TILE, ordered=True).launches(call))
+    elif own.tiles:
+        found += flag_sets(_lists_of(p, call, own).launches(call))
+    return list(dict.fromkeys(found))
+
+
+def _lists_of(p: Problem, call: Call, flags: Flags) -> Lists:
+    """Of the blocks that a mask with rows leaves."""
+    mask = once(call.mask)
+    entries = replace(p, mask_shape=tuple(mask.shape))
+    return Lists(entries, call._replace(mask=mask), TILE, flags.blocks.keys)
+
+
 def function(name: Flags, device: int | None = None) -> Function:
     """The binary of that name, ready to be launched: see `Binaries.function`, also for what it raises."""
     return binaries.shared.function(name, device)
@@ -154,8 +174,7 @@ class Forward:
             mask_once = once(call.mask)
             bias_strides = tuple([int(size > 1) for size in mask_once.shape[:2]])
         if self._flags.listed:
-            entries = replace(p, mask_shape=tuple(mask_once.shape))
-            self._lists = Lists(entries, call._replace(mask=mask_once), TILE, blocks.keys)
+            self._lists = _lists_of(p, call, self._flags)
             prepare(self._lists.launches(call))
             list_strides = self._lists.strides
             section = heads  # as with a band: the longest tiles first
