@@ -84,6 +84,17 @@ def test_gradients_under_a_mask_of_keys(kind: str, dtype: torch.dtype, by: str) 
         assert registry.backend("hopper").reasons(dataclasses.replace(p, **other))
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
+def test_gradients_under_a_bias_are_right_first(capability: tuple[int, int]) -> None:
+    changes = {"mask": "additive", "mask_shape": (1, 1, 300, 8192), "mask_dtype": torch.bfloat16, "grads": "qkv"}
+    p = but(capability=capability, backward=True, **changes)
+    order = preference.ordered(p, NAMES)
+    assert order.index("prefill") < min(order.index("cudnn"), order.index("torch"))
+    assert order.index("prefill") < order.index("hopper") or capability == (9, 0)  # which refuses it
+    if capability != (9, 0):
+        assert preference.ordered(but(capability=capability, **changes), NAMES) == NAMES  # the forward's stays
+
+
 @pytest.mark.parametrize("changes", [{}, {"right": 0}, {"dtype": torch.float32, "q_heads": 8, "kv_heads": 8}], ids=str)
 def test_plain_calls_keep_the_order(changes: dict[str, Any]) -> None:
     p = but(capability=(8, 0), **changes)

@@ -50,6 +50,10 @@ def _many_rows_with_a_mask(p: Problem) -> bool:
     return p.dense_mask and p.mask_shape[2] > 16
 
 
+def _gradients_with_a_bias(p: Problem) -> bool:
+    return p.backward and p.mask == "additive"
+
+
 def _gradients_with_a_mask(p: Problem) -> bool:
     return p.backward and p.dense_mask
 
@@ -71,6 +75,11 @@ RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
         ),
     ),
     None: (
+        Rule(
+            _gradients_with_a_bias,
+            ("prefill",),
+            "of rows of nothing but finfo.min the others' gradients are as many times too large as there are keys",
+        ),
         Rule(
             _many_rows_with_a_softcap,
             ("hopper", "prefill", "decode"),
