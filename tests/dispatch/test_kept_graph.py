@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn._compat import sdpa
+from fastattn._compat import torch as torch_internals
 
 SHAPE = (2, 4, 33, 16)
 
@@ -118,10 +119,25 @@ def test_an_input_that_was_changed_is_noticed() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(reentrant: bool) -> None:
+    """What is computed again is computed once: nothing is kept there that asks for it a second time."""
     attention(*leaves()).sum().backward()
-    inputs, grad = leaves(), torch.randn(SHAPE)
-    checkpoint(attention, *inputs, use_reentrant=reentrant).backward(grad)
+    inputs, grad, runs = leaves(), torch.randn(SHAPE), []
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        runs.append(q)
+        return attention(q, k, v)
+
+    checkpoint(function, *inputs, use_reentrant=reentrant).backward(grad)
+    assert len(runs) == 2
     compare(inputs, truth(inputs, grad, window=(-1, 0)))
+
+
+def test_without_torchs_word_on_hooks_nothing_is_kept(forwards: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    attention(*leaves()).sum().backward()
+    monkeypatch.setattr(torch_internals, "_hooks", None)
+    forwards.clear()
+    attention(*leaves()).sum().backward()
+    assert len(forwards) == 2
 
 
 def test_hooks_of_saved_tensors() -> None:

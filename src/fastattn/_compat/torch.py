@@ -126,6 +126,14 @@ def autograd_within() -> AbstractContextManager[None]:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
+_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks see what autograd saves now: checkpoints, `saved_tensors_hooks`. True where torch does not tell."""
+    return _hooks is None or _hooks(False) is not None
+
+
 def constant_when_traced(function: F) -> F:
     """Marks a function whose result torch.compile takes for a constant.
 

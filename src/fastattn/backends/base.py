@@ -70,7 +70,8 @@ class KeepsGraph(Protocol):
 
     def forward_for_backward(self, call: Call) -> tuple[Tensor, Callable[[Call, Tensor], Gradients]]:
         """The output, as `Kernel.forward`, and a function for one use: the gradients for that of the output. It is
-        given the call anew, as saved."""
+        given the call anew, as saved. Not where hooks see what is saved: a checkpoint computes all of its function
+        again for each graph that asks for a saved tensor."""
         ...
 
 

@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
         out = lse = gradients = None
         if bound is not None:
             try:
-                if bound.keeps:
+                if bound.keeps and not torch_internals.saved_tensors_are_hooked():
                     out, gradients = bound.kernel.forward_for_backward(call)
                 else:
                     out, lse = bound.kernel.forward(call)

@@ -285,13 +285,13 @@ def test_deterministic_covers_the_backward(monkeypatch: pytest.MonkeyPatch) -> N
     from fastattn.backends.torch import _TorchKernel
 
     seen: list[bool] = []
-    backward = _TorchKernel.backward
+    backward = _TorchKernel._gradients
 
     def spied(*arguments: Any) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
         return backward(*arguments)
 
-    monkeypatch.setattr(_TorchKernel, "backward", spied)
+    monkeypatch.setattr(_TorchKernel, "_gradients", spied)
     q, k, v = (torch.randn(2, 5, 2, 8, requires_grad=True) for _ in "qkv")
     plain = flash_attn_func(q, k, v, causal=True)
     out = flash_attn_func(q, k, v, causal=True, deterministic=True)
