@@ -43,8 +43,8 @@ MUTATIONS = (
     Mutation(
         "values are taken from the keys wherever they lie",
         "backends/triton/decode/forward.py",
-        "return self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
-        "return self._same",
+        "return self._apart.forward(call)",
+        "return self._same.forward(call)",
         (*_WIDE, "-k", "next_call or elsewhere"),
     ),
     Mutation(
