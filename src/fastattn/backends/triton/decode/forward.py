@@ -107,8 +107,8 @@ class DecodeKernel(ForwardOnly):
     """The two kernels, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
     __slots__ = (
-        *("_attend", "_binary", "_combine", "_device", "_fields", "_lse", "_output", "_precision", "_problem", "_rooms"),
-        *("_scratch", "_scratch_at", "_softcap", "_where", "same"),
+        *("_attend", "_binary", "_combine", "_device", "_fields", "_lse", "_output", "_precision", "_problem"),
+        *("_rooms", "_scratch", "_scratch_at", "_softcap", "_where", "same"),
     )
 
     def __init__(self, p: Problem, call: Call, launch: Launch, same: bool = False) -> None:
