@@ -1,7 +1,7 @@
 """A GPU for Hopper's kernels and for decode's on a machine that has none: its driver keeps what it is told to launch.
 
-It runs nothing. Tensors lie on the CPU. A launch's arguments are read as the kernel would read them: by the addresses that the driver
-gets, in the order and the types that the compiler is told.
+It runs nothing. Tensors lie on the CPU. A launch's arguments are read as the kernel would read them: by the addresses
+that the driver gets, in the order and the types that the compiler is told.
 """
 
 from __future__ import annotations
