@@ -217,6 +217,47 @@ def test_hoppers_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(gpu.taken()) == kernels
 
 
+def step(name: str, **more: Any) -> Callable[[], Any]:
+    """One query for each entry, of a kind that the decode kernel serves with several splits."""
+    return partial(attend, made(H, 1, BF16), made(HKV, 64, BF16), made(HKV, 64, BF16), **step_options(name), **more)
+
+
+def step_options(name: str) -> dict[str, Any]:
+    return {
+        "plain": {},
+        "lengths": {"mask": "causal", "kv_lengths": ints(64, 3)},
+        "mask": {"mask": torch.ones(B, 1, 1, 64, dtype=torch.bool)},
+        "sinks": {"mask": "causal", "sinks": torch.zeros(H)},
+        "segments": {"mask": Segments.left_padded(ints(0, 7), 1, 64)},
+    }[name]
+
+
+#: Over the kernels for few queries, as Hopper's. Without splits there is one launch less.
+DECODE: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
+    "plain": (partial(step, "plain"), Counts(15, 24, 0)),
+    "lengths": (partial(step, "lengths"), Counts(19, 28, 0)),
+    "mask": (partial(step, "mask"), Counts(18, 29, 0)),
+    "sinks": (partial(step, "sinks"), Counts(19, 28, 0)),
+    "log-sum-exp": (partial(step, "plain", return_lse=True), Counts(15, 25, 0)),
+    "segments": (partial(step, "segments"), Counts(29, 35, 4)),
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decodes_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    make, recorded = DECODE[name]
+    gpu = hopper_launches.pretend(monkeypatch)
+    hopper_launches.allocate_in_place(monkeypatch)
+    run = make()
+    with fastattn.use_backend("decode"):
+        found = counted(run)
+        gpu.taken()
+        run()
+        check(found, recorded)
+    assert len(gpu.taken()) == 2 + (name == "segments")
+
+
 def dropped_in(differentiated: bool, **options: Any) -> Callable[[], Any]:
     """A call of torch's function, by the function that `patch` puts in its place."""
     leaves = [made(H).requires_grad_(differentiated) for _ in range(3)]

@@ -1,7 +1,7 @@
-"""A GPU for Hopper's kernels on a machine that has none: its driver keeps what it is told to launch, and runs nothing.
+"""A GPU for Hopper's kernels and for decode's on a machine that has none: its driver keeps what it is told to launch.
 
-Tensors lie on the CPU. A launch's arguments are read as the kernel would read them: by the addresses that the driver
-gets, in the order and the types that the compiler is told.
+It runs nothing. Tensors lie on the CPU. A launch's arguments are read as the kernel would read them: by the addresses
+that the driver gets, in the order and the types that the compiler is told.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
 from fastattn.backends.triton.binaries import launcher, store
 from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
 from fastattn.backends.triton.cuda_driver import Function
+from fastattn.backends.triton.decode import forward as decode
 from fastattn.backends.triton.hopper import launch as hopper_forward
 from fastattn.backends.triton.hopper import tensors
 from fastattn.backends.triton.hopper_backward import launch as hopper_backward
@@ -197,17 +198,17 @@ def allocate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return make
 
-    def scratch(device: torch.device, size: int) -> Tensor:
+    def scratch(device: torch.device, size: int, stream: int | None = None) -> Tensor:
         assert size <= len(memory)
         return memory
 
     monkeypatch.setattr(torch_internals, "allocator", allocator)
-    for module in (hopper_forward, hopper_backward.run):
+    for module in (hopper_forward, hopper_backward.run, decode):
         monkeypatch.setattr(module, "scratch", scratch)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    """From now on the backend "hopper" takes tensors of the CPU, and its driver runs nothing."""
+    """From now on the backends "hopper" and "decode" take tensors of the CPU, and its driver runs nothing."""
     gpu, problem_of = HopperGpu(), Problem.of
 
     def on_gpu(call: Call, backward: bool = False) -> Problem:
@@ -232,8 +233,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_(launcher.BinaryLauncher, "launches", True)
     ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
     set_(store, "shared", ready)
-    for module in (bounds, key_bias, hopper_backward):
+    for module in (bounds, key_bias, hopper_backward, decode):
         set_(module, "launcher_of", launcher_of)
-    for module in (hopper_forward, hopper_backward):
+    for module in (hopper_forward, hopper_backward, decode):
         set_(module, "sm_count", lambda index: 132)
+    set_(decode, "shared_memory", lambda index: 227 << 10)
     return gpu

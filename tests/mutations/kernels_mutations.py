@@ -6,6 +6,7 @@ from mutation import Mutation
 
 _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layouts")
 _WIDE = ("tests/backends/triton/decode/test_wide_heads.py",)
+_STEPS = ("tests/backends/triton/decode/test_launch.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
 _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
@@ -43,9 +44,37 @@ MUTATIONS = (
     Mutation(
         "values are taken from the keys wherever they lie",
         "backends/triton/decode/forward.py",
-        "return self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart",
-        "return self._same",
+        "return self._apart.forward(call)",
+        "return self._same.forward(call)",
         (*_WIDE, "-k", "next_call or elsewhere"),
+    ),
+    Mutation(
+        "a decode call reads the lengths, masks and sinks of the call before",
+        "backends/triton/decode/forward.py",
+        "            values[i] = call[field].data_ptr()  # type: ignore[union-attr]\n",
+        "            pass\n",
+        _STEPS,
+    ),
+    Mutation(
+        "a decode call whose values are not aligned takes the binary for those that are",
+        "backends/triton/decode/forward.py",
+        "(q | k | v) % ALIGNMENT",
+        "(q | k) % ALIGNMENT",
+        _STEPS,
+    ),
+    Mutation(
+        "threads share the arguments of a decode call",
+        "backends/triton/decode/forward.py",
+        "class _Rooms(threading.local):",
+        "class _Rooms:",
+        _STEPS,
+    ),
+    Mutation(
+        "the bounds of segments lie where the decode kernel writes",
+        "backends/triton/binding.py",
+        "        memory = self._memory()\n",
+        "        from ..scratch import scratch\n\n        memory = scratch(call.q.device, self._bounds.size)\n",
+        _STEPS,
     ),
     Mutation(
         "values at the keys' address are taken for their first columns, whatever the strides",

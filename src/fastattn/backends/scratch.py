@@ -74,15 +74,19 @@ def may_keep() -> bool:
     return not _inside_operator.get() and not torch.cuda.is_current_stream_capturing()
 
 
-def scratch(device: torch.device, size: int) -> Tensor:
+def scratch(device: torch.device, size: int, stream: int | None = None) -> Tensor:
     """At least `size` bytes, uninitialised, uint8, for what this thread launches next on the current stream.
 
-    Launches of one thread on one stream run one after another, so they can share the memory.
+    stream: the address of that stream, where it is known.
+
+    Launches of one thread on one stream run one after another, so they can share the memory. (So what is asked for next
+    is the same memory: who needs two pieces at a time asks for one, see `Pieces`.)
     """
     if size > _KEPT or device.type != "cuda" or not may_keep():
         return torch.empty(size, dtype=torch.uint8, device=device)
     kept = _local.pieces
-    stream = torch_internals.raw_stream(device.index)
+    if stream is None:
+        stream = torch_internals.raw_stream(device.index)
     found = kept.get(device.index)
     if found is None or found[0] != stream or found[1].shape[0] < size:
         fresh = torch.empty(max(1 << 16, 1 << (size - 1).bit_length()), dtype=torch.uint8, device=device)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from fastattn._compat import torch as torch_internals
+from fastattn.shape_cache import shape_cache
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
@@ -28,9 +32,20 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
+def filled(device: torch.device) -> Any:
+    """See `torch_internals.allocator`."""
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 @pytest.fixture
-def poison() -> Iterator[None]:
-    """What is not written is NaN: torch fills outputs and scratch with it under this setting."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is not written is NaN: torch fills outputs and scratch with it under this setting. What is allocated past
+    torch's dispatcher is not filled: on the CPU nothing is, of kernels that are bound in such a test."""
+    if not torch.cuda.is_available():
+        shape_cache.clear()
+        monkeypatch.setattr(torch_internals, "allocator", filled)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if not torch.cuda.is_available():
+        shape_cache.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...call import Call, Problem
 from ..base import ForwardOnly, Kernel
-from ..scratch import scratch
+from ..layout import Fresh
 from .binaries.launcher import prepare
 from .bounds import Bounds
 
@@ -21,7 +21,7 @@ TILE = 64  #: rows whose bounds one program finds
 class WithSegments(ForwardOnly):
     """Calls with segments, for a kernel that takes Intervals: another one before it finds the keys of each row."""
 
-    __slots__ = ("_bounds", "_kernel")
+    __slots__ = ("_bounds", "_kernel", "_memory")
 
     def __init__(self, p: Problem, call: Call, bind: Callable[[Problem, Call], Kernel]) -> None:
         """bind: gives the kernel for the same calls with Intervals."""
@@ -29,9 +29,11 @@ class WithSegments(ForwardOnly):
         prepare(self._bounds.launches(call))
         nothing = torch.empty(self._bounds.size, dtype=torch.uint8, device="meta")
         self._kernel = bind(with_intervals(p), with_bounds(call, self._bounds, nothing))
+        #: Not scratch memory, which the kernel writes to while it reads the bounds.
+        self._memory = Fresh((self._bounds.size,), (1,), torch.uint8, call.q.device)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        memory = scratch(call.q.device, self._bounds.size)
+        memory = self._memory()
         self._bounds(call, memory)
         return self._kernel.forward(with_bounds(call, self._bounds, memory))
 

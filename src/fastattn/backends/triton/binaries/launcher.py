@@ -104,6 +104,11 @@ class BinaryLauncher:
         self._rooms = _Rooms()
 
     @property
+    def device(self) -> int | None:
+        """The index of its GPU."""
+        return self._device
+
+    @property
     def launches(self) -> bool:
         """Whether it is on a GPU, and not on the meta device."""
         return self._device is not None
@@ -207,6 +212,11 @@ class Room:
         places = [*range(first, end, 8), *[end] * _UNUSED]
         array = (ctypes.c_void_p * len(places))(*places)
         self.launch = BoundLaunch(function, grid, device, array, self.values, overlaps)
+
+    def share(self, i: int, other: Room, j: int) -> None:
+        """From now on the i-th pointer is the j-th of the other's, which has to live as long: that one alone is
+        written."""
+        self.launch.places[i] = ctypes.addressof(other.values) + 8 * j
 
     def put(self, floats: tuple[float | None, ...]) -> None:
         """Writes the floats."""

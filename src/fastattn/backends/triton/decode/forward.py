@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ....call import Call, Problem
+from ...._compat import torch as torch_internals
+from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import Output
+from ...layout import ALIGNMENT, Output, RowNumbers, aligned
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, Room, flag_sets, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
-from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
@@ -29,6 +31,8 @@ _COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
 #: Tensors of each, the first ones, whose alignment changes its code. Of masks and lengths it does not: their strides
 #: are arguments. So a slice of lengths takes the same binary.
 _ATTEND_ALIGNED, _COMBINE_ALIGNED = 6, 3
+_OUT, _LSE = 3, 4  #: of the first kernel's pointers
+_MASKING = "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths"  #: of a call, in the order of its arguments
 
 
 def bind(problem: Problem, call: Call) -> Kernel:
@@ -83,25 +87,35 @@ class _ValuesInKeys(ForwardOnly):
     def __init__(self, p: Problem, call: Call) -> None:
         self._apart = DecodeKernel(p, call, _launch(p))
         self._same = DecodeKernel(p, call, _launch(p, same=True), same=True)
-        prepare(self._kernel(call).launches(call))
-
-    def _kernel(self, call: Call) -> DecodeKernel:
-        return self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart
+        first = self._same if call.k.data_ptr() == call.v.data_ptr() else self._apart
+        prepare(first.launches(call))
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self._kernel(call).forward(call)
+        if call.k.data_ptr() == call.v.data_ptr():
+            return self._same.forward(call)
+        return self._apart.forward(call)
+
+
+class _Rooms(threading.local):
+    """One thread's, by the precision of products: of both kernels, the second one's where there is one."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, tuple[Room, Room | None]] = {}
 
 
 class DecodeKernel(ForwardOnly):
     """The two kernels, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
-    __slots__ = ("_attend", "_combine", "_lse", "_output", "_problem", "_scratch", "_softcap", "same")
+    __slots__ = (
+        *("_attend", "_binary", "_combine", "_device", "_fields", "_lse", "_output", "_precision", "_problem"),
+        *("_rooms", "_scratch", "_scratch_at", "_softcap", "_where", "same"),
+    )
 
     def __init__(self, p: Problem, call: Call, launch: Launch, same: bool = False) -> None:
         self._problem, self.same = p, same
         device, tiles, count = call.q.device, p.batch * p.kv_heads, rows(p)
         self._output = Output(p, call.q)
-        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse else None
+        self._lse = RowNumbers(p, call.q) if p.return_lse else None
         self._softcap = p.softcap or None
         integers, constants = _arguments(p, launch, call, same)
         blocks = -(-count // launch.block_m)
@@ -134,6 +148,18 @@ class DecodeKernel(ForwardOnly):
             _COMBINE_ALIGNED,
             num_warps=4,
         )
+        self._where = device
+        attend = next(iter(self._attend.values()))
+        #: Whether the kernels are launched by their binaries, and on which GPU.
+        self._binary = isinstance(attend, BinaryLauncher) and attend.launches
+        self._device = attend.device if isinstance(attend, BinaryLauncher) else None
+        self._precision = None if p.dtype == torch.float32 else "ieee"  #: None: as torch is set when it is called
+        self._rooms = _Rooms()
+        #: The first kernel's pointers: q, k, v, out, the log-sum-exp if there is one, scratch if it is needed, and of
+        #: what masks all that there is, with its place in a call.
+        self._scratch_at = 4 + p.return_lse
+        given = [CALL.names.index(name) for name in _MASKING if getattr(call, name) is not None]
+        self._fields = list(enumerate(given, self._scratch_at + bool(self._scratch)))
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a call launches, the kernel first."""
@@ -145,21 +171,69 @@ class DecodeKernel(ForwardOnly):
         return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        p, q = self._problem, call.q
-        out = self._output()
-        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
-        parts = scratch(q.device, self._scratch).view(torch.float32) if self._scratch else None
-        self._attend[_precision(p.dtype)](
-            (q, call.k, call.v, out, lse, parts, *_masking(call)),
-            (call.scale, self._softcap),
-        )
+        rooms = self._rooms.of.get(self._precision or _precision(torch.float32))
+        q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
+        if rooms is None or (q | k | v) % ALIGNMENT or self._device != torch_internals.current_device():
+            return self._forward_anew(call)
+        attend, combine = rooms
+        stream = torch_internals.raw_stream(self._device)
+        out, lse = self._output.here(), None
+        values = attend.values
+        if self._lse is not None:
+            lse = self._lse.here()
+            values[_LSE] = lse.data_ptr()
+        if combine is not None:
+            memory = scratch(self._where, self._scratch, stream)  # held until the launch
+            values[self._scratch_at] = memory.data_ptr()
+        values[0], values[1], values[2], values[3] = q, k, v, out.data_ptr()
+        for i, field in self._fields:
+            values[i] = call[field].data_ptr()  # type: ignore[union-attr]
+        if call.scale != attend.floats[0]:
+            attend.put((call.scale, self._softcap))
+        attend.launch(stream)
+        if combine is not None:
+            combine.launch(stream)
+        return out, lse
+
+    def _forward_anew(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """`forward`: for tensors of any alignment, on whichever device is the current one, in Triton's interpreter, and
+        where this thread has not launched the kernels before."""
+        precision = _precision(self._problem.dtype)
+        if self._binary and self._device != torch_internals.current_device():
+            with torch.cuda.device(self._device):
+                return self.forward(call)
+        out, lse = self._output(), None if self._lse is None else self._lse()
+        parts = scratch(self._where, self._scratch).view(torch.float32) if self._scratch else None
+        tensors, floats = (call.q, call.k, call.v, out, lse, parts, *_masking(call)), (call.scale, self._softcap)
+        self._attend[precision](tensors, floats)
         if parts is not None:
             self._combine((parts, out, lse, call.sinks))
+        if self._binary and aligned(*[x for x in tensors[:_ATTEND_ALIGNED] if x is not None]):
+            self._rooms.of[precision] = self._made(precision, tensors, floats)
         return out, lse
+
+    def _made(
+        self, precision: str, tensors: tuple[Tensor | None, ...], floats: tuple[float | None, ...]
+    ) -> tuple[Room, Room | None]:
+        """This thread's, for tensors that begin where 16 bytes do, as these. The second kernel finds its pointers where
+        the first one's are: a call writes them once."""
+        attend, combine = self._attend[precision], self._combine
+        assert isinstance(attend, BinaryLauncher) and isinstance(combine, BinaryLauncher)
+        first = attend.room(tensors, floats)
+        if not self._scratch:
+            return first, None
+        _, _, _, out, lse, parts, _, _, _, sinks, _, _ = tensors
+        second = combine.room((parts, out, lse, sinks))
+        places = [self._scratch_at, _OUT, *([] if lse is None else [_LSE])]
+        if sinks is not None:
+            places += [i for i, field in self._fields if CALL.names[field] == "sinks"]
+        for i, place in enumerate(places):
+            second.share(i, first, place)
+        return first, second
 
 
 def _masking(call: Call) -> tuple[Tensor | None, ...]:
-    """What masks, in the order of the kernel's arguments."""
+    """What masks, as `_MASKING` names it."""
     return call.mask, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
 
 
