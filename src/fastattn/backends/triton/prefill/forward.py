@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import Output
+from ...layout import Output, RowNumbers
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
@@ -58,7 +58,7 @@ class PrefillKernel(ForwardOnly):
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         self._problem = p
         self._output = Output(p, call.q)
-        self._lse = (p.batch, p.q_heads, p.q_len) if p.return_lse or p.grads else None
+        self._lse = RowNumbers(p, call.q) if p.return_lse or p.grads else None
         self._lists = Lists(p, call, launch.block_m, launch.block_n) if listed(p, launch) else None
         integers, constants = _arguments(p, call, launch, self._lists.strides if self._lists else (0, 0, 0))
         grid = (-(-p.q_len // launch.block_m) * p.batch * p.q_heads,)
@@ -93,7 +93,7 @@ class PrefillKernel(ForwardOnly):
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         p, q, scale = self._problem, call.q, call.scale
         out = self._output()
-        lse = torch.empty(self._lse, dtype=torch.float32, device=q.device) if self._lse else None
+        lse = None if self._lse is None else self._lse()
         lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
         inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
         if p.mask != "additive":
