@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._compat import torch as torch_internals
 from .api import scaled_dot_product_attention
-from .masks import Segments
+from .common.checks import check_flag
+from .dispatch.eager import plain
+from .masks import Segments, packed_table, packed_view
 from .validation import check_tensor
 
 
@@ -58,18 +61,49 @@ def varlen_attention(
             f"cu_seqlens_kv: expected {list(cu_seqlens_q.shape)} as of cu_seqlens_q, got {list(cu_seqlens_kv.shape)}"
         )
     same = cu_seqlens_q is cu_seqlens_kv and q.shape[0] == k.shape[0]
-    segments = Segments.packed(cu_seqlens_q, None if same else cu_seqlens_kv, causal=causal)
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # Where nobody watches views are made past the dispatcher, and nothing outlives the call.
+    quick = (q.is_cuda or q.is_cpu) and not differentiated and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+    if quick and same:
+        table = packed_view(cu_seqlens_q)
+    elif quick:
+        table = torch.cat([packed_view(cu_seqlens_q), packed_view(cu_seqlens_kv)])
+    else:
+        table = packed_table(cu_seqlens_q, None if same else cu_seqlens_kv)
+    view = _heads_first if quick else _heads_first_of_graph
     result = scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        view(q),
+        view(k),
+        view(v),
         scale=scale,
-        mask=segments,
+        mask=Segments(table, check_flag("causal", causal)),
         window=window,
         sinks=sinks,
         softcap=softcap,
         return_lse=return_lse,
         backend=backend,
     )
-    # (squeeze: the gradient of an index is a copy.)
     if isinstance(result, tuple):
-        return result[0].transpose(1, 2).squeeze(0), result[1].squeeze(0)
-    return result.transpose(1, 2).squeeze(0)
+        return _tokens_first(result[0], quick), result[1].squeeze(0)
+    return _tokens_first(result, quick)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """`[T, H, D]` as `[1, H, T, D]`."""
+    tokens, heads, dim = x.shape
+    t, h, d = x.stride()
+    return torch_internals.strided_view(x, (1, heads, tokens, dim), (tokens * t, h, t, d), 0)
+
+
+def _heads_first_of_graph(x: Tensor) -> Tensor:
+    """The same by operators whose gradients are views."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
+def _tokens_first(x: Tensor, quick: bool) -> Tensor:
+    """`[1, H, T, D]` as `[T, H, D]`."""
+    if not quick:
+        return x.transpose(1, 2).squeeze(0)  # (the gradient of an index would be a copy)
+    _, heads, tokens, dim = x.shape
+    _, h, t, d = x.stride()
+    return torch_internals.strided_view(x, (tokens, heads, dim), (t, h, d), 0)
