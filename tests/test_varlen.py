@@ -261,3 +261,19 @@ def test_lengths_that_vary_in_a_graph() -> None:
         want, _ = one_by_one(q.double(), k.double(), v.double(), cu, cu, mask="causal")
         torch.testing.assert_close(compiled(q, k, v, cu).double(), want, rtol=1e-5, atol=1e-5)
     assert graphs == 1
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [([0, 4, 10], r"stop in 0\.\.9, got 4\.\.10"), ([0, 5, 3, 9], r"without overlap, got \[0, 5\) of row 0 before")],
+)
+def test_lengths_are_looked_at_on_demand(lengths: list[int], message: str) -> None:
+    """With FASTATTN_DEBUG=1, though the table says nothing of batch entries."""
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    good, bad = cumulative([4, 5]), torch.tensor(lengths, dtype=torch.int32)
+    with debug_on():
+        for other in (good, good.clone()):
+            varlen_attention(q, k, v, good, other)
+        for other in (bad, bad.clone()):
+            with pytest.raises(ValueError, match=f"^mask.table: expected .*{message}"):
+                varlen_attention(q, k, v, bad, other)

@@ -51,6 +51,8 @@ def varlen_attention(
         if x.dim() != 3:
             raise ValueError(f"{name}: expected 3 dims [tokens, heads, dim], got {list(x.shape)}")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if cu is cu_seqlens_q and name == "cu_seqlens_kv":
+            break  # (looked at already)
         check_tensor(name, cu)
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
             raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu.dtype} {list(cu.shape)}")
@@ -64,9 +66,9 @@ def varlen_attention(
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     # Where nobody watches views are made past the dispatcher, and nothing outlives the call.
     quick = (q.is_cuda or q.is_cpu) and not differentiated and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
-    if quick and same:
+    if quick and same and not cu_seqlens_q.data_ptr() % 16:  # (kernels are compiled for such addresses first)
         table = packed_view(cu_seqlens_q)
-    elif quick:
+    elif quick and not same:
         table = torch.cat([packed_view(cu_seqlens_q), packed_view(cu_seqlens_kv)])
     else:
         table = packed_table(cu_seqlens_q, None if same else cu_seqlens_kv)
