@@ -277,3 +277,28 @@ def test_lengths_are_looked_at_on_demand(lengths: list[int], message: str) -> No
         for other in (bad, bad.clone()):
             with pytest.raises(ValueError, match=f"^mask.table: expected .*{message}"):
                 varlen_attention(q, k, v, bad, other)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradients_of_the_sinks_alone(backend: str | None) -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    cu, sinks, upstream = cumulative([4, 5]), torch.randn(HEADS, requires_grad=True), torch.randn(9, HEADS, VALUE_DIM)
+    wide = sinks.detach().double().requires_grad_()
+    want, _ = one_by_one(q.double(), k.double(), v.double(), cu, cu, sinks=wide)
+    (expected,) = torch.autograd.grad(want, wide, upstream.double())
+    for _ in range(2):
+        out = varlen_attention(q, k, v, cu, cu, sinks=sinks, backend=backend)
+        (found,) = torch.autograd.grad(out, sinks, upstream)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(varlen_attention(q, k, v, cu, cu, sinks=sinks, backend=backend), out)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_has_no_constants() -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    cu = cumulative([4, 5])
+    traced = torch.jit.trace(lambda *x: varlen_attention(*x, x[-1], causal=True), (q, k, v, cu), check_trace=False)
+    others, cu = [torch.randn_like(x) for x in (q, k, v)], cumulative([2, 7])
+    want, _ = one_by_one(*(x.double() for x in others), cu, cu, mask="causal")
+    torch.testing.assert_close(traced(*others, cu).double(), want, rtol=1e-5, atol=1e-5)

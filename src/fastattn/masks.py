@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._compat import torch as torch_internals
+from ._compat.sdpa import traced_by_jit
 from .call import Call, Problem
 from .common.checks import check_count, check_flag, check_ints
 
@@ -101,7 +102,8 @@ class Segments(NamedTuple):
 def packed_table(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None) -> Tensor:
     """The table of `Segments.packed`, in memory of its own: the lengths may change after the call."""
     both = (cu_seqlens,) if cu_seqlens_kv is None else (cu_seqlens, cu_seqlens_kv)
-    if torch.compiler.is_compiling() or torch_internals.may_be_watched() or not all([_in_memory(x) for x in both]):
+    watched = torch.compiler.is_compiling() or torch_internals.may_be_watched() or traced_by_jit()
+    if watched or not _in_memory(both):
         return torch.stack([part for x in both for part in (x[:-1], x[1:])])
     if cu_seqlens_kv is None:
         return packed_view(cu_seqlens).clone(memory_format=torch.contiguous_format)
@@ -115,8 +117,11 @@ def packed_view(cu_seqlens: Tensor) -> Tensor:
     return torch_internals.strided_view(cu_seqlens, (2, cu_seqlens.shape[0] - 1), (step, step), 0)
 
 
-def _in_memory(x: Tensor) -> bool:
-    return type(x) is Tensor and (x.is_cuda or x.is_cpu) and not x.is_neg()
+def _in_memory(tensors: tuple[Tensor, ...]) -> bool:
+    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) is not Tensor or not (x.is_cuda or x.is_cpu) or x.is_neg():
+            return False
+    return True
 
 
 def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:

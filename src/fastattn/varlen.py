@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._compat import torch as torch_internals
+from ._compat.sdpa import traced_by_jit
 from .api import scaled_dot_product_attention
 from .common.checks import check_flag
 from .dispatch.eager import plain
@@ -63,9 +64,17 @@ def varlen_attention(
             f"cu_seqlens_kv: expected {list(cu_seqlens_q.shape)} as of cu_seqlens_q, got {list(cu_seqlens_kv.shape)}"
         )
     same = cu_seqlens_q is cu_seqlens_kv and q.shape[0] == k.shape[0]
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     # Where nobody watches views are made past the dispatcher, and nothing outlives the call.
-    quick = (q.is_cuda or q.is_cpu) and not differentiated and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+    recorded = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or getattr(sinks, "requires_grad", False)
+    )
+    quick = (
+        not recorded
+        and (q.is_cuda or q.is_cpu)
+        and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+        and (sinks is None or plain(sinks))
+        and not traced_by_jit()
+    )
     if quick and same and not cu_seqlens_q.data_ptr() % 16:  # (kernels are compiled for such addresses first)
         table = packed_view(cu_seqlens_q)
     elif quick and not same:

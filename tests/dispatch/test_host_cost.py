@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "both, lengths": (partial(both, "lengths"), Counts(29, 38, 0)),
     "both, mask": (partial(both, "mask"), Counts(28, 39, 0)),
     "both, sinks": (partial(both, "sinks"), Counts(29, 39, 1)),
-    "varlen": (partial(packed, False), Counts(26, 48, 0)),
+    "varlen": (partial(packed, False), Counts(27, 50, 0)),
     "varlen, both": (partial(packed, True), Counts(44, 64, 17)),
     "operator": (operator, Counts(18, 13, 1)),
     "layer": (partial(layer, False), Counts(14, 27, 1)),
