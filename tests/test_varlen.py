@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import naive
@@ -10,8 +12,11 @@ import pytest
 import torch
 from cases import BF16, FP32, FP64, TOLERANCE, relative_error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import varlen_attention
+from fastattn import debug, varlen_attention
+from fastattn._compat import torch as torch_internals
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 
@@ -140,3 +145,160 @@ def test_bad_argument(name: str, value: Any) -> None:
     arguments = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_kv": cu} | {name: value}
     with pytest.raises((ValueError, TypeError), match=rf"^{name}\b.*expected"):
         varlen_attention(**arguments)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def debug_on() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(debug, "ENABLED", True)
+        yield
+
+
+@contextmanager
+def without_private_views() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_internals, "strided_view", torch_internals._strided_view)
+        yield
+
+
+WATCHED = {
+    "grad": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "debug": debug_on,
+    "private": without_private_views,
+    "mode": Watching,
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED)
+@pytest.mark.parametrize("pack", PACKS)
+def test_without_gradients(pack: str, watched: str) -> None:
+    """Where nothing is recorded views are made another way; twice, for the second call of a kind takes another one."""
+    lengths, kv_lengths = PACKS[pack]
+    cu_q, cu_kv = cumulative(lengths), cumulative(kv_lengths)
+    same = cu_q if lengths == kv_lengths else cu_kv
+    q, k, v = (x.detach() for x in inputs(sum(lengths) + 2, sum(kv_lengths) + 2, FP32))
+    strided = torch.stack([q, q], 1)[:, 1], torch.stack([k, k], 2)[:, :, 0], v
+    want_out, want_lse = one_by_one(q.double(), k.double(), v.double(), cu_q, cu_kv, mask="causal")
+    for _ in range(2):
+        for tensors, cu in (((q, k, v), same), (strided, same), ((q, k, v), cu_kv)):
+            with WATCHED[watched]():
+                out, lse = varlen_attention(*tensors, cu_q, cu, causal=True, return_lse=True)
+            assert out.is_contiguous() and out.shape == (*q.shape[:2], VALUE_DIM) and not out.requires_grad
+            torch.testing.assert_close(out.double(), want_out, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_lengths_that_change(apart: bool) -> None:
+    """The same tensors of cumulative lengths, filled anew: before another call, and between forward and backward."""
+    leaves = inputs(9, 9, FP32)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    cu = cumulative([4, 5])
+    other = cu.clone() if apart else cu
+    upstream = torch.randn(9, HEADS, VALUE_DIM)
+    for lengths in ([4, 5], [1, 8], [0, 3]):
+        with torch.no_grad():
+            for x in {id(x): x for x in (cu, other)}.values():
+                x.copy_(cumulative(lengths))
+            plain = varlen_attention(*leaves, cu, other)
+        out = varlen_attention(*leaves, cu, other)
+        want, _ = one_by_one(*wide, cu, cu)
+        for x in (plain, out):
+            torch.testing.assert_close(x.double(), want, rtol=1e-5, atol=1e-5)
+        cu.fill_(0)
+        other.fill_(0)
+        got = torch.autograd.grad(out, leaves, upstream)
+        for g, w in zip(got, torch.autograd.grad(want, wide, upstream.double()), strict=True):
+            torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_strided_and_shifted_lengths() -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    cu = cumulative([4, 5])
+    want = varlen_attention(q, k, v, cu, cu)
+    for other in (cu.repeat_interleave(2)[::2], torch.cat([cu.new_tensor([77]), cu])[1:]):
+        assert torch.equal(varlen_attention(q, k, v, other, other), want)
+        assert torch.equal(varlen_attention(q, k, v, other, cu), want)
+    with pytest.raises(ValueError, match="causal: expected True or False"):
+        varlen_attention(q, k, v, cu, cu, causal=1)  # type: ignore[arg-type]
+
+
+def test_tensors_without_data() -> None:
+    with FakeTensorMode():
+        q, k, v = (torch.empty(9, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        cu = torch.empty(4, dtype=torch.int32)
+        assert varlen_attention(q, k, v, cu, cu, causal=True).shape == q.shape
+    q, k, v, cu = (x.to("meta") for x in (*inputs(9, 9, FP32), cumulative([4, 5])))
+    assert varlen_attention(q, k, v, cu, cu).shape == (9, HEADS, VALUE_DIM)
+
+
+def test_lengths_that_vary_in_a_graph() -> None:
+    """One graph for every number of sequences and tokens."""
+    graphs = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        out = varlen_attention(q, k, v, cu, cu, causal=True)
+        assert isinstance(out, Tensor)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=count, fullgraph=True, dynamic=True)
+    for lengths in ([4, 5], [2, 3, 7, 1], [5, 0, 6]):
+        q, k, v = (x.detach() for x in inputs(sum(lengths), sum(lengths), FP32))
+        cu = cumulative(lengths)
+        want, _ = one_by_one(q.double(), k.double(), v.double(), cu, cu, mask="causal")
+        torch.testing.assert_close(compiled(q, k, v, cu).double(), want, rtol=1e-5, atol=1e-5)
+    assert graphs == 1
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [([0, 4, 10], r"stop in 0\.\.9, got 4\.\.10"), ([0, 5, 3, 9], r"without overlap, got \[5, 3\) of row 0 before")],
+)
+def test_lengths_are_looked_at_on_demand(lengths: list[int], message: str) -> None:
+    """With FASTATTN_DEBUG=1, though the table says nothing of batch entries."""
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    good, bad = cumulative([4, 5]), torch.tensor(lengths, dtype=torch.int32)
+    with debug_on():
+        for other in (good, good.clone()):
+            varlen_attention(q, k, v, good, other)
+        for other in (bad, bad.clone()):
+            with pytest.raises(ValueError, match=f"^mask.table: expected .*{message}"):
+                varlen_attention(q, k, v, bad, other)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradients_of_the_sinks_alone(backend: str | None) -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    cu, sinks, upstream = cumulative([4, 5]), torch.randn(HEADS, requires_grad=True), torch.randn(9, HEADS, VALUE_DIM)
+    wide = sinks.detach().double().requires_grad_()
+    want, _ = one_by_one(q.double(), k.double(), v.double(), cu, cu, sinks=wide)
+    (expected,) = torch.autograd.grad(want, wide, upstream.double())
+    for _ in range(2):
+        out = varlen_attention(q, k, v, cu, cu, sinks=sinks, backend=backend)
+        (found,) = torch.autograd.grad(out, sinks, upstream)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(varlen_attention(q, k, v, cu, cu, sinks=sinks, backend=backend), out)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_has_no_constants() -> None:
+    q, k, v = (x.detach() for x in inputs(9, 9, FP32))
+    cu = cumulative([4, 5])
+    traced = torch.jit.trace(lambda *x: varlen_attention(*x, x[-1], causal=True), (q, k, v, cu), check_trace=False)
+    others, cu = [torch.randn_like(x) for x in (q, k, v)], cumulative([2, 7])
+    want, _ = one_by_one(*(x.double() for x in others), cu, cu, mask="causal")
+    torch.testing.assert_close(traced(*others, cu).double(), want, rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ class Call(NamedTuple):
     sinks: Tensor | None = None  #: [Hq]
     q_lengths: Tensor | None = None  #: int32 [B]
     kv_lengths: Tensor | None = None  #: int32 [B]
-    segments: Tensor | None = None  #: int32 [3|5, N]: `masks.Segments.table`
+    segments: Tensor | None = None  #: int32 [2|3|4|5, N]: `masks.Segments.table`
     scale: float = 1.0
     left: int = -1
     right: int = -1

@@ -56,13 +56,16 @@ def check_hidden(call: Call) -> None:
 
 def check_segments(table: Tensor, batch: int, q_len: int, kv_len: int) -> None:
     """Raises ValueError for a table of segments that is not as `masks.Segments` describes."""
-    names = ["row", "q_start", "q_stop", "kv_start", "kv_stop"] if table.shape[0] == 5 else ["row", "start", "stop"]
-    columns = dict(zip(names, table.long().tolist(), strict=True))
+    names = ["q_start", "q_stop", "kv_start", "kv_stop"] if table.shape[0] >= 4 else ["start", "stop"]
+    rows = table.long().tolist()
+    if len(rows) == len(names):
+        rows.insert(0, [0] * len(rows[0]))
+    columns = dict(zip(["row", *names], rows, strict=True))
     for name, column in columns.items():
         most = batch - 1 if name == "row" else kv_len if name.startswith("kv") else q_len
         if min(column) < 0 or max(column) > most:
             raise ValueError(f"mask.table: expected {name} in 0..{most}, got {min(column)}..{max(column)}")
-    segments = list(zip(columns["row"], columns[names[1]], columns[names[2]], strict=True))
+    segments = list(zip(columns["row"], columns[names[0]], columns[names[1]], strict=True))
     for (row, first, stop), (next_row, next_first, _) in pairwise(segments):
         if (next_row, next_first) < (row, first) or (next_row == row and next_first < stop):
             raise ValueError(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._compat import torch as torch_internals
+from ._compat.sdpa import traced_by_jit
 from .call import Call, Problem
 from .common.checks import check_count, check_flag, check_ints
 
@@ -42,10 +44,11 @@ class Segments(NamedTuple):
     and `left_padded` make one.
 
     table: int32 `[3, N]` (batch entry; first token; one past the last token: of queries and keys alike) or `[5, N]`
-        (batch entry; first query; one past the last query; first key; one past the last key), on the inputs' device,
-        sorted by batch entry and first query, segments of one batch entry not overlapping. Bounds outside of 0..S are
-        clamped (with FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, are fully
-        masked: their output is 0.
+        (batch entry; first query; one past the last query; first key; one past the last key); or `[2, N]`, `[4, N]`:
+        the same without the batch entry, all in the first. On the inputs' device, of any strides, sorted by batch entry
+        and first query, segments of one batch entry not overlapping. Bounds outside of 0..S are clamped (with
+        FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, are fully masked: their output
+        is 0.
     causal: a query sees the keys up to its own position, aligned to the lower right of its segment: query i of a
         segment of m queries and n keys sees its keys j <= i + n - m. The op's `window` counts the same positions.
     """
@@ -55,7 +58,7 @@ class Segments(NamedTuple):
 
     @staticmethod
     def packed(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None, *, causal: bool = False) -> Segments:
-        """N sequences end to end in one batch entry.
+        """N sequences end to end in the first batch entry.
 
         cu_seqlens, cu_seqlens_kv: int32 `[N + 1]`, cumulative lengths of the queries' and of the keys' sequences (the
         same unless given): sequence n holds the tokens `cu[n] <= t < cu[n + 1]`.
@@ -71,11 +74,7 @@ class Segments(NamedTuple):
                 if expected != got:
                     expected, got = (list(x) if what == "shape" else x for x in (expected, got))
                     raise ValueError(f"cu_seqlens_kv: expected {what} {expected} as of cu_seqlens, got {got}")
-        end = cu_seqlens[1:]
-        found = [torch.zeros_like(end), cu_seqlens[:-1], end]
-        if cu_seqlens_kv is not None:
-            found += [cu_seqlens_kv[:-1], cu_seqlens_kv[1:]]
-        return Segments(torch.stack(found), causal)
+        return Segments(packed_table(cu_seqlens, cu_seqlens_kv), causal)
 
     @staticmethod
     def left_padded(padding: Tensor, q_len: int, kv_len: int, *, causal: bool = True) -> Segments:
@@ -98,6 +97,31 @@ class Segments(NamedTuple):
             return Segments(torch.stack([row, padding, end]), causal)
         first = (padding.clamp(0, kv_len) - (kv_len - q_len)).clamp(min=0)
         return Segments(torch.stack([row, first, torch.full_like(padding, q_len), padding, end]), causal)
+
+
+def packed_table(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None) -> Tensor:
+    """The table of `Segments.packed`, in memory of its own: the lengths may change after the call."""
+    both = (cu_seqlens,) if cu_seqlens_kv is None else (cu_seqlens, cu_seqlens_kv)
+    watched = torch.compiler.is_compiling() or torch_internals.may_be_watched() or traced_by_jit()
+    if watched or not _in_memory(both):
+        return torch.stack([part for x in both for part in (x[:-1], x[1:])])
+    if cu_seqlens_kv is None:
+        return packed_view(cu_seqlens).clone(memory_format=torch.contiguous_format)
+    return torch.cat([packed_view(cu_seqlens), packed_view(cu_seqlens_kv)])
+
+
+def packed_view(cu_seqlens: Tensor) -> Tensor:
+    """The same of one tensor without a copy: each of the two rows is a window of the cumulative lengths. For plain
+    tensors on a CPU or a CUDA GPU, where nothing is traced."""
+    (step,) = cu_seqlens.stride()
+    return torch_internals.strided_view(cu_seqlens, (2, cu_seqlens.shape[0] - 1), (step, step), 0)
+
+
+def _in_memory(tensors: tuple[Tensor, ...]) -> bool:
+    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) is not Tensor or not (x.is_cuda or x.is_cpu) or x.is_neg():
+            return False
+    return True
 
 
 def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:
@@ -159,8 +183,10 @@ def segment_bounds(
     stop: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`bounds` for a `Segments.table`, in a batch of `batch` entries with q_total queries and kv_total keys each."""
-    row, q_first, q_end = table[0], table[1].clamp(0, q_total), table[2].clamp(0, q_total)
+    has_rows = table.shape[0] % 2
+    q_first, q_end = table[has_rows].clamp(0, q_total), table[has_rows + 1].clamp(0, q_total)
     first, end = table[-2].clamp(0, kv_total), table[-1].clamp(0, kv_total)
+    row = table[0] if has_rows else torch.zeros_like(q_first)
     tokens = torch.arange(start, q_total if stop is None else stop, dtype=torch.int32, device=table.device)
     if not table.shape[1]:
         zeros = tokens.new_zeros(batch, tokens.shape[0])

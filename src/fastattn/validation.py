@@ -246,9 +246,9 @@ def check_segments(segments: Segments, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError(f"mask.table: expected int32, got {table.dtype}")
     if table.device != q.device:
         raise ValueError(f"mask.table: expected device {q.device} as of q, got {table.device}")
-    if table.dim() != 2 or table.shape[0] not in (3, 5):
+    if table.dim() != 2 or table.shape[0] not in (2, 3, 4, 5):
         raise ValueError(f"mask.table: expected [3, segments] or [5, segments], got {_shape(table)}")
-    if table.shape[0] == 3 and q.shape[2] != k.shape[2]:
+    if table.shape[0] <= 3 and q.shape[2] != k.shape[2]:
         raise ValueError(
             "mask.table: expected [5, segments], queries and keys apart, where their numbers differ, got "
             f"{_shape(table)} for {q.shape[2]} queries and {k.shape[2]} keys"

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._compat import torch as torch_internals
+from ._compat.sdpa import traced_by_jit
 from .api import scaled_dot_product_attention
-from .masks import Segments
+from .common.checks import check_flag
+from .dispatch.eager import plain
+from .masks import Segments, packed_table, packed_view
 from .validation import check_tensor
 
 
@@ -48,6 +52,8 @@ def varlen_attention(
         if x.dim() != 3:
             raise ValueError(f"{name}: expected 3 dims [tokens, heads, dim], got {list(x.shape)}")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if cu is cu_seqlens_q and name == "cu_seqlens_kv":
+            break  # (looked at already)
         check_tensor(name, cu)
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
             raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu.dtype} {list(cu.shape)}")
@@ -58,18 +64,57 @@ def varlen_attention(
             f"cu_seqlens_kv: expected {list(cu_seqlens_q.shape)} as of cu_seqlens_q, got {list(cu_seqlens_kv.shape)}"
         )
     same = cu_seqlens_q is cu_seqlens_kv and q.shape[0] == k.shape[0]
-    segments = Segments.packed(cu_seqlens_q, None if same else cu_seqlens_kv, causal=causal)
+    # Where nobody watches views are made past the dispatcher, and nothing outlives the call.
+    recorded = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or getattr(sinks, "requires_grad", False)
+    )
+    quick = (
+        not recorded
+        and (q.is_cuda or q.is_cpu)
+        and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+        and (sinks is None or plain(sinks))
+        and not traced_by_jit()
+    )
+    if quick and same and not cu_seqlens_q.data_ptr() % 16:  # (kernels are compiled for such addresses first)
+        table = packed_view(cu_seqlens_q)
+    elif quick and not same:
+        table = torch.cat([packed_view(cu_seqlens_q), packed_view(cu_seqlens_kv)])
+    else:
+        table = packed_table(cu_seqlens_q, None if same else cu_seqlens_kv)
+    view = _heads_first if quick else _heads_first_of_graph
     result = scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        view(q),
+        view(k),
+        view(v),
         scale=scale,
-        mask=segments,
+        mask=Segments(table, check_flag("causal", causal)),
         window=window,
         sinks=sinks,
         softcap=softcap,
         return_lse=return_lse,
         backend=backend,
     )
-    # (squeeze: the gradient of an index is a copy.)
     if isinstance(result, tuple):
-        return result[0].transpose(1, 2).squeeze(0), result[1].squeeze(0)
-    return result.transpose(1, 2).squeeze(0)
+        return _tokens_first(result[0], quick), result[1].squeeze(0)
+    return _tokens_first(result, quick)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """`[T, H, D]` as `[1, H, T, D]`."""
+    tokens, heads, dim = x.shape
+    t, h, d = x.stride()
+    return torch_internals.strided_view(x, (1, heads, tokens, dim), (tokens * t, h, t, d), 0)
+
+
+def _heads_first_of_graph(x: Tensor) -> Tensor:
+    """The same by operators whose gradients are views."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
+def _tokens_first(x: Tensor, quick: bool) -> Tensor:
+    """`[1, H, T, D]` as `[T, H, D]`."""
+    if not quick:
+        return x.transpose(1, 2).squeeze(0)  # (the gradient of an index would be a copy)
+    _, heads, tokens, dim = x.shape
+    _, h, t, d = x.stride()
+    return torch_internals.strided_view(x, (tokens, heads, dim), (t, h, d), 0)

@@ -91,6 +91,22 @@ def test_allocation(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_internals.allocator(torch.device("meta"))((2,), (1,), torch.float32).is_meta
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_views(there: bool) -> None:
+    """As torch.as_strided gives them, with torch's private function and without it; autograd does not follow them."""
+    if there:
+        assert torch_internals.strided_view is torch._C._dynamo.guards._reinterpret_tensor
+    make = torch_internals.strided_view if there else torch_internals._strided_view
+    x = torch.arange(60.0).view(5, 3, 4)[1:].requires_grad_()
+    view = make(x, (1, 3, 4, 4), (48, 4, 12, 1), 0)
+    assert type(view) is Tensor and view.stride() == (48, 4, 12, 1) and not view.requires_grad
+    assert torch.equal(view, x.transpose(0, 1)[None]) and view.data_ptr() == x.data_ptr()
+    assert make(x, (2, 3), (1, 1), 5).tolist() == [[17.0, 18.0, 19.0], [18.0, 19.0, 20.0]]
+    assert make(x[:0], (1, 3, 0, 4), (0, 4, 12, 1), 0).shape == (1, 3, 0, 4)
+    with torch.inference_mode():
+        assert torch.equal(make(x.clone(), (4, 12), (12, 1), 0), x.view(4, 12))
+
+
 @pytest.mark.gpu
 def test_streams_and_devices() -> None:
     for index in range(torch.cuda.device_count()):

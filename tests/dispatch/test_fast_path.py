@@ -143,7 +143,9 @@ def _changes() -> dict[str, dict[str, Any]]:
         "mask: additive": {"mask": torch.ones(SQ, SKV)},
         "mask: intervals of entries": {"mask": Intervals(shared, shared)},
         **{
-            f"mask: segments, {n} {causal}": {"mask": Segments(ints(n, 2), causal)} for n in (3, 5) for causal in (0, 1)
+            f"mask: segments, {n} {causal}": {"mask": Segments(ints(n, 2), causal)}
+            for n in (2, 3, 4, 5)
+            for causal in (0, 1)
         },
         "mask: segments": {"mask": Segments(ints(3, 2))},
         "mask: causal segments": {"mask": Segments(ints(3, 2), True)},

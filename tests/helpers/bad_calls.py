@@ -247,7 +247,8 @@ ENTRIES = (
         lambda: {"table": ints(0, 1, 0, 0, 7, 7).view(3, 2)},
         {
             "table": [
-                *NO_TENSOR, None, ints(0, 0, 7), ints(0, 1, 0, 0).view(2, 2), ints(0, 0, 7)[:, None].long(),
+                *NO_TENSOR, None, ints(0, 0, 7), ints(0, 7)[None], ints(0, 0, 0, 7, 0, 7)[:, None],
+                ints(0, 0, 7)[:, None].long(),
                 torch.zeros(3, 2), ints(0, 0, 7)[:, None].to("meta"), ints(0, 0, 7)[:, None].to_sparse(),
             ],
             "causal": NO_FLAG,

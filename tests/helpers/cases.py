@@ -27,6 +27,7 @@ class Case:
     Kinds: "bool"; "additive" (a few -inf), "finfo" (additive; a few of the dtype's most negative number), "intervals".
     Shape: a letter for each dim, b, h, q, k in full, 1 broadcast: "b1qk", "qk", "" (0-d); for intervals "bq", "b1"...
     "segments:3", "segments:5": some of each batch entry's tokens in segments, queries and keys alike or apart;
+    "segments:2", "segments:4": the same in the first batch entry alone, of which the table then says nothing;
     "segments:p": left padding. With a "c" behind: causal.
     """
 
@@ -191,9 +192,11 @@ def _segments(c: Case, letters: str, uniform: Callable[..., Tensor]) -> Segments
         return Segments.left_padded(padding, c.q_len, c.kv_len, causal=causal)
     row = torch.arange(c.batch, dtype=torch.int32).repeat_interleave(3)
     columns = [row.to(uniform(1).device)]
-    for length in (c.q_len,) if letters.startswith("3") else (c.q_len, c.kv_len):
+    for length in (c.q_len,) if letters[0] in "23" else (c.q_len, c.kv_len):
         cuts = (uniform(c.batch, 6) * (length + 1)).int().sort(1).values  # gaps between them, some empty
         columns += [cuts[:, ::2].flatten(), cuts[:, 1::2].flatten()]
+    if letters[0] in "24":
+        return Segments(torch.stack([x[:3] for x in columns[1:]]), causal)
     return Segments(torch.stack(columns), causal)
 
 

@@ -166,12 +166,12 @@ def problems(
         kv_len = draw(st.just(kv_len) | lengths(least, longest))
     floats = st.sampled_from(DTYPES)
     kinds = st.sampled_from(["bool", "additive", "finfo"])
-    square = ["3", "3c"] * (q_len == kv_len)
+    square = ["2", "2c", "3", "3c"] * (q_len == kv_len)
     mask = draw(
         st.sampled_from(["none", "causal"])
         | st.builds("{}:{}".format, kinds, st.sampled_from(BROADCASTS))
         | st.builds("intervals:{}".format, st.sampled_from(["bq", "b1", "1q", "11"]))
-        | st.builds("segments:{}".format, st.sampled_from(["p", "pc", "5", "5c", *square]))
+        | st.builds("segments:{}".format, st.sampled_from(["p", "pc", "4c", "5", "5c", *square]))
     )
     takes_lengths = not mask.startswith("segments")  # segments have lengths of their own
     side = st.integers(-1, max(q_len, kv_len) + 5)

@@ -50,6 +50,8 @@ FEATURES: dict[str, Case] = {
     "segments-apart-causal": _TINY.but(mask="segments:5c"),
     "segments-window": _TINY.but(mask="segments:5", window=(2, 1)),
     "segments-sinks": _SQUARE.but(mask="segments:3c", window=(3, -1), sinks=FP32),
+    "segments-first": _SQUARE.but(mask="segments:2c"),
+    "segments-first-apart": _TINY.but(mask="segments:4", window=(2, 1)),
     "left-padding": _SQUARE.but(mask="segments:pc"),
     "left-padding-short-q": _TINY.but(mask="segments:pc"),
     "left-padding-long-q": _TINY.but(mask="segments:p", q_len=15),

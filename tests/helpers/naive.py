@@ -41,7 +41,8 @@ def visible(
             seen = seen & (j <= position)
         elif hasattr(mask, "table"):  # Segments
             seen = torch.zeros(rows, keys, dtype=torch.bool, device=q.device)
-            for row, *ends in mask.table.T.tolist():
+            for column in mask.table.T.tolist():
+                row, *ends = column if len(column) % 2 else (0, *column)
                 q_start, q_stop, kv_start, kv_stop = (
                     min(max(x, 0), n) for x, n in zip(ends * (4 // len(ends)), (rows, rows, keys, keys), strict=True)
                 )

@@ -59,6 +59,19 @@ def allocator(device: torch.device) -> _Allocate:
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+def _strided_view(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    with torch.no_grad():
+        return x.as_strided(shape, strides, x.storage_offset() + offset)
+
+
+#: `strided_view(x, shape, strides, offset)`: a tensor over x's memory, so many elements after where x begins. Autograd
+#: knows nothing of it: it has no gradient, and its own count of changes. As `allocator`: past the dispatcher, at less
+#: than a half.
+strided_view: Callable[[Tensor, tuple[int, ...], tuple[int, ...], int], Tensor] = (
+    getattr(getattr(_private("_dynamo"), "guards", None), "_reinterpret_tensor", None) or _strided_view
+)
+
+
 def transforms_active() -> bool:
     """Whether torch.func's transforms are at work around this call. False where torch does not tell: the operators
     refuse them too, later and less clearly."""

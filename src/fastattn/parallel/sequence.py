@@ -45,9 +45,10 @@ def pattern_of(
     if isinstance(mask, Segments):
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: expected None beside Segments")
-        if mask.table.dim() != 2 or mask.table.shape[0] != 3:
+        if mask.table.dim() != 2 or mask.table.shape[0] not in (2, 3):
             raise ValueError(f"mask.table: expected [3, segments], got {list(mask.table.shape)}")
-        segments = tuple((a, b, c) for a, b, c in mask.table.T.tolist())
+        entries = [] if mask.table.shape[0] == 3 else [0]  # without its row all are in the first batch entry
+        segments = tuple((a, b, c) for a, b, c in (entries + column for column in mask.table.T.tolist()))
         right = 0 if mask.causal else right
     elif cu_seqlens is not None:
         if q.shape[0] != 1:

@@ -65,8 +65,8 @@ def warmup(
         softcap: as in the op.
         phases: of "prefill" (as many queries as keys, with padding on the left or none), "chunked" (fewer queries than
             keys, or lengths on the device), "decode" (one query), "training" (as prefill, with gradients for q, k, v
-            and sinks) and "packed" (up to 16 sequences end to end, `Segments` of three rows; with "training" among the
-            phases, that as well).
+            and sinks) and "packed" (up to 16 sequences end to end, `Segments` of which queries and keys are the same;
+            with "training" among the phases, that as well).
         layouts: of "token_major" (`[B,S,H,D]` in memory), "cache" (queries token-major, keys and values slices of
             `[B,H,capacity,D]`), "head_major" (the queries too are `[B,H,S,D]`) and "head_major_qk" (all but the
             values).

@@ -18,7 +18,20 @@ from fastattn import Segments, masks
 from fastattn.backends.triton.bounds import HEADER_NUMBERS, TILE_NUMBERS, Bounds
 from fastattn.call import Call, Problem
 
-KINDS = ("packed", "left", "gaps", "wild", "nothing", "intervals", "entry", "shared", "lengths", "band")
+KINDS = (
+    "packed",
+    "left",
+    "gaps",
+    "wild",
+    "first",
+    "windows",
+    "nothing",
+    "intervals",
+    "entry",
+    "shared",
+    "lengths",
+    "band",
+)
 MASKS = {
     "bool": torch.bool,
     "half": torch.float16,
@@ -73,6 +86,17 @@ def table(kind: str, rng: random.Random, batch: int, q_len: int, kv_len: int, de
     return found[:3] if q_len == kv_len and rng.random() < 0.5 else found
 
 
+def of_the_first_entry(kind: str, rng: random.Random, q_len: int, kv_len: int, device: str) -> Tensor:
+    """A table without the batch entries. windows: its rows are parts of one tensor."""
+    if kind == "windows" and q_len == kv_len:
+        cuts = torch.tensor(cut(rng, q_len, rng.randint(1, 9), True), dtype=torch.int32, device=device)
+        step = rng.choice((1, 3))
+        return cuts.repeat_interleave(step).as_strided((2, len(cuts) - 1), (step, step))
+    found = table("gaps", rng, 1, q_len, kv_len, device)
+    assert not found[0].any()
+    return found[1:]
+
+
 def draw(kind: str, rng: random.Random, device: str) -> Call:
     batch = rng.randint(1, 4)
     q_len = rng.choice((1, 31, 32, 33, 64, rng.randint(1, 200)))
@@ -82,7 +106,11 @@ def draw(kind: str, rng: random.Random, device: str) -> Call:
     k = torch.empty(batch, 1, kv_len, 8, device=device)
     call = Call(q, k, k, left=left, right=right)
     if kind == "nothing":
-        return call._replace(segments=torch.empty(3 if q_len == kv_len else 5, 0, dtype=torch.int32, device=device))
+        return call._replace(
+            segments=torch.empty(rng.choice((2, 3) if q_len == kv_len else (4, 5)), 0, dtype=torch.int32, device=device)
+        )
+    if kind in ("first", "windows"):
+        return call._replace(segments=of_the_first_entry(kind, rng, q_len, kv_len, device))
     if kind in ("packed", "left", "gaps", "wild"):
         return call._replace(segments=table(kind, rng, batch, q_len, kv_len, device))
     if kind != "band" and (kind == "lengths" or rng.random() < 0.5):

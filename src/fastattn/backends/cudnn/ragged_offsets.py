@@ -81,8 +81,8 @@ def ragged_offsets(
     offsets = q.new_empty((len(RAGGED), rows + 1, 1, 1, 1), dtype=torch.int64)
     lengths = q.new_empty((2, rows, 1, 1, 1), dtype=torch.int32)
     # The kernel reads them one after another; validation lets any strides through.
-    given = [None if x is None else x.contiguous() for x in (c.q_lengths, c.kv_lengths, c.lo, c.hi, c.segments)]
-    launcher((offsets, lengths, *given))
+    given = [None if x is None else x.contiguous() for x in (c.q_lengths, c.kv_lengths, c.lo, c.hi)]
+    launcher((offsets, lengths, *given, c.segments))
     return _named(tensors, offsets, lengths)
 
 
@@ -102,18 +102,32 @@ def _launcher(tensors: dict[str, Tensor], rows: int, fold: int, c: Call) -> Laun
         else:
             strides += [x.stride(0), x.stride(1) * (1 if role in KEY_SIDE else group), x.stride(2)]
     interval_stride = 0 if c.lo is None or c.lo.shape[0] == 1 else c.lo.shape[1]
-    count = batch if c.segments is None else c.segments.shape[1]
+    # Of segments the kernel reads any strides: the rows of a table may be parts of one tensor (`Segments.view`).
+    segment_rows, count = (0, batch) if c.segments is None else c.segments.shape
+    segment_strides = (0, 0) if c.segments is None else c.segments.stride()
     block = 128
     return Launcher(
         ragged_offsets_kernel,
         (-(-(rows + 1) // block),),
         q.device,
-        (rows, fold, fold // kv_heads, count, batch, q_len, kv_len, interval_stride, *strides),
+        (
+            rows,
+            fold,
+            fold // kv_heads,
+            count,
+            batch,
+            q_len,
+            kv_len,
+            interval_stride,
+            segment_rows,
+            *segment_strides,
+            *strides,
+        ),
         (
             c.q_lengths is not None,
             c.kv_lengths is not None,
             c.lo is not None,
-            0 if c.segments is None else c.segments.shape[0],
+            c.segments is not None,
             block,
         ),
         num_warps=4,

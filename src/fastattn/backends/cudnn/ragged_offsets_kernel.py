@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=list(range(7, 15 + 3 * 9)))
+@triton.jit(do_not_specialize=list(range(7, 18 + 3 * 9)))
 def ragged_offsets_kernel(  # type: ignore[no-untyped-def]
     offsets, lengths, q_lengths, kv_lengths, lo, hi, segments,
-    rows, fold, kv_group, count, batch, q_len, kv_len, interval_stride,
+    rows, fold, kv_group, count, batch, q_len, kv_len, interval_stride, segment_rows, segment_sr, segment_sn,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     do_b, do_h, do_t, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, s_b, s_h, s_t,
-    HAS_Q: tl.constexpr, HAS_KV: tl.constexpr, HAS_LO: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_Q: tl.constexpr, HAS_KV: tl.constexpr, HAS_LO: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     entry = row // fold
@@ -34,13 +35,18 @@ def ragged_offsets_kernel(  # type: ignore[no-untyped-def]
         first = tl.minimum(tl.maximum(tl.load(lo + b * interval_stride), 0), keys)
         last = tl.minimum(tl.load(hi + b * interval_stride), keys)
         keys = tl.maximum(last - first, 0)
-    if SEGMENTS:
-        b = tl.minimum(tl.maximum(tl.load(segments + entry), 0), batch - 1).to(tl.int64)
-        first_q = tl.minimum(tl.maximum(tl.load(segments + count + entry), 0), q_len)
-        last_q = tl.minimum(tl.maximum(tl.load(segments + 2 * count + entry), 0), q_len)
+    if HAS_SEGMENTS:
+        at = segments + entry.to(tl.int64) * segment_sn
+        q_row = segment_rows % 2  # a table without batch entries is one row shorter: all are in the first
+        b = tl.load(at, mask=entry < count * q_row, other=0)
+        b = tl.minimum(tl.maximum(b, 0), batch - 1).to(tl.int64)
+        at_q = at + q_row * segment_sr
+        first_q = tl.minimum(tl.maximum(tl.load(at_q), 0), q_len)
+        last_q = tl.minimum(tl.maximum(tl.load(at_q + segment_sr), 0), q_len)
         queries = tl.maximum(last_q - first_q, 0)
-        first = tl.minimum(tl.maximum(tl.load(segments + (SEGMENTS - 2) * count + entry), 0), kv_len)
-        last = tl.minimum(tl.maximum(tl.load(segments + (SEGMENTS - 1) * count + entry), 0), kv_len)
+        at_kv = at + (segment_rows - 2) * segment_sr
+        first = tl.minimum(tl.maximum(tl.load(at_kv), 0), kv_len)
+        last = tl.minimum(tl.maximum(tl.load(at_kv + segment_sr), 0), kv_len)
         keys = tl.maximum(last - first, 0)
     # Where there is no key, no query is to be read: it may hold anything.
     queries = tl.where(keys > 0, queries, 0)

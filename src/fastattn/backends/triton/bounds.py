@@ -105,7 +105,7 @@ class Bounds:
         self._rooms = _Rooms()
         left, right = band(p)
         table, lo, hi = call.segments, call.lo, call.hi
-        count = 0 if table is None else table.shape[1]
+        rows, count = (0, 0) if table is None else table.shape
         table_strides = (0, 0) if table is None else table.stride()
         #: Whether lo and hi have to be laid out alike before the kernel can read them.
         self._strided = broadcast_strides(lo, 2) != broadcast_strides(hi, 2)
@@ -117,8 +117,19 @@ class Bounds:
             (self.tiles, p.batch),
             call.q.device,
             p.capability,
-            (*table_strides, *interval_strides, p.q_len, p.kv_len, left, right, count, count.bit_length(), *ranges),
-            (0 if table is None else table.shape[0], tile, pdl),
+            (
+                *table_strides,
+                rows,
+                *interval_strides,
+                p.q_len,
+                p.kv_len,
+                left,
+                right,
+                count,
+                count.bit_length(),
+                *ranges,
+            ),
+            (tile, pdl),
             num_warps=max(1, min(4, tile // 32)),
             **options,
         )

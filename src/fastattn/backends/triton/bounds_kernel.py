@@ -14,37 +14,40 @@ FIELDS = tl.constexpr(bounds.TILE_NUMBERS)
 _UNIT = tl.constexpr(64)  # keys; tiles whose numbers of keys differ by less keep their order, and so their keys in L2
 
 _INTEGERS = [
-    "table_sr", "table_sn", "interval_sb", "interval_si", "q_len", "kv_len", "left", "right", "count", "steps",
-    "ranges_at", "ranges_sb", "ranges_heads",
+    "table_sr", "table_sn", "table_rows", "interval_sb", "interval_si", "q_len", "kv_len", "left", "right", "count",
+    "steps", "ranges_at", "ranges_sb", "ranges_heads",
 ]  # fmt: skip
 
 
 @triton.jit
-def _segment_keys(b, i, valid, table_ptr, table_sr, table_sn, q_len, kv_len, left, right, count, steps, ROWS):
+def _segment_keys(b, i, valid, table_ptr, table_sr, table_sn, table_rows, q_len, kv_len, left, right, count, steps):
     """The keys `[lo, hi)` that segments let the rows i of batch entry b see. Equals `masks.segment_bounds`.
 
     steps: at least log2(count + 1), rounded up.
     """
     # Of the segments, which are sorted, the last that begins at the row or before.
     here = b.to(tl.int64) * q_len + i
+    q_row = table_rows % 2  # a table without batch entries is one row shorter: all its segments are in the first
+    q_ptr = table_ptr + q_row * table_sr
+    kv_ptr = table_ptr + (table_rows - 2) * table_sr
     first = i * 0
     end = first + count
     for _ in range(steps):
         middle = (first + end) // 2
         searching = first < end
         at = middle.to(tl.int64) * table_sn
-        entry = tl.load(table_ptr + at, mask=searching, other=0)
-        start = tl.load(table_ptr + table_sr + at, mask=searching, other=0)
+        entry = tl.load(table_ptr + at, mask=first < end * q_row, other=0)
+        start = tl.load(q_ptr + at, mask=searching, other=0)
         start = tl.minimum(tl.maximum(start, 0), q_len)
         before = searching & (entry.to(tl.int64) * q_len + start <= here)
         end = tl.where(searching & (before == 0), middle, end)
         first = tl.where(before, middle + 1, first)
     found = first > 0
-    row_ptr = table_ptr + tl.maximum(first - 1, 0).to(tl.int64) * table_sn
-    entry = tl.load(row_ptr, mask=found, other=-1)
-    q_end = tl.load(row_ptr + 2 * table_sr, mask=found, other=0)
-    lo = tl.load(row_ptr + (ROWS - 2) * table_sr, mask=found, other=0)
-    hi = tl.load(row_ptr + (ROWS - 1) * table_sr, mask=found, other=0)
+    at = tl.maximum(first - 1, 0).to(tl.int64) * table_sn
+    entry = tl.load(table_ptr + at, mask=first * q_row > 0, other=0)
+    q_end = tl.load(q_ptr + table_sr + at, mask=found, other=0)
+    lo = tl.load(kv_ptr + at, mask=found, other=0)
+    hi = tl.load(kv_ptr + table_sr + at, mask=found, other=0)
     q_end = tl.minimum(tl.maximum(q_end, 0), q_len)
     lo = tl.minimum(tl.maximum(lo, 0), kv_len)
     hi = tl.minimum(tl.maximum(hi, 0), kv_len)
@@ -67,13 +70,14 @@ def _lesser(a, b):
 @triton.jit(do_not_specialize=_INTEGERS)
 def bounds_kernel(
     memory_ptr,  # uint8, see above
-    table_ptr,  # int32 [3|5, N], or None: Intervals, band and lengths
+    table_ptr,  # int32 [2|3|4|5, N], or None: Intervals, band and lengths
     lo_ptr,  # int32 [B|1, Sq|1], or None
     hi_ptr,
     q_lengths_ptr,  # int32 [B], or None
     kv_lengths_ptr,
     table_sr,
     table_sn,
+    table_rows,
     interval_sb,
     interval_si,
     q_len,
@@ -85,7 +89,6 @@ def bounds_kernel(
     ranges_at,  # see `KeyBias`; ranges_heads 0: there is no tensor mask
     ranges_sb,
     ranges_heads,
-    ROWS: tl.constexpr,  # of the table
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -99,7 +102,7 @@ def bounds_kernel(
     valid = i < q_len
     if table_ptr is not None:
         lo, hi = _segment_keys(
-            b, i, valid, table_ptr, table_sr, table_sn, q_len, kv_len, left, right, count, steps, ROWS
+            b, i, valid, table_ptr, table_sr, table_sn, table_rows, q_len, kv_len, left, right, count, steps
         )
     else:
         lo, hi = visible_keys(
