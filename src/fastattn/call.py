@@ -178,6 +178,11 @@ class Problem:
         return self.dense_mask and self.mask_shape[2] > 1
 
     @property
+    def masked_keys(self) -> bool:
+        """True when the call holds a bool or additive tensor that is the same for all queries."""
+        return self.dense_mask and self.mask_shape[2] == 1
+
+    @property
     def may_have_empty_rows(self) -> bool:
         """True unless shapes alone prove that every query sees a key. (Lengths and masks are data: they may not.)"""
         if self.mask != "none" or self.q_lengths or self.kv_lengths:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ._compat import torch as torch_internals
-from ._compat.sdpa import traced_by_jit
 from .call import Call, Problem
 from .common.checks import check_count, check_flag, check_ints
 
@@ -102,8 +101,7 @@ class Segments(NamedTuple):
 def packed_table(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None) -> Tensor:
     """The table of `Segments.packed`, in memory of its own: the lengths may change after the call."""
     both = (cu_seqlens,) if cu_seqlens_kv is None else (cu_seqlens, cu_seqlens_kv)
-    watched = torch.compiler.is_compiling() or torch_internals.may_be_watched() or traced_by_jit()
-    if watched or not _in_memory(both):
+    if not torch_internals.unrecorded(*both):
         return torch.stack([part for x in both for part in (x[:-1], x[1:])])
     if cu_seqlens_kv is None:
         return packed_view(cu_seqlens).clone(memory_format=torch.contiguous_format)
@@ -111,17 +109,10 @@ def packed_table(cu_seqlens: Tensor, cu_seqlens_kv: Tensor | None = None) -> Ten
 
 
 def packed_view(cu_seqlens: Tensor) -> Tensor:
-    """The same of one tensor without a copy: each of the two rows is a window of the cumulative lengths. For plain
-    tensors on a CPU or a CUDA GPU, where nothing is traced."""
+    """The same of one tensor without a copy: each of the two rows is a window of the cumulative lengths. For tensors
+    that are `unrecorded`."""
     (step,) = cu_seqlens.stride()
     return torch_internals.strided_view(cu_seqlens, (2, cu_seqlens.shape[0] - 1), (step, step), 0)
-
-
-def _in_memory(tensors: tuple[Tensor, ...]) -> bool:
-    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
-        if type(x) is not Tensor or not (x.is_cuda or x.is_cpu) or x.is_neg():
-            return False
-    return True
 
 
 def as_intervals(problem: Problem, call: Call) -> tuple[Problem, Call]:

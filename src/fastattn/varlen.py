@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ._compat import torch as torch_internals
-from ._compat.sdpa import traced_by_jit
 from .api import scaled_dot_product_attention
 from .common.checks import check_flag
-from .dispatch.eager import plain
 from .masks import Segments, packed_table, packed_view
 from .validation import check_tensor
 
@@ -68,17 +66,10 @@ def varlen_attention(
     recorded = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or getattr(sinks, "requires_grad", False)
     )
-    quick = (
-        not recorded
-        and (q.is_cuda or q.is_cpu)
-        and plain(q, k, v, cu_seqlens_q, cu_seqlens_kv)
-        and (sinks is None or plain(sinks))
-        and not traced_by_jit()
-    )
+    given = (q, k, v, cu_seqlens_q, cu_seqlens_kv) if sinks is None else (q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks)
+    quick = not recorded and torch_internals.unrecorded(*given)
     if quick and same and not cu_seqlens_q.data_ptr() % 16:  # (kernels are compiled for such addresses first)
         table = packed_view(cu_seqlens_q)
-    elif quick and not same:
-        table = torch.cat([packed_view(cu_seqlens_q), packed_view(cu_seqlens_kv)])
     else:
         table = packed_table(cu_seqlens_q, None if same else cu_seqlens_kv)
     view = _heads_first if quick else _heads_first_of_graph

@@ -197,24 +197,32 @@ HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
 }
 
 
-@pytest.mark.parametrize("name", HOPPER)
-def test_hoppers_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def launches_of(
+    backend: str, kind: tuple[Callable[[], Callable[[], Any]], Counts], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Checks what a call costs over a backend's kernels. Returns how many it launches."""
     pytest.importorskip("triton")
-    make, recorded = HOPPER[name]
+    make, recorded = kind
     gpu = hopper_launches.pretend(monkeypatch)
     hopper_launches.allocate_in_place(monkeypatch)
     run = make()
-    with fastattn.use_backend("hopper"):
+    with fastattn.use_backend(backend):
         found = counted(run)
         gpu.taken()
         run()
         check(found, recorded)
+    return len(gpu.taken())
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hoppers_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = launches_of("hopper", HOPPER[name], monkeypatch)
     kernels = 1 + 3 * name.startswith("both")
     if "keys" in name:
         kernels += 3
     if "segments" in name or name == "both, lengths":
         kernels += 2 * ("segments" in name) + 2 * name.startswith("both")
-    assert len(gpu.taken()) == kernels
+    assert launched == kernels
 
 
 def step(name: str, **more: Any) -> Callable[[], Any]:
@@ -245,17 +253,7 @@ DECODE: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
 
 @pytest.mark.parametrize("name", DECODE)
 def test_decodes_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    make, recorded = DECODE[name]
-    gpu = hopper_launches.pretend(monkeypatch)
-    hopper_launches.allocate_in_place(monkeypatch)
-    run = make()
-    with fastattn.use_backend("decode"):
-        found = counted(run)
-        gpu.taken()
-        run()
-        check(found, recorded)
-    assert len(gpu.taken()) == 2 + (name == "segments")
+    assert launches_of("decode", DECODE[name], monkeypatch) == 2 + (name == "segments")
 
 
 def dropped_in(differentiated: bool, **options: Any) -> Callable[[], Any]:

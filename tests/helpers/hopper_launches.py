@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from caches import own_caches
 from stand_in_compiler import Driver
 from torch import Tensor
 
+from fastattn import debug
 from fastattn._compat import torch as torch_internals
 from fastattn._compat import triton_compiler
 from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
@@ -182,6 +183,17 @@ class HopperGpu:
         return found
 
 
+def side_by_side(gpu: HopperGpu, threads: int, run: Callable[[], None]) -> None:
+    """Has as many threads run it, of which each waits before a launch until all others are about to launch, too."""
+    gate = threading.Barrier(threads)
+    gpu.driver.before = lambda: gate.wait(10)
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
 def allocate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a call allocates lies where it lay in the call before: after a first call nothing is new."""
     again = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
@@ -208,7 +220,11 @@ def allocate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    """From now on the backends "hopper" and "decode" take tensors of the CPU, and its driver runs nothing."""
+    """From now on the backends "hopper" and "decode" take tensors of the CPU, and its driver runs nothing. No settings
+    of the machine's count."""
+    monkeypatch.setattr(debug, "ENABLED", False)
+    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
+        monkeypatch.delenv(name, raising=False)
     gpu, problem_of = HopperGpu(), Problem.of
 
     def on_gpu(call: Call, backward: bool = False) -> Problem:

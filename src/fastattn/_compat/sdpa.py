@@ -28,13 +28,12 @@ _SWITCHES = tuple(
 )
 _order: Callable[[], list[int]] | None = _private("_get_sdp_priority_order")
 _USUAL_ORDER = None if _order is None else _order()
-_KINDS = _private("_SDPBackend")
-#: What torch makes of that order in its first call on an H100 or a B200 (`priority_order` of its sdp_utils.cpp).
-_ORDER_ON_HOPPER = [
-    int(getattr(_KINDS, name, -1))
+_kinds: tuple[Any, ...] = tuple(
+    getattr(_private("_SDPBackend"), name, None)
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    if _KINDS is not None
-]
+)
+#: How that order begins after torch's first call on an H100 or a B200 (`priority_order` of its sdp_utils.cpp).
+_ORDER_ON_HOPPER = None if None in _kinds else [int(kind) for kind in _kinds]
 _function_modes: Callable[[], int] | None = _private("_len_torch_function_stack")
 _function_mode: Callable[[int], Any] | None = _private("_get_function_stack_at")
 _tracing: Callable[[], Any] | None = _private("_get_tracing_state")
@@ -48,7 +47,7 @@ def insists_on_torch() -> bool:
     if _order is None:
         return False
     order = _order()
-    return order != _USUAL_ORDER and order[: len(_ORDER_ON_HOPPER)] != _ORDER_ON_HOPPER
+    return order != _USUAL_ORDER and order[: len(_kinds)] != _ORDER_ON_HOPPER
 
 
 def watched_by_a_function_mode() -> bool:

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from . import sdpa
 from .versions import Gone, gone, need
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +38,8 @@ current_device: Callable[[], int] = _private("_cuda_getDevice") or torch.cuda.cu
 _transforms: Callable[[], bool] | None = _private("_are_functorch_transforms_active")
 _modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
 _keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
+_hooks: Callable[[bool], Any] | None = getattr(_private("_autograd"), "_top_saved_tensors_default_hooks", None)
+_guards: Any = getattr(_private("_dynamo"), "guards", None)  #: functions of code that torch's own compiler generates
 #: Its `_current_level` is 0 or more where tensors may be dual numbers. A torch that does not tell has none here.
 _forward_ad: Any = torch.autograd.forward_ad
 if not hasattr(_forward_ad, "_current_level"):
@@ -52,8 +56,7 @@ def allocator(device: torch.device) -> _Allocate:
     As code that torch's own compiler generates does it: past the dispatcher, at less than half of what torch's
     functions take. Nobody who watches operators sees it.
     """
-    guards = getattr(_private("_dynamo"), "guards", None)
-    found: _Allocate | None = getattr(guards, f"_empty_strided_{device.type}", None)
+    found: _Allocate | None = getattr(_guards, f"_empty_strided_{device.type}", None)
     if found is not None and device.type in ("cpu", "cuda"):
         return found
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -68,7 +71,7 @@ def _strided_view(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], o
 #: knows nothing of it: it has no gradient, and its own count of changes. As `allocator`: past the dispatcher, at less
 #: than a half.
 strided_view: Callable[[Tensor, tuple[int, ...], tuple[int, ...], int], Tensor] = (
-    getattr(getattr(_private("_dynamo"), "guards", None), "_reinterpret_tensor", None) or _strided_view
+    getattr(_guards, "_reinterpret_tensor", None) or _strided_view
 )
 
 
@@ -89,6 +92,36 @@ def may_be_watched() -> bool:
     if _forward_ad._current_level >= 0:  # (to call `forward_ad_active` would take as long as all the rest)
         return True
     return _modes is None or _transforms is None or bool(_modes()) or _transforms()
+
+
+def plain(*tensors: Tensor) -> bool:
+    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
+    when their memory holds their values (a negative view's does not).
+
+    Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
+    gradients.
+    """
+    if torch.compiler.is_compiling() or may_be_watched():
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) not in _PLAIN or x.is_neg():
+            return False
+    return True
+
+
+_PLAIN = frozenset([Tensor, Parameter])
+
+
+def unrecorded(*tensors: Tensor) -> bool:
+    """True when what is done to the tensors past the dispatcher is missed by nobody: they are `plain`, lie on a CPU or
+    a CUDA GPU, and no program is being traced."""
+    tracing = sdpa._tracing  # (to call `traced_by_jit` would take twice as long)
+    if not plain(*tensors) or (tracing is not None and tracing() is not None):
+        return False
+    for x in tensors:  # noqa: SIM110 (as above)
+        if not (x.is_cuda or x.is_cpu):
+            return False
+    return True
 
 
 def same_dispatch(one: Tensor, other: Tensor) -> bool:
@@ -137,9 +170,6 @@ def autograd_within() -> AbstractContextManager[None]:
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.AutogradFunctionality):
         excluded = excluded.remove(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-
-
-_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .._compat import torch as torch_internals
+from .._compat.torch import plain as plain
 from ..backends.base import KeepsGraph, OutOfMemory
 from ..call import CALL, Call, Gradients
 from ..validation import default_scale
@@ -52,24 +52,6 @@ class Bound:
         #: is no autocast to ask for on the device "meta".)
         self.generation = routes.generation() if route.lasts and self.device_type != "meta" else -1
         self.alike: int | None = None  #: how torch dispatches a gradient that has nothing unusual about it
-
-
-def plain(*tensors: Tensor) -> bool:
-    """True when nobody but autograd watches what happens to the tensors: no tracing, no modes, no subclasses; and
-    when their memory holds their values (a negative view's does not).
-
-    Then torch's dispatcher need not see the call: its way to an operator in Python takes 8 us, and 60 more with
-    gradients.
-    """
-    if torch.compiler.is_compiling() or torch_internals.may_be_watched():
-        return False
-    for x in tensors:  # noqa: SIM110 (a generator takes three times as long)
-        if type(x) not in _PLAIN or x.is_neg():
-            return False
-    return True
-
-
-_PLAIN = frozenset([Tensor, Parameter])
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:

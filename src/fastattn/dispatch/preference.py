@@ -41,10 +41,6 @@ def _many_rows_with_a_softcap(p: Problem) -> bool:
     return p.softcap != 0 and p.q_len * p.group > 64
 
 
-def _mask_of_keys(p: Problem) -> bool:
-    return p.dense_mask and p.mask_shape[2] == 1
-
-
 def _many_rows_with_a_mask(p: Problem) -> bool:
     """A mask with a row for each of more queries than the decode kernel is quick for."""
     return p.dense_mask and p.mask_shape[2] > 16
@@ -67,7 +63,11 @@ RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
             ("hopper", "prefill"),
             "cuDNN's backward takes a tensor mask only through passes over all scores",
         ),
-        Rule(_mask_of_keys, ("decode", "prefill"), "for a mask of keys prefill takes 59 us where hopper takes 63"),
+        Rule(
+            lambda p: p.masked_keys,
+            ("decode", "prefill"),
+            "for a mask of keys prefill takes 59 us where hopper takes 63",
+        ),
         Rule(
             _many_rows_with_a_mask,
             ("hopper", "prefill", "decode"),

@@ -193,6 +193,16 @@ def test_the_order_that_torch_makes_itself_is_nobodys_choice() -> None:
         assert drop_in.explain(Q, Q, Q).chosen == "reference"
 
 
+def test_without_names_of_torchs_kernels_an_order_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchs, "_ORDER_ON_HOPPER", None)
+    before = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order([3, 1, 2, 0, 4])
+    try:
+        assert drop_in.explain(Q, Q, Q).reason == decide.CHOSEN
+    finally:
+        torch._C._set_sdp_priority_order(before)
+
+
 @pytest.mark.gpu
 def test_a_call_of_torchs_on_a_gpu_chooses_nothing() -> None:
     q = torch.randn(1, 4, 128, 64, device="cuda", dtype=torch.bfloat16)

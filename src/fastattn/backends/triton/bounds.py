@@ -39,7 +39,7 @@ from ..layout import ALIGNMENT, aligned
 from .arguments import band, broadcast_strides
 from .binaries.launcher import BinaryLauncher, Launch, Room, launcher_of
 from .binaries.triton_kernel import NamedKernel
-from .key_bias import RANGE_NUMBERS, KeyBias, is_key_mask
+from .key_bias import RANGE_NUMBERS, KeyBias
 from .launcher import Launcher, overlaps
 from .representative import stand_in
 
@@ -70,18 +70,8 @@ class Bounds:
     """
 
     __slots__ = (
-        "_bounds",
-        "_index",
-        "_order",
-        "_rooms",
-        "_strided",
-        "hi_at",
-        "keys",
-        "lo_at",
-        "order_at",
-        "size",
-        "tiles",
-    )
+        "_bounds", "_index", "_order", "_rooms", "_strided", "hi_at", "keys", "lo_at", "order_at", "size", "tiles",
+    )  # fmt: skip
 
     def __init__(self, p: Problem, call: Call, tile: int = 128, ordered: bool = False) -> None:
         """tile: rows of a tile, a power of two. ordered: sort the tiles too, by a launch more.
@@ -95,7 +85,7 @@ class Bounds:
         self.hi_at = self.lo_at + every * tile
         self.order_at = self.hi_at + every * tile
         end = self.order_at + (every if ordered else 0)
-        self.keys = KeyBias(p, call, end) if is_key_mask(p) else None
+        self.keys = KeyBias(p, call, end) if p.masked_keys else None
         ranges = (0, 0, 0)
         if self.keys is not None:
             end = self.keys.end
@@ -117,22 +107,12 @@ class Bounds:
             (self.tiles, p.batch),
             call.q.device,
             p.capability,
-            (
-                *table_strides,
-                rows,
-                *interval_strides,
-                p.q_len,
-                p.kv_len,
-                left,
-                right,
-                count,
-                count.bit_length(),
-                *ranges,
-            ),
+            (*table_strides, rows, *interval_strides, p.q_len, p.kv_len, left, right, count, count.bit_length(),
+             *ranges),
             (tile, pdl),
             num_warps=max(1, min(4, tile // 32)),
             **options,
-        )
+        )  # fmt: skip
         block = 64
         self._order = None
         if ordered:

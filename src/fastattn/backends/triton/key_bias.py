@@ -19,11 +19,6 @@ SLACK = 128  #: numbers before the first bias, so that a block that begins befor
 _KERNEL = NamedKernel(f"{__package__}.key_bias_kernel", "key_bias_kernel")
 
 
-def is_key_mask(p: Problem) -> bool:
-    """True when the problem has a bool or additive mask that is broadcast along the queries."""
-    return p.dense_mask and p.mask_shape[2] == 1
-
-
 class KeyBias:
     """Biases of calls of one kind, at a place in the memory of `Bounds`.
 

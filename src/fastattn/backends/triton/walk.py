@@ -23,13 +23,20 @@ def program_of(blocks, BY_HEAD: tl.constexpr):
 
 
 @triton.jit
+def span_of(lo, hi, kv_len):
+    """Of rows that see `[lo, hi)`: which see a key, the first key that one sees, and one past the last."""
+    sees = hi > lo
+    return sees, tl.min(tl.where(sees, lo, kv_len), 0), tl.max(tl.where(sees, hi, 0), 0)
+
+
+@triton.jit
 def keys_to_visit(lists_ptr, mask_ptr, lo, hi, sees, first, last, kv_len, BLOCK_N: tl.constexpr):
     """The blocks of keys for rows that see `[lo, hi)`: `full` ones from key `begin` on, of which every row sees every
     key, and `partial` ones, at `origin` and after, then at `end` and after.
 
     lists_ptr: this block of rows' list, see `prefill/block_lists.py`, which then says where the partial ones are; None:
-    every block between the rows' bounds. sees: the rows that see a key; first, last: the first key that one sees, and
-    one past the last. Returns begin, full, partial, origin, how many partial ones lie before the full, and end.
+    every block between the rows' bounds. sees, first, last: as of `span_of`. Returns begin, full, partial, origin, how
+    many partial ones lie before the full, and end.
     """
     if lists_ptr is not None:
         begin = tl.load(lists_ptr) * BLOCK_N

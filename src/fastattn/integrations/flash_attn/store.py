@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._compat.torch import plain
 from ...backends.triton.launcher import native
-from ...dispatch.eager import plain
 
 
 class Places(NamedTuple):

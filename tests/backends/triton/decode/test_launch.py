@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hopper_launches import HopperGpu, Launched, pretend
+from hopper_launches import HopperGpu, Launched, pretend, side_by_side
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals, Segments, debug
+from fastattn import Intervals, Segments
 from fastattn.backends import scratch
 from fastattn.backends.triton import binding
 from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
@@ -26,9 +26,6 @@ B, H, HKV, S, D = 2, 4, 2, 300, 64
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    monkeypatch.setattr(debug, "ENABLED", False)
-    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
-        monkeypatch.delenv(name, raising=False)
     return pretend(monkeypatch)
 
 
@@ -241,8 +238,7 @@ def test_float32_in_the_precision_that_torch_has(gpu: HopperGpu, monkeypatch: py
 
 def test_threads(gpu: HopperGpu) -> None:
     """Each has arguments of its own: what one writes while another is about to launch is not launched by that one."""
-    gate, wrong = threading.Barrier(4), []
-    gpu.driver.before = lambda: gate.wait(10)
+    wrong: list[AssertionError] = []
     attempts = 12
 
     def run() -> None:
@@ -256,11 +252,7 @@ def test_threads(gpu: HopperGpu) -> None:
             except AssertionError as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(gpu, 4, run)
     assert not wrong and len(gpu.driver.launches) == 4 * attempts * 2
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hopper_launches import HopperGpu, Launched, pretend
+from hopper_launches import HopperGpu, Launched, pretend, side_by_side
 from torch import Tensor
 
 import fastattn
-from fastattn import Intervals, Segments, debug
+from fastattn import Intervals, Segments
 from fastattn.backends.triton.bounds import Bounds
 from fastattn.backends.triton.hopper import tensors
 from fastattn.call import Call, Problem
@@ -27,9 +27,6 @@ B, H, HKV, S, D = 2, 4, 2, 40, 64
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    monkeypatch.setattr(debug, "ENABLED", False)
-    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
-        monkeypatch.delenv(name, raising=False)
     return pretend(monkeypatch)
 
 
@@ -192,8 +189,7 @@ def test_masks(kind: str, gpu: HopperGpu) -> None:
 
 def test_threads(gpu: HopperGpu) -> None:
     """Each has arguments of its own: what one writes while another is about to launch is not launched by that one."""
-    gate, wrong = threading.Barrier(4), []
-    gpu.driver.before = lambda: gate.wait(10)
+    wrong: list[AssertionError] = []
     attempts = 12
 
     def run() -> None:
@@ -210,11 +206,7 @@ def test_threads(gpu: HopperGpu) -> None:
             except AssertionError as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(gpu, 4, run)
     assert not wrong and len(gpu.driver.launches) == 4 * attempts * (1 + 4) // 2
 
 

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hopper_launches import HopperGpu, Launched, pretend
+from hopper_launches import HopperGpu, Launched, pretend, side_by_side
 from torch import Tensor
 
 import fastattn
-from fastattn import debug
 from fastattn.backends.triton.hopper import tensors
 from fastattn.backends.triton.hopper_backward import schedule
 from fastattn.backends.triton.hopper_backward.launch import Backward
@@ -31,9 +30,6 @@ LOG2_E = math.log2(math.e)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
-    monkeypatch.setattr(debug, "ENABLED", False)
-    for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN"):
-        monkeypatch.delenv(name, raising=False)
     return pretend(monkeypatch)
 
 
@@ -283,8 +279,7 @@ def test_bounds(kind: str, gpu: HopperGpu) -> None:
 
 def test_through_the_op_in_threads(gpu: HopperGpu) -> None:
     """As autograd runs it: the backward in another thread than the forward, several at a time."""
-    gate, wrong = threading.Barrier(3), []
-    gpu.driver.before = lambda: gate.wait(10)
+    wrong: list[AssertionError] = []
 
     def run() -> None:
         pool = ThreadPoolExecutor(1)
@@ -308,11 +303,7 @@ def test_through_the_op_in_threads(gpu: HopperGpu) -> None:
             except AssertionError as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(gpu, 3, run)
     assert not wrong and len(gpu.driver.launches) == 3 * 6 * 4
 
 

@@ -26,8 +26,8 @@ class Before:
     def __init__(self, p: Problem, call: Call, launch: Launch) -> None:
         device, tile = call.q.device, launch.queries
         both = launch_config.listed(p)
-        rows = p.dense_mask and p.mask_shape[2] == 1 and p.mask_shape[3] > 1 and p.kv_len > 4 * tile.block_n
-        wanted = both or (rows and "q" in p.grads)
+        keys = p.masked_keys and p.mask_shape[3] > 1 and p.kv_len > 4 * tile.block_n
+        wanted = both or (keys and "q" in p.grads)
         self.lists = Lists(p, call, tile.block_m, tile.block_n) if wanted else None
         self._key_lists = self._ranges = None
         self.key_lists_size = self.ranges_size = 0

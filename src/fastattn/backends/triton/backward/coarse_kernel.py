@@ -13,7 +13,7 @@ import triton.language as tl
 from ..head_dims import dot_rows, load_rows
 from ..masking import float_bias, mask_tile, tanh, visible_keys, whole_pieces
 from ..prefill.block_lists import HEADER
-from ..walk import keys_to_visit, program_of
+from ..walk import keys_to_visit, program_of, span_of
 from .prepare import STAT_ROWS
 from .scores import LOG2_E
 
@@ -86,9 +86,7 @@ def coarse_kernel(
     some = tl.max(coarse.to(tl.int32), 0)
 
     lo, hi = visible_keys(b, i, coarse, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
-    sees = hi > lo
-    first = tl.min(tl.where(sees, lo, kv_len), 0)
-    last = tl.max(tl.where(sees, hi, 0), 0)
+    sees, first, last = span_of(lo, hi, kv_len)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head64 * list_sh + block.to(tl.int64) * list_sm
     begin, full, partial, _origin, _before, _end = keys_to_visit(

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import mask_tile, visible_keys, whole_pieces
 from ..prefill.block_lists import HEADER
-from ..walk import keys_to_visit, program_of
+from ..walk import keys_to_visit, program_of, span_of
 from .prepare import STAT_ROWS
 from .prepare import UNIT as OUT_UNIT
 from .scores import before_softcap, probabilities, score_gradient
@@ -178,9 +178,7 @@ def queries_kernel(
     lo, hi = visible_keys(
         b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
     )
-    sees = hi > lo
-    first = tl.min(tl.where(sees, lo, kv_len), 0)
-    last = tl.max(tl.where(sees, hi, 0), 0)
+    sees, first, last = span_of(lo, hi, kv_len)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head64 * list_sh + block.to(tl.int64) * list_sm
     begin, full, partial, origin, before, end = keys_to_visit(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ...layout import Output, RowNumbers
+from ...layout import ALIGNMENT, Output, RowNumbers
 from ...scratch import scratch
 from ..binaries import store as binaries
 from ..binaries.flag_set import FlagSet
@@ -37,7 +37,7 @@ from .binary import (
     Flags,
 )
 from .limits import DTYPES, refusals, sides
-from .tensors import ALIGNMENT, brought, describe_mask, fits, known, layout_of, once
+from .tensors import brought, describe_mask, fits, known, layout_of, once
 
 _LOG2_E = math.log2(math.e)
 _OUT, _LSE, _SINKS, _Q_LENGTHS, _KV_LENGTHS, _BOUNDS, _BIAS = range(7)  #: the kernel's pointers
@@ -84,7 +84,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         dtype=DTYPES[p.dtype],
         dims=found,
         mask=mask,
-        keys=p.dense_mask and not rows,
+        keys=p.masked_keys,
         tiles="" if not rows else "bool" if p.mask == "bool" else _BIASES[p.mask_dtype or p.dtype],
         listed=rows and p.kv_len >= LISTED_KEYS,
         q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ....shape_cache import shape_cache
-from ...layout import copied
+from ... import layout
+from ...layout import ALIGNMENT, copied
 from ..arguments import broadcast_strides
 from ..cuda_driver import Description, describe, describe_flat
 from .binary import ROWS, Flags
-
-ALIGNMENT = 16  #: bytes, of addresses and strides: the copy engine's
 
 
 def readable(x: Tensor) -> bool:
@@ -23,11 +22,8 @@ def readable(x: Tensor) -> bool:
 
 
 def fits(x: Tensor) -> bool:
-    """True when the strides of `x` allow that, wherever it lies."""
-    step = ALIGNMENT // x.element_size()
-    if x.shape[3] > 1 and x.stride(3) != 1:
-        return False
-    return not any(n > 1 and (s % step or s < step) for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
+    """True when the strides of `x` allow that, wherever it lies: 16-byte pieces, and nothing that was expanded."""
+    return layout.fits(x) and not any(n > 1 and not s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
 
 
 def brought(x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from ..cuda_driver import Function
 from ..hopper.arguments import Arguments
 from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
 from ..hopper.tensors import layout_of
-from ..key_bias import is_key_mask
 from ..limits import sm_count
 from ..representative import representative
 from . import run
@@ -49,7 +48,7 @@ def reasons(problem: Problem) -> list[str]:
     if not p.empty and dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
     keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
-    biases = p.mask_shape[0] * p.mask_shape[1] * p.kv_len if is_key_mask(p) else 0
+    biases = p.mask_shape[0] * p.mask_shape[1] * p.kv_len if p.masked_keys else 0
     if max(p.q_len, p.kv_len) <= MOST_KEYS and max(rows_of(p) * 2 * ROWS, keys, biases) >= _INT32:
         why.append("has more tokens than its integers count")
     return why
@@ -89,7 +88,7 @@ def flags(p: Problem, split: bool) -> Flags:
     """Names the main kernel's binary."""
     dim = dim_of(p)
     assert dim is not None
-    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split, is_key_mask(p))
+    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split, p.masked_keys)
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
@@ -215,7 +214,7 @@ class Backward(BackwardOnly):
         if self._extents is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
             clean = layout_of(shape, _contiguous(shape), dtype, ROWS)
-            extents = self._extents.room(_extents_tensors(pieces)), ("bounds", "extents")
+            extents = self._extents.room(_extents_tensors(pieces)), _EXTENTS_OF
         return Room(
             main,
             (launcher.room(before), _present(_BEFORE, before)),
@@ -260,15 +259,12 @@ class Backward(BackwardOnly):
         sinks: Tensor | None,
         q: Tensor,
     ) -> list[Tensor | None]:
-        names = "bounds", "extents", "clean_q", "clean_grad_out", "rows", "dq", "dkv", "sinks"
-        return [
-            out, grad_out, lse, grad_lse, sinks, q if self._bounds is not None else None,
-            *[pieces.get(name) for name in names],
-        ]  # fmt: skip
+        upstream = out, grad_out, lse, grad_lse, sinks, q if self._bounds is not None else None
+        return [*upstream, *[pieces.get(name) for name in _BEFORE[len(upstream) :]]]
 
 
 def _extents_tensors(pieces: dict[str, Tensor]) -> list[Tensor | None]:
-    return [pieces["bounds"], pieces["extents"]]
+    return [pieces[name] for name in _EXTENTS_OF]
 
 
 def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
@@ -276,6 +272,7 @@ def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tenso
 
 
 #: What the tensors are, the pieces of the memory by their names.
+_EXTENTS_OF = "bounds", "extents"
 _BEFORE = (
     "out", "grad_out", "lse", "grad_lse", "given_sinks", "q", "bounds", "extents", "clean_q", "clean_grad_out", "rows",
     "dq", "dkv", "sinks",

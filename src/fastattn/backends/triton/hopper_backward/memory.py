@@ -6,7 +6,6 @@ import torch
 
 from ....call import Problem
 from ...scratch import Pieces
-from ..key_bias import is_key_mask
 from .binary import KEYS, ROWS
 
 
@@ -28,7 +27,7 @@ def pieces_of(p: Problem, dim: int, split: bool, bounds: int) -> Pieces:
     rows, blocks = rows_of(p), p.batch * p.kv_heads * blocks_of(p)
     clean = 2 * rows * ROWS * dim if bounds else 0
     f32, i32 = torch.float32, torch.int32
-    extents = p.batch * (4 * blocks_of(p) + tiles_of(p) + KEYS * blocks_of(p)) + (rows if is_key_mask(p) else 0)
+    extents = p.batch * (4 * blocks_of(p) + tiles_of(p) + KEYS * blocks_of(p)) + (rows if p.masked_keys else 0)
     return Pieces(
         {
             "bounds": (bounds, i32),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
-from ...layout import TokenMajor, readable
+from ...layout import ALIGNMENT, TokenMajor, readable
 from ...scratch import Pieces, scratch
 from ..bounds import Bounds
 from ..hopper.arguments import TENSOR
-from ..hopper.tensors import ALIGNMENT, Layout, brought, fits, known, layout_of
+from ..hopper.tensors import Layout, brought, fits, known, layout_of
 from .binary import HALF, KEYS, ROWS, Flags, key_columns
 from .room import Room
 

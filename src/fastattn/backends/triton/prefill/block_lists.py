@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..masking import float_bias, mask_tile, visible_keys, whole_pieces
+from ..walk import span_of
 from .launch_config import LIST_HEADER
 
 _MASK = ["mask_sb", "mask_sh", "mask_si", "mask_sj"]
@@ -43,14 +44,29 @@ def _seen_and_neutral(bias):
 
 
 @triton.jit
-def _rows(
-    b, begin, end, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, ROWS: tl.constexpr,
+def _keys_of(b, i, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right):
+    """The keys that band and lengths let each of the rows i see."""
+    return visible_keys(
+        b, i, i < q_len, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
+    )  # fmt: skip
+
+
+@triton.jit
+def _entries(
+    mask_ptr, b, i, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si, mask_sj,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """The rows from `begin` on, and the keys that band and lengths let each see: none, from row `end` on."""
-    i = begin + tl.arange(0, ROWS)
-    valid = i < end
-    lo, hi = visible_keys(b, i, valid, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right)
-    return i, lo, hi
+    """Of the rows i of a block of keys, for each entry: whether its key is seen, whether the mask leaves its score as
+    it is, and whether band and lengths let it be seen; and of each row whether they let it see any key.
+
+    What is loaded does not depend on band and lengths: neighbours come in one load.
+    """
+    lo, hi = _keys_of(b, i, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right)
+    j = start + tl.arange(0, BLOCK_N)
+    there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
+    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
+    bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+    return seen & bounded, neutral, bounded, hi > lo
 
 
 @triton.jit
@@ -61,14 +77,11 @@ def _may_be_uniform(
     """Whether a block may be hidden, or full, as far as its first and its last row tell. Most blocks of a bias are
     neither, and the rest of them need not be read."""
     i = block * BLOCK_M + tl.arange(0, 2) * (BLOCK_M - 1)
-    lo, hi = visible_keys(
-        b, i, i < q_len, None, None, q_lengths_ptr, kv_lengths_ptr, 0, 0, q_len, kv_len, left, right
+    seen, neutral, bounded, _ = _entries(
+        mask_ptr, b, i, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si, mask_sj, BLOCK_N,
+        UNIT, ADJACENT,
     )  # fmt: skip
-    j = start + tl.arange(0, BLOCK_N)
-    there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
-    seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
-    bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-    some = tl.max(tl.max((seen & bounded).to(tl.int32), 1), 0) > 0
+    some = tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0
     every = tl.min(tl.min((neutral | (bounded == 0)).to(tl.int32), 1), 0) > 0
     return (some == 0) | every
 
@@ -81,21 +94,19 @@ def _state(
     """A block's state, from all of it.
 
     Some rows at a time, and one reduction at the end: so many loads are on their way, and few registers taken, that
-    memory is what it waits for. What is loaded does not depend on band and lengths: neighbours come in one load.
+    memory is what it waits for.
     """
     ROWS: tl.constexpr = _AT_ONCE if BLOCK_M > _AT_ONCE else BLOCK_M
-    j = start + tl.arange(0, BLOCK_N)
     some = tl.zeros([ROWS, BLOCK_N], tl.int1)
     every = tl.full([ROWS, BLOCK_N], 1, tl.int1)
     for part in tl.static_range(BLOCK_M // ROWS):
-        i, lo, hi = _rows(
-            b, block * BLOCK_M + part * ROWS, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, ROWS
-        )
-        there = (i < q_len)[:, None] & (j < whole_pieces(kv_len, UNIT))[None, :]
-        seen, neutral = _seen_and_neutral(mask_tile(mask_ptr, i, j, there, mask_si, mask_sj, UNIT, True, ADJACENT))
-        bounded = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-        some = some | (seen & bounded)
-        every = every & ((neutral & bounded) | (hi <= lo)[:, None])
+        i = block * BLOCK_M + part * ROWS + tl.arange(0, ROWS)
+        seen, neutral, bounded, sees = _entries(
+            mask_ptr, b, i, start, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, mask_si, mask_sj,
+            BLOCK_N, UNIT, ADJACENT,
+        )  # fmt: skip
+        some = some | seen
+        every = every & ((neutral & bounded) | (sees == 0)[:, None])
     hidden = tl.max(tl.max(some.to(tl.int32), 1), 0) == 0
     full = tl.min(tl.min(every.to(tl.int32), 1), 0) > 0
     return tl.where(hidden, 0, tl.where(full, FULL, PARTIAL))
@@ -128,10 +139,9 @@ def classify_kernel(
     block = tl.program_id(0) - entry * row_blocks
     b = entry // list_heads
     key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
-    _, lo, hi = _rows(b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M)
-    sees = hi > lo
-    first = tl.min(tl.where(sees, lo, kv_len), 0)
-    last = tl.max(tl.where(sees, hi, 0), 0)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    lo, hi = _keys_of(b, i, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right)
+    _, first, last = span_of(lo, hi, kv_len)
     mask_ptr += (b.to(tl.int64) * mask_sb + (entry - b * list_heads).to(tl.int64) * mask_sh) * MASK_UNIT
     begin = tl.program_id(1) * BLOCKS
     for n in range(begin, tl.minimum(begin + BLOCKS, key_blocks)):
@@ -193,12 +203,9 @@ def list_kernel(
             last_full = last
         else:
             block = program - entry * row_blocks
-            _, lo, hi = _rows(
-                b, block * BLOCK_M, q_len, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right, BLOCK_M
-            )
-            sees = hi > lo
-            first = tl.min(tl.where(sees, lo, kv_len), 0)
-            last = tl.max(tl.where(sees, hi, 0), 0)
+            i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+            lo, hi = _keys_of(b, i, q_lengths_ptr, kv_lengths_ptr, q_len, kv_len, left, right)
+            sees, first, last = span_of(lo, hi, kv_len)
             first_full = tl.max(tl.where(sees, lo, 0), 0)
             last_full = tl.min(tl.where(sees, hi, kv_len), 0)
         mask_ptr += (b.to(tl.int64) * mask_sb + (entry - b * list_heads).to(tl.int64) * mask_sh) * MASK_UNIT

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import float_bias, mask_tile, tanh, visible_keys, whole_pieces
-from ..walk import keys_to_visit, program_of
+from ..walk import keys_to_visit, program_of, span_of
 from .block_lists import HEADER
 
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
@@ -212,9 +212,7 @@ def forward_kernel(
         b, i, valid, lo_ptr, hi_ptr, q_lengths_ptr, kv_lengths_ptr, interval_sb, interval_si, q_len, kv_len, left, right
     )
     # Rows without a key may compute what they like: they are cleared at the end.
-    sees = hi > lo
-    first = tl.min(tl.where(sees, lo, kv_len), 0)
-    last = tl.max(tl.where(sees, hi, 0), 0)
+    sees, first, last = span_of(lo, hi, kv_len)
     if lists_ptr is not None:
         lists_ptr += b64 * list_sb + head.to(tl.int64) * list_sh + block.to(tl.int64) * list_sm
     begin, full, partial, origin, before, end = keys_to_visit(
