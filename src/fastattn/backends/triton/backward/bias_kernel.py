@@ -116,11 +116,11 @@ def bias_kernel(
         b = step + mask_entry
         if not ENTRIES:
             n = step % walk_keys + key_tile
-            rest = step // walk_keys
-            m = rest % walk_rows + row_tile
-            rest = rest // walk_rows
-            head = (rest % walk_heads + mask_head).to(tl.int64)
-            b = rest // walk_heads + mask_entry
+            outer = step // walk_keys
+            m = outer % walk_rows + row_tile
+            outer = outer // walk_rows
+            head = (outer % walk_heads + mask_head).to(tl.int64)
+            b = outer // walk_heads + mask_entry
             i = m * BLOCK_M + tl.arange(0, BLOCK_M)
             j = n * BLOCK_N + tl.arange(0, BLOCK_N)
         b64 = b.to(tl.int64)

@@ -27,7 +27,7 @@ _DK, _DV = 4 * TENSOR + 3, 5 * TENSOR + 3  #: arguments; before them is a descri
 Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
 
 
-def aligned(x: Tensor) -> Tensor:
+def realigned(x: Tensor) -> Tensor:
     """`x`, or a copy of it that begins where 16 bytes do."""
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
@@ -144,8 +144,8 @@ class Run:
             if found is None:
                 found = self._of_copies[strides] = self._with_inputs(call)
             return found(call, out, lse, grad_out, grad_lse)
-        out, lse, grad_out = readable(out), aligned(lse), brought(grad_out)
-        grad_lse = None if grad_lse is None else aligned(grad_lse.float())
+        out, lse, grad_out = readable(out), realigned(lse), brought(grad_out)
+        grad_lse = None if grad_lse is None else realigned(grad_lse.float())
         given = out.stride(), lse.stride(), grad_out.stride(), None if grad_lse is None else grad_lse.stride()
         rooms = self._rooms.by_strides
         if given not in rooms:
@@ -166,11 +166,11 @@ class Run:
         slots, values = room.slots, room.prepare.values
         held: list[Tensor] = []
         if grad_lse is not None:
-            grad_lse = aligned(grad_lse.float())
+            grad_lse = realigned(grad_lse.float())
             values[slots["grad_lse"]] = grad_lse.data_ptr()
             held.append(grad_lse)
         if call.sinks is not None:
-            sinks = aligned(call.sinks.contiguous())
+            sinks = realigned(call.sinks.contiguous())
             values[slots["given_sinks"]] = sinks.data_ptr()
             held.append(sinks)
         if self._bounds is not None:
