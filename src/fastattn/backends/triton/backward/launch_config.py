@@ -76,6 +76,8 @@ _FLOAT_MASKED = _FLOAT | {
     64: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     128: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
 }
+#: Of parts of a head dim of float32 (see `head_parts`).
+_NO_PART, _LARGER_PART = 32, 64
 #: Of a log-sum-exp, by the bytes of an element: beyond it float32 rounds it by more than results are rounded.
 _COARSE = {2: 8192.0, 4: 256.0}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
@@ -140,7 +142,7 @@ def shared(problem: Problem, x: Tile) -> int:
     """Bytes of shared memory that a pass takes at most: the tile that a program keeps, those of each stage, a tile of a
     mask, and what the compiler needs to transpose tiles and to change their layouts."""
     p = problem
-    head, value = sum(parts(p.head_dim)), sum(parts(p.value_dim))
+    head, value = map(sum, head_parts(p))
     larger, smaller = max(x.block_m, x.block_n), min(x.block_m, x.block_n)
     mask = 0
     if p.dense_mask and p.mask_dtype is not None:
@@ -178,6 +180,21 @@ def bounded(problem: Problem) -> bool:
 def coarse(problem: Problem) -> float:
     """How large a log-sum-exp may be, either way, before `coarse_kernel` takes it apart."""
     return _COARSE[problem.dtype.itemsize]
+
+
+def head_parts(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`tile_parts.parts` of the head dim and of the value dim, without float32 parts of 32 columns: of these Triton's
+    six products of bf16 in place of one of float32 access memory that is not there, where tiles are multiplied by
+    asynchronous instructions (Triton 3.6, H200: "illegal memory access"; parts of 16, 64 and more columns are right).
+    """
+
+    def of(dim: int) -> tuple[int, int]:
+        found = parts(dim)
+        if problem.dtype.itemsize == 2 or _NO_PART not in found:
+            return found
+        return (_LARGER_PART, 0) if dim <= _LARGER_PART else parts(dim, _LARGER_PART)
+
+    return of(problem.head_dim), of(problem.value_dim)
 
 
 def by_head(problem: Problem) -> bool:

@@ -16,7 +16,6 @@ from ..binaries.triton_kernel import NamedKernel
 from ..prefill.forward import precision_of
 from ..prefill.lists import mask_layout
 from ..representative import stand_in
-from ..tile_parts import parts
 from . import launch_config
 from .sizes import Sizes
 
@@ -58,7 +57,8 @@ class Passes:
         assert out is not None and grad_out is not None and lse is not None
         launch, where = sizes.launch, (device, p.capability)
         dims = p.head_dim, p.value_dim
-        heads = (*parts(p.head_dim), *parts(p.value_dim))
+        head, value = launch_config.head_parts(p)
+        heads = *head, *value
         biased, rows = p.mask == "additive", p.masked_rows
         precision = precision_of(p)
         if precision == "tf32x3":  # as exact as float32 is
@@ -74,7 +74,7 @@ class Passes:
             *where,
             (*out, *grad_out, *lse, *(grad_lse or (0, 0, 0)), *layout.interval_strides, p.q_heads, sizes.row_blocks,
              *ends),
-            (p.value_dim, *parts(p.value_dim), biased, p.dense_mask),
+            (p.value_dim, *value, biased, p.dense_mask),
             num_warps=4,
         )  # fmt: skip
         self._coarse = self._keys = self._queries = self._bias = None
@@ -90,7 +90,7 @@ class Passes:
                 *where,
                 (*layout.strides[:6], *layout.mask_strides, *list_strides, p.batch, p.q_heads, p.group, row_blocks,
                  sizes.row_blocks, *ends),
-                (p.head_dim, tile.block_m, tile.block_n, *parts(p.head_dim), *units, rows, layout.mask_adjacent,
+                (p.head_dim, tile.block_m, tile.block_n, *head, *units, rows, layout.mask_adjacent,
                  p.softcap != 0, launch_config.coarse(p), precision),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
