@@ -3,7 +3,9 @@
     python -m benchmarks.hopper_backward [--json FILE] [--quick] [--only TEXT,...] [--tune]
 
 Times are medians in microseconds of GPU work of the backward alone, captured in CUDA graphs: "cold" with the L2 cache
-flushed before each call, "hot" over many calls in a row; "host" is what one call costs the CPU. With --tune each row of
+flushed before each call, "hot" over many calls in a row; "host" is what one call costs the CPU. Beside a call with a
+mask "dense" is a call with as many scores to compute and no mask; "deterministic" is the backward that serves under
+torch.use_deterministic_algorithms. With --tune each row of
 a grid of lengths is timed with every choice of split and sections (`schedule.py`), beside the choice that the kernel
 makes by itself. Rows that would begin after four minutes (with --tune eight) are left out, with a line.
 """
@@ -23,7 +25,7 @@ from fastattn.bench import output
 from fastattn.call import Call, Problem
 
 from .command import end, parser_of, write
-from .hopper_rows import asked
+from .hopper_rows import LENGTH, asked, drawn, of_lengths, tensors
 from .torchs_backward import torchs
 from .turns import FLUSHED, measure
 
@@ -57,6 +59,13 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "BERT B32 384 bias D64": ((32, 12, 12, 384, 384, 64), {"mask": "bias"}),
     "keys bias B2 2048": ((2, 32, 8, 2048, 2048, 128), {"mask": "bias"}),
 }  # fmt: skip
+ROWS |= {
+    f"{LENGTH} B{b} {heads}/{kv_heads} {n}": ((b, heads, kv_heads, n, n, 128), {"causal": True})
+    for b in (1, 2, 4)
+    for i, n in enumerate(drawn(20, 300, 8192, seed=b))
+    for heads, kv_heads in [((32, 8), (16, 16))[i % 2]]
+}
+DETERMINISTIC = "B1 2048", "B2 2048", "B1 8192", "full 24/24 4608", "D64 causal B2 2048"
 #: Of --tune: batch, query heads, K/V heads, lengths.
 GRID = [
     (b, heads, kv_heads, n)
@@ -66,10 +75,14 @@ GRID = [
 ]
 
 
-def call_of(sizes: tuple[int, ...], what: dict[str, Any]) -> Call:
-    """A call with gradients."""
-    call, _ = asked((*sizes, sizes[-1]), what)
-    return call._replace(grads="qkv" + "s" * (call.sinks is not None))
+def call_of(sizes: tuple[int, ...], what: dict[str, Any]) -> tuple[Call, Call | None]:
+    """A call with gradients; where it has a mask, a dense call with as many scores."""
+    call, same_sizes = asked((*sizes, sizes[-1]), what)
+    same = None
+    if same_sizes is not None and what["mask"] != "bias":
+        q, k, v = tensors(same_sizes)
+        same = Call(q, k, v, scale=call.scale, right=0 if what.get("causal") else -1, grads="qkv")
+    return call._replace(grads="qkv" + "s" * (call.sinks is not None)), same
 
 
 def forward_of(call: Call) -> tuple[Tensor, Tensor]:
@@ -84,6 +97,14 @@ def forward_of(call: Call) -> tuple[Tensor, Tensor]:
 def ours(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[], Any]:
     """Our backward of a call."""
     from fastattn.backends.triton.hopper_backward import launch
+
+    bound = launch.bind(Problem.of(call), call)
+    return partial(bound.backward, call, out, lse, grad_out, None)
+
+
+def deterministic(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[], Any]:
+    """The same where bits must repeat: by the portable kernel."""
+    from fastattn.backends.triton.backward import launch
 
     bound = launch.bind(Problem.of(call), call)
     return partial(bound.backward, call, out, lse, grad_out, None)
@@ -109,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         (_tune if arguments.tune else _rows)(found, arguments.only.split(","), rounds)
     finally:  # what there is, should a row fail
+        found["lengths"] = of_lengths(found["rows"])
         write(arguments.json, "hopper_backward", argv, torch.device("cuda"), found)
+    print(f"drawn lengths, hot, to cudnn: {found['lengths']}")
     return 0
 
 
@@ -124,10 +147,15 @@ def _rows(found: dict[str, Any], only: list[str], rounds: int) -> None:
             print(f"{name:26} left out: no time")
             found["rows"][name] = None
             continue
-        call = call_of(sizes, what)
+        call, same = call_of(sizes, what)
         out, lse = forward_of(call)
         grad_out = torch.randn_like(out)
         runs = {"ours": ours(call, out, lse, grad_out)}
+        if name in DETERMINISTIC:
+            runs["deterministic"] = deterministic(call, out, lse, grad_out)
+        if same is not None:
+            same_out, same_lse = forward_of(same)
+            runs["dense"] = ours(same, same_out, same_lse, torch.randn_like(same_out))
         runs |= {peer: backward for peer, (_, backward) in torchs(_PEERS[1:], call, grad_out).items()}
         found["rows"][name] = measure(runs, flush, rounds, ("ours",))
         print(line_of(name, found["rows"][name]), flush=True)
@@ -138,7 +166,8 @@ def line_of(name: str, row: dict[str, dict[str, float]]) -> str:
     """A row of the table that is printed."""
     cells = ["/".join(f"{x:.0f}" for x in row[peer].values()) if peer in row else "-" for peer in _PEERS]
     best = row.get("cudnn", {}).get("hot", float("nan"))
-    return f"{name:26}{''.join(f'{cell:>22}' for cell in cells)}  {row['ours']['hot'] / best:.2f}"
+    others = "".join(f", {x} {row[x]['hot']:.0f}" for x in ("dense", "deterministic") if x in row)
+    return f"{name:26}{''.join(f'{cell:>22}' for cell in cells)}  {row['ours']['hot'] / best:.2f}{others}"
 
 
 _PEERS = ("ours", "cudnn", "flash")
@@ -157,7 +186,7 @@ def _tune(found: dict[str, Any], only: list[str], rounds: int) -> None:
             print(f"{name:26} left out: no time")
             found["tune"][name] = None
             continue
-        call = call_of((batch, heads, kv_heads, n, n, 128), {"causal": True})
+        call, _ = call_of((batch, heads, kv_heads, n, n, 128), {"causal": True})
         out, lse = forward_of(call)
         grad_out = torch.randn_like(out)
         s = launch.sizes(Problem.of(call), torch.cuda.get_device_properties(0).multi_processor_count)

@@ -22,7 +22,7 @@ from fastattn.bench import output
 from fastattn.call import Problem
 
 from .command import end, parser_of, write
-from .hopper_rows import ROWS, calls_of, peers
+from .hopper_rows import ROWS, calls_of, of_lengths, peers
 from .turns import FLUSHED, measure
 
 BUDGET = 230.0  #: seconds
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line_of(name, found["rows"][name]), flush=True)
             del call, same, mask, runs
     finally:  # what there is, should a row fail
+        found["lengths"] = of_lengths(found["rows"])
         write(arguments.json, "hopper_forward", argv, torch.device("cuda"), found)
-    print(f"{time.monotonic() - begun:.0f} s")
+    print(f"drawn lengths, hot, to cudnn: {found['lengths']}\n{time.monotonic() - begun:.0f} s")
     return 0
 
 

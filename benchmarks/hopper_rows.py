@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,29 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastattn import Segments, masks
 from fastattn.call import Call
+
+LENGTH = "length"  #: begins the names of rows whose lengths are drawn
+
+
+def drawn(count: int, low: int, high: int, seed: int = 0) -> list[int]:
+    """Lengths, in order; as many between 200 and 400 as between 2000 and 4000."""
+    rng = random.Random(seed)
+    return sorted(round(low * (high / low) ** rng.random()) for _ in range(count))
+
+
+def of_lengths(rows: dict[str, Any]) -> dict[str, Any]:
+    """How the rows compare with torch's cuDNN whose lengths are drawn: hot times of ours over its."""
+    ratios = {
+        name: row["ours"]["hot"] / row["cudnn"]["hot"]
+        for name, row in rows.items()
+        if name.startswith(LENGTH) and row and "cudnn" in row
+    }
+    if not ratios:
+        return {}
+    worst = max(ratios, key=lambda name: ratios[name])
+    median = round(statistics.median(ratios.values()), 3)
+    return {"rows": len(ratios), "median": median, "worst": round(ratios[worst], 3), "worst row": worst}
+
 
 # name: batch, query heads, K/V heads, queries, keys, head dim, value dim, and what else
 ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -50,6 +74,7 @@ ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "BERT B32 384 mask": ((32, 12, 12, 384, 384, 64, 64), {"mask": "bool"}),
     "BERT B32 384 bias": ((32, 12, 12, 384, 384, 64, 64), {"mask": "bias"}),
 }
+ROWS |= {f"{LENGTH} {n}": ((1, 32, 8, n, n, 128, 128), {"causal": True}) for n in drawn(30, 128, 16384)}
 
 
 def calls_of(name: str) -> tuple[Call, Call | None, Tensor | None]:
