@@ -1,8 +1,8 @@
 """Calls of shapes never seen before: `python -m benchmarks.never_seen [--json FILE] [--quick] [--device cpu]`.
 
 In a process with nothing on disk, `fastattn.warmup` for some families; then calls of random shapes, no shape twice, all
-features mixed: what was built or compiled while a caller waited, and the slowest calls. Then new processes over what is
-on disk now: milliseconds from the end of `import torch` to the first result.
+features mixed, and training steps of the same kind: what was built or compiled while a caller waited, and the slowest
+calls. Then new processes over what is on disk now: milliseconds from the end of `import torch` to the first result.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ CALL_SECONDS, PROCESS_SECONDS = 1800, 120
 PROCESSES = 3  #: of each kind of first call
 _SETTINGS = ("FASTATTN_COMPILE", "FASTATTN_PLANS")  #: are left at their defaults
 METHOD = {
-    "calls": "milliseconds of one call each, synchronized; builds and compiles: plans and binaries that a caller "
-    "waited for, background: those that nobody waited for",
+    "calls": "milliseconds of one call each (training: forward and backward), synchronized; builds and compiles: plans "
+    "and binaries that a caller waited for, background: those that nobody waited for",
     "first call": "milliseconds in a new process, median of several: `cuda` from the end of `import torch` until the "
     "inputs are on the GPU, `import` of fastattn, `call` until the result is there; `again` the same call once more. "
     "`ours` is import and call",
@@ -76,13 +76,15 @@ def _first_call(kind: str, sizes: str, device: str, variables: dict[str, str]) -
 def _calls_text(calls: dict[str, Any]) -> str:
     lines = [
         f"warmup: {calls['warmup_ms'] / 1e3:.1f} s, {calls['warmup_compiled']} kernels, {calls['warmup_built']} plans",
-        f"{calls['count']} calls: {calls['builds']} builds and {calls['compiles']} compiles while a caller waited, "
+        f"{calls['count']} calls and {calls['steps']} with gradients: {calls['builds']} builds and {calls['compiles']} "
+        f"compiles while a caller waited, "
         f"{calls['background_builds']} and {calls['background_compiles']} in the background",
     ]
     lines += [
-        f"  {row['feature']}: {row['count']} calls, {row['builds']} builds, {row['compiles']} compiles, median "
+        f"  {name}{row['feature']}: {row['count']} calls, {row['builds']} builds, {row['compiles']} compiles, median "
         f"{row['median_ms']:.2f} ms, worst {row['worst_ms']:.1f} ms, by {', '.join(row['served_by'])}"
-        for row in calls["features"]
+        for name, key in (("", "features"), ("training, ", "training"))
+        for row in calls[key]
     ]
     return "\n".join(lines)
 

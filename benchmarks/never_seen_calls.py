@@ -11,6 +11,8 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +35,17 @@ class Sizes:
     longest: int
     batches: tuple[int, ...]
     count: int
+    steps: int  #: calls with gradients after them
     families: tuple[dict[str, Any], ...]  #: features of each `warmup`
 
 
 PLAIN: dict[str, Any] = {"masks": ("causal", None)}
 FULL = Sizes(
-    "full", (32, 8), 128, torch.bfloat16, 8192, (1, 2, 4, 8), 500,
+    "full", (32, 8), 128, torch.bfloat16, 8192, (1, 2, 4, 8), 500, 200,
     (PLAIN | {"windows": (None, (1023, 0))}, {"softcap": 30.0}, {"sinks": True}),
 )  # fmt: skip
-QUICK = Sizes("quick", (32, 8), 128, torch.bfloat16, 4096, (1, 4), 100, (PLAIN,))
-TINY = Sizes("tiny", (4, 2), 16, torch.float32, 64, (1, 2), 26, (PLAIN,))
+QUICK = Sizes("quick", (32, 8), 128, torch.bfloat16, 4096, (1, 4), 100, 40, (PLAIN,))
+TINY = Sizes("tiny", (4, 2), 16, torch.float32, 64, (1, 2), 26, 9, (PLAIN,))
 BY_NAME = {sizes.name: sizes for sizes in (FULL, QUICK, TINY)}
 TOKENS = 1 << 15  #: queries of a call, all entries together
 #: Those that no `warmup` names, tensor masks, are here as well: their kernels are compiled in the background.
@@ -52,6 +55,11 @@ FEATURES = (
 )
 
 
+PHASES = ("prefill", "chunked", "decode", "packed", "training")
+#: Of training steps.
+TRAINED = ("causal", "full", "window", "padded", "packed", "softcap", "sinks", "bool mask", "bias")
+
+
 def main(sizes: Sizes, device: torch.device, seed: int) -> dict[str, Any]:
     """What was built, by feature and together."""
     start = time.perf_counter()
@@ -59,35 +67,49 @@ def main(sizes: Sizes, device: torch.device, seed: int) -> dict[str, Any]:
     for family in sizes.families:
         warmth = fastattn.warmup(
             q_heads=sizes.heads[0], kv_heads=sizes.heads[1], head_dim=sizes.dim, dtype=sizes.dtype, device=device,
-            batch_sizes=sizes.batches, max_length=sizes.longest, phases=("prefill", "chunked", "decode", "packed"),
-            layouts=("token_major",), progress=False, **family,
+            batch_sizes=sizes.batches, max_length=sizes.longest, phases=PHASES, layouts=("token_major",),
+            progress=False, **family,
         )  # fmt: skip
         compiled, built = compiled + warmth.compiled, built + warmth.built
     warm_ms = (time.perf_counter() - start) * 1e3
-    rng = random.Random(seed)
-    seen: set[tuple[str, int, int, int]] = set()
-    rows: dict[str, list[tuple[float, Counter[str]]]] = {feature: [] for feature in features_of(sizes)}
-    first = _counters()
-    with torch.inference_mode():
-        while len(seen) < sizes.count:
-            shape = drawn(rng, sizes, len(seen))
-            if shape in seen:
-                continue
-            seen.add(shape)
-            tensors, options = arguments(shape, sizes, device)
-            synchronize(device)
-            before, begin = _counters(), time.perf_counter()
-            fastattn.scaled_dot_product_attention(*tensors, **options)
-            synchronize(device)
-            taken = (time.perf_counter() - begin) * 1e3
-            rows[shape[0]].append((taken, _counters() - before))
+    rng, first = random.Random(seed), _counters()
+    rows = measured(rng, sizes, device, features_of(sizes), sizes.count)
+    trained = measured(rng, sizes, device, features_of(sizes, TRAINED), sizes.steps, trains=True)
     every = _counters() - first
     return {
-        "warmup_ms": warm_ms, "warmup_compiled": compiled, "warmup_built": built, "count": len(seen),
+        "warmup_ms": warm_ms, "warmup_compiled": compiled, "warmup_built": built,
+        "count": sizes.count, "steps": sizes.steps,
         "families": [repr(family) for family in sizes.families],
         **{name: every[name] for name in ("builds", "compiles", "background_builds", "background_compiles")},
         "features": [_row(feature, found) for feature, found in rows.items() if found],
+        "training": [_row(feature, found) for feature, found in trained.items() if found],
     }  # fmt: skip
+
+
+def measured(
+    rng: random.Random, sizes: Sizes, device: torch.device, features: Sequence[str], count: int, trains: bool = False
+) -> dict[str, list[tuple[float, Counter[str]]]]:
+    """Of each feature the milliseconds of its calls, no shape twice, and what each of them counted. trains: forward and
+    backward."""
+    seen: set[tuple[str, int, int, int]] = set()
+    rows: dict[str, list[tuple[float, Counter[str]]]] = {feature: [] for feature in features}
+    while len(seen) < count:
+        shape = drawn(rng, sizes, features[len(seen) % len(features)])
+        if shape in seen:
+            continue
+        seen.add(shape)
+        with nullcontext() if trains else torch.inference_mode():
+            tensors, options = arguments(shape, sizes, device)
+            leaves = [x.requires_grad_() for x in tensors] if trains else []
+            grad_out = torch.randn_like(tensors[0])
+            synchronize(device)
+            before, begin = _counters(), time.perf_counter()
+            out = fastattn.scaled_dot_product_attention(*tensors, **options)
+            if trains:
+                torch.autograd.grad(out, leaves, grad_out)
+            synchronize(device)
+        rows[shape[0]].append(((time.perf_counter() - begin) * 1e3, _counters() - before))
+    return rows
 
 
 def _row(feature: str, found: list[tuple[float, Counter[str]]]) -> dict[str, Any]:
@@ -99,17 +121,16 @@ def _row(feature: str, found: list[tuple[float, Counter[str]]]) -> dict[str, Any
     }  # fmt: skip
 
 
-def features_of(sizes: Sizes) -> tuple[str, ...]:
+def features_of(sizes: Sizes, of: Sequence[str] = FEATURES) -> tuple[str, ...]:
     """Those that were warmed up, and those that cannot be."""
     named = {"window": "windows", "softcap": "softcap", "sinks": "sinks"}
     options = set().union(*sizes.families)
-    return tuple(name for name in FEATURES if name not in named or named[name] in options)
+    return tuple(name for name in of if name not in named or named[name] in options)
 
 
-def drawn(rng: random.Random, sizes: Sizes, number: int) -> tuple[str, int, int, int]:
-    """A feature, each in turn; batch, queries and keys."""
-    every = features_of(sizes)
-    feature, batch = every[number % len(every)], rng.choice(sizes.batches)
+def drawn(rng: random.Random, sizes: Sizes, feature: str) -> tuple[str, int, int, int]:
+    """The feature; batch, queries and keys."""
+    batch = rng.choice(sizes.batches)
     kv = rng.randint(2, min(sizes.longest, TOKENS // batch))
     if feature.startswith("decode"):
         return feature, batch, 1, kv

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import never_seen, never_seen_calls
-from benchmarks.never_seen_calls import BY_NAME, FULL, TINY, arguments, drawn, features_of
+from benchmarks.never_seen_calls import BY_NAME, FULL, TINY, TRAINED, arguments, drawn, features_of
 from benchmarks.warm_process import _SIZES, KINDS
 
 
@@ -27,9 +27,11 @@ def test_figures(made: dict[str, Any]) -> None:
     calls = made["calls"]
     assert calls["count"] == TINY.count == sum(row["count"] for row in calls["features"])
     assert [row["feature"] for row in calls["features"]] == list(features_of(TINY))
-    for row in calls["features"]:
+    assert calls["steps"] == TINY.steps == sum(row["count"] for row in calls["training"])
+    assert [row["feature"] for row in calls["training"]] == list(features_of(TINY, TRAINED))
+    for row in calls["features"] + calls["training"]:
         assert 0 < row["median_ms"] <= row["worst_ms"] and row["served_by"]
-    assert calls["builds"] == sum(row["builds"] for row in calls["features"]) == 0
+    assert calls["builds"] == sum(row["builds"] for row in calls["features"] + calls["training"]) == 0
     assert [row["kind"] for row in made["first_call"]] == list(KINDS)
     for row in made["first_call"]:
         assert row["import_ms"] > 0 and row["call_ms"] > 0 and row["cuda_ms"] > 0
@@ -39,7 +41,8 @@ def test_figures(made: dict[str, Any]) -> None:
 def test_no_shape_comes_twice_and_every_feature_comes() -> None:
     assert set(features_of(FULL)) == set(never_seen_calls.FEATURES)
     rng = random.Random(1)
-    shapes = [drawn(rng, FULL, n) for n in range(500)]
+    every = features_of(FULL)
+    shapes = [drawn(rng, FULL, every[n % len(every)]) for n in range(500)]
     assert len(set(shapes)) > 490
     for feature, batch, q_len, kv_len in shapes:
         assert 1 <= q_len <= kv_len <= FULL.longest and batch in FULL.batches and q_len * batch <= 1 << 15
