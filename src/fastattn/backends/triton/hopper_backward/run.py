@@ -14,6 +14,7 @@ from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
 from ...layout import ALIGNMENT, TokenMajor, readable
 from ...scratch import Pieces, scratch
+from ..arguments import score_factors
 from ..bounds import Bounds
 from ..hopper.arguments import TENSOR
 from ..hopper.tensors import Layout, brought, fits, known, layout_of
@@ -155,10 +156,10 @@ class Run:
         return self(call, out, lse, grad_out, grad_lse)
 
     def _put_scale(self, scale: float, room: Room) -> None:
-        p, room.scale = self._problem, scale
-        inner, outer = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        inner, outer = score_factors(scale, self._problem.softcap)
         room.main.put(inner, outer * _LOG2_E, scale)
         room.finish.put((scale,))
+        room.scale = scale
 
     def _put_more(self, call: Call, room: Room, grad_lse: Tensor | None) -> list[Tensor]:
         """Writes the addresses of what the first kernel reads besides the usual. Returns what has to live until it is
