@@ -14,7 +14,7 @@ attend = fastattn.scaled_dot_product_attention
 STEEP = [(1e30, 1e-30), (1e10, 1e-30), (1e30, 1e-9)]
 
 
-@pytest.mark.parametrize(("scale", "softcap"), STEEP)
+@pytest.mark.parametrize("scale, softcap", STEEP)
 def test_scores_of_zero_stay_zero(scale: float, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """0 * inf is NaN: all other scores are at the cap, those of a zero query are not."""
     monkeypatch.setenv("FASTATTN_INTERPRET", "1")
