@@ -164,7 +164,8 @@ class Lengths:
     def reorder(self, rows: Tensor) -> None:
         """Replaces row i by row `rows[i]`: int `[N]` on the device. In place where N is the number of rows."""
         agreed, batch, host = self.agreed, rows.shape[0], self._host
-        tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
+        with torch.inference_mode(False):
+            tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
         self._counts = None
         if batch == self.batch:
             self.tokens.copy_(tokens)
@@ -177,8 +178,9 @@ class Lengths:
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
         host, empty = self._host, self.agreed == 0
-        more = self.tokens.new_zeros(count)
-        self.tokens, self.starts = torch.cat([self.tokens, more]), torch.cat([self.starts, more])
+        with torch.inference_mode(False):
+            more = self.tokens.new_zeros(count)
+            self.tokens, self.starts = torch.cat([self.tokens, more]), torch.cat([self.starts, more])
         self._counts = None
         host.lengths += [0] * count
         host.together &= empty
