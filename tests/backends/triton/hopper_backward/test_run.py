@@ -333,3 +333,27 @@ def test_gradients_are_token_major_whatever_the_inputs_are(gpu: HopperGpu) -> No
     found = Backward(Problem.of(call), call).backward(call, out, lse, grad_out, None)
     for x, like in zip((found.q, found.k, found.v), call[:3], strict=True):
         assert x is not None and x.stride() == token_major(like, *like.shape).stride() and x.dtype == BF16  # type: ignore[misc]
+
+
+def test_gradients_of_log_sum_exps_that_were_stacked(gpu: HopperGpu) -> None:
+    """Every other number of one tensor: one of the two begins where 16 bytes do, and a copy of the other has no gaps."""
+    call = call_of(return_lse=True)
+    bound = Backward(Problem.of(call), call)
+    for _ in range(3):
+        call = call_of(return_lse=True)
+        out, lse, grad_out = given(call)
+        both = torch.randn(B, H, S, 2)
+        for grad_lse in both.unbind(-1):
+            read: list[Tensor] = []
+
+            def look(x: Launched) -> None:
+                a = x.arguments
+                if "grad_lse_ptr" in a:
+                    strides = [a[f"d_{dim}"] for dim in "bhs"]
+                    count = 1 + sum((n - 1) * stride for n, stride in zip((B, H, S), strides, strict=True))
+                    memory = torch.frombuffer(memory_at(a["grad_lse_ptr"], 4 * count), dtype=torch.float32)
+                    read.append(memory.as_strided((B, H, S), strides).clone())
+
+            gpu.driver.after = look
+            bound.backward(call, out, lse, grad_out, grad_lse)
+            assert len(read) == 1 and torch.equal(read[0], grad_lse)

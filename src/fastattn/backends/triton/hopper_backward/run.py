@@ -33,6 +33,11 @@ def realigned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
+def _address(x: Tensor) -> int:
+    """Where a log-sum-exp's gradient lies; no multiple of 16 where a copy is to be read, whose strides are others."""
+    return x.data_ptr() if x.dtype is torch.float32 else 1
+
+
 def layout(x: Tensor, dtype: str, rows: int, columns: int = 0) -> Layout:
     """Of tensors that lie as `x`."""
     return layout_of(x.shape, x.stride(), dtype, rows, columns)
@@ -86,9 +91,11 @@ class Run:
                 return self(call, out, lse, grad_out, grad_lse)
         q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
         o, r, g = out.data_ptr(), lse.data_ptr(), grad_out.data_ptr()
-        strides = out.stride(), lse.stride(), grad_out.stride(), None if grad_lse is None else grad_lse.stride()
-        room = self._rooms.by_strides.get(strides)
-        if room is None or self._copies or (q | k | v | o | r | g) % ALIGNMENT:
+        d, of_lse = 0, None
+        if grad_lse is not None:
+            d, of_lse = _address(grad_lse), grad_lse.stride()
+        room = self._rooms.by_strides.get((out.stride(), lse.stride(), grad_out.stride(), of_lse))
+        if room is None or self._copies or (q | k | v | o | r | g | d) % ALIGNMENT:
             return self._brought(call, out, lse, grad_out, grad_lse)
         memory = scratch(self._where, self._memory.total)
         make_dq, make_dk, make_dv = self._grads
@@ -167,9 +174,7 @@ class Run:
         slots, values = room.slots, room.prepare.values
         held: list[Tensor] = []
         if grad_lse is not None:
-            grad_lse = realigned(grad_lse.float())
             values[slots["grad_lse"]] = grad_lse.data_ptr()
-            held.append(grad_lse)
         if call.sinks is not None:
             sinks = realigned(call.sinks.contiguous())
             values[slots["given_sinks"]] = sinks.data_ptr()
