@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
-from ...layout import ALIGNMENT, TokenMajor, readable
+from ...layout import ALIGNMENT, TokenMajor, readable, realigned
 from ...scratch import Pieces, scratch
 from ..arguments import score_factors
 from ..bounds import Bounds
@@ -26,11 +26,6 @@ _DK, _DV = 4 * TENSOR + 3, 5 * TENSOR + 3  #: arguments; before them is a descri
 
 #: Of a call, output, log-sum-exp, and gradients of these two.
 Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
-
-
-def realigned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it that begins where 16 bytes do."""
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def _address(x: Tensor) -> int:
