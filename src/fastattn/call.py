@@ -261,6 +261,17 @@ def as_token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.stride() == found.stride() else found.copy_(x)
 
 
+def dtypes_of(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    """Of each its dtype."""
+    return [None if x is None else x.dtype for x in tensors]
+
+
+def in_dtypes(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Any]:
+    """What autograd saved, in the dtypes that it had (`dtypes_of`): hooks of saved tensors may bring back others, which
+    a kernel that gets addresses would misread."""
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
+
+
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax, accumulation and log-sum-exp: float32, float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

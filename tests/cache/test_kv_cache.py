@@ -141,6 +141,25 @@ def test_a_full_cache_raises_or_drops() -> None:
     assert torch.equal(cache.keys[0][0][:, 8:], new[0][:, :2])
 
 
+def test_tokens_that_a_full_row_still_takes() -> None:
+    """They see what they would in a cache with room; those that it drops give 0."""
+    small, large = make(None, 10, layers=1), make(None, 20, layers=1)
+    for tokens, counts in ((8, [8, 2, 9]), (4, None), (1, None)):
+        q, k, v = (
+            torch.randn(3, HEADS * GROUP, tokens, DIM),
+            *(torch.randn(3, HEADS, tokens, n) for n in (DIM, VALUE_DIM)),
+        )
+        found = []
+        for cache in (small, large):
+            cache.step(tokens, None if counts is None else torch.tensor(counts, dtype=torch.int32))
+            found.append(cache.attend(0, q, k, v))
+        taken = small._lengths.counts
+        for row, n in enumerate(taken.tolist()):
+            torch.testing.assert_close(found[0][row, :, :n], found[1][row, :, :n])
+            assert not found[0][row, :, n:].any()
+    assert taken.tolist() == [0, 1, 0]
+
+
 def test_a_full_row_raises_when_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make(None, 10)
     cache.step(8, torch.tensor([8, 2, 8], dtype=torch.int32))

@@ -98,3 +98,28 @@ def test_memory_made_in_inference_mode_can_be_written_outside() -> None:
     lengths.begin(2)
     memory.append(*tokens(1, 2, 7), lengths)
     assert memory.keys[0, 0, :2, 0].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("change", ["add", "swap", "keep one", "grow"])
+def test_memory_changed_in_inference_mode_can_be_written_outside(change: str) -> None:
+    memory, lengths = make(2, 4), Lengths(2, 9, "cpu")
+    lengths.begin(1)
+    memory.append(*tokens(2, 1, 3), lengths)
+    with torch.inference_mode():
+        rows = torch.tensor([1, 0] if change == "swap" else [1])
+        for x in (memory, lengths):
+            if change == "add":
+                x.add_rows(1)
+            elif change != "grow":
+                x.reorder(rows)
+        if change == "grow":
+            memory.grow(9)
+    batch = lengths.batch
+    assert batch == {"add": 3, "keep one": 1}.get(change, 2)
+    assert not (memory.keys.is_inference() or memory.values.is_inference() or lengths.tokens.is_inference())
+    lengths.begin(2)
+    memory.append(*tokens(batch, 2, 7), lengths)
+    begin = [1] * min(batch, 2) + [0] * (batch - 2)
+    assert [memory.keys[b, 0, n : n + 2, 0].tolist() for b, n in enumerate(begin)] == [[7, 8]] * batch
+    lengths.empty()
+    assert lengths.tokens.tolist() == [0] * batch

@@ -255,6 +255,41 @@ def test_what_hooks_bring_back_in_another_layout(to: str, long_ways: list[str]) 
         torch.testing.assert_close(list(found), want[1:], rtol=tolerance, atol=tolerance)
 
 
+HALVED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "all to bfloat16": (lambda x: x.to(BF16) if x.is_floating_point() else x, lambda x: x),
+    "and back to float32": (
+        lambda x: x.to(BF16) if x.is_floating_point() else x,
+        lambda x: x.float() if x.is_floating_point() else x,
+    ),
+    "log-sum-exp alone": (lambda x: x, lambda x: x.to(FP16) if x.dim() == 3 else x),
+}
+
+
+@pytest.mark.parametrize("hooks", HALVED)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("operator", [False, True])
+def test_what_hooks_bring_back_in_another_dtype(
+    hooks: str, dtype: torch.dtype, operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel gets addresses: it would read bfloat16 as the float32 that was saved, or beyond the end of it."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+    inputs = qkv(dtype)
+    given = [x.as_subclass(_Watched) for x in inputs] if operator else inputs
+    for options in ({}, {"sinks": torch.ones(4), "kv_lengths": torch.tensor([7, 3], dtype=torch.int32)}):
+        want = step(inputs, backend="reference", **options)[1:]
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(*HALVED[hooks]):
+                out = attend(*given, backend="prefill", **options)
+            found = torch.autograd.grad(out.square().sum(), inputs)
+            assert [x.dtype for x in found] == 3 * [dtype]
+            torch.testing.assert_close(list(found), want, rtol=0.05, atol=0.05)
+
+
+class _Watched(Tensor):
+    """Whose calls take the operator's way."""
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_autocast_again(dtype: torch.dtype, long_ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast is off inside the fast path and on again after it; inputs that need a cast are cast before it."""

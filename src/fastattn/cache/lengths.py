@@ -43,7 +43,7 @@ class Lengths:
         self._counts: Tensor | None = None
         self.start: int | None = None  #: `starts` of every row, where the host knows it
         self.new = 0  #: most tokens that the step adds to a row
-        self.ragged = False  #: rows were given different numbers of new tokens
+        self.ragged = False  #: rows were given different numbers of new tokens, or may have been: see `begin`
         self.steps = 0  #: begun so far
         self.in_step = False  #: a step has begun since the rows were last emptied
 
@@ -88,10 +88,14 @@ class Lengths:
     def begin(self, new: int, counts: Tensor | None = None) -> None:
         """Begins a step of `new` tokens for every row, or the first `counts[b]` of them (int32 `[B]`) for row b.
 
-        A row without enough room drops the rest. Never reads the device.
+        A row without enough room drops the rest, and counts as one that was given fewer. Never reads the device. (But
+        for one token in a captured step: a full row's is computed as if it had replaced the last one.)
         """
         host, agreed, captures = self._host, self.agreed, capturing(self.tokens)
-        self.start, self.new, self.ragged = None if captures else agreed, new, counts is not None
+        self.start, self.new = None if captures else agreed, new
+        knows = not captures and self.capacity is not None and (agreed is not None or host.bound + new <= self.capacity)
+        room = self.capacity is None or knows
+        self.ragged = counts is not None or not (room or (captures and new == 1))
         if captures:
             host.captured.update(range(self.first, self.first + self.batch))
         self.starts, self._counts = self.tokens.clone(), None
@@ -164,7 +168,8 @@ class Lengths:
     def reorder(self, rows: Tensor) -> None:
         """Replaces row i by row `rows[i]`: int `[N]` on the device. In place where N is the number of rows."""
         agreed, batch, host = self.agreed, rows.shape[0], self._host
-        tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
+        with torch.inference_mode(False):
+            tokens, self.starts = self.tokens.index_select(0, rows), self.starts.index_select(0, rows)
         self._counts = None
         if batch == self.batch:
             self.tokens.copy_(tokens)
@@ -177,8 +182,9 @@ class Lengths:
     def add_rows(self, count: int) -> None:
         """Appends `count` empty rows."""
         host, empty = self._host, self.agreed == 0
-        more = self.tokens.new_zeros(count)
-        self.tokens, self.starts = torch.cat([self.tokens, more]), torch.cat([self.starts, more])
+        with torch.inference_mode(False):
+            more = self.tokens.new_zeros(count)
+            self.tokens, self.starts = torch.cat([self.tokens, more]), torch.cat([self.starts, more])
         self._counts = None
         host.lengths += [0] * count
         host.together &= empty

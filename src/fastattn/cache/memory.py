@@ -106,12 +106,15 @@ class KVMemory:
 
     def add_rows(self, count: int) -> None:
         """Appends `count` rows, by a copy."""
-        self.keys, self.values = (torch.cat([x, x.new_zeros((count, *x.shape[1:]))]) for x in (self.keys, self.values))
+        with torch.inference_mode(False), torch.no_grad():
+            self.keys, self.values = (
+                torch.cat([x, x.new_zeros((count, *x.shape[1:]))]) for x in (self.keys, self.values)
+            )
 
     def reorder(self, rows: Tensor) -> None:
         """Replaces row i by row `rows[i]`: int `[N]` on the device. In place where N is the number of rows."""
         same = rows.shape[0] == self.keys.shape[0]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.keys, self.values = (
                 x.copy_(x.index_select(0, rows)) if same else x.index_select(0, rows) for x in (self.keys, self.values)
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._compat import torch as torch_internals
 from .._compat.torch import plain as plain
 from ..backends.base import KeepsGraph, OutOfMemory
-from ..call import CALL, Call, Gradients
+from ..call import CALL, Call, Gradients, in_dtypes, work_dtype
 from ..validation import default_scale
 from . import routes, serve
 
@@ -28,8 +28,8 @@ class Bound:
     """What all calls of one kind share, found once: where they go, and what their `Call` has besides data."""
 
     __slots__ = (
-        "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "keeps", "kernel", "name",
-        "names", "names_for_backward", "route", "scale", "static", "strides",
+        "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "keeps", "kernel", "lse_dtype",
+        "name", "names", "names_for_backward", "route", "scale", "static", "strides",
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
@@ -45,6 +45,7 @@ class Bound:
         self.static: tuple[Any, ...] = CALL.static(call)  #: the options of the call that are not data
         self.scale = default_scale(q)
         self.dtype, self.device, self.device_type = q.dtype, q.device, q.device.type
+        self.lse_dtype = work_dtype(q.dtype)
         self.strides = q.stride(), k.stride(), v.stride()
         #: of the tensors besides q, k and v; None: there are none
         self.extras = CALL.layouts(call)[3:] if any(x is not None for x in call[3:_TENSORS]) else None
@@ -126,7 +127,7 @@ class _Attention(torch.autograd.Function):
         found = None
         if grad_out is None and grad_lse is None:
             found = Gradients()
-        elif grad_out is not None and _still_holds(bound, call, grad_out, out):
+        elif grad_out is not None and _still_holds(bound, call, grad_out, out, lse):
             given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
             route = bound.backward
             if route is None or route.problem.deterministic != torch.are_deterministic_algorithms_enabled():
@@ -157,16 +158,17 @@ class _Attention(torch.autograd.Function):
 _apply: Any = torch_internals.quick_apply(_Attention)
 
 
-def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor) -> bool:
+def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor, lse: Tensor | None) -> bool:
     """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
     nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
-    layout)."""
+    layout and its dtype)."""
     q, k, v, dtype, device = call.q, call.k, call.v, bound.dtype, bound.device
     if bound.generation != routes.generation() or torch.is_grad_enabled() or not plain(q, k, v):
         return False
     if not (
         (q.stride(), k.stride(), v.stride()) == bound.strides
-        and q.dtype is dtype and k.dtype is dtype and v.dtype is dtype
+        and q.dtype is dtype and k.dtype is dtype and v.dtype is dtype and out.dtype is dtype
+        and (lse is None or lse.dtype is bound.lse_dtype)
         and q.device == device and k.device == device and v.device == device
         and (bound.extras is None or bound.extras == CALL.layouts(call)[3:])
     ):  # fmt: skip
@@ -187,11 +189,21 @@ def _backward_route(bound: Bound, call: Call) -> routes.Route:
     return found
 
 
+def _as_saved(bound: Bound, call: Call, out: Tensor, lse: Tensor | None) -> tuple[Call, Tensor, Tensor | None]:
+    """What was saved, in the dtypes in which it was."""
+    layouts = [None] * (_TENSORS - 3) if bound.extras is None else bound.extras
+    extras = [None if x is None else x[2] for x in layouts]
+    dtypes = [bound.dtype] * 3 + extras + [bound.dtype, bound.lse_dtype]
+    *tensors, out, lse = in_dtypes((*CALL.tensors(call), out, lse), dtypes)
+    return CALL.join(tensors, CALL.options(call)), out, lse
+
+
 def _backward(
     bound: Bound, call: Call, out: Tensor, lse: Tensor | None, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> Gradients:
     """The backward of a call whose route is to be found again."""
     names = bound.names_for_backward
+    call, out, lse = _as_saved(bound, call, out, lse)
     if lse is None:
         lse = out.new_empty(0)
     if grad_out is None:

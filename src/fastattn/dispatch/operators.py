@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from .._compat import sdpa as torchs
 from ..backends.scratch import inside_operator
-from ..call import CALL, LETTERS, Call, Gradients, token_major, work_dtype
+from ..call import CALL, LETTERS, Call, Gradients, dtypes_of, in_dtypes, token_major, work_dtype
 from . import double_backward, eager, routes, serve
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
@@ -97,13 +97,15 @@ def empty_gradients(call: Call) -> Gradients:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, (ctx.names,) = CALL.unpack(inputs)
-    ctx.save_for_backward(*output, *CALL.tensors(call))
+    saved = *output, *CALL.tensors(call)
+    ctx.save_for_backward(*saved)
+    ctx.dtypes = dtypes_of(saved)
     ctx.options = CALL.options(call)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    out, lse, *tensors = ctx.saved_tensors
+    out, lse, *tensors = in_dtypes(ctx.saved_tensors, ctx.dtypes)
     call: Call = CALL.join(tensors, ctx.options)
     needed = [name for name, wanted in zip(CALL.names, ctx.needs_input_grad) if wanted]  # (backends come after these)
     untraced = [name for name in needed if LETTERS.get(name, "-") not in call.grads]
@@ -122,7 +124,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad_out, grad_lse, _, _, *rest = inputs
     call, _ = CALL.unpack(rest)
-    ctx.save_for_backward(grad_out, *CALL.tensors(call))
+    saved = grad_out, *CALL.tensors(call)
+    ctx.save_for_backward(*saved)
+    ctx.dtypes = dtypes_of(saved)
     ctx.options = CALL.options(call)
     ctx.of_lse = grad_lse is not None
     ctx.set_materialize_grads(False)
@@ -131,7 +135,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if ctx.of_lse:
         raise RuntimeError("fastattn: double backward is not supported for the log-sum-exp, but for the output alone")
-    grad_out, *tensors = ctx.saved_tensors
+    grad_out, *tensors = in_dtypes(ctx.saved_tensors, ctx.dtypes)
     call: Call = CALL.join(tensors, ctx.options)
     with eager.no_autocast(call.q):
         of_grad_out, found = double_backward.gradients(call, grad_out, Gradients(*grads))

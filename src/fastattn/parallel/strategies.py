@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..call import as_token_major, token_major, work_dtype
+from ..call import as_token_major, dtypes_of, in_dtypes, token_major, work_dtype
 from . import blocks, exchange
 from .blocks import Options, Rows, Whole
 from .exchange import Group
@@ -50,7 +50,7 @@ def by_heads(
 
 
 def _whole(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Whole:
-    *_, out, lse = ctx.saved_tensors
+    *_, out, lse = _saved(ctx)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     return Whole(out, lse, grad_out, grad_lse)
@@ -63,7 +63,7 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _results(ctx: Any, whole: Whole, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
-    q, k, v, sinks, *_ = ctx.saved_tensors
+    q, k, v, sinks, *_ = _saved(ctx)
     found = [as_token_major(x, like.dtype) for x, like in ((dq, q), (dk, k), (dv, v))]
     dsinks = blocks.sink_gradient(whole, sinks) if sinks is not None and ctx.needs_input_grad[6] else None
     return None, None, None, *found, dsinks
@@ -86,7 +86,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, *_ = _saved(ctx)
         plan, group, whole = ctx.plan, ctx.group, _whole(ctx, *grads)
         keys, values = exchange.gather(plan.layout, (k, v), plan.rank, group)
         dq, dk, dv = _zeros(q), _zeros(keys), _zeros(values)
@@ -113,7 +113,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, *_ = _saved(ctx)
         plan, whole = ctx.plan, _whole(ctx, *grads)
         dq, dk, dv = _zeros(q), _zeros(k), _zeros(v)
         returns = exchange.Returns(dk, dv, k, ctx.group)
@@ -127,8 +127,13 @@ class _Ring(torch.autograd.Function):
 
 def _save(ctx: Any, plan: Plan, group: Group, options: Options, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
+    ctx.dtypes = dtypes_of(tensors)
     ctx.plan, ctx.group, ctx.options = plan, group, options
     ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return in_dtypes(ctx.saved_tensors, ctx.dtypes)
 
 
 def _apart(plan: Plan) -> bool:

@@ -358,6 +358,17 @@ def test_a_model_saved_within_is_whole() -> None:
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+def test_a_model_with_lists_of_modules_is_saved_within() -> None:
+    """A list has no forward of its own to be found again by its name."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 16)
+    with drop_in.patched(model):
+        again = pickle.loads(pickle.dumps(model))
+        assert run(model) == {"reference": 2}  # one a layer
+    torch.testing.assert_close(again(x), model(x))
+
+
 def test_modules_of_torchscript_and_fx() -> None:
     """TorchScript keeps torch's operator, a graph of torch.fx torch's function: both bypass names."""
     model = nn.Sequential(torch.jit.script(ScriptedBlock()), torch.fx.symbolic_trace(TinyBlock()), TinyBlock())

@@ -145,6 +145,20 @@ def test_a_full_row_drops_tokens() -> None:
     assert cache.lengths.tolist() == [8, 7]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_that_a_full_row_still_takes(family: str) -> None:
+    """Of a step that is too long for one of the rows: they see what they would in a cache with room."""
+    ids, lengths = tokens(2, 12), (6, 2)
+    wanted, model = expected(family, ids), build(family, "fastattn")
+    cache = make(model, 2, capacity=8)
+    for row, length in enumerate(lengths):
+        step(model, ids[row : row + 1, :length], cache.view(row, 1))
+    found = step(model, torch.stack([ids[row, n : n + 4] for row, n in enumerate(lengths)]), cache)
+    close(found[0, :2], wanted[0, 6:8])
+    close(found[1], wanted[1, 2:6])
+    assert cache.lengths.tolist() == [8, 6]
+
+
 def test_padding_where_only_the_device_knows_the_lengths() -> None:
     for family in ("llama", "gemma2", "llama4"):
         ids, mask, positions = left_padded(3, 17)

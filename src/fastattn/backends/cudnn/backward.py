@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import masks, reference
 from ...call import Call, Gradients, Problem, as_token_major, token_major
-from ..layout import TokenMajor, aligned, copied, readable
+from ..layout import TokenMajor, aligned, copied, readable, realigned
 from . import plans
 from .geometry import (
     MIN_CAPACITY,
@@ -159,7 +159,7 @@ class _Bound:
         if self._ragged_stats:
             if stats.stride() != self._stats_strides:
                 stats = stats.transpose(1, 2).contiguous().transpose(1, 2)
-            tensors["stats"] = stats
+            tensors["stats"] = realigned(stats)
             tensors |= self._offsets(tensors, c)
         else:
             tensors |= self._offsets(tensors, c)
@@ -206,7 +206,7 @@ def _larger_keys(
 
 
 def _execute_static(c: Call, plan: Plan, tensors: dict[str, Tensor], stats: Tensor) -> dict[str, Tensor]:
-    tensors["stats"] = stats.contiguous()
+    tensors["stats"] = realigned(stats.contiguous())
     tensors["scale"] = scale_operand(c.scale)
     plan.execute(tensors)
     return tensors

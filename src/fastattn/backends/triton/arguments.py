@@ -6,12 +6,19 @@ from torch import Tensor
 
 from ...call import Call, Problem
 
+_STEEPEST = 1e38  #: that float32 holds; where a cap is so much smaller than the scale, all scores but 0 are at the cap
+
 
 def band(p: Problem) -> tuple[int, int]:
     """left and right as kernels take them: an open side is as wide as all tokens, so that no position overflows."""
     far = p.q_len + p.kv_len
     left, right = (far if side < 0 else min(side, far) for side in (p.left, p.right))
     return left, right
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What a product of q and k is multiplied with before the softcap, and what the result of that with."""
+    return (min(scale / softcap, _STEEPEST), softcap) if softcap else (1.0, scale)
 
 
 def strides_in_units(call: Call) -> tuple[int, tuple[int, ...]]:

@@ -252,7 +252,7 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
     Its submodules' too: a checkpoint calls them again in the backward, from outside of the model's forward.
     """
-    marked = [x for x in model.modules() if x is model or not (_is_torchs(x) and _is_leaf(x))]
+    marked = [x for x in model.modules() if _has_forward(x) and (x is model or not (_is_torchs(x) and _is_leaf(x)))]
     try:
         for module in marked:
             _patch.mark(module, 1)
@@ -260,6 +260,11 @@ def _marked(model: nn.Module) -> Iterator[None]:
     finally:
         for module in marked:
             _patch.mark(module, -1)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Lists of modules have none, and what stands in its place cannot be pickled."""
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
 def _is_torchs(module: nn.Module) -> bool:

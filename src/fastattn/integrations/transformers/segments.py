@@ -14,8 +14,10 @@ def segments_between(first: Tensor, end: Tensor, start: Tensor, queries: int, ba
     """Causal segments of the tokens `first .. end - 1`, `[B, n]` each, in order; empty where `first >= end`.
 
     start: `[B, 1]`, the position of the first query. base: the position of the first key. The tokens before `start`
-    are keys only.
+    are keys only. Tokens past the last key are those of a row that has no room for them: nothing stands for them, or
+    the last query would not stand on the last key.
     """
+    end = end.clamp(max=base + keys)
     batch, count = torch.broadcast_shapes(first.shape, end.shape, start.shape)
     row = torch.arange(batch, device=start.device)[:, None]
     q_first, k_first = (first - start).clamp(0, queries), (first - base).clamp(0, keys)

@@ -333,3 +333,26 @@ def test_gradients_are_token_major_whatever_the_inputs_are(gpu: HopperGpu) -> No
     found = Backward(Problem.of(call), call).backward(call, out, lse, grad_out, None)
     for x, like in zip((found.q, found.k, found.v), call[:3], strict=True):
         assert x is not None and x.stride() == token_major(like, *like.shape).stride() and x.dtype == BF16  # type: ignore[misc]
+
+
+def test_gradients_of_log_sum_exps_that_were_stacked(gpu: HopperGpu) -> None:
+    """Every other number of a tensor: one of the two begins where 16 bytes do, and a copy of the other has no gaps."""
+    read: list[Tensor] = []
+
+    def look(x: Launched) -> None:
+        a = x.arguments
+        if "grad_lse_ptr" in a:
+            strides = [a[f"d_{dim}"] for dim in "bhs"]
+            count = 1 + sum((n - 1) * stride for n, stride in zip((B, H, S), strides, strict=True))
+            memory = torch.frombuffer(memory_at(a["grad_lse_ptr"], 4 * count), dtype=torch.float32)
+            read.append(memory.as_strided((B, H, S), strides).clone())
+
+    gpu.driver.after = look
+    call = call_of(return_lse=True)
+    bound = Backward(Problem.of(call), call)
+    for _ in range(3):
+        out, lse, grad_out = given(call)
+        for grad_lse in torch.randn(B, H, S, 2).unbind(-1):
+            bound.backward(call, out, lse, grad_out, grad_lse)
+            assert torch.equal(read.pop(), grad_lse)
+    assert not read

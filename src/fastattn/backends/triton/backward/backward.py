@@ -12,7 +12,7 @@ from ....call import Call, Gradients, Problem, as_token_major, token_major
 from ...base import BackwardOnly
 from ...layout import TokenMajor
 from ...scratch import scratch
-from ..arguments import broadcast_strides
+from ..arguments import broadcast_strides, score_factors
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.launcher import flag_sets, prepare
@@ -104,7 +104,7 @@ class BackwardKernel(BackwardOnly):
             self._bounds(call, memory)
             call = self._bounded(call, memory)
         up = _Upstream(_rows_of(out), lse, _rows_of(grad_out), grad_lse)
-        inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        inner, factor = score_factors(scale, p.softcap)
         if p.mask != "additive":
             factor *= _LOG2_E
         grads = Gradients(

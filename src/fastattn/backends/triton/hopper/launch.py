@@ -14,6 +14,7 @@ from ...._compat import torch as torch_internals
 from ....call import Call, Problem
 from ...layout import ALIGNMENT, Output, RowNumbers
 from ...scratch import scratch
+from ..arguments import score_factors
 from ..binaries import store as binaries
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import flag_sets, prepare
@@ -235,11 +236,12 @@ class Forward:
 
     def _put_scale(self, scale: float, room: Room) -> None:
         """scale: > 0, see `validation`."""
-        p, room.scale = self._problem, scale
-        inner, scale = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        p = self._problem
+        inner, outer = score_factors(scale, p.softcap)
         if not (self._flags.tiles and p.mask == "additive"):  # see `masking.with_tile`
-            scale *= _LOG2_E
-        room.put(inner, scale)
+            outer *= _LOG2_E
+        room.put(inner, outer)
+        room.scale = scale
 
     def _put_more(self, call: Call, room: Room) -> list[Any]:
         """Writes the addresses of what the kernel reads besides q, k and v, which is made where it is ours. Returns

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
-from ...layout import ALIGNMENT, TokenMajor, readable
+from ...layout import ALIGNMENT, TokenMajor, readable, realigned
 from ...scratch import Pieces, scratch
+from ..arguments import score_factors
 from ..bounds import Bounds
 from ..hopper.arguments import TENSOR
 from ..hopper.tensors import Layout, brought, fits, known, layout_of
@@ -27,9 +28,9 @@ _DK, _DV = 4 * TENSOR + 3, 5 * TENSOR + 3  #: arguments; before them is a descri
 Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
 
 
-def realigned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it that begins where 16 bytes do."""
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
+def _address(x: Tensor) -> int:
+    """Where a log-sum-exp's gradient lies; no multiple of 16 where a copy is to be read, whose strides are others."""
+    return x.data_ptr() if x.dtype is torch.float32 else 1
 
 
 def layout(x: Tensor, dtype: str, rows: int, columns: int = 0) -> Layout:
@@ -85,9 +86,11 @@ class Run:
                 return self(call, out, lse, grad_out, grad_lse)
         q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
         o, r, g = out.data_ptr(), lse.data_ptr(), grad_out.data_ptr()
-        strides = out.stride(), lse.stride(), grad_out.stride(), None if grad_lse is None else grad_lse.stride()
-        room = self._rooms.by_strides.get(strides)
-        if room is None or self._copies or (q | k | v | o | r | g) % ALIGNMENT:
+        d, of_lse = 0, None
+        if grad_lse is not None:
+            d, of_lse = _address(grad_lse), grad_lse.stride()
+        room = self._rooms.by_strides.get((out.stride(), lse.stride(), grad_out.stride(), of_lse))
+        if room is None or self._copies or (q | k | v | o | r | g | d) % ALIGNMENT:
             return self._brought(call, out, lse, grad_out, grad_lse)
         memory = scratch(self._where, self._memory.total)
         make_dq, make_dk, make_dv = self._grads
@@ -155,10 +158,10 @@ class Run:
         return self(call, out, lse, grad_out, grad_lse)
 
     def _put_scale(self, scale: float, room: Room) -> None:
-        p, room.scale = self._problem, scale
-        inner, outer = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        inner, outer = score_factors(scale, self._problem.softcap)
         room.main.put(inner, outer * _LOG2_E, scale)
         room.finish.put((scale,))
+        room.scale = scale
 
     def _put_more(self, call: Call, room: Room, grad_lse: Tensor | None) -> list[Tensor]:
         """Writes the addresses of what the first kernel reads besides the usual. Returns what has to live until it is
@@ -166,9 +169,7 @@ class Run:
         slots, values = room.slots, room.prepare.values
         held: list[Tensor] = []
         if grad_lse is not None:
-            grad_lse = realigned(grad_lse.float())
             values[slots["grad_lse"]] = grad_lse.data_ptr()
-            held.append(grad_lse)
         if call.sinks is not None:
             sinks = realigned(call.sinks.contiguous())
             values[slots["given_sinks"]] = sinks.data_ptr()

@@ -12,7 +12,7 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import Output, RowNumbers
 from ...scratch import scratch
-from ..arguments import band, broadcast_strides, same_strides, strides_in_units
+from ..arguments import band, broadcast_strides, same_strides, score_factors, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.launcher import flag_sets, launcher_of, prepare
@@ -95,7 +95,7 @@ class PrefillKernel(ForwardOnly):
         out = self._output()
         lse = None if self._lse is None else self._lse()
         lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
-        inner, factor = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
+        inner, factor = score_factors(scale, p.softcap)
         if p.mask != "additive":
             factor *= _LOG2_E
         precision = precision_of(p)
