@@ -9,8 +9,8 @@ _SPLITS = "The decode kernel's splits of the keys were fitted to times of an H10
 _ROUNDS = "640 tiles are 4.85 rounds of 132 multiprocessors: those that are idle in the last one cost 3%."
 REASONS: dict[str, str] = {
     "chunk 32/4096": (
-        "32 queries of 4 heads a group are more rows than a tile of the decode kernel has, and the Hopper kernel, "
-        "which serves them, does not split keys: 32 of 132 multiprocessors work."
+        "The Hopper kernel served it at the commit of this file, and does not split keys: 32 of 132 multiprocessors "
+        "worked. The decode kernel serves it now, which does."
     ),
     "decode B1 2048": _SPLITS,
     "decode B1 32768": _SPLITS,
