@@ -220,7 +220,7 @@ def test_a_growing_cache_needs_no_other_kernel() -> None:
 
 
 def test_the_model_follows_its_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are measured: `python -m benchmarks.tune chunks`."""
+    """They are measured: `python -m benchmarks.tune_chunks`."""
     assert usual_sm_count((9, 0)) == 132
     monkeypatch.setattr(chunks, "COSTS", dataclasses.replace(chunks.COSTS, many=30.0))
     assert not chunks._promising.__wrapped__(CHUNK)  # type: ignore[attr-defined]

@@ -61,8 +61,14 @@ def is_chunk(problem: Problem) -> bool:
 
 @cached(1 << 12, "chunks")
 def _promising(p: Problem) -> bool:
-    sms = usual_sm_count(p.capability)
-    return _time(p, divided(p, sms), sms) <= COSTS.gain * _time_elsewhere(p, sms)
+    here, elsewhere = times(p, usual_sm_count(p.capability))
+    return here <= COSTS.gain * elsewhere
+
+
+def times(problem: Problem, sm_count: int) -> tuple[float, float]:
+    """What this kernel and another one take by the model, microseconds."""
+    p = problem
+    return _time(p, divided(p, sm_count), sm_count), _time_elsewhere(p, sm_count)
 
 
 def tile_rows(problem: Problem) -> int:
