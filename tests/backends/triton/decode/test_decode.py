@@ -330,6 +330,18 @@ def test_splits_fill_the_gpu() -> None:
     assert launch.splits(but(kv_lengths=True), 132) == launch.splits(PROBLEM, 132)
 
 
+def test_splits_even_out_the_gpu() -> None:
+    """Of a few more tiles than multiprocessors some of these have two, of a few more than half as many most have none:
+    then each is divided. Not where that gives the busiest hardly less to do."""
+    whisper = but(batch=8, q_heads=20, kv_heads=20, head_dim=64, value_dim=64, kv_len=1500)
+    assert launch.splits(whisper, 132) == 3
+    found = {batch: launch.splits(but(batch=batch), 132) for batch in (8, 9, 11, 12, 16, 17, 20, 22, 23, 32, 64)}
+    assert found == {8: 2, 9: 3, 11: 3, 12: 1, 16: 1, 17: 3, 20: 3, 22: 3, 23: 1, 32: 1, 64: 1}
+    for tiles in range(1, 1000):
+        n = launch._evened(tiles, 132)
+        assert n == 1 or -(-tiles * n // 132) / n <= 0.7 * -(-tiles // 132)
+
+
 # Only natively.
 
 

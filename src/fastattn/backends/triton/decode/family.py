@@ -25,7 +25,10 @@ def family(problem: Problem, sm_count: int) -> Iterator[Problem]:
     yield p
     yield from _chunks(p)
     even = sm_count // p.kv_heads  #: entries that fill the SMs once
-    batches = dict.fromkeys([p.batch, 1, 2, max(1, even), even + 1, _MANY * sm_count + 1])
+    some = [
+        max(1, even * part // 4) for part in range(2, 9)
+    ]  # up to twice as many: each rule for what does not even out
+    batches = dict.fromkeys([p.batch, 1, 2, *some, even + 1, _MANY * sm_count + 1])
     for q_len in range(1, MAX_ROWS + 2):  # beyond it nothing changes any more
         if q_len == p.q_len or fits(replace(p, q_len=q_len)):
             for batch in batches:

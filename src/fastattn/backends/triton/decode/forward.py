@@ -143,15 +143,17 @@ class DecodeKernel(ForwardOnly):
         columns = 1 << (sum(launch.value) - 1).bit_length()
         columns = columns if columns <= 256 else 128  # of a program; wide rows are many programs
         chunk = 4096 // columns  # splits read at a time, so that they fill 32 registers a thread
+        pdl = overlaps(p.capability)
         self._combine = launcher_of(
             _COMBINE,
             (tiles, count, -(-p.value_dim // columns)),
             device,
             p.capability,
             (p.q_len, launch.splits),
-            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, overlaps(p.capability)),
+            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, pdl),
             _COMBINE_ALIGNED,
             num_warps=4,
+            **({"launch_pdl": True} if pdl else {}),
         )
         self._where = device
         attend = next(iter(self._attend.values()))
