@@ -55,6 +55,13 @@ FEATURES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small calls are chunks, and float32 is, on a GPU too."""
+    monkeypatch.setattr(launch, "is_chunk", lambda p: shapes.rows(p) > shapes.MAX_ROWS and not shapes.many_heads(p))
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", FEATURES)
 def test_tiles_of_128_rows(name: str, device: str, force: Callable[..., None]) -> None:
     """As the rules launch them on Hopper, where there are no gaps. Every other one in one split; in three, some of
@@ -63,16 +70,20 @@ def test_tiles_of_128_rows(name: str, device: str, force: Callable[..., None]) -
     check(FEATURES[name], "decode", device)
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", FEATURES)
 def test_tiles_of_64_rows(name: str, device: str, force: Callable[..., None]) -> None:
-    force(splits=3 - 2 * (list(FEATURES).index(name) % 2))
+    force(splits=3 - 2 * (list(FEATURES).index(name) % 2), block_m=64)
     check(FEATURES[name], "decode", device)
 
 
-def test_wide_heads(device: str) -> None:
+@pytest.mark.usefixtures("always")
+def test_wide_heads(device: str, force: Callable[..., None]) -> None:
+    force()
     check(CASE.but(mask="causal", head_dim=320, value_dim=256, batch=1, dtype=FP16), "decode", device)
 
 
+@pytest.mark.usefixtures("always")
 def test_bits_repeat_and_rows_that_see_nothing_give_zero(device: str, force: Callable[..., None]) -> None:
     force(splits=3, block_m=128, block_n=32, warps=8, stages=2)
     x = make(CASE.but(dtype=FP16, head_dim=64), device)
@@ -91,6 +102,7 @@ def test_bits_repeat_and_rows_that_see_nothing_give_zero(device: str, force: Cal
     assert out[0, :, 17:].any() and out.isfinite().all()
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("splits", [1, 2])
 def test_scores_of_any_size(splits: int, device: str, force: Callable[..., None]) -> None:
     """Exponents of 2: of huge scores as right as of small ones, and a negative scale."""
@@ -102,6 +114,45 @@ def test_scores_of_any_size(splits: int, device: str, force: Callable[..., None]
         want = fastattn.scaled_dot_product_attention(*(t.double() for t in x.clean), **options, backend="reference")
         assert relative_error(got[0], want[0]) < 1e-4
         torch.testing.assert_close(got[1].double(), want[1], rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["causal", "lengths", "window", "left padding", "bool", "softcap"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, q_len",
+    [(32, 8, 128, 32), (32, 8, 128, 100), (64, 8, 64, 21), (32, 1, 128, 33), (32, 32, 128, 90), (16, 8, 256, 60),
+     (8, 1, 512, 32)],
+)  # fmt: skip
+def test_measured_sizes(heads: int, kv_heads: int, dim: int, q_len: int, kind: str) -> None:
+    """As they are routed, at sizes that are measured; what nobody sees is NaN."""
+    kv_len = 4099
+    q, k, v = (
+        torch.randn(1, h, n, dim, device="cuda", dtype=BF16) for h, n in ((heads, q_len), *[(kv_heads, kv_len)] * 2)
+    )
+    hidden, options = torch.zeros(kv_len, dtype=torch.bool, device="cuda"), dict[str, Any](mask="causal")
+    if kind == "lengths":
+        options["kv_lengths"] = torch.tensor([3001], dtype=torch.int32, device="cuda")
+        hidden[3001:] = True
+    elif kind == "window":
+        options["window"] = (2999, 0)
+        hidden[: kv_len - q_len - 2999] = True
+    elif kind == "left padding":
+        padding = torch.tensor([777], dtype=torch.int32, device="cuda")
+        options["mask"] = fastattn.Segments.left_padded(padding, q_len, kv_len)
+        hidden[:777] = True
+    elif kind == "bool":
+        options["mask"] = torch.rand(1, 1, q_len, kv_len, device="cuda") < 0.5
+    elif kind == "softcap":
+        options["softcap"] = 20.0
+    clean = [x.double() for x in (q, k, v)]
+    k[:, :, hidden], v[:, :, hidden] = torch.nan, torch.nan
+    options["return_lse"] = True
+    got = [fastattn.scaled_dot_product_attention(q, k, v, **options, backend="decode") for _ in range(3)]
+    assert fastattn.explain(q, k, v, **options).chosen == "decode"
+    want, lse = fastattn.scaled_dot_product_attention(*clean, **options, backend="reference")
+    assert relative_error(got[0][0], want) < 4e-3
+    torch.testing.assert_close(got[0][1].double(), lse, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(x, y) for other in got[1:] for x, y in zip(got[0], other, strict=True))
 
 
 # Without a kernel: what is a chunk, and how it is launched.

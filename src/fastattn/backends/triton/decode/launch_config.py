@@ -148,8 +148,8 @@ def splits(problem: Problem, sm_count: int) -> int:
 def _evened(tiles: int, sm_count: int) -> int:
     """Splits of about as many tiles as SMs: one, but where more give the SM with most to do far less.
 
-    (160 tiles of 64 numbers, Whisper's cross attention: of 132 SMs 28 have two, and take as long as if all had. 25.8 us,
-    torch's cuDNN 19.2.)
+    (160 tiles of 64 numbers, Whisper's cross attention: 28 of 132 SMs have two, and take as long as if all had: 25.8
+    us, torch's cuDNN 19.2.)
     """
 
     def most(splits: int) -> float:
