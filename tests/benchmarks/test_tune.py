@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.tune import SHAPES, Shape
-from fastattn.backends.triton.decode import launch_config
+from fastattn.backends.triton.decode import shapes
 from fastattn.bench.case import Case
 from fastattn.lm.runners.fused.launch_config import Launch, choose_launch
 
@@ -23,7 +23,7 @@ def test_every_case_of_routing_fits_a_tile():
     cases = tune.routing_cases()
     assert len({case.label() for case in cases}) == len(cases) > 20
     rows = {case.q_len * case.q_heads // case.kv_heads for case in cases}
-    assert max(rows) == launch_config.MAX_ROWS
+    assert max(rows) == shapes.MAX_ROWS
 
 
 def test_every_anchor_is_a_case_of_its_tile():

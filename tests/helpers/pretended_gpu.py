@@ -16,8 +16,10 @@ from fastattn import masks
 from fastattn.backends import cudnn
 from fastattn.backends.cudnn import backward, forward, plans, sinks, support
 from fastattn.backends.cudnn.graphs import PlanKey
-from fastattn.backends.triton import decode, hopper, limits, prefill
+from fastattn.backends.triton import binding, decode, hopper, limits, prefill
 from fastattn.backends.triton.decode import launch_config as launch
+from fastattn.backends.triton.decode.chunks import is_chunk
+from fastattn.backends.triton.decode.family import family
 from fastattn.call import Call, Problem, token_major
 from fastattn.warming import run
 
@@ -59,13 +61,24 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         gpu.problems.append(found)
         return found
 
+    def kernel(p: Problem) -> Any:
+        chosen = launch.choose(p, 132)
+        features = (p.sinks, p.q_lengths, p.kv_lengths, p.mask, p.mask_shape[1:] == (1,), p.softcap > 0, p.return_lse)
+        of_heads = p.q_heads, p.kv_heads, p.head_dim, p.value_dim, p.dtype
+        return *of_heads, dataclasses.replace(chosen, splits=min(chosen.splits, 2)), features
+
+    def compiled(self: Any, p: Problem) -> list[Any]:
+        for other in family(p, 132):
+            found = kernel(binding.with_intervals(other) if other.mask == "segments" else other)
+            gpu.kernels.add(found)
+            if is_chunk(other):  # of a larger batch, or of a smaller one
+                gpu.kernels.update((*found[:-2], dataclasses.replace(found[-2], splits=n), found[-1]) for n in (1, 2))
+        return []
+
     def decoded(self: Any, p: Problem, call: Call) -> Any:
         if call.segments is not None:
             p, call = masks.as_intervals(p, call)
-        chosen = dataclasses.replace(launch.choose(p, 132), splits=1)
-        wide = launch.choose(p, 132).splits > 1
-        features = (p.sinks, p.q_lengths, p.kv_lengths, p.mask, p.mask_shape[1:] == (1,), p.softcap > 0, p.return_lse)
-        gpu.kernels.add((p.q_heads, p.kv_heads, p.head_dim, p.value_dim, p.dtype, chosen, wide, features))
+        gpu.kernels.add(kernel(p))
         return SimpleNamespace(forward=lambda c: (token_major(c.q, *c.q.shape[:3], c.v.shape[3]).zero_(), None))
 
     def offsets(tensors: dict[str, Tensor], call: Call) -> dict[str, Tensor]:
@@ -79,7 +92,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         set_(ours, "reasons", lambda self, p: ["is not pretended"])
     set_(limits, "missing", lambda device_type: [])
     set_(decode.DecodeBackend, "bind", decoded)
-    set_(decode.DecodeBackend, "binaries", lambda self, p: [])
+    set_(decode.DecodeBackend, "binaries", compiled)
     set_(plans, "shared", gpu)
     for module in (forward, backward):
         set_(module, "RaggedOffsets", lambda *rest: offsets)

@@ -6,6 +6,7 @@ from mutation import Mutation
 
 _DECODE = ("tests/backends/triton/decode/test_decode.py", "-k", "splits or layouts")
 _WIDE = ("tests/backends/triton/decode/test_wide_heads.py",)
+_CHUNKS = ("tests/backends/triton/decode/test_chunks.py",)
 _STEPS = ("tests/backends/triton/decode/test_launch.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
@@ -124,6 +125,34 @@ MUTATIONS = (
         "for q_len in range(1, MAX_ROWS + 2):",
         "for q_len in (p.q_len,):",
         ("tests/backends/triton/decode/test_binaries.py",),
+    ),
+    Mutation(
+        "a warmup of the decode kernel forgets chunks",
+        "backends/triton/decode/family.py",
+        "    yield from _chunks(p)\n",
+        "",
+        ("tests/backends/triton/decode/test_binaries.py",),
+    ),
+    Mutation(
+        "the last keys of a tile of 128 rows are not masked",
+        "backends/triton/decode/kernel.py",
+        " | (step + BLOCK_N > inner_hi)",
+        "",
+        (*_CHUNKS, "-k", "128_rows and causal"),
+    ),
+    Mutation(
+        "the greatest score of a split stays a power of 2",
+        "backends/triton/decode/kernel.py",
+        "m *= _LN_2",
+        "m *= 1.0",
+        (*_CHUNKS, "-k", "128_rows and causal"),
+    ),
+    Mutation(
+        "a chunk goes to a kernel that does not divide its keys",
+        "backends/triton/decode/launch_config.py",
+        "return many_heads(p) or is_chunk(p)",
+        "return many_heads(p)",
+        (*_CHUNKS, "-k", "asked_first"),
     ),
     Mutation(
         "a capture takes the kernel that calls before it were served by",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.backends.cudnn import backward, geometry
-from fastattn.backends.triton.decode import launch_config as launch
+from fastattn.backends.triton.decode import shapes
 from fastattn.warming import kinds, run
 from fastattn.warming.kinds import LAYOUTS, PHASES
 from fastattn.warming.report import Family, Warmth
@@ -44,8 +44,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_the_capacities_are_the_plans_own() -> None:
     assert (kinds.FORWARD_CAPACITY, kinds.BACKWARD_CAPACITY) == (geometry.MIN_CAPACITY, backward._MIN_CAPACITY)
     assert geometry.MIN_TOTAL == kinds.BACKWARD_CAPACITY and geometry.MIN_SEGMENTS == 16
-    assert max(kinds.TILES) == launch.MAX_ROWS < kinds.MANY
-    assert (kinds.FEW_QUERIES, kinds.WIDE) == (launch.FEW_QUERIES, launch.WIDE)
+    assert max(kinds.TILES) == shapes.MAX_ROWS < kinds.MANY
+    assert (kinds.FEW_QUERIES, kinds.WIDE) == (shapes.FEW_QUERIES, shapes.WIDE)
 
 
 def test_the_calls_are_really_made(calls: list[dict[str, Any]]) -> None:
@@ -60,7 +60,7 @@ def test_the_calls_are_really_made(calls: list[dict[str, Any]]) -> None:
         batch_sizes=(1, 3),
     )
     shapes = {(len(c["q"]), c["q"].shape[2], c["k"].shape[2]) for c in calls}
-    assert {(1, 128, 128), (3, 128, 128), (1, 128, 256), (1, 1, 1), (3, 1, 1024)} <= shapes
+    assert {(1, 513, 513), (3, 513, 513), (1, 513, 1026), (1, 1, 1), (3, 1, 1024)} <= shapes
     assert {c["window"] for c in calls} == {None, (7, 0)}
     assert all(c["v"].shape[3] == 32 and c["sinks"].shape == (4,) and c["softcap"] is None for c in calls)
     assert {c["q"].dtype for c in calls} == {torch.float32}

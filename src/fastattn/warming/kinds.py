@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends.triton.decode.launch_config import FEW_QUERIES, WIDE
+from ..backends.triton.decode.chunks import MOST_QUERIES
+from ..backends.triton.decode.shapes import FEW_QUERIES, MAX_ROWS, WIDE
 from ..validation import FLOATING, check_flag, check_softcap, check_window, is_count
 
 PHASES = ("prefill", "chunked", "decode", "training", "packed")
@@ -23,9 +24,10 @@ LAYOUTS = {
 #: The plan of a forward depends on a length only above the first number, and then on the next power of two. The plan of
 #: a backward does so above the second number; for packed sequences the tokens of the batch count there.
 FORWARD_CAPACITY, BACKWARD_CAPACITY = 1 << 14, 1 << 10
-MANY = 128  #: queries: too many for the decode kernel with any number of heads
+MANY = MOST_QUERIES + 1  #: queries: too many for the decode kernel with any number of heads
 TILES = (16, 32, 64)  #: rows of the decode kernel's tiles: queries times heads per K/V head
 LONG = 1024  #: keys that the decode kernel divides among several programs
+CHUNK = 4 * LONG  #: keys that are worth dividing for more queries than a tile has room for
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ def _trials(a: Attention, phase: str, batch: int, open_: bool, longest: int, by_
             if longest > 1:
                 for lengths_of in ("", "padded"):
                     yield Trial(min(MANY, longest - 1), min(2 * MANY, longest), layout, lengths_of)
+            if MAX_ROWS // group + 1 < longest:
+                for lengths_of in ("", "kv", "both", "padded"):
+                    yield Trial(MAX_ROWS // group + 1, min(CHUNK, longest), layout, lengths_of)
             yield Trial(lengths[0], lengths[0], layout, "kv")
             for i, q in enumerate(lengths):
                 yield Trial(q, q, layout, "both")

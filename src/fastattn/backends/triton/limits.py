@@ -18,11 +18,17 @@ MIN_CAPABILITY = (8, 0)  #: Ampere: the first with bfloat16 tensor cores and asy
 _LARGE = dict.fromkeys(((0, 0), (9, 0), (10, 0), (10, 3)), 227 << 10)  # (0, 0): Triton's interpreter, without a limit
 _MEDIUM = dict.fromkeys(((8, 0), (8, 7)), 163 << 10)
 _SMALL = 99 << 10  #: as on 8.6, 8.9 and 12.0
+_SMS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (10, 3): 148, (12, 0): 170}
 
 
 def usual_shared_memory(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that one program may have on GPUs of a compute capability. No device is asked."""
     return (_LARGE | _MEDIUM).get(capability, _SMALL)
+
+
+def usual_sm_count(capability: tuple[int, int]) -> int:
+    """Streaming multiprocessors of the GPU that is most common of a compute capability. No device is asked."""
+    return _SMS.get(capability, 108)
 
 
 def refusals(problem: Problem, head_dims: range, value_dims: range) -> list[str]:

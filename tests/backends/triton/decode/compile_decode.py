@@ -31,6 +31,7 @@ from prepared import prepared
 from fastattn.backends.triton.binaries.flag_set import Binary
 from fastattn.backends.triton.binaries.launcher import BinaryLauncher
 from fastattn.backends.triton.decode import launch_config as launch
+from fastattn.backends.triton.decode import shapes
 from fastattn.backends.triton.decode.forward import DecodeKernel
 from fastattn.call import Call, Problem
 from fastattn.masks import Intervals
@@ -55,6 +56,25 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield "intervals", qkv(torch.bfloat16, 128, 128), {"mask": Intervals(bounds, bounds)}
     for dim, dtype in ((128, torch.bfloat16), (256, torch.float16), (128, torch.float32), (256, torch.float32)):
         yield "many queries", qkv(dtype, dim, dim, 512), {"mask": "causal", "softcap": 50.0, "return_lse": True}
+    yield from chunks()
+
+
+def chunks() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """More rows than a tile for few queries has, and keys to divide."""
+    lengths, bounds = torch.ones(1, dtype=torch.int32), torch.zeros(1, 32, dtype=torch.int32)
+    bits, more = {"dtype": torch.bfloat16}, {"return_lse": True, "sinks": torch.empty(32)}
+    rows = torch.empty(1, 1, 32, 4096, dtype=torch.float32)
+    for dims, options in (
+        ((128, 128), {"mask": "causal", "kv_lengths": lengths, "q_lengths": lengths}),
+        ((64, 64), {"window": (2047, 0), **more}),
+        ((256, 256), {"mask": "causal", "softcap": 30.0, **more}),
+        ((192, 128), {"mask": "causal"}),
+        ((72, 72), {}),
+        ((128, 128), {"mask": Intervals(bounds, bounds)}),
+        ((128, 128), {"mask": rows}),
+    ):
+        q, k = torch.empty(1, 32, 32, dims[0], **bits), torch.empty(1, 8, 4096, dims[0], **bits)
+        yield "chunk", (q, k, torch.empty(1, 8, 4096, dims[1], **bits)), options
 
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -144,7 +164,7 @@ def main(major: int, minor: int, flag: str = "") -> None:
                 continue
             seen.add(flags)
             binary = flags.compile()
-            said = {"call": name, "kernel": binary.name, "wide": launch.is_wide(problem), "rows": chosen.block_m}
+            said = {"call": name, "kernel": binary.name, "wide": shapes.is_wide(problem), "rows": chosen.block_m}
             print(json.dumps(said | {"keys": chosen.block_n, "stages": chosen.stages} | code(binary)), flush=True)
 
 

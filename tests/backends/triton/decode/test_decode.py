@@ -14,7 +14,7 @@ from features import BROADCASTS, FEATURES
 import fastattn
 from fastattn import Intervals
 from fastattn.backends.triton import launcher as triton_launch
-from fastattn.backends.triton.decode import DecodeBackend
+from fastattn.backends.triton.decode import DecodeBackend, shapes
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.call import Problem
 
@@ -247,10 +247,10 @@ def but(**changes) -> Problem:
         ({"grads": "qk"}, "no gradients"),
         ({"dtype": FP64}, "float64"),
         ({"kv_len": 0}, "no queries or no keys"),
-        ({"q_len": 17}, "too many queries: 17 x 4"),
-        ({"q_len": 17, "q_heads": 1024}, "too many queries: 17 x 128"),
-        ({"q_len": 17, "head_dim": 512, "value_dim": 512}, "too many queries: 17 x 4"),
-        ({"q_len": 9, "q_heads": 64}, "too many queries: 9 x 8"),
+        ({"q_len": 17, "kv_len": 300}, "too many queries: 17 x 4"),
+        ({"q_len": 17, "q_heads": 1024, "kv_len": 300}, "too many queries: 17 x 128"),
+        ({"q_len": 17, "kv_len": 300, "head_dim": 512, "value_dim": 512}, "too many queries: 17 x 4"),
+        ({"q_len": 9, "q_heads": 64, "kv_len": 300}, "too many queries: 9 x 8"),
         ({"q_len": 1 << 20, "softcap": 1.0}, "too many queries: 1048576 x 4"),
         ({"head_dim": 68}, "head dim 68"),
         ({"head_dim": 584}, "head dim 584"),
@@ -311,7 +311,7 @@ def test_launch_covers_the_problem() -> None:
                     assert all(x == 0 or (x >= launch.MIN_DOT and x & (x - 1) == 0) for x in parts)
                     blocks = (chosen.block_m, chosen.block_n, chosen.head[0], chosen.value[0])
                     assert all(block >= launch.MIN_DOT and block & (block - 1) == 0 for block in blocks)
-                    assert chosen.block_m >= launch.rows(p) or chosen.near
+                    assert chosen.block_m >= shapes.rows(p) or chosen.near
                     assert sum(chosen.head) >= head_dim
                     assert sum(chosen.value) >= value_dim
                     assert chosen.stages >= 1
@@ -328,6 +328,18 @@ def test_splits_fill_the_gpu() -> None:
     # Rows of different lengths are cut finer, so that the SMs even out; a single row needs no evening out.
     assert launch.splits(but(batch=32, kv_lengths=True), 132) > launch.splits(but(batch=32), 132)
     assert launch.splits(but(kv_lengths=True), 132) == launch.splits(PROBLEM, 132)
+
+
+def test_splits_even_out_the_gpu() -> None:
+    """Of a few more tiles than multiprocessors some of these have two, of a few more than half as many most have none:
+    then each is divided. Not where that gives the busiest hardly less to do."""
+    whisper = but(batch=8, q_heads=20, kv_heads=20, head_dim=64, value_dim=64, kv_len=1500)
+    assert launch.splits(whisper, 132) == 3
+    found = {batch: launch.splits(but(batch=batch), 132) for batch in (8, 9, 11, 12, 16, 17, 20, 22, 23, 32, 64)}
+    assert found == {8: 2, 9: 3, 11: 3, 12: 1, 16: 1, 17: 3, 20: 3, 22: 3, 23: 1, 32: 1, 64: 1}
+    for tiles in range(1, 1000):
+        n = launch._evened(tiles, 132)
+        assert n == 1 or -(-tiles * n // 132) / n <= 0.7 * -(-tiles // 132)
 
 
 # Only natively.

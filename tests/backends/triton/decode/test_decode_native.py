@@ -32,13 +32,17 @@ def test_compiles_within_shared_memory(capability: tuple[int, int], tmp_path: Pa
     assert max(entry["shared"] for entry in compiled) <= SHARED_MEMORY[capability]
     kernels = Counter((entry["kernel"], entry["wide"]) for entry in compiled)
     if capability not in FLAGS:
-        assert kernels["attend_kernel", False] == 14 + 4  # many queries, of four kinds, in one split
-        assert kernels["combine_kernel", False] == 12  # the windows fit one step, and so one split
+        assert kernels["attend_kernel", False] == 14 + 4 + 7  # many queries, of four kinds, in one split; chunks
+        assert kernels["combine_kernel", False] == 12 + 7  # the windows fit one step, and so one split
     # Of wide heads, `python compile_decode.py 9 0 --every` compiles all.
     assert (kernels["attend_kernel", True], kernels["combine_kernel", True]) == (7, 6)  # a batch that needs no splits
     for entry in compiled:
         assert not entry["serial"], entry
         assert entry["spilled"] <= (16 if entry["wide"] else 256), entry
-    if capability == (9, 0):  # 64 rows, values in the keys: 576 / 16 products for the scores, each once, and 64 / 16
+    if capability == (9, 0):
+        parts = [entry for entry in compiled if (entry["call"], entry["kernel"]) == ("chunk", "attend_kernel")]
+        assert [entry["rows"] for entry in parts] == [128] * 5 + [64] * 2
+        assert not any(entry["spilled"] for entry in parts)
+        # 64 rows, values in the keys: 576 / 16 products for the scores, each once, and 64 / 16
         same = [entry for entry in compiled if entry["kernel"] == "attend_kernel" and " same" in entry["call"]]
         assert {(x["rows"], x["keys"], x["products"]) for x in same} == {(64, 64, 36 + 4)}

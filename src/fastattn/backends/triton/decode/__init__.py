@@ -10,6 +10,7 @@ from .. import limits
 from ..binaries.flag_set import FlagSet
 from . import forward
 from . import launch_config as launch
+from .shapes import MAX_ROWS
 
 HEAD_DIMS = range(8, 577, 8)  #: of q and k
 VALUE_DIMS = range(8, 513, 8)  #: of v: 64 rows of more do not fit the registers
@@ -27,7 +28,7 @@ class DecodeBackend:
         if p.grads:
             why.append("has no gradients")
         if not launch.fits(p):
-            why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {launch.MAX_ROWS} rows")
+            why.append(f"too many queries: {p.q_len} x {p.group} heads per K/V head, a tile has {MAX_ROWS} rows")
         return why
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:

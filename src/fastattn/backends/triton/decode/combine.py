@@ -33,7 +33,8 @@ def combine_kernel(
     m, l and acc are those of a running softmax: the row's greatest score, the sum of exp(score - m), and the values so
     weighted. Their log-sum-exp alone would not do: m + log(l) loses l where m is as large as a mask's finfo.min.
     """
-    if PDL:  # the kernel after this one may get ready (it need not; and one that does waits for this one's end)
+    if PDL:  # waits for the first kernel's end; then the one after this one may get ready, to wait for this one's end
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     r = tl.program_id(1)

@@ -23,8 +23,10 @@ from ..bounds import Bounds
 from ..launcher import overlaps
 from ..limits import shared_memory, sm_count
 from ..representative import representative, stand_in
+from .chunks import is_chunk
 from .family import family
-from .launch_config import MAX_SPLITS, Launch, choose, gaps, is_wide, may_be_same, rows
+from .launch_config import MAX_SPLITS, Launch, choose, may_be_same
+from .shapes import MAX_ROWS, gaps, is_wide, rows
 
 _ATTEND = NamedKernel(f"{__package__}.kernel", "attend_kernel")
 _COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
@@ -63,12 +65,15 @@ def binaries(problem: Problem) -> list[FlagSet]:
     for other in family(problem, sm_count(problem.index)):
         p = with_intervals(other) if other.mask == "segments" else other
         for same in (False, True) if _in_keys(p) else (False,):
-            launch = _launch(p, same)
-            looked_at = replace(launch, splits=min(launch.splits, 2)), gaps(p), same
-            if looked_at not in seen:
-                seen.add(looked_at)
-                call = representative(p)
-                found |= dict.fromkeys(flag_sets(DecodeKernel(p, call, launch, same).launches(call)))
+            chosen = _launch(p, same)
+            # Of chunks, larger batches take one split, smaller ones more.
+            for splits in dict.fromkeys((min(chosen.splits, 2), 1, 2)) if is_chunk(p) else (min(chosen.splits, 2),):
+                launch = replace(chosen, splits=splits)
+                looked_at = launch, gaps(p), same
+                if looked_at not in seen:
+                    seen.add(looked_at)
+                    call = representative(p)
+                    found |= dict.fromkeys(flag_sets(DecodeKernel(p, call, launch, same).launches(call)))
     return list(found | dict.fromkeys(flag_sets(before)))
 
 
@@ -138,15 +143,17 @@ class DecodeKernel(ForwardOnly):
         columns = 1 << (sum(launch.value) - 1).bit_length()
         columns = columns if columns <= 256 else 128  # of a program; wide rows are many programs
         chunk = 4096 // columns  # splits read at a time, so that they fill 32 registers a thread
+        pdl = overlaps(p.capability)
         self._combine = launcher_of(
             _COMBINE,
             (tiles, count, -(-p.value_dim // columns)),
             device,
             p.capability,
             (p.q_len, launch.splits),
-            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, overlaps(p.capability)),
+            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, pdl),
             _COMBINE_ALIGNED,
             num_warps=4,
+            **({"launch_pdl": True} if pdl else {}),
         )
         self._where = device
         attend = next(iter(self._attend.values()))
@@ -243,7 +250,7 @@ def _arguments(p: Problem, launch: Launch, call: Call, same: bool) -> tuple[tupl
     masks = *broadcast_strides(call.mask, 4), *broadcast_strides(call.lo, 2)
     integers = (*strides, *masks, p.q_len, p.kv_len, *band(p))
     blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
-    flags = (gaps(p), launch.near, is_wide(p), same)
+    flags = (gaps(p), launch.near, is_wide(p) or launch.block_m > MAX_ROWS, same)
     return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, *flags)
 
 

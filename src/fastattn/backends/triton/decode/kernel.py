@@ -5,9 +5,9 @@ the rows of one tensor-core tile. Few rows are few programs, so the keys of a ti
 ("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
 
 More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
-(absorbed MLA: 128 heads to a K/V head), run side by side and find their keys in the L2 cache when one of them has read
-them. (Those of many queries have one split: not what this is made for, but far faster than the reference where no other
-kernel has the feature.)
+(absorbed MLA: 128 heads to a K/V head), and those of chunks (`chunks.py`), run side by side and find their keys in the
+L2 cache when one of them has read them. (Those of many queries have one split: not what this is made for, but far
+faster than the reference where no other kernel has the feature.)
 
 Where the values are the keys' first columns, in memory too, each key is read once for both products (`SAME`).
 
@@ -28,6 +28,10 @@ from ..masking import float_bias, tanh, visible_keys
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "interval_sb", "interval_si"]
 _INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right"]
+
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -78,10 +82,12 @@ def attend_kernel(
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
-    WIDE: tl.constexpr,  # head dims above 256: see the loop
+    LARGE: tl.constexpr,  # tiles that fill the registers, of wide heads or many rows: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
     PRECISION: tl.constexpr,  # of float32 products
 ):
+    # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf.)
+    BASE_2: tl.constexpr = LARGE and mask_ptr is None
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     if NEAR:
@@ -115,7 +121,7 @@ def attend_kernel(
     start = first + (split * share + tl.minimum(split, extra)) * BLOCK_N
     stop = tl.minimum(start + (share + (split < extra).to(tl.int32)) * BLOCK_N, last)
     hi = tl.minimum(hi, stop)
-    if WIDE:
+    if LARGE:
         inner_lo = tl.max(tl.where(valid, lo, 0), 0)
         inner_hi = tl.min(tl.where(valid, hi, kv_len), 0)
         # One step at least, if of nothing: where there may be none, the assembler cannot leave the output in the
@@ -137,18 +143,24 @@ def attend_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp(score - m)
     if scratch_ptr is None and sinks_ptr is not None:  # a sink is a score whose value is 0
         m = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
+        if BASE_2:
+            m *= _LOG2_E
         l = tl.where(m > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, FIRST_V], tl.float32)
     acc_rest = acc
     if REST_V > 0:
         acc_rest = tl.zeros([BLOCK_M, REST_V], tl.float32)
 
+    exponent = _LOG2_E
+    if BASE_2 and softcap is None:  # the scale, which is positive, is applied with the difference to the maximum
+        exponent = scale * _LOG2_E
+        scale = 1.0
     for step in range(start, end, BLOCK_N):
         j = step + tl.arange(0, BLOCK_N)
         j64 = j.to(tl.int64)
         # Columns padded in D hold 0 in q and k both: 0 in q alone would make NaN of an infinite key.
         k, k_rest = load_rows(k_ptr, j64 * k_sj * UNIT, j < stop, D, FIRST, REST)
-        if WIDE:  # two products that do not meet before their end: see below
+        if LARGE:  # two products that do not meet before their end: see below
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if REST > 0:
                 s += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * scale
@@ -167,7 +179,7 @@ def attend_kernel(
                 # The least float32 is a legal bias. (Hence exp: scores times log2(e) for exp2 would make it -inf.)
                 s += bias
         # Whatever a key that the row does not see holds, its score ends here.
-        if WIDE:
+        if LARGE:
             # Beside saving work, the branch hides from Triton that a product leads to another one: it would spread the
             # warps over the rows alone, and of 64 rows two groups of warps would compute the same scores.
             if (step < inner_lo) | (step + BLOCK_N > inner_hi) | (mask_ptr is not None):
@@ -175,10 +187,17 @@ def attend_kernel(
         else:
             s = tl.where(seen, s, float("-inf"))
 
-        m_new = tl.maximum(m, tl.max(s, 1))
+        top = tl.max(s, 1)
+        if BASE_2:
+            top *= exponent
+        m_new = tl.maximum(m, top)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-        p = tl.exp(s - base[:, None])
-        decay = tl.exp(m - base)
+        if BASE_2:
+            p = tl.exp2(s * exponent - base[:, None])
+            decay = tl.exp2(m - base)
+        else:
+            p = tl.exp(s - base[:, None])
+            decay = tl.exp(m - base)
         m = m_new
         l = l * decay + tl.sum(p, 1)
 
@@ -196,6 +215,8 @@ def attend_kernel(
         if REST_V > 0:
             acc_rest = tl.dot(p.to(v.dtype), v_rest, acc_rest * decay[:, None], input_precision=PRECISION)
 
+    if BASE_2:
+        m *= _LN_2
     if scratch_ptr is None:
         total = tl.where(l == 0.0, 1.0, l)
         out_at = ((b64 * q_len + i) * (KV_HEADS * GROUP) + head) * DV

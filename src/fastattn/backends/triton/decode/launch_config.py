@@ -15,15 +15,16 @@ from ....call import Problem
 from ....shape_cache import cached
 from ..limits import usual_shared_memory
 from ..tile_parts import MIN_PART, parts
+from .chunks import MANY_ROWS, divided, is_chunk, steps_of, tile_rows
+from .shapes import FEW_QUERIES, MAX_ROWS, gaps, is_wide, many_heads, ragged, reach, rows
 
-#: Queries times heads per K/V head; one tensor-core tile. Where there are more, blocks of as many: with a softcap, 2048
-#: queries of 32/8 heads take 223 us, in blocks of 128 rows 269 (torch's flex attention: 250).
-MAX_ROWS = 64
+# Where there are more than MAX_ROWS, blocks of as many: with a softcap, 2048 queries of 32/8 heads take 223 us, in
+# blocks of 128 rows 269 (torch's flex attention: 250). Chunks take larger ones, see `chunks.py`.
 MOST_BLOCKS = 65535  #: of rows: what CUDA allows along the third dim of a grid
-FEW_QUERIES = 16  #: that are taken in blocks of rows without a softcap: where the heads alone fill a block, or are wide
-WIDE = 256  #: head dims above it take the launches of `_wide`
 MAX_SPLITS = 256  #: programs that share the keys of one K/V head; the combine kernel holds as many numbers
 MIN_DOT = MIN_PART
+MOST_EVENED = 4  #: programs per SM, up to which splits are chosen so that the SMs even out: as many are there at once
+WORTHWHILE = 0.7  #: of the time, for which keys are split and combined
 MAX_KEYS = 128  #: keys per step at most: more make short rows pay for keys that are not there
 MAX_SCORES = 2048  #: rows x keys of one step: more crowd the registers (64 x 32 against 64 x 64: 13.8 us for 17.5)
 
@@ -68,18 +69,13 @@ class Launch:
     near: bool = False  #: the blocks of rows of a K/V head are neighbours in the grid, and may have splits
 
 
-def rows(problem: Problem) -> int:
-    """Rows of the tile that a K/V head's queries fill."""
-    return problem.q_len * problem.group
-
-
 def fits(problem: Problem) -> bool:
     """True when the kernel takes as many queries: one block of rows, or several where others are worse at it. That is
     where they lack the softcap, where few queries have a group of heads that fills a block alone (other kernels read
-    the keys once per head or do not split them), and for few queries of wide heads."""
+    the keys once per head or do not split them), for few queries of wide heads, and for chunks."""
     p = problem
     blocks = -(-rows(p) // _rows_of_a_block(p))
-    return rows(p) <= MAX_ROWS or (p.softcap > 0 and blocks <= MOST_BLOCKS) or _many_heads(p)
+    return rows(p) <= MAX_ROWS or (p.softcap > 0 and blocks <= MOST_BLOCKS) or _near(p)
 
 
 def may_be_same(problem: Problem) -> bool:
@@ -105,15 +101,18 @@ def choose(problem: Problem, sm_count: int, shared: int | None = None, same: boo
     head, value = parts(p.head_dim), _value_parts(p, block_m)
     if is_wide(p):
         keys, stages = _wide_steps(p, block_m, usual_shared_memory(p.capability) if shared is None else shared, same)
-        near = rows(p) > block_m and _few(p)
+        near = rows(p) > block_m and (_few(p) or is_chunk(p))
         count = _wide_splits(p, block_m, keys, sm_count, same)
         return Launch(count, block_m, keys, head, value, warps=8, stages=stages, near=near)
+    if block_m == MANY_ROWS:
+        keys, stages = steps_of(p)
+        return Launch(divided(p, sm_count), block_m, keys, head, value, warps=8, stages=stages, near=True)
     crowded = _crowded(p, rule, sm_count)
     # q's tile shares the memory with the steps in flight; at 64 KiB (float32) it takes one's place. Steps of many rows
     # are small ones; but with several blocks of rows programs share an SM (2048 queries: 266 us with four stages, 223
     # with three).
     stages = rule.stages - (block_m * sum(head) * p.dtype.itemsize >= 1 << 16)
-    full = MAX_ROWS // 2 < rows(p) <= MAX_ROWS or _many_heads(p)
+    full = MAX_ROWS // 2 < rows(p) <= MAX_ROWS or _near(p)
     many_rows = full and p.dtype != torch.float32 and sum(value) <= 128 and rule.stages > 2
     return Launch(
         splits=splits(p, sm_count),
@@ -123,7 +122,7 @@ def choose(problem: Problem, sm_count: int, shared: int | None = None, same: boo
         value=value,
         warps=8 if _many_registers(p, block_m, sum(value)) else 2 if crowded else 4,
         stages=stages + many_rows,
-        near=_many_heads(p),
+        near=_near(p),
     )
 
 
@@ -131,23 +130,37 @@ def splits(problem: Problem, sm_count: int) -> int:
     """Among how many programs the keys of each K/V head, batch entry and block of rows are divided; heads not wide."""
     p = problem
     blocks = -(-rows(p) // MAX_ROWS)
-    if blocks > 1 and not _many_heads(p):
+    if blocks > 1 and not _near(p):
         return 1
+    if is_chunk(p):
+        return divided(p, sm_count)
     rule = RULES.get(p.capability, DEFAULT)
-    per_sm = rule.ragged if _ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
+    per_sm = rule.ragged if ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
     block_n = _block_n(p, rule, _crowded(p, rule, sm_count))
-    steps = -(-_reach(p) // block_n)
+    steps = -(-reach(p) // block_n)
     if not _narrow(p, block_n):  # with one split the kernel is another: a growing cache must not compile it anew
         steps = max(2, steps)
-    return max(1, min(sm_count * per_sm // (p.batch * p.kv_heads * blocks), steps, MAX_SPLITS))
+    tiles = p.batch * p.kv_heads * blocks
+    found = max(sm_count * per_sm // tiles, 1 if ragged(p) else _evened(tiles, sm_count))
+    return max(1, min(found, steps, MAX_SPLITS))
+
+
+def _evened(tiles: int, sm_count: int) -> int:
+    """Splits of about as many tiles as SMs: one, but where more give the SM with most to do far less.
+
+    (160 tiles of 64 numbers, Whisper's cross attention: 28 of 132 SMs have two, and take as long as if all had: 25.8
+    us, torch's cuDNN 19.2.)
+    """
+
+    def most(splits: int) -> float:
+        return -(-tiles * splits // sm_count) / splits
+
+    tried = [n for n in range(1, MOST_EVENED + 1) if tiles * n <= MOST_EVENED * sm_count]
+    best = min(tried, key=most, default=1)
+    return best if most(best) <= WORTHWHILE * most(1) else 1
 
 
 # --- wide heads
-
-
-def is_wide(problem: Problem) -> bool:
-    """True when the tiles of q, k and v fill the shared memory, and the output the registers."""
-    return max(problem.head_dim, problem.value_dim) > WIDE
 
 
 def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int, int]:
@@ -183,14 +196,14 @@ def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool)
     the L2 cache at about twice the memory's rate. steps / n + n x split / step is least at sqrt(steps x step / split).
     """
     blocks = -(-rows(p) // block_m)
-    if blocks > 1 and not _few(p):
+    if blocks > 1 and not (_few(p) or is_chunk(p)):
         return 1
-    steps = -(-_reach(p) // keys)
+    steps = -(-reach(p) // keys)
     if _narrow(p, keys):
         return 1
     step = keys * (p.head_dim + (0 if same else p.value_dim)) * p.dtype.itemsize * sm_count
     split = p.batch * p.kv_heads * rows(p) * p.value_dim * 4
-    most = sm_count * (_WIDE_RAGGED if _ragged(p) else 1) // (p.batch * p.kv_heads * blocks)
+    most = sm_count * (_WIDE_RAGGED if ragged(p) else 1) // (p.batch * p.kv_heads * blocks)
     found = max(1, min(most, math.isqrt(steps * step // split), steps, MAX_SPLITS))
     found = -(-steps // -(-steps // found))  # as few as have the same number of steps
     return max(2, found) if most >= 2 else 1  # two even of one step: see `splits`
@@ -201,23 +214,12 @@ def _few(p: Problem) -> bool:
     return p.q_len <= FEW_QUERIES or rows(p) <= MAX_ROWS
 
 
-def _many_heads(p: Problem) -> bool:
-    """True for few queries with more rows than a block has anywhere, whose blocks are side by side."""
-    return rows(p) > MAX_ROWS and p.q_len <= FEW_QUERIES and (p.group > MAX_ROWS or is_wide(p))
+def _near(p: Problem) -> bool:
+    """True for several blocks of rows that are side by side and have splits."""
+    return many_heads(p) or is_chunk(p)
 
 
 # --- what they have in common
-
-
-def _ragged(p: Problem) -> bool:
-    """True when the rows may be of different lengths."""
-    return p.batch > 1 and (p.kv_lengths or p.mask == "intervals")
-
-
-def _reach(p: Problem) -> int:
-    """Keys that the queries of one tile see at the most."""
-    windowed = p.left >= 0 and p.right >= 0  # the windows of q_len neighbours
-    return min(p.kv_len, p.left + p.right + p.q_len) if windowed else p.kv_len
 
 
 def _narrow(p: Problem, keys: int) -> bool:
@@ -233,7 +235,7 @@ def _fine(p: Problem) -> bool:
 def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:
     """True when every SM has a K/V head to itself and more: no splits, and what counts is how many programs fit."""
     half = p.dtype != torch.float32 and _rows_of_a_block(p) == MIN_DOT
-    return half and not _ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
+    return half and not ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
 
 
 def _block_n(p: Problem, rule: Rule, crowded: bool) -> int:
@@ -252,8 +254,8 @@ def _row_bytes(p: Problem) -> int:
 
 def _value_parts(p: Problem, block_m: int) -> tuple[int, int]:
     """A second part of no more columns than rows would be computed by all warps alike, each for itself (ptxas: 195
-    registers for 100, four times the products), except by Hopper's products of 64 rows."""
-    return parts(p.value_dim, MIN_PART if block_m == MAX_ROWS else 2 * block_m)
+    registers for 100, four times the products), except by Hopper's products of 64 rows each."""
+    return parts(p.value_dim, MIN_PART if block_m >= MAX_ROWS else 2 * block_m)
 
 
 def _many_registers(p: Problem, block_m: int, columns: int) -> bool:
@@ -267,13 +269,9 @@ def _rows_of_a_block(p: Problem) -> int:
         # 64 rows of 512 columns are 128 registers a thread. With Hopper's products, whose operands are in the shared
         # memory, that leaves room for the rest, unless there are gaps to be cleared in values and scores.
         most = MIN_DOT if p.dtype == torch.float32 else MAX_ROWS if p.capability[0] == 9 and not gaps(p) else 32
+    elif is_chunk(p):
+        return tile_rows(p)
     return min(_block(rows(p)), most)
-
-
-def gaps(problem: Problem) -> bool:
-    """True when between the first and the last key that a tile sees may lie keys that no row of it sees."""
-    p = problem
-    return p.dense_mask or (p.mask == "intervals" and p.mask_shape[1] > 1)
 
 
 def _block(size: int) -> int:
