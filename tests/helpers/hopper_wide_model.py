@@ -81,7 +81,9 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-def _combined(parts: torch.Tensor, sinks: torch.Tensor | None, p: Any, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _combined(
+    parts: torch.Tensor, sinks: torch.Tensor | None, p: Any, splits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `combine.py` makes of what the splits leave, which Triton's interpreter would take minutes for."""
     rows = p.batch * p.kv_heads, splits, p.q_len, p.group
     acc, m, total = parts.split([x * parts.numel() // (p.value_dim + 2) for x in (p.value_dim, 1, 1)])

@@ -15,7 +15,8 @@ from .limits import is_wide
 
 
 class HopperBackend:
-    """See `launch.py`, and those of `hopper_wide` and `hopper_backward`. triton is imported when a kernel has to be compiled."""
+    """See `launch.py`, and those of `hopper_wide` and `hopper_backward`. triton is imported when one has to be
+    compiled."""
 
     name = "hopper"
     gives_lse = True

@@ -53,9 +53,7 @@ class Layout:
         key = address, self
         found: Description | None = _descriptions.get(key)
         if found is None:
-            found = describe(
-                address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together
-            )
+            found = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together)
             _descriptions[key] = found
         return found
 

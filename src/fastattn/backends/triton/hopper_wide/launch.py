@@ -85,11 +85,11 @@ def binaries(p: Problem) -> list[FlagSet]:
         other = replace(p, q_len=q_len)
         for split in (own, not own):
             found += [flags(other, split, kind) for kind in ((same, False) if same else (False,))]
-    found += flag_sets([_combination(p, 2, torch.device("meta"))])
+    found += flag_sets([combination(p, 2, torch.device("meta"))])
     return list(dict.fromkeys(found))
 
 
-def _combination(p: Problem, splits: int, device: torch.device) -> Launch:
+def combination(p: Problem, splits: int, device: torch.device) -> Launch:
     """The second kernel, and tensors that stand for those of a call."""
     out, numbers = stand_in(p.dtype), stand_in(torch.float32)
     lse = numbers if p.return_lse or p.grads else None
@@ -161,7 +161,7 @@ class Forward:
         self._combine: Any = None
         wants_lse = p.return_lse or bool(p.grads)
         if splits > 1:
-            launcher, tensors, _ = _combination(p, splits, self._where)
+            launcher, tensors, _ = combination(p, splits, self._where)
             self._combine = launcher
             prepare([(launcher, (*tensors[:3], call.sinks), ())])
         self._function = binaries_store.shared.function(self._flags, self._device)

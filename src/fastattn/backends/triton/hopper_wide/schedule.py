@@ -13,6 +13,7 @@ from .binary import KEYS, ROWS
 #: (the L2 cache brings about 28 bytes a cycle); the loads before a tile's first product and its stores; of the second
 #: kernel its launch, and the bytes that it and the first one move in a cycle, all multiprocessors together.
 _PAIR_SAME, _PAIR, _ITEM, _LAUNCH, _BYTES = 6000, 9500, 6000, 5000, 1700
+_WORTH = 0.9  #: of the time without splits: more is not worth a second kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +60,5 @@ def _splits(p: Problem, tiles: int, sms: int, same: bool) -> int:
         return work + (_LAUNCH + splits * moved / _BYTES if splits > 1 else 0)
 
     limit = max(1, min(longest, MAX_SPLITS, max(4, 2 * sms // tiles)))
-    return min(range(1, limit + 1), key=cycles)
+    best = min(range(1, limit + 1), key=cycles)
+    return best if cycles(best) < _WORTH * cycles(1) else 1
