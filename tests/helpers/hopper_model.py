@@ -403,7 +403,9 @@ class Model:
     def _init(self, x: Barrier, count: int) -> None:
         x.count = x.pending = count
 
-    def _arrive(self, x: Barrier) -> None:
+    def _arrive(self, x: Barrier, pred: Any = True) -> None:
+        if not pred:
+            return
         with self.machine.changed:
             x.pending -= 1
             x.check()

@@ -12,8 +12,8 @@ from hopper_wide_code import NAMES
 from fastattn.backends.triton.hopper_wide.launch import arguments
 
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
-#: Registers that a kernel may spill outside of its inner loops (with Triton 3.6 up to 12, with 3.9 up to 39), and reads
-#: of them in a loop (3.6: none).
+#: Registers that a kernel may spill outside of its inner loops (with Triton 3.6 up to 2, with 3.9 up to 49), and in a
+#: loop (3.6: none).
 _SPILLED, _IN_A_LOOP = 60, 3
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -40,4 +40,4 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
         assert loop["products"] == (576 if flags.rest else 512) // 16 + 2 * 64 // 16
         # For the other's P V, for the scores, for the own P V; more of them: one product after the other.
         assert loop["waits"] == 3
-        assert loop["stores"] == 0 and loop["loads"] <= _IN_A_LOOP
+        assert loop["stores"] + loop["loads"] <= _IN_A_LOOP

@@ -57,13 +57,11 @@ def _issue_scores(pipe, zero, turn, group: gl.constexpr, cfg):
 
 
 @gluon.jit
-def _free_keys(pipe, group: gl.constexpr, cfg):
-    """After the scores: what no product with values needs is free."""
+def _free_keys(pipe, cfg):
+    """After the scores: keys that are no values are not needed any more, and the next ones wait for their place."""
     if not cfg.SAME:
         mbarrier.arrive(pipe.empty.index(0))
         mbarrier.arrive(pipe.empty.index(1))
-    if cfg.REST:
-        mbarrier.arrive(pipe.rest_empty.index(group))
 
 
 @gluon.jit
@@ -72,15 +70,35 @@ def _tanh(x):
 
 
 @gluon.jit
-def _softmax(s, base, inner, scale, start, at, shape, cfg):
-    """Of one block: the rows' new bases (their largest scores so far, scaled), what was counted from the old ones is
-    multiplied by, and P."""
+def _publish_bases(s, base, inner, scale, start, at, pipe, group: gl.constexpr, shape, cfg):
+    """Of one block the scores, masked, and the rows' new bases: their largest scores so far, scaled. The other consumer
+    gets these first: while this one computes P, it multiplies its output by what they ask for."""
     if cfg.SOFTCAP:
         s = _tanh(s * inner)
     if is_cut(start, at, shape, cfg):
         s = mask(s, start, at, shape, cfg)
     new_base = gl.maximum(base, gl.max(s, 1) * scale)
-    return new_base, gl.exp2(base - new_base), gl.exp2(s * scale - new_base[:, None])
+    pipe.bases.index(group).store(new_base)
+    barrier()
+    mbarrier.arrive(pipe.bases_full.index(group))
+    return s, new_base
+
+
+@gluon.jit
+def _publish(s, base, scale, last, pipe, group: gl.constexpr, cfg):
+    """Computes P, and puts it where the other consumer finds it. The last one who read what was there is this one: it
+    had to, before it could compute this P. What else the scores needed is free now, after a tile's last ones the
+    queries, too."""
+    p = gl.exp2(s * scale - base[:, None])
+    rounded = p.to(pipe.p.dtype)
+    pipe.p.store(rounded)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(pipe.p_full.index(group))
+    if cfg.REST:
+        mbarrier.arrive(pipe.rest_empty.index(group))
+    mbarrier.arrive(pipe.q_empty.index(0), pred=last)
+    return p, rounded
 
 
 @gluon.jit
@@ -96,28 +114,21 @@ def _times(x, factor):
 
 
 @gluon.jit
-def _publish(p, base, pipe, group: gl.constexpr):
-    """Puts P and the bases where the other consumer finds them. The last one who read what was there is this one: it
-    had to, before it could compute this P."""
-    pipe.p.store(p)
-    pipe.bases.index(group).store(base)
-    fence_async_shared()
-    barrier()
-    mbarrier.arrive(pipe.p_full.index(group))
-
-
-@gluon.jit
 def _take(pipe, acc, base, l_i, turn, group: gl.constexpr, cfg):
-    """Issues the product of the other consumer's last P, in pair `turn`, and this one's half of the values."""
+    """The product of the other consumer's last P, in pair `turn`, and this one's half of the values, to its end."""
     owner: gl.constexpr = 1 - group
-    mbarrier.wait(pipe.p_full.index(owner), turn)
+    part: gl.constexpr = 2 * owner + group if cfg.SAME else 2 + group
+    mbarrier.wait(pipe.bases_full.index(owner), turn)
     new_base = pipe.bases.index(owner).load(base.type.layout)
     decay = gl.exp2(base - new_base)
-    l_i = _times(l_i, decay)
     acc = _times(acc, decay)
-    part: gl.constexpr = 2 * owner + group if cfg.SAME else 2 + group
+    mbarrier.wait(pipe.p_full.index(owner), turn)
     mbarrier.wait(pipe.full.index(part), _phase(owner, turn, cfg))
     acc = warpgroup_mma(pipe.p, _part(here(turn * 0) + part, pipe), acc, is_async=True)
+    l_i = _times(l_i, decay)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    # Before anything else is waited for: where keys and values come slowly, this part's place is what they wait for.
+    mbarrier.arrive(pipe.empty.index(part))
     return acc, new_base, l_i
 
 
@@ -133,24 +144,21 @@ def _give(p, acc, pipe, turn, group: gl.constexpr, cfg):
 
 
 @gluon.jit
-def _step(pipe, acc, base, l_i, zero, before, turn, start, inner, scale, at, group: gl.constexpr, shape, cfg):
-    """One block of this consumer, and the other's block before it, which was computed in pair `before`."""
+def _step(pipe, acc, base, l_i, zero, before, turn, start, last, inner, scale, at, group: gl.constexpr, shape, cfg):
+    """One block of this consumer, and the other's block before it, which was computed in pair `before`. last: after it
+    this consumer needs the queries no more."""
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    products: gl.constexpr = 3 if cfg.REST else 2
-    taken: gl.constexpr = 2 * (1 - group) + group if cfg.SAME else 2 + group  # the part that `_take` reads
     acc, base, l_i = _take(pipe, acc, base, l_i, before, group, cfg)
     s = _issue_scores(pipe, zero, turn, group, cfg)
-    acc = warpgroup_mma_wait(products, deps=[acc])
-    mbarrier.arrive(pipe.empty.index(taken))
     s = warpgroup_mma_wait(0, deps=[s])
-    _free_keys(pipe, group, cfg)
-    base, decay, p = _softmax(s, base, inner, scale, start, at, shape, cfg)
-    l_i = _times(l_i, decay) + _partial_sums(p)
-    p = p.to(pipe.p.dtype)
-    _publish(p, base, pipe, group)
+    _free_keys(pipe, cfg)
+    s, new_base = _publish_bases(s, base, inner, scale, start, at, pipe, group, shape, cfg)
+    p, rounded = _publish(s, new_base, scale, last, pipe, group, cfg)
+    decay = gl.exp2(base - new_base)
     acc = _times(acc, decay)
-    acc = _give(gl.convert_layout(p, p_layout), acc, pipe, turn, group, cfg)
-    return acc, base, l_i
+    l_i = _times(l_i, decay) + _partial_sums(p)
+    acc = _give(gl.convert_layout(rounded, p_layout), acc, pipe, turn, group, cfg)
+    return acc, new_base, l_i
 
 
 @gluon.jit
@@ -173,31 +181,30 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
             # The first block, before which there is none.
             s = _issue_scores(pipe, zero, turn, 0, cfg)
             s = warpgroup_mma_wait(0, deps=[s])
-            _free_keys(pipe, 0, cfg)
-            base, _, p = _softmax(s, base, inner, scale, at.first, at, shape, cfg)
+            _free_keys(pipe, cfg)
+            s, base = _publish_bases(s, base, inner, scale, at.first, at, pipe, 0, shape, cfg)
+            p, rounded = _publish(s, base, scale, at.pairs == 1, pipe, 0, cfg)
             l_i = _partial_sums(p)
-            p = p.to(pipe.p.dtype)
-            _publish(p, base, pipe, 0)
-            acc = _give(gl.convert_layout(p, p_layout), acc, pipe, turn, 0, cfg)
+            acc = _give(gl.convert_layout(rounded, p_layout), acc, pipe, turn, 0, cfg)
             for j in range(1, at.pairs):
                 start = at.first - 2 * KEYS * j
+                last = j == at.pairs - 1
                 acc, base, l_i = _step(
-                    pipe, acc, base, l_i, zero, turn, turn ^ 1, start, inner, scale, at, 0, shape, cfg
+                    pipe, acc, base, l_i, zero, turn, turn ^ 1, start, last, inner, scale, at, 0, shape, cfg
                 )
                 turn ^= 1
-            mbarrier.arrive(pipe.q_empty.index(0))
             # The last block is the other consumer's.
             acc, base, l_i = _take(pipe, acc, base, l_i, turn, 0, cfg)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(pipe.empty.index(2))
             turn ^= 1
         else:
             l_i = _partial_sums(zero)
             for j in range(0, at.pairs):
                 start = at.first - 2 * KEYS * j - KEYS
-                acc, base, l_i = _step(pipe, acc, base, l_i, zero, turn, turn, start, inner, scale, at, 1, shape, cfg)
+                last = j == at.pairs - 1
+                acc, base, l_i = _step(
+                    pipe, acc, base, l_i, zero, turn, turn, start, last, inner, scale, at, 1, shape, cfg
+                )
                 turn ^= 1
-            mbarrier.arrive(pipe.q_empty.index(0))
         total = gl.convert_layout(gl.sum(l_i, 1), row_layout)
         pipe.sums.index(group).store(total)
         barrier()

@@ -5,12 +5,13 @@ than four warps have registers for: two groups of four warps, the consumers, hol
 multiplies the probabilities P of every block of keys with its half of the values; the scores of a block only one of
 them computes, the two in turns, and hands P to the other through shared memory. For its block i a consumer
 
-    takes P(i-1) from the other: O += P(i-1) V(i-1), its half of the columns, and issues S(i) = Q K(i)^T behind it,
+    takes P(i-1) from the other: O += P(i-1) V(i-1), its half of the columns; then S(i) = Q K(i)^T,
     computes P(i) and puts it into shared memory, where the other finds it,
-    O += P(i) V(i), its half, while the other, which has P(i) now, does the same and issues S(i+1).
+    O += P(i) V(i), its half, while the other, which has P(i) now, does the same and goes on with S(i+1).
 
-While one computes a softmax, and after it, the other multiplies. A row's exponents are counted from the largest score
-of all blocks so far, which goes from one consumer to the other with P; sums of P are added up at the end of a tile.
+So both halves of O += P V are computed at the same time, and after them the next block's scores. A row's exponents are
+counted from the largest score of all blocks so far, its base, which goes from one consumer to the other ahead of P, so
+that O is rescaled while P is computed; sums of P are added up at the end of a tile.
 
 A warp more, the producer, has the copy engine (TMA) bring queries, keys and values, in parts of 64 x 256. Barriers in
 shared memory (mbarrier) say when a part is there ("full") and when it may be overwritten ("empty"). Where the values
@@ -109,6 +110,7 @@ def wide_kernel(
         rest_empty,
         gl.allocate_shared_memory(gl.int64, [2, 1], flags),
         gl.allocate_shared_memory(gl.int64, [2, 1], flags),
+        gl.allocate_shared_memory(gl.int64, [2, 1], flags),
     )
     mbarrier.init(pipe.q_full.index(0), count=1)
     mbarrier.init(pipe.q_empty.index(0), count=2)
@@ -116,6 +118,7 @@ def wide_kernel(
         mbarrier.init(pipe.full.index(i), count=1)
         mbarrier.init(pipe.empty.index(i), count=1)
     for i in gl.static_range(2):
+        mbarrier.init(pipe.bases_full.index(i), count=1)
         mbarrier.init(pipe.p_full.index(i), count=1)
         mbarrier.init(pipe.sums_full.index(i), count=1)
     fence_async_shared()

@@ -68,7 +68,8 @@ class Pipe:
     empty: gl.shared_memory_descriptor
     rest_full: gl.shared_memory_descriptor | gl.constexpr
     rest_empty: gl.shared_memory_descriptor | gl.constexpr
-    p_full: gl.shared_memory_descriptor  # of each consumer: its probabilities and bases are there
+    bases_full: gl.shared_memory_descriptor  # of each consumer
+    p_full: gl.shared_memory_descriptor
     sums_full: gl.shared_memory_descriptor
 
 

@@ -22,6 +22,17 @@ def _bring(desc, b, head, row, part, phase, pipe):
 
 
 @gluon.jit
+def _bring_queries(desc, rest_desc, at, phase, pipe, cfg):
+    full = pipe.q_full.index(0)
+    mbarrier.wait(pipe.q_empty.index(0), phase ^ 1)
+    mbarrier.expect(full, ROWS * (2 * HALF + (REST_COLUMNS if cfg.REST else 0)) * 2)
+    for half in gl.static_range(2):
+        load_tile(desc, [at.b, at.head, at.query, half * HALF], full, pipe.q.index(half))
+    if cfg.REST:
+        load_tile(rest_desc, [at.b, at.head, at.query, 2 * HALF], full, pipe.q_rest)
+
+
+@gluon.jit
 def produce(q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, pipe, shape, cfg):
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -29,22 +40,16 @@ def produce(q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, pipe, shape, cfg):
     turn = 0  # of the pair, over all items
     for i in range(mine):
         at = item(i, pid, programs, shape, cfg)
-        mbarrier.wait(pipe.q_empty.index(0), (i & 1) ^ 1)
-        full = pipe.q_full.index(0)
-        if cfg.REST:
-            mbarrier.expect(full, ROWS * (2 * HALF + REST_COLUMNS) * 2)
-            load_tile(q_rest_desc, [at.b, at.head, at.query, 2 * HALF], full, pipe.q_rest)
-        else:
-            mbarrier.expect(full, ROWS * 2 * HALF * 2)
-        for half in gl.static_range(2):
-            load_tile(q_desc, [at.b, at.head, at.query, half * HALF], full, pipe.q.index(half))
         row = at.first
-        for _ in range(at.pairs):
+        for j in range(at.pairs):
             for owner in gl.static_range(2):
                 if cfg.SAME:
                     _bring(k_desc, at.b, at.kv_head, row, 2 * owner, turn, pipe)
                 else:
                     _bring(k_desc, at.b, at.kv_head, row, 0, owner, pipe)
+                if owner == 0:
+                    if j == 0:  # behind the first keys, whose place is free earlier
+                        _bring_queries(q_desc, q_rest_desc, at, i & 1, pipe, cfg)
                 if cfg.REST:
                     full = pipe.rest_full.index(owner)
                     mbarrier.wait(pipe.rest_empty.index(owner), turn ^ 1)
