@@ -33,6 +33,7 @@ from fastattn.backends.triton.decode import forward as decode
 from fastattn.backends.triton.hopper import launch as hopper_forward
 from fastattn.backends.triton.hopper import tensors
 from fastattn.backends.triton.hopper_backward import launch as hopper_backward
+from fastattn.backends.triton.hopper_wide import launch as hopper_wide
 from fastattn.call import Call, Problem
 from fastattn.shape_cache import Section
 
@@ -215,7 +216,7 @@ def allocate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         return memory
 
     monkeypatch.setattr(torch_internals, "allocator", allocator)
-    for module in (hopper_forward, hopper_backward.run, decode):
+    for module in (hopper_forward, hopper_backward.run, hopper_wide, decode):
         monkeypatch.setattr(module, "scratch", scratch)
 
 
@@ -249,9 +250,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_(launcher.BinaryLauncher, "launches", True)
     ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
     set_(store, "shared", ready)
-    for module in (bounds, key_bias, hopper_backward, decode):
+    for module in (bounds, key_bias, hopper_backward, hopper_wide, decode):
         set_(module, "launcher_of", launcher_of)
-    for module in (hopper_forward, hopper_backward, decode):
+    for module in (hopper_forward, hopper_backward, hopper_wide, decode):
         set_(module, "sm_count", lambda index: 132)
     set_(decode, "shared_memory", lambda index: 227 << 10)
     return gpu

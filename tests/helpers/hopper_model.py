@@ -403,7 +403,9 @@ class Model:
     def _init(self, x: Barrier, count: int) -> None:
         x.count = x.pending = count
 
-    def _arrive(self, x: Barrier) -> None:
+    def _arrive(self, x: Barrier, pred: Any = True) -> None:
+        if not pred:
+            return
         with self.machine.changed:
             x.pending -= 1
             x.check()
@@ -444,9 +446,11 @@ class Model:
             if not found.a.shape:
                 found.a = a.a @ b.a + (acc.a if use_acc else 0)
 
+        products = self.machine.own.__dict__.setdefault("products", [])
+        products.append(compute)
         if self.machine.rng.random() < 0.3:
-            compute()
-        self.machine.own.__dict__.setdefault("products", []).append(compute)
+            for one in products:  # in order: a product may add to what the one before it gives
+                one()
         return found
 
     def _product_wait(self, pending: int, deps: list[Any]) -> Any:

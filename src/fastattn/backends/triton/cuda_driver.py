@@ -169,9 +169,16 @@ class Description:
 
 
 def describe(
-    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: str,
+    rows: int,
+    columns: int = 0,
+    together: int = 1,
 ) -> Description:
-    """A tensor `[B, H, S, D]` read or written in boxes of `rows` tokens of one head.
+    """A tensor `[B, H, S, D]` read or written in boxes of `rows` tokens of one head, or of each of `together` heads,
+    one head after the other.
 
     address: a multiple of 16. strides: in elements, multiples of 16 bytes (anything along dims of size 1), the last 1.
     dtype: "bf16", "fp16", "fp32" or "bool". columns: of a block in shared memory, where they may take less than 128
@@ -190,7 +197,7 @@ def describe(
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 4)(dim, length, heads, batch),
         (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(row // size, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(row // size, rows, together, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,  # not interleaved
         _SWIZZLES[row],

@@ -11,10 +11,12 @@ from .. import prefill
 from ..binaries.flag_set import FlagSet
 from ..representative import representative
 from . import launch, tensors
+from .limits import is_wide
 
 
 class HopperBackend:
-    """See `launch.py`, and that of `hopper_backward`. triton is imported when a kernel has to be compiled."""
+    """See `launch.py`, and those of `hopper_wide` and `hopper_backward`. triton is imported when one has to be
+    compiled."""
 
     name = "hopper"
     gives_lse = True
@@ -28,11 +30,13 @@ class HopperBackend:
                     "its gradients of rows whose keys all have a very low bias, such as finfo.min, are too large"
                 )
             return why
-        return launch.reasons(problem)
+        return _wide().reasons(problem) if is_wide(problem) else launch.reasons(problem)
 
     def binaries(self, problem: Problem) -> Sequence[FlagSet]:
         if problem.backward:
             return _backward().binaries(problem)
+        if is_wide(problem):
+            return _wide().binaries(problem)
         if problem.masked_rows:
             mask = representative(problem).mask
             if mask is not None and not tensors.tiles_readable(mask):
@@ -42,6 +46,8 @@ class HopperBackend:
     def bind(self, problem: Problem, call: Call) -> Kernel:
         if problem.backward:
             return _backward().bind(problem, call)
+        if is_wide(problem):
+            return _wide().bind(problem, call)
         if problem.masked_rows and call.mask is not None and not tensors.tiles_readable(call.mask):
             return prefill.PrefillBackend().bind(problem, call)  # the copy engine cannot read the mask
         return _HopperKernel(launch.Forward(problem, call))
@@ -50,6 +56,13 @@ class HopperBackend:
 def _backward() -> ModuleType:
     """Imported late: it imports files of this package."""
     from ..hopper_backward import launch
+
+    return launch
+
+
+def _wide() -> ModuleType:
+    """Of head dims above 256. Imported late, as the other."""
+    from ..hopper_wide import launch
 
     return launch
 

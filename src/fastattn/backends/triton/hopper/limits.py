@@ -10,6 +10,7 @@ from .binary import CAPABILITY
 
 OPEN = 1 << 29  #: a side of a window that hides nothing; positions and it do not overflow together
 MOST_KEYS = 1 << 28  #: nor do lengths
+NARROW = 256  #: the largest head dim and value dim of the forward in this folder
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  #: in Triton's words
 
 
@@ -28,6 +29,11 @@ def refusals(p: Problem) -> list[str]:
     if max(p.q_len, p.kv_len) > MOST_KEYS:
         why.append(f"takes up to {MOST_KEYS} tokens")
     return why
+
+
+def is_wide(p: Problem) -> bool:
+    """True for head dims, or value dims, of the forward in `hopper_wide`."""
+    return max(p.head_dim, p.value_dim) > NARROW
 
 
 def sides(p: Problem) -> tuple[int, int]:

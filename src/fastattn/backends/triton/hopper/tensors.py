@@ -34,19 +34,26 @@ def brought(x: Tensor) -> Tensor:
 class Layout:
     """What descriptions of tensors have in common that differ in their addresses alone: see `cuda_driver.describe`."""
 
-    __slots__ = ("columns", "dtype", "rows", "shape", "strides")
+    __slots__ = ("columns", "dtype", "rows", "shape", "strides", "together")
 
     def __init__(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: str,
+        rows: int,
+        columns: int = 0,
+        together: int = 1,
     ) -> None:
         self.shape, self.strides, self.dtype, self.rows, self.columns = shape, strides, dtype, rows, columns
+        self.together = together
 
     def describe(self, address: int) -> Description:
         """A tensor at that address, a multiple of 16."""
         key = address, self
         found: Description | None = _descriptions.get(key)
         if found is None:
-            found = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns)
+            found = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together)
             _descriptions[key] = found
         return found
 
@@ -58,9 +65,11 @@ _layouts = shape_cache.section("tensor descriptions", 1 << 12)
 known: Callable[[tuple[int, Any]], Description | None] = _descriptions.get
 
 
-def layout_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0) -> Layout:
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0, together: int = 1
+) -> Layout:
     """One and the same for the same values."""
-    key = tuple(shape), strides, dtype, rows, columns
+    key = tuple(shape), strides, dtype, rows, columns, together
     found: Layout | None = _layouts.get(key)
     if found is None:
         found = _layouts[key] = Layout(*key)
