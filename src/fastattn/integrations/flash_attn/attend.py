@@ -190,8 +190,8 @@ class _Deterministic(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if ctx.inside is None:
             raise RuntimeError(
-                "deterministic: trying to backward through the graph a second time: expected retain_graph=True the first "
-                "time"
+                "deterministic: trying to backward through the graph a second time: "
+                "expected retain_graph=True the first time"
             )
         inside = ctx.inside
         wanted = [x for x in inside if x is not None and x.requires_grad]
