@@ -39,6 +39,7 @@ _transforms: Callable[[], bool] | None = _private("_are_functorch_transforms_act
 _modes: Callable[[], int] | None = _private("_len_torch_dispatch_stack")
 _keys: Callable[[Tensor], Any] | None = _private("_dispatch_keys")
 _hooks: Callable[[bool], Any] | None = getattr(_private("_autograd"), "_top_saved_tensors_default_hooks", None)
+_keeps: Callable[[], bool] | None = getattr(_private("_autograd"), "_get_current_graph_task_keep_graph", None)
 _guards: Any = getattr(_private("_dynamo"), "guards", None)  #: functions of code that torch's own compiler generates
 #: Its `_current_level` is 0 or more where tensors may be dual numbers. A torch that does not tell has none here.
 _forward_ad: Any = torch.autograd.forward_ad
@@ -175,6 +176,12 @@ def autograd_within() -> AbstractContextManager[None]:
 def saved_tensors_are_hooked() -> bool:
     """Whether hooks see what autograd saves now: checkpoints, `saved_tensors_hooks`. True where torch does not tell."""
     return _hooks is None or _hooks(False) is not None
+
+
+def graph_is_retained() -> bool:
+    """Within a backward: whether its graph may be used once more (retain_graph=True). True where torch does not
+    tell."""
+    return _keeps is None or _keeps()
 
 
 def constant_when_traced(function: F) -> F:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,3 +223,21 @@ class _Pages(torch.autograd.Function):
             for i in range(int(ctx.cu[n + 1] - ctx.cu[n])):
                 found[int(ctx.cu[n]) + i] = gradient[ctx.table[n, i // size], i % size]
         return found, None, None, None
+
+
+def test_a_deterministic_backward_gives_its_memory_back() -> None:
+    """With the first backward, unless the graph is retained: not with the loss, which a training loop keeps."""
+    q, k, v = (torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3))
+    out = flash_attn_func(q, k, v, deterministic=True)
+    loss, node = out.sum(), out.grad_fn
+    while not hasattr(node, "inside"):  # (views may come after it)
+        assert node is not None
+        node = node.next_functions[0][0]
+    held = weakref.ref(node.inside[0])
+    del out
+    loss.backward(retain_graph=True)
+    assert held() is not None
+    loss.backward()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..._compat import torch as torch_internals
 from ...api import scaled_dot_product_attention
 from ...common.checks import check_flag
 from ...masks import Intervals, Segments
@@ -187,9 +188,18 @@ class _Deterministic(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        wanted = [x for x in ctx.inside if x is not None and x.requires_grad]
+        if ctx.inside is None:
+            raise RuntimeError(
+                "deterministic: trying to backward through the graph a second time: "
+                "expected retain_graph=True the first time"
+            )
+        inside = ctx.inside
+        wanted = [x for x in inside if x is not None and x.requires_grad]
         pairs = [(x, gradient) for x, gradient in zip(ctx.found, grads) if gradient is not None]
         with deterministic_algorithms():
             outputs, upstream = [x for x, _ in pairs], [gradient for _, gradient in pairs]
-            found = iter(torch.autograd.grad(outputs, wanted, upstream, retain_graph=True, allow_unused=True))
-        return (None, *(next(found) if x is not None and x.requires_grad else None for x in ctx.inside))
+            retained = torch_internals.graph_is_retained()
+            found = iter(torch.autograd.grad(outputs, wanted, upstream, retain_graph=retained, allow_unused=True))
+        if not retained:
+            ctx.inside = ctx.found = None  # its memory is not to live as long as the loss
+        return (None, *(next(found) if x is not None and x.requires_grad else None for x in inside))
