@@ -147,6 +147,10 @@ def test_measured_sizes(heads: int, kv_heads: int, dim: int, q_len: int, kind: s
     clean = [x.double() for x in (q, k, v)]
     k[:, :, hidden], v[:, :, hidden] = torch.nan, torch.nan
     options["return_lse"] = True
+    p = fastattn.explain(q, k, v, **options).problem
+    if not chunks.is_chunk(p):  # tiles of 64 rows are slower
+        assert kind in ("left padding", "bool") and q_len > 64
+        pytest.skip("is no chunk")
     got = [fastattn.scaled_dot_product_attention(q, k, v, **options, backend="decode") for _ in range(3)]
     assert fastattn.explain(q, k, v, **options).chosen == "decode"
     want, lse = fastattn.scaled_dot_product_attention(*clean, **options, backend="reference")

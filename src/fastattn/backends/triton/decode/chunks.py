@@ -37,7 +37,7 @@ class Costs:
 
     other: float = 1.45  #: a program of another kernel: 128 queries of a head against 128 keys
     many: float = 3.0  #: a program of this kernel: a tile of `MANY_ROWS`, 128 keys
-    few: float = 2.0  #: a tile of fewer
+    few: float = 3.0  #: a tile of fewer
     start: float = 1.5  #: of a program, until its first keys are there
     again: float = 3.0  #: the kernel that combines splits
     exchanged: float = 2.5e6  #: bytes that splits leave and the second kernel reads, a microsecond

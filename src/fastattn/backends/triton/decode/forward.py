@@ -250,8 +250,15 @@ def _arguments(p: Problem, launch: Launch, call: Call, same: bool) -> tuple[tupl
     masks = *broadcast_strides(call.mask, 4), *broadcast_strides(call.lo, 2)
     integers = (*strides, *masks, p.q_len, p.kv_len, *band(p))
     blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
-    flags = (gaps(p), launch.near, is_wide(p) or launch.block_m > MAX_ROWS, same)
+    flags = (gaps(p), launch.near, _is_large(p, launch), same)
     return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, *flags)
+
+
+def _is_large(p: Problem, launch: Launch) -> bool:
+    """Whether tiles are so large that what a step computes counts as much as what it reads: those of wide heads, of 128
+    rows, and of 64 for Hopper's products."""
+    asynchronous = p.capability[0] == 9 and p.dtype.itemsize == 2
+    return is_wide(p) or launch.block_m > MAX_ROWS or (launch.block_m == MAX_ROWS and asynchronous)
 
 
 def _precision(dtype: torch.dtype) -> str:

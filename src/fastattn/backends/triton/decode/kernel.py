@@ -82,7 +82,7 @@ def attend_kernel(
     UNIT: tl.constexpr,  # elements per unit of q's, k's and v's strides
     GAPS: tl.constexpr,  # between the first and the last visible key may lie keys that no row of the tile sees
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
-    LARGE: tl.constexpr,  # tiles that fill the registers, of wide heads or many rows: see the loop
+    LARGE: tl.constexpr,  # tiles of wide heads or many rows: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
     PRECISION: tl.constexpr,  # of float32 products
 ):
