@@ -348,17 +348,17 @@ MUTATIONS = (
         _STATES,
     ),
     Mutation(
-        "rows that see no key count where a mask is read in words",
+        "rows past a batch entry's queries count where a mask is read in words",
         "backends/triton/prefill/block_states.py",
-        "begin = tl.maximum(start, -shift - right)",
-        "begin = start",
+        "end = tl.minimum(start + BLOCK_M, queries)",
+        "end = tl.minimum(start + BLOCK_M, q_len)",
         _STATES,
     ),
     Mutation(
-        "a block that the band cuts is read as a whole one",
+        "a block that the band cuts at its end is left out",
         "backends/triton/prefill/block_states.py",
-        "wanted = reached & (start >= first_full) & (start + BLOCK_N <= last_full)",
-        "wanted = reached & (start >= first_full)",
+        "left_over = reached & ((start < first_full) | (start + BLOCK_N > last_full))",
+        "left_over = reached & (start < first_full)",
         _STATES,
     ),
     Mutation(
