@@ -27,6 +27,7 @@ from fastattn.lm.generation.greedy import generate_tokens
 from fastattn.lm.runners.select import make_runner
 
 from . import command
+from .turns import kernel_times
 
 #: What a kernel does -> parts of the names of those that do it; the first group that fits counts.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -51,18 +52,9 @@ def kernels_of(work: Callable[[], Any], device: torch.device) -> list[dict[str, 
     CPU, which has no kernels to tell apart."""
     if device.type != "cuda":
         return []
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        work()
-        clock(device)
-    found: dict[str, list[float]] = {}
-    for event in profiler.events() or []:
-        if str(event.device_type).endswith("CUDA"):
-            found.setdefault(event.name, []).append(event.device_time_total)
     rows = [
         {"kernel": name, "group": group_of(name), "count": len(times), "us": sum(times)}
-        for name, times in found.items()
+        for name, times in kernel_times(work).items()
     ]
     return sorted(rows, key=lambda row: -row["us"])
 

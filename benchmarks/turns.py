@@ -29,6 +29,21 @@ def between(replay: Callable[[], None], times: int = 1) -> float:
     return begin.elapsed_time(end) * 1e3 / times
 
 
+def kernel_times(work: Callable[[], None]) -> dict[str, list[float]]:
+    """The kernels that some work runs on the current GPU, by their names: microseconds of each run, as torch's profiler
+    has them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events() or []:
+        if str(event.device_type).endswith("CUDA"):
+            found.setdefault(event.name, []).append(event.device_time_total)
+    return found
+
+
 def repeats(replay: Callable[[], None]) -> int:
     """How many replays in a row take 2 ms, 20 at the most."""
     return max(1, min(20, int(2000 / between(replay, 2))))

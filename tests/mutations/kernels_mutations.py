@@ -14,6 +14,8 @@ _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
 _LAUNCHES = ("tests/backends/triton/hopper/test_launch.py", "tests/backends/triton/hopper_backward/test_run.py")
 
+_BATCH = ("tests/backends/triton/prefill/test_batch.py",)
+_STATES = ("tests/backends/triton/prefill/test_block_states.py",)
 _PREFILL_MASKS = (
     "tests/backends/triton/prefill/test_prefill.py",
     "-k",
@@ -362,10 +364,52 @@ MUTATIONS = (
     ),
     Mutation(
         "a block whose mask adds something counts as full",
-        "backends/triton/prefill/block_lists.py",
-        'return bias > float("-inf"), bias == 0.0',
-        'return bias > float("-inf"), bias > float("-inf")',
+        "backends/triton/prefill/block_states.py",
+        'return (entries == float("-inf")) == 0, entries == 0.0',
+        'return (entries == float("-inf")) == 0, (entries == float("-inf")) == 0',
         _PREFILL_MASKS,
+    ),
+    Mutation(
+        "a block whose first words are hidden counts as hidden",
+        "backends/triton/prefill/block_states.py",
+        "left |= (_tile_of_words(words_ptr, i, n, unsure, mask_si, WORDS) ^ flipped) & kept",
+        "left |= 0 * i[:, None, None]",
+        _STATES,
+    ),
+    Mutation(
+        "rows past a batch entry's queries count where a mask is read in words",
+        "backends/triton/prefill/block_states.py",
+        "end = tl.minimum(start + BLOCK_M, queries)",
+        "end = tl.minimum(start + BLOCK_M, q_len)",
+        _STATES,
+    ),
+    Mutation(
+        "a block that the band cuts at its end is left out",
+        "backends/triton/prefill/block_states.py",
+        "left_over = reached & ((start < first_full) | (start + BLOCK_N > last_full))",
+        "left_over = reached & (start < first_full)",
+        _STATES,
+    ),
+    Mutation(
+        "a key that a row does not see reaches it where programs walk over the batch",
+        "backends/triton/prefill/batch_kernel.py",
+        's = tl.where(bias > float("-inf"), s * factor + bias, float("-inf"))',
+        "s = s * factor + bias",
+        _BATCH,
+    ),
+    Mutation(
+        "a program leaves out its last batch entry",
+        "backends/triton/prefill/batch_kernel.py",
+        "tl.minimum(entries, batch - begin)",
+        "tl.minimum(entries, batch - begin) - 1",
+        _BATCH,
+    ),
+    Mutation(
+        "keys that the window hides from all are loaded where programs walk over the batch",
+        "backends/triton/prefill/batch_kernel.py",
+        "wanted = (j >= first) & (j < last)",
+        "wanted = j < kv_len",
+        _BATCH,
     ),
     Mutation(
         "keys between the rows' intervals are loaded",

@@ -1,7 +1,7 @@
 """Which blocks of queries a block of keys has to visit: the kernels that find it where it is data.
 
 With a band and lengths it follows from a key's position (`band_range`). Intervals are searched, once for all heads
-(`range_kernel`). Of a tensor mask with rows the blocks that `prefill/block_lists.py` classified are listed the other
+(`range_kernel`). Of a tensor mask with rows the blocks that `prefill/block_states.py` classified are listed the other
 way round (`key_list_kernel`).
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..masking import visible_keys
-from ..prefill.block_lists import FULL, PARTIAL
+from ..prefill.block_states import FULL, PARTIAL
 from .launch_config import KEY_LIST_HEADER, RANGE_FIELDS
 
 #: Never specialised.

@@ -21,6 +21,7 @@ from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed,
 from ..bounds import Bounds
 from ..representative import representative, stand_in
 from ..tile_parts import parts
+from .batch import BatchKernel, serves
 from .launch_config import Launch, by_head, choose, listed
 from .lists import Lists, mask_layout
 
@@ -34,8 +35,13 @@ def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Kernel:
     if call.segments is not None:
         return WithSegments(problem, call, partial(bind, launch=launch))
     found, p = readable(problem, call)
-    kernel = PrefillKernel(p, found, launch or choose(p))
+    kernel = kernel_of(p, found, launch or choose(p))
     return kernel if found is call else WithCopies(problem, kernel)
+
+
+def kernel_of(p: Problem, call: Call, launch: Launch) -> PrefillKernel | BatchKernel:
+    """The kernel for a call that it can read."""
+    return (BatchKernel if serves(p, call, launch) else PrefillKernel)(p, call, launch)
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
@@ -46,7 +52,7 @@ def binaries(problem: Problem) -> list[FlagSet]:
         before = Bounds(problem, call, TILE).launches(call)
         problem = with_intervals(problem)
         call = representative(problem)
-    launches = PrefillKernel(problem, call, choose(problem)).launches(call) + before
+    launches = kernel_of(problem, call, choose(problem)).launches(call) + before
     return flag_sets(launches)
 
 

@@ -19,6 +19,9 @@ LISTED_KEYS = 1024
 LIST_HEADER = 3  #: numbers before the blocks of a list: see `block_lists.py`
 LISTED_BLOCKS = 4  #: the same for masks of one row, whose lists one small launch makes
 
+#: Batch entries from which on programs may walk over them, and the largest head dim with which they do.
+BATCH, BATCH_DIM = 16, 64
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -107,6 +110,23 @@ def listed(problem: Problem, launch: Launch) -> bool:
     if p.mask_shape[2] == 1:
         return p.kv_len > LISTED_BLOCKS * launch.block_n
     return p.kv_len >= LISTED_KEYS
+
+
+def walks_batch(problem: Problem, launch: Launch) -> bool:
+    """Whether one tile of a mask is all that a block of queries has, and many batch entries share it: see
+    `batch_kernel.py`. What that kernel lacks, few such calls have."""
+    p = problem
+    if not p.masked_rows or p.mask_shape[3] == 1 or p.kv_len > launch.block_n or p.batch < BATCH:
+        return False
+    if p.dtype.itemsize != 2 or p.sinks or p.softcap or p.q_lengths or p.kv_lengths:
+        return False
+    return all(dim <= BATCH_DIM and not parts(dim)[1] for dim in (p.head_dim, p.value_dim))
+
+
+def walking_options(problem: Problem) -> dict[str, int]:
+    """What else such a kernel is compiled with. With head dims up to 32 four programs fit a multiprocessor of Hopper's
+    if a thread has 128 registers. Triton 3.6 gives it 167 otherwise, of which it then keeps six elsewhere."""
+    return {"maxnreg": 128} if max(problem.head_dim, problem.value_dim) <= 32 else {}
 
 
 def by_head(problem: Problem) -> bool:

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from ....call import Call, Problem
 from ..arguments import band, broadcast_strides
-from ..binaries.launcher import Launch, launcher_of
-from ..binaries.triton_kernel import NamedKernel
+from ..binaries.launcher import BinaryLauncher, Launch, launcher_of
+from ..binaries.triton_kernel import ALIGNMENT, NamedKernel
+from ..launcher import Launcher, overlaps
 from ..representative import stand_in
 from .launch_config import LIST_HEADER
 
-_CLASSIFY = NamedKernel(f"{__package__}.block_lists", "classify_kernel")
+_CLASSIFY = NamedKernel(f"{__package__}.block_states", "classify_kernel")
 _LIST = NamedKernel(f"{__package__}.block_lists", "list_kernel")
-_CLASSIFIED = 1  #: blocks of keys that one program classifies
+#: Blocks of keys that one program classifies, of a mask that heads share and of one that they do not. In few programs
+#: more of a mask lies side by side in memory; a shared mask is small, and would have too few.
+_CLASSIFIED = 1, 4
 _LISTED = 32  #: blocks of keys in one step of a program that writes lists
 
 
@@ -34,28 +37,51 @@ class Lists:
         entries = batch * heads * row_blocks
         length = key_blocks + LIST_HEADER
         steps = heads * row_blocks * length, row_blocks * length, length
-        counts = batch, heads, row_blocks
+        sizes = batch, heads, row_blocks
         #: Of one list's batch entry, head and block of rows.
-        self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, counts, strict=True))
+        self.strides = tuple(step if count > 1 else 0 for step, count in zip(steps, sizes, strict=True))
         #: Of what is listed: batch entries and heads, and blocks of rows and of keys.
         self.entries, self.row_blocks, self.key_blocks = (batch, heads), row_blocks, key_blocks
         self._lists = -(-4 * entries * length // 16) * 16
         self._states = -(-entries * key_blocks // 16) * 16 if rows else 0
         self.size = self._lists + self._states  #: bytes of the memory that it fills
+        counts = heads, row_blocks, p.q_len, p.kv_len, *band(p)
+        device, capability = call.q.device, p.capability
         unit, strides, adjacent = mask_layout(call.mask)
-        integers = (*strides, heads, row_blocks, p.q_len, p.kv_len, *band(p))
-        constants = block_m, block_n, unit, adjacent
-        where = call.q.device, p.capability
-        grid = entries, -(-key_blocks // _CLASSIFIED)
-        self._classify = launcher_of(_CLASSIFY, grid, *where, integers, (*constants, _CLASSIFIED), num_warps=4)
-        self._list = launcher_of(_LIST, (entries,), *where, integers, (*constants, _LISTED, shared), num_warps=4)
+        pdl = overlaps(capability)
+        options = {"launch_pdl": True} if pdl else {}
+        constants = block_m, block_n, unit, adjacent, _LISTED, shared, pdl
+        warps = 1 if rows else 4
+        integers = (*strides, *counts)
+        self._list = launcher_of(_LIST, (entries,), device, capability, integers, constants, num_warps=warps, **options)
+        unit, piece, strides, adjacent = rows_layout(call.mask)
+        blocks = _CLASSIFIED[heads > 1]
+        grid = (entries * -(-key_blocks // blocks),)
+        #: Of masks that begin at multiples of 16 bytes, and of others.
+        self._classify = tuple(
+            launcher_of(
+                _CLASSIFY,
+                grid,
+                device,
+                capability,
+                (*strides, *counts),
+                (block_m, block_n, unit, piece, adjacent, aligned and adjacent and unit > 1, blocks, pdl),
+                num_warps=4,
+                **options,
+            )
+            for aligned in (True, False)
+        )
 
     def launches(self, call: Call) -> list[Launch]:
         """What a call launches."""
         memory, lists = stand_in(torch.uint8), stand_in(torch.int32)
         states, lengths = memory if self._states else None, (call.q_lengths, call.kv_lengths)
         found: list[Launch] = [(self._list, (call.mask, states, lists, *lengths), ())]
-        return [*found, (self._classify, (call.mask, memory, *lengths), ())] if self._states else found
+        return [*found, (self._classifier(call), (call.mask, memory, *lengths), ())] if self._states else found
+
+    def _classifier(self, call: Call) -> BinaryLauncher | Launcher:
+        assert call.mask is not None
+        return self._classify[call.mask.data_ptr() % ALIGNMENT > 0]
 
     def states(self, memory: Tensor) -> Tensor:
         """Where a mask with rows is classified: uint8 [batch, heads, row blocks, key blocks]."""
@@ -66,7 +92,7 @@ class Lists:
         lists = memory[: self._lists].view(torch.int32)
         states = self.states(memory) if self._states else None
         if states is not None:
-            self._classify((call.mask, states, call.q_lengths, call.kv_lengths))
+            self._classifier(call)((call.mask, states, call.q_lengths, call.kv_lengths))
         self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
         return lists
 
@@ -83,3 +109,14 @@ def mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:
     if any(number % unit for number in (mask.shape[3], *strides[:3])):
         unit = 1
     return unit, (*(stride // unit for stride in strides[:3]), 1), True
+
+
+def rows_layout(mask: Tensor) -> tuple[int, int, tuple[int, ...], bool]:
+    """As `mask_layout`, but of a mask whose rows begin at multiples of 16 bytes the unit is that, however long they
+    are. After the unit: how many keys may be loaded together past the last one."""
+    piece, strides, adjacent = mask_layout(mask)
+    unit = max(1, ALIGNMENT // mask.element_size())
+    apart = broadcast_strides(mask, 4)[:3]
+    if not adjacent or any(stride % unit for stride in apart):
+        return piece, piece, strides, adjacent
+    return unit, piece, (*(stride // unit for stride in apart), 1), adjacent
