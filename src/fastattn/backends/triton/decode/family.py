@@ -34,7 +34,7 @@ def family(problem: Problem, sm_count: int) -> Iterator[Problem]:
 
 
 def _numbers_of_queries(p: Problem) -> Iterable[int]:
-    """All that a rule tells apart: those around the last row of each tile; with a window, which they widen, every one."""
+    """All that a rule tells apart: those around the last row of a tile; with a window, which they widen, every one."""
     if p.left >= 0 and p.right >= 0:
         return range(1, MAX_ROWS + 2)  # beyond it nothing changes any more
     last = [rows // p.group for rows in (MAX_ROWS // 4, MAX_ROWS // 2, MAX_ROWS)]
