@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,18 +62,28 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
         gpu.problems.append(found)
         return found
 
+    @functools.cache
+    def at_most(x: launch.Launch) -> launch.Launch:
+        return dataclasses.replace(x, splits=min(x.splits, 2))  # all numbers from 2 on take one binary
+
     def kernel(p: Problem) -> Any:
         chosen = launch.choose(p, 132)
         features = (p.sinks, p.q_lengths, p.kv_lengths, p.mask, p.mask_shape[1:] == (1,), p.softcap > 0, p.return_lse)
         of_heads = p.q_heads, p.kv_heads, p.head_dim, p.value_dim, p.dtype
-        return *of_heads, dataclasses.replace(chosen, splits=min(chosen.splits, 2)), features
+        return *of_heads, at_most(chosen), features
+
+    @functools.cache
+    def of_family(p: Problem) -> frozenset[Any]:
+        found = set()
+        for other in dict.fromkeys(family(p, 132)):
+            one = kernel(binding.with_intervals(other) if other.mask == "segments" else other)
+            found.add(one)
+            if is_chunk(other):  # of a larger batch, or of a smaller one
+                found.update((*one[:-2], at_most(dataclasses.replace(one[-2], splits=n)), one[-1]) for n in (1, 2))
+        return frozenset(found)
 
     def compiled(self: Any, p: Problem) -> list[Any]:
-        for other in family(p, 132):
-            found = kernel(binding.with_intervals(other) if other.mask == "segments" else other)
-            gpu.kernels.add(found)
-            if is_chunk(other):  # of a larger batch, or of a smaller one
-                gpu.kernels.update((*found[:-2], dataclasses.replace(found[-2], splits=n), found[-1]) for n in (1, 2))
+        gpu.kernels |= of_family(p)
         return []
 
     def decoded(self: Any, p: Problem, call: Call) -> Any:

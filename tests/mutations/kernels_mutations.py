@@ -124,7 +124,7 @@ MUTATIONS = (
     Mutation(
         "a warmup of the decode kernel forgets other numbers of queries",
         "backends/triton/decode/family.py",
-        "for q_len in range(1, MAX_ROWS + 2):",
+        "for q_len in _numbers_of_queries(p):",
         "for q_len in (p.q_len,):",
         ("tests/backends/triton/decode/test_binaries.py",),
     ),

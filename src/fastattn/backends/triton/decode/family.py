@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from ....call import Problem
@@ -25,14 +25,21 @@ def family(problem: Problem, sm_count: int) -> Iterator[Problem]:
     yield p
     yield from _chunks(p)
     even = sm_count // p.kv_heads  #: entries that fill the SMs once
-    some = [
-        max(1, even * part // 4) for part in range(2, 9)
-    ]  # up to twice as many: each rule for what does not even out
+    some = [max(1, even * part // 4) for part in (4, 5, 6, 8)]  # some more do not even out, and are divided
     batches = dict.fromkeys([p.batch, 1, 2, *some, even + 1, _MANY * sm_count + 1])
-    for q_len in range(1, MAX_ROWS + 2):  # beyond it nothing changes any more
+    for q_len in _numbers_of_queries(p):
         if q_len == p.q_len or fits(replace(p, q_len=q_len)):
             for batch in batches:
                 yield resized(p, batch, q_len)
+
+
+def _numbers_of_queries(p: Problem) -> Iterable[int]:
+    """All that a rule tells apart: those around the last row of a tile; with a window, which they widen, every one."""
+    if p.left >= 0 and p.right >= 0:
+        return range(1, MAX_ROWS + 2)  # beyond it nothing changes any more
+    last = [rows // p.group for rows in (MAX_ROWS // 4, MAX_ROWS // 2, MAX_ROWS)]
+    sides = {1, 2, *last, *(n + 1 for n in last), FEW_QUERIES, FEW_QUERIES + 1, MAX_ROWS + 1}
+    return sorted(sides - {0})
 
 
 def _chunks(p: Problem) -> Iterator[Problem]:

@@ -86,8 +86,9 @@ def attend_kernel(
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
     PRECISION: tl.constexpr,  # of float32 products
 ):
-    # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf.)
-    BASE_2: tl.constexpr = LARGE and mask_ptr is None
+    # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf; and
+    # tiles of wide heads would spill.)
+    BASE_2: tl.constexpr = LARGE and mask_ptr is None and FIRST + REST <= 256 and FIRST_V + REST_V <= 256
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     if NEAR:
