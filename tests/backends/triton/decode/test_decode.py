@@ -323,11 +323,28 @@ def test_splits_fill_the_gpu() -> None:
     assert launch.splits(PROBLEM, 132) == programs // 8
     assert launch.splits(but(batch=64), 132) == 1
     assert launch.splits(but(kv_len=100), 132) == 2  # no more than there are steps
-    assert launch.splits(but(left=127), 132) == 2  # a window of 128 keys
+    assert launch.splits(but(left=255), 132) == 2  # a window of two steps
+    assert launch.splits(but(left=127), 132) == 1  # and of one
     assert launch.splits(but(q_heads=1, kv_heads=1, kv_len=1 << 20), 10_000) == launch.MAX_SPLITS
     # Rows of different lengths are cut finer, so that the SMs even out; a single row needs no evening out.
     assert launch.splits(but(batch=32, kv_lengths=True), 132) > launch.splits(but(batch=32), 132)
     assert launch.splits(but(kv_lengths=True), 132) == launch.splits(PROBLEM, 132)
+
+
+def test_tiles_of_few_rows() -> None:
+    """As measured on an H200 (benchmarks/results/h200/tune-chunks.json): keys of a step, and warps."""
+
+    def tile(**changes: object) -> tuple[int, int]:
+        found = launch.choose(but(**changes), 132)
+        return found.block_n, found.warps
+
+    assert tile() == tile(batch=8) == tile(kv_len=1 << 15) == (128, 4)  # a program has an SM to itself
+    assert tile(batch=32) == tile(batch=8, kv_heads=32) == (64, 4)  # more heads than SMs, undivided
+    assert tile(batch=17) == (32, 2)  # and divided, to even out
+    assert tile(batch=32, kv_lengths=True) == (64, 4)  # rows of different lengths: several programs an SM
+    # As before, not measured: head dims of 64 and 256, other GPUs.
+    assert tile(head_dim=64, value_dim=64) == (64, 4) and tile(head_dim=256, value_dim=256) == (32, 4)
+    assert tile(capability=(10, 0)) == (64, 4)
 
 
 def test_splits_even_out_the_gpu() -> None:

@@ -38,16 +38,26 @@ class Rule:
     programs_per_sm: int  #: programs among which the work is divided, for each SM
     ragged: int  #: the same when the rows' lengths differ, so that the SMs even out
     crowd_bytes: int  #: the K tile when there are more K/V heads than SMs: many programs of two warps fit each
+    alone_bytes: int = 0  #: the K tile of few rows when each SM has one program at most; 0: as else
 
 
-#: By compute capability. 9.0 is measured (`python -m benchmarks.tune decode`, benchmarks/results/h100/
-#: tune-decode.json): one program for each SM with 2 x 16 KiB in flight beats two, in which the combine kernel reads
-#: twice as much; only heads of 64 numbers want two. The others are set by arithmetic: to draw its share of the memory's
-#: bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight have to
-#: fit its shared memory, 227 KiB on 10.x and 163 KiB on 8.0.
+#: By compute capability. 9.0 is measured (`python -m benchmarks.tune decode`, benchmarks/results/h100/tune-decode.json,
+#: and `python -m benchmarks.tune_chunks`, benchmarks/results/h200/tune-chunks.json): one program for each SM beats two,
+#: in which the combine kernel reads twice as much; only heads of 64 numbers want two. On an H200 2 x 32 KiB in flight
+#: beat 2 x 16 (36.8 us for 38.7, 65.8 for 70.0), and where there are more K/V heads than SMs, each with all its keys,
+#: four warps with 16 KiB beat two with 8 (62.8 for 64.8). The others are set by arithmetic: to draw its share of the
+#: memory's bandwidth an SM must have latency x bandwidth / SMs bytes under way, about 16 KiB, and the steps in flight
+#: have to fit its shared memory, 227 KiB on 10.x and 163 KiB on 8.0.
 RULES = {
     (8, 0): Rule(tile_bytes=16384, stages=2, programs_per_sm=2, ragged=8, crowd_bytes=16384),
-    (9, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
+    (9, 0): Rule(
+        tile_bytes=16384,
+        stages=3,
+        programs_per_sm=1,
+        ragged=8,
+        crowd_bytes=8192,
+        alone_bytes=32768,
+    ),
     (10, 0): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
     (10, 3): Rule(tile_bytes=16384, stages=3, programs_per_sm=1, ragged=8, crowd_bytes=8192),
 }
@@ -117,7 +127,7 @@ def choose(problem: Problem, sm_count: int, shared: int | None = None, same: boo
     return Launch(
         splits=splits(p, sm_count),
         block_m=block_m,
-        block_n=_block_n(p, rule, crowded),
+        block_n=_block_n(p, rule, sm_count),
         head=head,
         value=value,
         warps=8 if _many_registers(p, block_m, sum(value)) else 2 if crowded else 4,
@@ -136,7 +146,7 @@ def splits(problem: Problem, sm_count: int) -> int:
         return divided(p, sm_count)
     rule = RULES.get(p.capability, DEFAULT)
     per_sm = rule.ragged if ragged(p) else max(rule.programs_per_sm, 1 + _fine(p))
-    block_n = _block_n(p, rule, _crowded(p, rule, sm_count))
+    block_n = _block_n(p, rule, sm_count)
     steps = -(-reach(p) // block_n)
     if not _narrow(p, block_n):  # with one split the kernel is another: a growing cache must not compile it anew
         steps = max(2, steps)
@@ -233,13 +243,25 @@ def _fine(p: Problem) -> bool:
 
 
 def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:
-    """True when every SM has a K/V head to itself and more: no splits, and what counts is how many programs fit."""
+    """True when every SM has K/V heads to itself and what counts is how many programs fit: keys of few bytes, or heads
+    whose keys are divided for the SMs to even out."""
     half = p.dtype != torch.float32 and _rows_of_a_block(p) == MIN_DOT
-    return half and not ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
+    crowd = half and not ragged(p) and rule.crowd_bytes < rule.tile_bytes and p.batch * p.kv_heads > sm_count
+    return crowd and (_fine(p) or not rule.alone_bytes or _evened(p.batch * p.kv_heads, sm_count) > 1)
 
 
-def _block_n(p: Problem, rule: Rule, crowded: bool) -> int:
-    tile_bytes = rule.crowd_bytes if crowded else rule.tile_bytes
+def _alone(p: Problem, rule: Rule, sm_count: int) -> bool:
+    """True when a program of few rows has an SM to itself, and the measured larger tile fits. (Not by the number of
+    keys: it picks no binary.)"""
+    tiles = p.batch * p.kv_heads
+    few = p.dtype.itemsize == 2 and not ragged(p) and _rows_of_a_block(p) == MIN_DOT and not p.dense_mask
+    return few and 128 < _row_bytes(p) <= 256 and tiles <= sm_count and _evened(tiles, sm_count) <= sm_count // tiles
+
+
+def _block_n(p: Problem, rule: Rule, sm_count: int) -> int:
+    tile_bytes = rule.crowd_bytes if _crowded(p, rule, sm_count) else rule.tile_bytes
+    if rule.alone_bytes and _alone(p, rule, sm_count):
+        tile_bytes = rule.alone_bytes
     if p.dtype == torch.float32:  # without tensor cores the operands of a product sit in registers whole
         tile_bytes //= 2
     most = MAX_KEYS // 2 if _fine(p) else MAX_KEYS
