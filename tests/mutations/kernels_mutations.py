@@ -11,6 +11,7 @@ _STEPS = ("tests/backends/triton/decode/test_launch.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
 _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
+_HOPPER_WIDE = ("tests/backends/triton/hopper_wide/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
 _LAUNCHES = ("tests/backends/triton/hopper/test_launch.py", "tests/backends/triton/hopper_backward/test_run.py")
 
@@ -262,6 +263,42 @@ MUTATIONS = (
         "for t in range(total + pid, ",
         "for t in range(total + pid + 1, ",
         _HOPPER,
+    ),
+    Mutation(
+        "a consumer of wide heads takes probabilities that are not all there yet",
+        "backends/triton/hopper_wide/consumer.py",
+        "    mbarrier.wait(pipe.p_full.index(owner), turn)\n",
+        "",
+        _HOPPER_WIDE,
+    ),
+    Mutation(
+        "a consumer of wide heads gives values back while they are multiplied",
+        "backends/triton/hopper_wide/consumer.py",
+        "    l_i = _times(l_i, decay)\n    acc = warpgroup_mma_wait(0, deps=[acc])\n",
+        "    mbarrier.arrive(pipe.empty.index(part))\n    l_i = _times(l_i, decay)\n"
+        "    return warpgroup_mma_wait(0, deps=[acc]), new_base, l_i\n",
+        _HOPPER_WIDE,
+    ),
+    Mutation(
+        "the output of wide heads is not rescaled to the other consumer's bases",
+        "backends/triton/hopper_wide/consumer.py",
+        "    acc = _times(acc, decay)\n    mbarrier.wait(pipe.p_full",
+        "    mbarrier.wait(pipe.p_full",
+        _HOPPER_WIDE,
+    ),
+    Mutation(
+        "a tile of wide heads sees what lies before its first key",
+        "backends/triton/hopper_wide/tiles.py",
+        "    cut = start < 0\n",
+        "    cut = start + KEYS < 0\n",
+        _HOPPER_WIDE,
+    ),
+    Mutation(
+        "values that lay in the keys once are taken from there for ever",
+        "backends/triton/hopper_wide/launch.py",
+        "        found = self._kinds.get(same)\n",
+        "        found = next(iter(self._kinds.values()), None)\n",
+        ("tests/backends/triton/hopper_wide/test_launch.py",),
     ),
     Mutation(
         "keys that nobody sees stay in shared memory",

@@ -20,6 +20,7 @@ from ..arguments import same_strides
 from ..binaries import store as binaries_store
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch, flag_sets, launcher_of, prepare
+from ..binaries.policy import mode
 from ..binaries.triton_kernel import NamedKernel
 from ..decode.launch_config import MAX_SPLITS
 from ..hopper.arguments import Arguments, Room
@@ -161,9 +162,11 @@ class Forward:
         self._combine: Any = None
         wants_lse = p.return_lse or bool(p.grads)
         if splits > 1:
-            launcher, tensors, _ = combination(p, splits, self._where)
+            launcher, (parts, out, lse, _), floats = combination(p, splits, self._where)
             self._combine = launcher
-            prepare([(launcher, (*tensors[:3], call.sinks), ())])
+            if mode() == "background":  # side by side with the second one
+                binaries_store.shared.ask(self._flags, self._device)
+            prepare([(launcher, (parts, out, lse, call.sinks), floats)])
         self._function = binaries_store.shared.function(self._flags, self._device)
         self._programs = min(self.grid.items, _sms(p))
         self._scratch = 4 * p.batch * p.q_heads * p.q_len * splits * (p.value_dim + 2) if splits > 1 else 0  #: bytes

@@ -94,6 +94,5 @@ class Item:
     query: gl.tensor  # the first
     split: gl.tensor
     position: gl.tensor  # of the first query
-    floor: gl.tensor  # keys before it are not seen
     first: gl.tensor  # the first key of the first block; the others lie before it
     pairs: gl.tensor  # of blocks, at least one

@@ -46,23 +46,19 @@ def item(i, pid, programs, shape, cfg):
     if cfg.Q_LENGTHS:
         end = gl.where(query < q_len, end, 0)
     pairs = gl.maximum((end - begin + 2 * KEYS - 1) // (2 * KEYS), 1)
-    floor = 0
     if cfg.SPLIT:
         share = pairs // shape.splits
         extra = pairs - share * shape.splits
         end -= (split * share + gl.minimum(split, extra)) * (2 * KEYS)
-        pairs = share + gl.where(split < extra, 1, 0)
-        floor = gl.where(pairs > 0, floor, end)
-        pairs = gl.maximum(pairs, 1)
-    else:
-        floor = begin * 0
-    return Item(b, kv_head, head, query, split, position, floor, end - KEYS, pairs)
+        # A split without keys computes those before the tile's first one, which no row sees.
+        pairs = gl.maximum(share + gl.where(split < extra, 1, 0), 1)
+    return Item(b, kv_head, head, query, split, position, end - KEYS, pairs)
 
 
 @gluon.jit
 def is_cut(start, at, shape, cfg):
     """Whether rows do not see all keys of the block that begins at `start`."""
-    cut = start < at.floor
+    cut = start < 0
     if cfg.BAND:
         cut = cut | (start < at.position + shape.queries - 1 - shape.left)
         cut = cut | (start + KEYS - 1 > at.position + shape.right)
@@ -77,8 +73,8 @@ def mask(s, start, at, shape, cfg):
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         positions = at.position + (rows & (shape.queries - 1))
         visible = cols[None, :] <= (positions + shape.right)[:, None]
-        visible = visible & (cols[None, :] >= gl.maximum(positions - shape.left, at.floor)[:, None])
+        visible = visible & (cols[None, :] >= gl.maximum(positions - shape.left, 0)[:, None])
         s = gl.where(visible, s, float("-inf"))
     else:
-        s = gl.where((cols >= at.floor)[None, :], s, float("-inf"))
+        s = gl.where((cols >= 0)[None, :], s, float("-inf"))
     return s
