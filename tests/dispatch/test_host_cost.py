@@ -168,10 +168,10 @@ BF16 = torch.bfloat16
 CUDNN: dict[str, tuple[Callable[[], Callable[[], Any]], bool, Counts]] = {
     "dynamic": (partial(forward, "causal", BF16), False, Counts(15, 18, 7)),
     "static": (partial(forward, "causal", BF16), True, Counts(15, 18, 0)),
-    "dynamic, both": (partial(both, "causal", BF16), False, Counts(39, 45, 21)),
-    "static, both": (partial(both, "causal", BF16), True, Counts(40, 44, 1)),
-    "lengths, both": (partial(both, "lengths", BF16), False, Counts(46, 58, 27)),
-    "mask, both": (partial(both, "mask", BF16), False, Counts(102, 119, 38)),
+    "dynamic, both": (partial(both, "causal", BF16), False, Counts(40, 46, 21)),
+    "static, both": (partial(both, "causal", BF16), True, Counts(41, 45, 1)),
+    "lengths, both": (partial(both, "lengths", BF16), False, Counts(47, 59, 27)),
+    "mask, both": (partial(both, "mask", BF16), False, Counts(103, 120, 38)),
 }
 
 

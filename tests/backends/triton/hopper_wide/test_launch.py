@@ -119,11 +119,11 @@ def test_warmup_names_all_binaries(gpu: HopperGpu) -> None:
 
 
 def test_is_asked_first_where_there_are_many_rows() -> None:
-    for p in problem(), mla(8), mla(1, 64), mla(64):
+    for p in problem(), mla(1), mla(8), mla(1, 64), mla(64):
         assert ordered(p, NAMES)[0] == "hopper"
         rule = rule_for(p)
         assert rule is not None and "256" in rule.why
-    for p in mla(1), problem(q_len=1), problem(backward=True), dataclasses.replace(mla(8), capability=(10, 0)):
+    for p in problem(q_len=1), problem(backward=True), dataclasses.replace(mla(8), capability=(10, 0)):
         assert ordered(p, NAMES)[0] == "decode"
 
 

@@ -76,8 +76,8 @@ _FLOAT_MASKED = _FLOAT | {
     64: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     128: Launch(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
 }
-#: Of parts of a head dim of float32 (see `head_parts`).
-_NO_PART, _LARGER_PART = 32, 64
+#: Columns of a part of a head dim of float32, at least, and of the smallest dim, which is whole (see `head_parts`).
+_LEAST_PART, _LEAST_DIM = 64, 16
 #: Of a log-sum-exp, by the bytes of an element: beyond it float32 rounds it by more than results are rounded.
 _COARSE = {2: 8192.0, 4: 256.0}
 _SPARE = 16 << 10  #: bytes of shared memory in which the compiler changes layouts
@@ -183,16 +183,15 @@ def coarse(problem: Problem) -> float:
 
 
 def head_parts(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
-    """`tile_parts.parts` of the head dim and of the value dim, without float32 parts of 32 columns: of these Triton's
-    six products of bf16 in place of one of float32 access memory that is not there, where tiles are multiplied by
-    asynchronous instructions (Triton 3.6, H200: "illegal memory access"; parts of 16, 64 and more columns are right).
-    """
+    """`tile_parts.parts` of the head dim and of the value dim, with float32 none of less than 64 columns: with smaller
+    ones Triton's six products of bf16 in place of one of float32 are wrong, where tiles are multiplied by asynchronous
+    instructions (Triton 3.6, H200: an "illegal memory access" with a second part of 32, wrong gradients with one of 16
+    under a mask; dims up to 16, which are one part, are right)."""
 
     def of(dim: int) -> tuple[int, int]:
-        found = parts(dim)
-        if problem.dtype.itemsize == 2 or _NO_PART not in found:
-            return found
-        return (_LARGER_PART, 0) if dim <= _LARGER_PART else parts(dim, _LARGER_PART)
+        if problem.dtype.itemsize == 2 or dim <= _LEAST_DIM:
+            return parts(dim)
+        return parts(max(dim, _LEAST_PART), _LEAST_PART)
 
     return of(problem.head_dim), of(problem.value_dim)
 
