@@ -96,7 +96,7 @@ def test_chunks_find_all_that_they_need(pretended, monkeypatch):
     monkeypatch.setattr(fresh_lengths, "chunk_lengths", lambda *given: pairs)
     fresh_lengths.warm_up(bench, ("chunked", "decode"), "cache", 1, 8192)
     plans, kernels = set(gpu.plans), set(gpu.kernels)
-    assert {kernel[5].block_m for kernel in kernels} == {16, 32, 64}
+    assert {kernel[5].block_m for kernel in kernels} == {16, 32, 64, 128}
     assert fresh_lengths._chunks(bench, random.Random(1))["figures"]["builds"] == 0
     assert (gpu.plans, gpu.kernels) == (plans, kernels)
 

@@ -86,7 +86,7 @@ RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
         Rule(
             _gradients_with_a_mask,
             ("hopper", "prefill", "torch"),
-            "cuDNN's backward takes a tensor mask only through passes over all scores, and builds a plan for each shape",
+            "cuDNN's backward takes a tensor mask only through passes over all scores, and a plan for each shape",
         ),
         Rule(
             lambda p: p.masked_keys,

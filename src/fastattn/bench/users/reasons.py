@@ -25,8 +25,8 @@ REASONS: dict[str, str] = {
         "them, the others one. They are now."
     ),
     "Swin B1024 49": (
-        "Rows of 49 keys are not 16 bytes apart, which the copy engine needs: the portable kernel loaded the bias entry "
-        "by entry, anew for each window. A kernel that keeps it takes 47 us now (benchmarks/results/h200/kernels.json)."
+        "Rows of 49 keys are not 16 bytes apart, which the copy engine needs: the portable kernel loaded each entry of "
+        "the bias, anew for each window. A kernel that keeps it takes 47 us now (benchmarks/results/h200/kernels.json)."
     ),
     "SDXL self 4096": _ROUNDS,
     "SDXL fp16 4096": _ROUNDS,
