@@ -55,15 +55,25 @@ def test_a_softcap_over_many_queries_is_not_for_decode() -> None:
 @pytest.mark.parametrize(
     "changes, first",
     [
-        ({"mask": "bool", "mask_shape": (1, 1, 1, 8192), "mask_dtype": torch.bool}, ("decode", "prefill")),
-        ({"mask": "bool", "mask_shape": (1, 1, 300, 8192), "mask_dtype": torch.bool}, ("hopper", "prefill", "decode")),
+        (
+            {"mask": "bool", "mask_shape": (1, 1, 1, 8192), "mask_dtype": torch.bool},
+            ("decode", "hopper", "prefill", "torch", "cudnn"),
+        ),
+        (
+            {"mask": "bool", "mask_shape": (1, 1, 1, 384), "mask_dtype": torch.bool, "kv_len": 384},
+            ("decode", "prefill", "hopper", "torch", "cudnn"),
+        ),
+        (
+            {"mask": "bool", "mask_shape": (1, 1, 300, 8192), "mask_dtype": torch.bool},
+            ("hopper", "prefill", "decode", "torch", "cudnn"),
+        ),
         ({"mask": "additive", "mask_shape": (1, 32, 300, 8192), "mask_dtype": torch.bfloat16}, ("hopper", "prefill")),
         ({"mask": "additive", "mask_shape": (1, 1, 3, 8192), "mask_dtype": torch.bfloat16}, ("decode", "hopper")),
         ({}, ("decode", "hopper", "cudnn")),
         ({"backward": True, "grads": "qkv"}, ("decode", "hopper", "cudnn", "torch", "prefill")),
         (
             {"backward": True, "grads": "qkvm", "mask": "additive", "mask_shape": (1, 32, 300, 8192)},
-            ("hopper", "prefill"),
+            ("hopper", "prefill", "torch"),
         ),
     ],
 )
