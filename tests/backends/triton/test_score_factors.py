@@ -43,3 +43,13 @@ def test_what_hopper_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             for arguments in told:
                 assert arguments["inner"] == np.float32(1e38)
                 assert arguments["scale"] == np.float32(softcap * np.log2(np.e))
+
+
+def test_what_hopper_is_told_for_wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu: HopperGpu = pretend(monkeypatch)
+    for scale, softcap in STEEP:
+        for _ in range(2):
+            q, k, v = (torch.randn(1, 2, 20, 320).bfloat16() for _ in range(3))
+            attend(q, k, v, scale=scale, softcap=softcap, backend="hopper")
+            told = [x.arguments for x in gpu.taken() if "inner" in x.arguments]
+            assert [(x["inner"], x["scale"]) for x in told] == [(np.float32(1e38), np.float32(softcap * np.log2(np.e)))]

@@ -16,7 +16,7 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import ALIGNMENT, Output, RowNumbers
 from ...scratch import scratch
-from ..arguments import same_strides
+from ..arguments import same_strides, score_factors
 from ..binaries import store as binaries_store
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch, flag_sets, launcher_of, prepare
@@ -223,8 +223,8 @@ class Forward:
         return found
 
     def _put_scale(self, scale: float, room: Room) -> None:
-        room.scale = scale
         room.put(*scales(self._problem, scale))
+        room.scale = scale  # once it is there
 
     def _copied(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The same for inputs that the copy engine cannot read where they are."""
@@ -241,8 +241,8 @@ class Forward:
 
 def scales(p: Problem, scale: float) -> tuple[float, float]:
     """What scores are multiplied by before the softcap's tanh, and after it."""
-    inner, scale = (scale / p.softcap, p.softcap) if p.softcap else (1.0, scale)
-    return inner, scale * _LOG2_E
+    inner, outer = score_factors(scale, p.softcap)
+    return inner, outer * _LOG2_E
 
 
 def layouts(p: Problem, call: Call, grid: Grid) -> tuple[Any, Any, Any]:
