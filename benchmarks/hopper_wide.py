@@ -169,7 +169,7 @@ def compile_all(wanted: Sequence[tuple[Sizes, dict[str, Any]]]) -> None:
         split = grid_of(p, sm_count(p.index), same).splits > 1
         sets.add(launch.flags(p, split, same, None if call.sinks is None else call.sinks.dtype))
         if split:
-            sets.update(flag_sets([launch.combination(p, 2, torch.device("meta"))]))
+            sets.update(flag_sets([launch.second(p, 2, torch.device("meta"))]))
         if (sizes, what) in ROWS.values():
             for backend in (DecodeBackend(), PrefillBackend()):
                 if not backend.reasons(p):

@@ -29,6 +29,7 @@ from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
 from fastattn.backends.triton.binaries import launcher, store
 from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
 from fastattn.backends.triton.cuda_driver import Function
+from fastattn.backends.triton.decode import combination
 from fastattn.backends.triton.decode import forward as decode
 from fastattn.backends.triton.hopper import launch as hopper_forward
 from fastattn.backends.triton.hopper import tensors
@@ -250,7 +251,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_(launcher.BinaryLauncher, "launches", True)
     ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
     set_(store, "shared", ready)
-    for module in (bounds, key_bias, hopper_backward, hopper_wide, decode):
+    for module in (bounds, key_bias, hopper_backward, combination, decode):
         set_(module, "launcher_of", launcher_of)
     for module in (hopper_forward, hopper_backward, hopper_wide, decode):
         set_(module, "sm_count", lambda index: 132)

@@ -171,9 +171,9 @@ def test_head_dims(
     """Each kind of parts that a head dim has (`tile_parts.py`); on a GPU with the tiles that are listed."""
     if device == "cuda":
         monkeypatch.setattr(backward, "choose", launch_config.choose)
-    elif mask != "causal":
-        pytest.skip("the dims are the same to the interpreter")
     head, value = dims
+    if device == "cpu" and mask != "causal" and (head > 96 or dtype == BF16):
+        pytest.skip("the interpreter takes its time: parts of every kind are among the smaller dims")
     if device == "cpu" and (dims == (512, 512) or (dtype == BF16 and head >= 256)):
         pytest.skip("the interpreter takes its time: 256 is in one part, too, 576 larger, and smaller dims in parts")
     check(CASE.but(mask=mask, head_dim=head, value_dim=value, dtype=dtype, q_len=20, kv_len=23), device)

@@ -20,7 +20,7 @@ from fastattn.backends.triton.binaries.flag_set import FlagSet
 from fastattn.backends.triton.binaries.launcher import BinaryLauncher
 from fastattn.backends.triton.binding import with_intervals
 from fastattn.backends.triton.cuda_driver import Function
-from fastattn.backends.triton.decode import DecodeBackend, family, forward
+from fastattn.backends.triton.decode import DecodeBackend, combination, family, forward
 from fastattn.backends.triton.decode import launch_config as launch
 from fastattn.backends.triton.decode.chunks import is_chunk
 from fastattn.backends.triton.decode.family import resized
@@ -108,6 +108,22 @@ def test_no_other_length_and_no_other_batch_needs_another_binary(
     assert chunks > 5 or heads in ("16/4 fp32", "128/1 576/512", "128/128 192/128")
 
 
+@pytest.mark.parametrize("heads", ["32/32", "32/8", "32/4", "20/20", "14/2"])
+def test_every_batch_has_a_launch_of_the_family(heads: str) -> None:
+    """What a launch is but for the number of splits, of which there are one or more."""
+    q_heads, kv_heads = map(int, heads.split("/"))
+
+    def kind(p: Problem) -> launch.Launch:
+        found = launch.choose(p, SMS)
+        return replace(found, splits=min(found.splits, 2))
+
+    for dim in (64, 96, 128, 256):
+        p = replace(PROBLEM, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+        listed = {kind(other) for other in family.family(p, SMS)}
+        for batch in range(1, 300):
+            assert kind(resized(p, batch, 1)) in listed, (dim, batch)
+
+
 def test_a_growing_cache_needs_one_launch_s_binaries() -> None:
     """From the first token on: with few keys some splits are empty."""
     for batch in (1, 8, 64):
@@ -169,7 +185,8 @@ def test_a_call_is_not_ready_until_both_kernels_are(tmp_path: Path, monkeypatch:
             kernel, grid, device if device.type == "meta" else torch.device("cuda", 0), *rest, **options
         )
 
-    monkeypatch.setattr(forward, "launcher_of", on_gpu)
+    for module in (forward, combination):
+        monkeypatch.setattr(module, "launcher_of", on_gpu)
     p = replace(PROBLEM, return_lse=True)
     k = torch.zeros(1, 1000, 8, 128, dtype=BF16).transpose(1, 2)
     call = representative(p)._replace(q=torch.zeros(1, 32, 1, 128, dtype=BF16), k=k, v=k.clone(), scale=0.125)

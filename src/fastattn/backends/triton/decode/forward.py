@@ -20,19 +20,18 @@ from ..binaries.launcher import Launch as Prepared
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
-from ..launcher import overlaps
 from ..limits import shared_memory, sm_count
 from ..representative import representative, stand_in
 from .chunks import is_chunk
+from .combination import combination
 from .family import family
-from .launch_config import MAX_SPLITS, Launch, choose, may_be_same
+from .launch_config import Launch, choose, may_be_same
 from .shapes import MAX_ROWS, gaps, is_wide, rows
 
 _ATTEND = NamedKernel(f"{__package__}.kernel", "attend_kernel")
-_COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
-#: Tensors of each, the first ones, whose alignment changes its code. Of masks and lengths it does not: their strides
-#: are arguments. So a slice of lengths takes the same binary.
-_ATTEND_ALIGNED, _COMBINE_ALIGNED = 6, 3
+#: Tensors, the first ones, whose alignment changes its code. Of masks and lengths it does not: their strides are
+#: arguments. So a slice of lengths takes the same binary.
+_ATTEND_ALIGNED = 6
 _OUT, _LSE = 3, 4  #: of the first kernel's pointers
 _MASKING = "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths"  #: of a call, in the order of its arguments
 
@@ -140,21 +139,7 @@ class DecodeKernel(ForwardOnly):
             for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
         }
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
-        columns = 1 << (sum(launch.value) - 1).bit_length()
-        columns = columns if columns <= 256 else 128  # of a program; wide rows are many programs
-        chunk = 4096 // columns  # splits read at a time, so that they fill 32 registers a thread
-        pdl = overlaps(p.capability)
-        self._combine = launcher_of(
-            _COMBINE,
-            (tiles, count, -(-p.value_dim // columns)),
-            device,
-            p.capability,
-            (p.q_len, launch.splits),
-            (p.kv_heads, p.group, p.value_dim, columns, MAX_SPLITS, chunk, pdl),
-            _COMBINE_ALIGNED,
-            num_warps=4,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+        self._combine = combination(p, launch.splits, device)
         self._where = device
         attend = next(iter(self._attend.values()))
         #: Whether the kernels are launched by their binaries, and on which GPU.

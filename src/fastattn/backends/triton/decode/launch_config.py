@@ -253,9 +253,8 @@ def _crowded(p: Problem, rule: Rule, sm_count: int) -> bool:
 def _alone(p: Problem, rule: Rule, sm_count: int) -> bool:
     """True when a program of few rows has an SM to itself, and the measured larger tile fits. (Not by the number of
     keys: it picks no binary.)"""
-    tiles = p.batch * p.kv_heads
     few = p.dtype.itemsize == 2 and not ragged(p) and _rows_of_a_block(p) == MIN_DOT and not p.dense_mask
-    return few and 128 < _row_bytes(p) <= 256 and tiles <= sm_count and _evened(tiles, sm_count) <= sm_count // tiles
+    return few and 128 < _row_bytes(p) <= 256 and p.batch * p.kv_heads <= sm_count
 
 
 def _block_n(p: Problem, rule: Rule, sm_count: int) -> int:

@@ -11,6 +11,29 @@ CAPABILITY = (9, 0)
 FULL, ALIGNED, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
 
 
+class GluonFlags:
+    """What a `FlagSet` of a kernel in Gluon has besides the fields that name its binary."""
+
+    __slots__ = ()
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return CAPABILITY
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ()
+
+    def compiled(self) -> Any:
+        """Triton's own result. Takes seconds, or milliseconds where Triton finds it on the disk."""
+        raise NotImplementedError
+
+    def compile(self) -> Binary:
+        compiled = self.compiled()
+        meta = compiled.metadata
+        return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """How heads of one size are cut. What of it fits: 227 KiB of shared memory, 240 registers a thread."""
@@ -58,7 +81,7 @@ TILE = 2 * ROWS
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
+class Flags(GluonFlags):
     """Names one binary. Strides, windows and scales are no part of it, and of lengths only whether keys are few."""
 
     dtype: str  #: "bf16" or "fp16"
@@ -100,25 +123,8 @@ class Flags:
         words += [f"mask {self.tiles}"] if self.tiles else []
         return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
 
-    # What a `FlagSet` has.
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        return CAPABILITY
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return ()
-
-    def compile(self) -> Binary:
-        return compile_binary(self)
-
-
-def compile_binary(flags: Flags) -> Binary:
-    """Takes seconds, or milliseconds where Triton finds it on the disk."""
-    compiled = compile_kernel(flags)
-    meta = compiled.metadata
-    return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
+    def compiled(self) -> Any:
+        return compile_kernel(self)
 
 
 #: In Triton's words, and in Gluon's.

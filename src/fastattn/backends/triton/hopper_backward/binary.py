@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..binaries.flag_set import Binary
-from ..hopper.binary import CAPABILITY
+from ..hopper.binary import CAPABILITY, GluonFlags
 
 FULL, CAUSAL, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
 ROWS = 64  #: queries of a tile
@@ -16,7 +15,7 @@ DIMS = (64, 128)  #: head dim and value dim, padded
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
+class Flags(GluonFlags):
     """Names one binary. Lengths, strides, windows and scales are no part of it."""
 
     dtype: str  #: "bf16" or "fp16"
@@ -30,21 +29,8 @@ class Flags:
         words = ["Hopper backward", self.dtype, str(self.dim), ("full", "causal", "band", "intervals")[self.mask]]
         return " ".join([*words, *[name for name in ("softcap", "split", "biased") if getattr(self, name)]])
 
-    # What a `FlagSet` has.
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        return CAPABILITY
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return ()
-
-    def compile(self) -> Binary:
-        """Takes seconds, or milliseconds where Triton finds it on the disk."""
-        compiled = compile_kernel(self)
-        meta = compiled.metadata
-        return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
+    def compiled(self) -> Any:
+        return compile_kernel(self)
 
 
 def key_columns(dim: int) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..binaries.flag_set import Binary
-from ..hopper.binary import CAPABILITY
+from ..hopper.binary import CAPABILITY, GluonFlags
 
 ROWS, KEYS = 64, 64  #: of a tile, of a block: see `parts.py`, which cannot be imported without triton
 HALF, REST = 256, 64  #: columns of parts of tiles
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
+class Flags(GluonFlags):
     """Names one binary. Lengths, strides, heads, windows and scales are no part of it."""
 
     dtype: str  #: "bf16" or "fp16"
@@ -33,21 +32,8 @@ class Flags:
         words += [name for name in names if getattr(self, name)]
         return " ".join([*words, *([f"sinks {self.sinks}"] if self.sinks else [])])
 
-    # What a `FlagSet` has.
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        return CAPABILITY
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return ()
-
-    def compile(self) -> Binary:
-        """Takes seconds, or milliseconds where Triton finds it on the disk."""
-        compiled = compile_kernel(self)
-        meta = compiled.metadata
-        return Binary(compiled.asm["cubin"], meta.name, meta.shared, 32 * meta.num_warps)
+    def compiled(self) -> Any:
+        return compile_kernel(self)
 
 
 def compile_kernel(flags: Flags) -> Any:

@@ -19,14 +19,12 @@ from ...scratch import scratch
 from ..arguments import same_strides, score_factors
 from ..binaries import store as binaries_store
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import Launch, flag_sets, launcher_of, prepare
+from ..binaries.launcher import Launch, flag_sets, prepare
 from ..binaries.policy import mode
-from ..binaries.triton_kernel import NamedKernel
-from ..decode.launch_config import MAX_SPLITS
+from ..decode.combination import combination
 from ..hopper.arguments import Arguments, Room
 from ..hopper.limits import DTYPES, refusals, sides
 from ..hopper.tensors import brought, fits, layout_of
-from ..launcher import overlaps
 from ..limits import sm_count
 from ..representative import stand_in
 from .binary import KEYS, ROWS, Flags
@@ -37,8 +35,6 @@ _OUT, _LSE, _SINKS, _Q_LENGTHS, _KV_LENGTHS, _SCRATCH = range(6)  #: the kernel'
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 HEAD_DIMS, VALUE_DIMS = range(8, 577, 8), range(8, 513, 8)
 _USUAL = 132  #: multiprocessors of the GPUs that this is made for
-_COMBINE = NamedKernel("fastattn.backends.triton.decode.combine", "combine_kernel")
-_COLUMNS, _CHUNK = 128, 32  #: of one of its programs: columns, and splits that it reads at a time
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -86,26 +82,15 @@ def binaries(p: Problem) -> list[FlagSet]:
         other = replace(p, q_len=q_len)
         for split in (own, not own):
             found += [flags(other, split, kind) for kind in ((same, False) if same else (False,))]
-    found += flag_sets([combination(p, 2, torch.device("meta"))])
+    found += flag_sets([second(p, 2, torch.device("meta"))])
     return list(dict.fromkeys(found))
 
 
-def combination(p: Problem, splits: int, device: torch.device) -> Launch:
-    """The second kernel, and tensors that stand for those of a call."""
+def second(p: Problem, splits: int, device: torch.device) -> Launch:
+    """The kernel that combines the splits, and tensors that stand for those of a call."""
     out, numbers = stand_in(p.dtype), stand_in(torch.float32)
     lse = numbers if p.return_lse or p.grads else None
-    sinks = out if p.sinks else None
-    launcher = launcher_of(
-        _COMBINE,
-        (p.batch * p.kv_heads, p.q_len * p.group, -(-p.value_dim // _COLUMNS)),
-        device,
-        p.capability,
-        (p.q_len, splits),
-        (p.kv_heads, p.group, p.value_dim, _COLUMNS, MAX_SPLITS, _CHUNK, overlaps(p.capability)),
-        3,
-        num_warps=4,
-    )
-    return launcher, (numbers, out, lse, sinks), ()
+    return combination(p, splits, device), (numbers, out, lse, out if p.sinks else None), ()
 
 
 def bind(problem: Problem, call: Call) -> Kernel:
@@ -162,7 +147,7 @@ class Forward:
         self._combine: Any = None
         wants_lse = p.return_lse or bool(p.grads)
         if splits > 1:
-            launcher, (parts, out, lse, _), floats = combination(p, splits, self._where)
+            launcher, (parts, out, lse, _), floats = second(p, splits, self._where)
             self._combine = launcher
             if mode() == "background":  # side by side with the second one
                 binaries_store.shared.ask(self._flags, self._device)
