@@ -43,6 +43,16 @@ def test_starts_no_cuda() -> None:
     assert run("import torch, fastattn; print(torch.cuda.is_initialized())").strip() == "False"
 
 
+def test_modules_are_attributes() -> None:
+    """What the pages write after `import fastattn` works, without an import of the module."""
+    code = """
+import fastattn
+print(fastattn.drop_in.patch.__name__, fastattn.flash.flash_attn_func.__name__, "drop_in" in dir(fastattn))
+print(hasattr(fastattn, "drop_out"))
+"""
+    assert run(code).split() == ["patch", "flash_attn_func", "True", "False"]
+
+
 def test_works_without_the_extras() -> None:
     """As if none of them were installed; what needs one says which, and the rest works."""
     code = f"""

@@ -50,8 +50,13 @@ _HOMES = {
     "warmup": "warming.run",
 }
 
+#: Reached as attributes too, without an import of their own.
+_MODULES = frozenset(["drop_in", "flash", "hf", "lm", "parallel"])
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -60,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

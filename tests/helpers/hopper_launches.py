@@ -38,6 +38,8 @@ from fastattn.backends.triton.hopper_wide import launch as hopper_wide
 from fastattn.call import Call, Problem
 from fastattn.shape_cache import Section
 
+#: By the number that a description begins with: layouts, and the descriptions that they keep, outlive a driver.
+_contents: list[Described] = []
 _FORMS = {"i32": "i", "i64": "q", "fp32": "f"}
 
 
@@ -115,6 +117,7 @@ class HopperDriver(Driver):
         self._functions = functions
         self.launches: list[Launched] = []
         self.described: dict[int, Described] = {}  #: by the address of the description
+        self.encoded = 0  #: descriptions that were not made from another one
         self.before: Any = None  #: called before each launch
         self.after: Any = None  #: called with each launch, before who launched goes on
 
@@ -124,8 +127,20 @@ class HopperDriver(Driver):
 
     def cuTensorMapEncodeTiled(self, made: Any, kind: int, rank: int, address: Any, *rest: Any) -> int:
         shape, strides, box = (tuple(x) for x in rest[:3])
-        self.described[made.value] = Described(address.value, shape, strides, box)
+        self.encoded += 1
+        self._put(made.value, Described(address.value, shape, strides, box))
         return 0
+
+    def cuTensorMapReplaceAddress(self, made: Any, address: Any) -> int:
+        number = ctypes.c_uint64.from_address(made.value).value  # what was copied there says which it is
+        self._put(made.value, dataclasses.replace(_contents[number], address=address.value))
+        return 0
+
+    def _put(self, where: int, described: Described) -> None:
+        self.described[where] = described
+        ctypes.memset(where, 0xA5, 128)
+        ctypes.c_uint64.from_address(where).value = len(_contents)
+        _contents.append(described)
 
     def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, _: Any) -> int:
         if self.before is not None:

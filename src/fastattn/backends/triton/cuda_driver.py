@@ -208,6 +208,15 @@ def describe(
     return made
 
 
+def moved(like: Description, address: int) -> Description:
+    """`like`, of a tensor at another address, a multiple of 16. Takes a third of the time of `describe`."""
+    made = Description()
+    ctypes.memmove(made.address, like.address, _DESCRIPTION)
+    status = _driver().cuTensorMapReplaceAddress(ctypes.c_void_p(made.address), ctypes.c_void_p(address))
+    _check(status, "moving the description of a tensor")
+    return made
+
+
 def describe_flat(address: int, count: int, box: int) -> Description:
     """`count` float32 numbers, read `box` at a time. address: a multiple of 16."""
     made = Description()

@@ -40,6 +40,7 @@ ATTEMPTS, WAIT_SECONDS = 4, 5.0  #: to compare, where there is no memory
 MOST_SETS = 64
 MOST_BYTES = 16 << 30  #: of all input sets of a row
 EAGER_CALLS = 20  #: at the most, between two waits: the launch queue must not fill
+_WARM_ROUNDS = 2
 EAGER_US = 2000.0  #: of GPU time in a round of eager calls, at the least
 FATAL = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure")
 Say = Callable[[dict[str, Any]], None]
@@ -213,10 +214,11 @@ def set_count(row: Row, device: torch.device) -> int:
 
 def eager(ready: Sequence[Contender], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
     """Calls as Python makes them, in turns: "eager", the time per call until all is done, and "host", the time per call
-    until the host has launched them."""
+    until the host has launched them. Two rounds come before those that count: one says how many calls a round has, one
+    makes them, so that each has seen its tensors' addresses, as a model's layers have after the first step."""
     samples: dict[str, tuple[list[float], list[float]]] = {c.name: ([], []) for c in ready}
     counts: dict[str, int] = {}
-    for i in range(rounds + 1):
+    for i in range(rounds + _WARM_ROUNDS):
         for contender in ready:
             count = counts.setdefault(contender.name, 1)
             with contender.context():
@@ -228,10 +230,10 @@ def eager(ready: Sequence[Contender], device: torch.device, rounds: int) -> dict
                 timing.synchronize(device)
                 end = time.perf_counter()
             whole = (end - begin) * 1e6 / count
-            if i:  # the first round warms up
+            if i >= _WARM_ROUNDS:
                 samples[contender.name][0].append(whole)
                 samples[contender.name][1].append((launched - begin) * 1e6 / count)
-            else:
+            elif i == 0:
                 counts[contender.name] = max(1, min(EAGER_CALLS, int(EAGER_US / max(whole, 1.0))))
     return {
         name: {

@@ -76,6 +76,20 @@ def test_each_call_has_its_own_addresses(gpu: HopperGpu) -> None:
     assert (lse.shape, lse.dtype) == ((B, H, S), torch.float32)
 
 
+def test_other_addresses_cost_no_new_description(gpu: HopperGpu) -> None:
+    """Of tensors that lie alike the driver encodes one; the others are that one at another address."""
+    kept = []
+    for turn in range(4):
+        q, k, v = inputs()
+        out = attend(q, k, v, mask="causal")
+        kept.append((q, k, v, out))  # so that no address comes back
+        (launched,) = gpu.taken()
+        check(launched, q, k, v, out)
+        if not turn:
+            encoded = gpu.driver.encoded
+    assert gpu.driver.encoded == encoded
+
+
 def piece(memory: Tensor, heads: int, sizes: tuple[int, int], dtype: torch.dtype, token_major: bool) -> Tensor:
     """A tensor at the beginning of the memory. sizes: length and dim."""
     length, dim = sizes

@@ -12,7 +12,7 @@ from ....shape_cache import shape_cache
 from ... import layout
 from ...layout import ALIGNMENT, copied
 from ..arguments import broadcast_strides
-from ..cuda_driver import Description, describe, describe_flat
+from ..cuda_driver import Description, describe, describe_flat, moved
 from .binary import ROWS, Flags
 
 
@@ -34,7 +34,7 @@ def brought(x: Tensor) -> Tensor:
 class Layout:
     """What descriptions of tensors have in common that differ in their addresses alone: see `cuda_driver.describe`."""
 
-    __slots__ = ("columns", "dtype", "rows", "shape", "strides", "together")
+    __slots__ = ("_first", "columns", "dtype", "rows", "shape", "strides", "together")
 
     def __init__(
         self,
@@ -47,15 +47,22 @@ class Layout:
     ) -> None:
         self.shape, self.strides, self.dtype, self.rows, self.columns = shape, strides, dtype, rows, columns
         self.together = together
+        self._first: Description | None = None  #: which the others are made from
 
     def describe(self, address: int) -> Description:
         """A tensor at that address, a multiple of 16."""
         key = address, self
         found: Description | None = _descriptions.get(key)
         if found is None:
-            found = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together)
-            _descriptions[key] = found
+            found = _descriptions[key] = self._described(address)
         return found
+
+    def _described(self, address: int) -> Description:
+        if self._first is not None:
+            return moved(self._first, address)
+        made = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together)
+        self._first = made
+        return made
 
 
 #: By address, and a `Layout` or what takes its place: one that was seen before costs one look.
