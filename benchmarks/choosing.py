@@ -2,9 +2,10 @@
 
     python -m benchmarks.choosing [USERS.json] [--docs DOCS]
 
-USERS.json: benchmarks/results/*/users.json, of which there has to be one. Writes DOCS/choosing.md and its line in
-mkdocs.yml, which are kept: a test holds the page against the file. Each row in which a peer is quicker needs its reason
-in `fastattn/bench/users/reasons.py`.
+USERS.json: benchmarks/results/*/users.json, of which there has to be one. Peers that compile for seconds a row may be
+in files of some rows beside it, users-PEER.json, each with a section of its own. Writes DOCS/choosing.md and its line
+in mkdocs.yml, which are kept: a test holds the page against the file. Each row in which a peer is quicker needs its
+reason in `fastattn/bench/users/reasons.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench import output
+from fastattn.bench.users.contenders import OURS
 from fastattn.bench.users.reasons import REASONS
 from fastattn.bench.users.summary import NEAR, has_failed, of, sentence, us_of
 from fastattn.cli.arguments import path_of
@@ -38,6 +40,11 @@ def kept() -> Path | None:
     return found[0] if found else None
 
 
+def peers_beside(path: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of single peers beside a result file. folder: where they are said to be."""
+    return {(folder / other.name).as_posix(): load(other) for other in sorted(path.parent.glob("users-*.json"))}
+
+
 def check_reasons(rows: Mapping[str, Row], reasons: Mapping[str, str]) -> None:
     """Raises ValueError for rows in which a peer is quicker without a reason, and for reasons of other rows."""
     slower = [name for name, row in rows.items() if is_slower(row, "ratio")]
@@ -49,8 +56,11 @@ def check_reasons(rows: Mapping[str, Row], reasons: Mapping[str, str]) -> None:
         raise ValueError(f"REASONS: expected rows over {NEAR} alone, got: {'; '.join(stale)}")
 
 
-def page(data: dict[str, Any], name: str, reasons: Mapping[str, str]) -> str:
-    """The page. name: the result file's path in the repository; reasons: as `check_reasons` wants them."""
+def page(
+    data: dict[str, Any], name: str, reasons: Mapping[str, str], beside: Mapping[str, dict[str, Any]] | None = None
+) -> str:
+    """The page. name: the result file's path in the repository; reasons: as `check_reasons` wants them; beside: the
+    files of single peers, by their paths."""
     rows: dict[str, Row] = data["rows"]
     report = Section(name, "", "", str(data["command"]), str(data["date"]), data["environment"])
     slower = {row: found for row, found in rows.items() if is_slower(found, "ratio")}
@@ -71,10 +81,38 @@ def page(data: dict[str, Any], name: str, reasons: Mapping[str, str]) -> str:
         "## Small calls that Python makes one by one",
         _host(eager),
     ]
+    for path, other in (beside or {}).items():
+        parts += _beside(path, other, rows)
     if data.get("absent"):
         lines = [f"- {title_of(who)}: {why}" for who, why in data["absent"].items()]
         parts += ["## Who was not measured", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _beside(path: str, other: dict[str, Any], rows: dict[str, Row]) -> list[str]:
+    """The section of a file of single peers: its rows that have a peer which no row of the page has."""
+    there = {who for row in rows.values() for who, entry in row["contenders"].items() if us_of(entry, "ratio")}
+    found = {who for row in other["rows"].values() for who, entry in row["contenders"].items() if us_of(entry, "ratio")}
+    report = Section(path, "", "", str(other["command"]), str(other["date"]), other["environment"])
+    parts = []
+    for who in sorted(found - there - {*OURS}):
+        lines = ["| call | fastattn, µs | its, µs | ratio | eager ratio |", "|---|---|---|---|---|"]
+        ratios = []
+        for name, row in other["rows"].items():
+            ours, its = row["contenders"].get("fastattn", {}), row["contenders"].get(who, {})
+            times = [us_of(entry, which) for which in ("ratio", "eager_ratio") for entry in (ours, its)]
+            if any(us is None for us in times):
+                continue
+            us, other_us, eager, other_eager = (float(us or 0.0) for us in times)
+            ratios.append(us / other_us)
+            cells = [name, number(us), number(other_us), ratio(us / other_us), ratio(eager / other_eager)]
+            lines.append(f"| {' | '.join(cells)} |")
+        text = (
+            f"`{path}`, {report.caption}; `{report.command}`. Median ratio {ratio(statistics.median(ratios))}, "
+            f"quicker than fastattn in {sum(x > NEAR for x in ratios)} of {len(ratios)}."
+        )
+        parts += [f"## Beside {title_of(who)}", text, "\n".join(lines)] if ratios else []
+    return parts
 
 
 def _by_kind(rows: dict[str, Row]) -> str:
@@ -161,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{path}: expected a file of `fastattn sweep users --json FILE`")
     name = path.resolve()
     shown = name.relative_to(ROOT).as_posix() if name.is_relative_to(ROOT) else path.name
+    beside = peers_beside(path, Path(shown).parent)
     with reading(path):
-        text = page(data, shown, REASONS)
+        text = page(data, shown, REASONS, beside)
     check_reasons(data["rows"], REASONS)
     target = arguments.docs / "choosing.md"
     output.write(target, text)

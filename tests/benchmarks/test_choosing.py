@@ -90,6 +90,28 @@ def test_the_command(data, tmp_path, monkeypatch):
         choosing.main([str(file), "--docs", str(tmp_path)])
 
 
+def test_a_peer_in_a_file_of_its_own(data, tmp_path, monkeypatch):
+    """Only who is not in the page's own file; rows that are wrong or refused are left out."""
+    other = data | {"command": "fastattn sweep users causal"}
+    other["rows"] = {
+        "quick": row("prefill", fastattn=entry(5.0, 9.0), torch=entry(10.0, 10.0), flash_attn_4=entry(8.0, 18.0)),
+        "slower": row("vision", fastattn=entry(12.0, 30.0), flash_attn_4=entry(10.0, 60.0)),
+        "wrong": row("vision", fastattn=entry(12.0, 30.0), flash_attn_4=entry(1.0, 1.0, failed="wrong result")),
+        "refused": row("vision", fastattn=entry(12.0, 30.0), flash_attn_4={"refused": "no"}),
+    }
+    (tmp_path / "users.json").write_text(json.dumps(data))
+    (tmp_path / "users-flash-attn-4.json").write_text(json.dumps(other))
+    monkeypatch.setattr(choosing, "REASONS", {"slower": "why"})
+    assert choosing.main([str(tmp_path / "users.json"), "--docs", str(tmp_path)]) == 0
+    text = (tmp_path / "choosing.md").read_text()
+    assert cells(text, "Beside flash-attn 4") == [
+        ["quick", "5", "8", "0.62", "0.50"],
+        ["slower", "12", "10", "1.20", "0.50"],
+    ]
+    assert "users-flash-attn-4.json`" in text and "`fastattn sweep users causal`. Median ratio 0.91, quicker" in text
+    assert "quicker than fastattn in 1 of 2." in text and text.count("## Beside") == 1
+
+
 def test_the_menu_names_the_page():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace(choosing.LINE, "")
     named = choosing.with_the_page(menu)
@@ -129,6 +151,8 @@ def test_the_kept_page_is_made_from_the_kept_file():
         return
     found = load(path)
     choosing.check_reasons(found["rows"], REASONS)
-    assert page.read_text(encoding="utf-8") == choosing.page(found, path.relative_to(ROOT).as_posix(), REASONS)
+    assert page.read_text(encoding="utf-8") == choosing.page(
+        found, path.relative_to(ROOT).as_posix(), REASONS, choosing.peers_beside(path, path.parent.relative_to(ROOT))
+    )
     assert found["complete"] and not re.search("dirty", str(found["environment"]["commit"]))
     assert set(found["rows"]) == set(BY_NAME), "measured anew when the list changes"
