@@ -345,8 +345,8 @@ MUTATIONS = (
     Mutation(
         "the next head's keys have the biases of the head before",
         "backends/triton/hopper_backward/consumer.py",
-        "bias_at += shape.bias_h",
-        "bias_at += 0",
+        "                    bias_at += shape.bias_h",
+        "                    bias_at += 0",
         _BACKWARD,
     ),
     Mutation(
