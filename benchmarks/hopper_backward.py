@@ -5,7 +5,7 @@
 Times are medians in microseconds of GPU work of the backward alone, captured in CUDA graphs: "cold" with the L2 cache
 flushed before each call, "hot" over many calls in a row; "host" is what one call costs the CPU. Beside a call with a
 mask "dense" is a call with as many scores to compute and no mask; "deterministic" is the backward that serves under
-torch.use_deterministic_algorithms. With --tune each row of
+torch.use_deterministic_algorithms, and "portable" the one that did before it (`prefill`). With --tune each row of
 a grid of lengths is timed with every choice of split and sections (`schedule.py`), beside the choice that the kernel
 makes by itself. Rows that would begin after four minutes (with --tune eight) are left out, with a line.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,7 +104,15 @@ def ours(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[],
 
 
 def deterministic(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[], Any]:
-    """The same where bits must repeat: by the portable kernel."""
+    """The same where bits must repeat."""
+    from fastattn.backends.triton.hopper_backward import launch
+
+    bound = launch.bind(replace(Problem.of(call), deterministic=True), call)
+    return partial(bound.backward, call, out, lse, grad_out, None)
+
+
+def portable(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Callable[[], Any]:
+    """The portable backward, whose bits repeat in any case."""
     from fastattn.backends.triton.backward import launch
 
     bound = launch.bind(Problem.of(call), call)
@@ -153,6 +162,7 @@ def _rows(found: dict[str, Any], only: list[str], rounds: int) -> None:
         runs = {"ours": ours(call, out, lse, grad_out)}
         if name in DETERMINISTIC:
             runs["deterministic"] = deterministic(call, out, lse, grad_out)
+            runs["portable"] = portable(call, out, lse, grad_out)
         if same is not None:
             same_out, same_lse = forward_of(same)
             runs["dense"] = ours(same, same_out, same_lse, torch.randn_like(same_out))
@@ -166,7 +176,7 @@ def line_of(name: str, row: dict[str, dict[str, float]]) -> str:
     """A row of the table that is printed."""
     cells = ["/".join(f"{x:.0f}" for x in row[peer].values()) if peer in row else "-" for peer in _PEERS]
     best = row.get("cudnn", {}).get("hot", float("nan"))
-    others = "".join(f", {x} {row[x]['hot']:.0f}" for x in ("dense", "deterministic") if x in row)
+    others = "".join(f", {x} {row[x]['hot']:.0f}" for x in ("dense", "deterministic", "portable") if x in row)
     return f"{name:26}{''.join(f'{cell:>22}' for cell in cells)}  {row['ours']['hot'] / best:.2f}{others}"
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class BackwardKind(Kind):
     grad_lse: bool = False
     expanded: bool = False  #: dO is one row for all: its strides are 0
     split: int = 0  #: forced
+    ordered: bool = False  #: bits have to repeat
 
 
 _128, _64 = ((128, 128),), ((64, 64),)
@@ -109,7 +110,28 @@ KINDS = {
     "mask-keys-64-everything": BackwardKind(
         _64, "window", kv_lengths=True, sinks=torch.bfloat16, softcap=True, masks=_KEYS, split=2, grad_lse=True
     ),
+    "ordered-causal": BackwardKind(_128, "causal", ordered=True),
+    "ordered-full": BackwardKind(_128, "full", torch.float16, ordered=True),
+    "ordered-chunk": BackwardKind(_128, "chunk", ordered=True, grad_lse=True),
+    "ordered-window": BackwardKind(_128, "window", ordered=True, sinks=torch.bfloat16),
+    "ordered-softcap": BackwardKind(_128, "causal", ordered=True, softcap=True),
+    "ordered-split-1": BackwardKind(_128, "causal", ordered=True, split=1),
+    "ordered-split-2": BackwardKind(_128, "causal", ordered=True, split=2),
+    "ordered-split-4": BackwardKind(_128, "full", ordered=True, split=4),
+    "ordered-padded": BackwardKind(((72, 72), (96, 96), (104, 88), (40, 120)), "chunk", ordered=True),
+    "ordered-64": BackwardKind(_64, "causal", ordered=True),
+    "ordered-64-full": BackwardKind(((64, 64), (32, 32), (48, 8)), "full", ordered=True),
+    "ordered-64-split": BackwardKind(_64, "window", ordered=True, split=2),
+    "ordered-lengths": BackwardKind(_128, "chunk", ordered=True, q_lengths=True, kv_lengths=True, grad_lse=True),
+    "ordered-mask": BackwardKind(_128, "any", ordered=True, masks=("packed", "left", "gaps", "wild", "holes", "rooms")),
+    "ordered-mask-split": BackwardKind(_64, "any", ordered=True, masks=("packed", "chunks", "gaps", "wild"), split=2),
+    "ordered-mask-keys": BackwardKind(_128, "any", ordered=True, masks=_KEYS),
+    "ordered-mask-everything": BackwardKind(
+        _128, "window", torch.float16, ordered=True, q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True,
+        masks=_KEYS, split=2, grad_lse=True,
+    ),
 }  # fmt: skip
+ORDERED_REPEATS = 10  #: of the kinds whose bits repeat
 
 
 def draw(kind: BackwardKind, rng: random.Random, i: int) -> dict[str, Any]:
@@ -138,6 +160,7 @@ def problem_of(kind: BackwardKind, case: dict[str, Any]) -> Any:
         "cuda", 0, (9, 0), kind.dtype, batch, kv_heads * group, kv_heads, q_len, kv_len, *case["dims"], mask, shape,
         dtype, case["left"], case["right"], case["softcap"], kind.sinks is not None,
         kind.q_lengths, kind.kv_lengths, kind.grad_lse, "qkv" + ("s" if kind.sinks is not None else ""),
+        deterministic=kind.ordered,
     )  # fmt: skip
 
 
@@ -218,16 +241,17 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
         q, k, v, sinks=sinks, **fields, **found, scale=scale, left=case["left"], right=case["right"], softcap=softcap,
         return_lse=kind.grad_lse, grads="qkv" + ("s" if sinks is not None else ""),
     )  # fmt: skip
-    problem = Problem.of(call)
+    problem = replace(Problem.of(call), deterministic=kind.ordered)
     assert not launch.reasons(problem), launch.reasons(problem)
     _poison(run)
     with schedule.forced(split=kind.split):
         bound = launch.bind(problem, call)
     beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
     results = []
-    for _ in range(REPEATS):
+    for i in range(ORDERED_REPEATS if kind.ordered else REPEATS):
         with torch.cuda.stream(stream):
-            beside @ beside
+            for _ in range(1 + i % 3 if kind.ordered else 1):  # now more, now less
+                beside @ beside
         results.append(bound.backward(call, out, lse, grad_out, grad_lse))
         torch.cuda.synchronize()
     apart, texts, fine = 0.0, [], True
@@ -247,6 +271,7 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
     for other in results[1:]:
         for a, b in zip(_named(results[0]), _named(other), strict=True):
             apart = max(apart, ((a.double() - b.double()).norm() / a.double().norm().clamp(min=1e-2)).item())
+            fine &= not kind.ordered or torch.equal(a, b)
     fine &= apart < APART[kind.dtype]
     return bool(fine), ", ".join([*texts, f"apart {apart:.0e}", f"{bound.flags}, {bound._programs} programs"])
 

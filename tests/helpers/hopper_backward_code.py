@@ -25,6 +25,16 @@ NAMES = {f"{name}-{dim}": Flags("bf16", dim, mask) for name, mask in _MASKS.item
     "biased-128": Flags("bf16", 128, INTERVALS, biased=True),
     "biased-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True, biased=True),
     "biased-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True, biased=True),
+    "ordered-full-64": Flags("bf16", 64, FULL, ordered=True),
+    "ordered-full-128": Flags("bf16", 128, FULL, ordered=True),
+    "ordered-causal-64": Flags("bf16", 64, CAUSAL, ordered=True),
+    "ordered-causal-128": Flags("bf16", 128, CAUSAL, ordered=True),
+    "ordered-causal-128-fp16-split": Flags("fp16", 128, CAUSAL, split=True, ordered=True),
+    "ordered-band-128": Flags("bf16", 128, BAND, ordered=True),
+    "ordered-intervals-128": Flags("bf16", 128, INTERVALS, ordered=True),
+    "ordered-causal-128-softcap": Flags("bf16", 128, CAUSAL, softcap=True, ordered=True),
+    "ordered-biased-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True, biased=True, ordered=True),
+    "ordered-biased-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True, biased=True, ordered=True),
 }
 
 

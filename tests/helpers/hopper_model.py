@@ -2,7 +2,8 @@
 
 What it shares with a kernel is every line of it: which tiles, which blocks, which barriers in which order. What it
 has of its own is a model of the machine: threads for the three groups of warps, barriers with phases, a copy engine and
-tensor cores that are done when they like. A wait too few gives wrong numbers, a wait too many hangs.
+tensor cores that are done when they like. A wait too few gives wrong numbers, a wait too many hangs. Several programs
+may run at a time, begun in any order; what they add to memory arrives when it likes, but before a counter says so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import fastattn
 
 FOLDERS = Path(fastattn.__file__).parent / "backends" / "triton"
 FILES = ("parts", "tiles", "turns", "masking", "softmax", "output", "producer", "consumer", "forward")
-BACKWARD_FILES = ("../hopper/turns", "parts", "tiles", "masking", "sums", "producer", "consumer", "backward")
+BACKWARD_FILES = ("../hopper/turns", "parts", "tiles", "masking", "sums", "order", "producer", "consumer", "backward")
 PATIENCE = 20.0  #: seconds; a wait that takes longer never ends
 
 
@@ -226,6 +227,19 @@ class Machine:
         self.errors: list[BaseException] = []
         self.working = 0
         self.own = threading.local()  # products that a group of warps has issued
+        self.ticket: int | None = None
+        self.on_the_way: list[Callable[[], None]] = []  # what is to be added to memory
+
+    def arrives(self, everything: bool) -> None:
+        """What is on the way to memory arrives, or some of it."""
+        with self.changed:
+            waiting, self.on_the_way = self.on_the_way, []
+            self.rng.shuffle(waiting)
+            for one in waiting:
+                if everything or self.rng.random() < 0.5:
+                    one()
+                else:
+                    self.on_the_way.append(one)
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         with self.changed:
@@ -265,6 +279,7 @@ class Machine:
             thread.join(2 * PATIENCE)
         if self.errors:
             raise self.errors[0]
+        self.arrives(everything=True)
 
 
 def _half_of_dims(k: Shared, group: int, cfg: Any) -> Shared:
@@ -272,20 +287,30 @@ def _half_of_dims(k: Shared, group: int, cfg: Any) -> Shared:
     return Shared(k.a.reshape(-1, cfg.D)[:, group * dims : (group + 1) * dims], k.dtype)
 
 
-_adding = threading.Lock()
+class Together:
+    """The programs of one launch: what they share, and what was seen of their order."""
 
+    def __init__(self, residents: int) -> None:
+        self.residents = residents  #: programs at a time
+        self.changed = threading.Condition()
+        self.failed = False
+        #: By array and first place in it: the tickets of those who added something other than 0, as it arrived.
+        self.added: dict[tuple[int, int], list[int | None]] = {}
 
-def _add(pointers: Pointer, x: Value) -> None:
-    assert (pointers.at >= 0).all() and (pointers.at < len(pointers.memory)).all(), "outside of the tensor"
-    with _adding:
-        np.add.at(pointers.memory, pointers.at, x.a)
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """For what another program does. Alone, a program waits for those that are done."""
+        with self.changed:
+            patience = PATIENCE if self.residents > 1 else 0.0
+            if not self.changed.wait_for(lambda: ready() or self.failed, patience) or self.failed:
+                raise RuntimeError(f"waits for ever: {what}")
 
 
 class Model:
     """The kernel's functions, and what they call."""
 
     def __init__(self, folder: str = "hopper", files: tuple[str, ...] = FILES) -> None:
-        self.machine: Any = None
+        self._own = threading.local()
+        self.together = Together(1)
         self.names: dict[str, Any] = self._names()
         for file in files:
             path = FOLDERS / folder / f"{file}.py"
@@ -298,14 +323,99 @@ class Model:
         # Nor are the places of shared memory, nor how numbers are added to memory.
         self.names["half_of_dims"] = _half_of_dims
         self.names["rows_of"] = lambda x, group, cfg: Shared(x.a.reshape(2, -1, cfg.D)[group], x.dtype)
-        self.names["add"] = _add
+        self.names["add"] = self._add
+        # The memory model of a GPU, which two instructions ask for.
+        self.names["wait_for"], self.names["count"] = self._wait_for, self._count
+
+    @property
+    def machine(self) -> Machine:
+        """The one that the caller's thread belongs to."""
+        found: Machine = self._own.machine
+        return found
 
     def launch(
-        self, programs: int, rng: random.Random, arguments: dict[str, Any], kernel: str = "forward_kernel"
-    ) -> None:
-        for pid in range(programs):
-            self.machine = Machine(pid, programs, rng)
-            self.names[kernel](**arguments)
+        self, programs: int, rng: random.Random, arguments: dict[str, Any], kernel: str = "forward_kernel",
+        residents: int = 1,
+    ) -> Together:  # fmt: skip
+        """residents: how many programs run at a time. More than one begin in any order."""
+        self.together = together = Together(residents)
+        waiting = list(range(programs))
+        if residents > 1:
+            rng.shuffle(waiting)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            while not errors:
+                with together.changed:
+                    if not waiting:
+                        return
+                    pid = waiting.pop(0)
+                self._own.machine = Machine(pid, programs, random.Random(rng.random()))
+                try:
+                    self.names[kernel](**arguments)
+                except BaseException as error:
+                    with together.changed:
+                        errors.append(error)
+                        together.failed = True
+                        together.changed.notify_all()
+
+        others = [threading.Thread(target=work, daemon=True) for _ in range(residents - 1)]
+        for thread in others:
+            thread.start()
+        work()
+        for thread in others:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return together
+
+    def _specialize(self, parts: list[Any]) -> None:
+        machine = self.machine
+
+        def of_this(f: Any) -> Any:
+            def run(*arguments: Any) -> None:
+                self._own.machine = machine
+                f(*arguments)
+
+            return run
+
+        machine.run([(of_this(f), arguments) for f, arguments in parts])
+
+    def _add(self, pointers: Pointer, x: Value) -> None:
+        """On its way to memory, where it arrives some time."""
+        assert (pointers.at >= 0).all() and (pointers.at < len(pointers.memory)).all(), "outside of the tensor"
+        machine, together = self.machine, self.together
+        values = x.a.copy()
+
+        def arrive() -> None:
+            with together.changed:
+                np.add.at(pointers.memory, pointers.at, values)
+                if values.any():
+                    place = id(pointers.memory), int(pointers.at.min())
+                    together.added.setdefault(place, []).append(machine.ticket)
+
+        with machine.changed:
+            machine.on_the_way.append(arrive)
+        machine.arrives(everything=False)
+
+    def _atomic_add(self, p: Pointer, x: int, sem: str) -> Value:
+        """Of the tickets: there is no other."""
+        with self.together.changed:
+            found = int(p.memory[p.at])
+            p.memory[p.at] += x
+        self.machine.ticket = found
+        return Value(np.int32(found))
+
+    def _wait_for(self, counter: Pointer, number: Any) -> None:
+        what = f"number {int(number)} of counter {int(counter.at)}"
+        self.together.wait_until(lambda: bool(counter.memory[counter.at] >= int(number)), what)
+
+    def _count(self, counter: Pointer, number: Any) -> None:
+        self.machine.arrives(everything=True)
+        with self.together.changed:
+            assert counter.memory[counter.at] == int(number) - 1, "counts out of turn"
+            counter.memory[counter.at] = int(number)
+            self.together.changed.notify_all()
 
     def _names(self) -> dict[str, Any]:
         from fastattn.backends.triton.bounds_kernel import FIELDS, HEADER
@@ -346,7 +456,7 @@ class Model:
             convert_layout=lambda x, layout: x,
             load=self._load, store=self._store, inline_asm_elementwise=self._asm,
             allocate_shared_memory=self._allocate,
-            warp_specialize=lambda parts, warps, registers: self.machine.run(parts),
+            warp_specialize=lambda parts, warps, registers: self._specialize(parts), atomic_add=self._atomic_add,
         )  # fmt: skip
         for layout in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
                        "SwizzledSharedLayout", "NVMMASharedLayout"):  # fmt: skip
@@ -540,15 +650,19 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
 
 def backward(
     call: Any, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
-    rng: random.Random,
+    rng: random.Random, ordered: bool = False, residents: int = 1,
 ) -> Any:  # fmt: skip
     """Gradients of a call, as the kernels compute them: those before and after the main one in Triton's interpreter.
-    Tensors are on the CPU. Memory and gradients begin as NaN."""
+    Tensors are on the CPU. Memory and gradients begin as NaN.
+
+    ordered: as under torch's deterministic algorithms; the order of additions is checked."""
+    from dataclasses import replace
+
     from fastattn.backends.triton.hopper_backward import launch
     from fastattn.backends.triton.hopper_backward.binary import HALF, INTERVALS, KEYS, ROWS
     from fastattn.call import Problem
 
-    p = Problem.of(call)
+    p = replace(Problem.of(call), deterministic=ordered)
     bound = launch.Backward(p, call, loads=False)
     flags = bound.flags
     memory = torch.full((bound._memory.total // 4,), torch.nan).view(torch.uint8)
@@ -592,13 +706,19 @@ def backward(
         "rows_desc": FlatDescriptor(pieces["rows"].numpy(), ROWS),
         "dk_desc": described(dk, HALF), "dv_desc": described(dv, HALF),
         "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers("dq"),
-        "dkv_sum_ptr": numbers("dkv"), "bounds_ptr": numbers("bounds"),
+        "dkv_sum_ptr": numbers("dkv"), "counters_ptr": numbers("counters"), "bounds_ptr": numbers("bounds"),
         "extents_ptr": numbers("extents"), "bias_ptr": bias_ptr, "bias_b": None, "bias_h": None,
         **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),
         "scale": Value(np.float32(scale)), "factor": Value(np.float32(call.scale)), "D": flags.dim,
         "MASK": flags.mask, "SOFTCAP": flags.softcap, "SPLIT": flags.split, "BIASED": flags.biased,
+        "ORDERED": flags.ordered,
     }  # fmt: skip
-    Model("hopper_backward", BACKWARD_FILES).launch(bound._programs, rng, arguments, "backward_kernel")
+    model = Model("hopper_backward", BACKWARD_FILES)
+    together = model.launch(bound._programs, rng, arguments, "backward_kernel", residents)
+    assert flags.ordered == ordered
+    if ordered:
+        for tickets in together.added.values():
+            assert tickets == sorted(set(tickets)), "not in order"  # type: ignore[type-var]
     found[1].copy_(torch.from_numpy(dk))
     found[2].copy_(torch.from_numpy(dv))
     bound._finish(launch._finish_tensors(pieces, *found), (call.scale,))

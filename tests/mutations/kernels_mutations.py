@@ -11,6 +11,7 @@ _STEPS = ("tests/backends/triton/decode/test_launch.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
 _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
+_ORDER = (*_BACKWARD, "-k", "test_in_order")
 _HOPPER_WIDE = ("tests/backends/triton/hopper_wide/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
 _LAUNCHES = ("tests/backends/triton/hopper/test_launch.py", "tests/backends/triton/hopper_backward/test_run.py")
@@ -301,6 +302,32 @@ MUTATIONS = (
         ("tests/backends/triton/hopper_wide/test_launch.py",),
     ),
     Mutation(
+        "a block does not wait for those before it to add",
+        "backends/triton/hopper_backward/order.py",
+        "if place > 0:",
+        "if place > KEYS:",
+        _ORDER,
+    ),
+    Mutation(
+        "a program's block is not by its ticket",
+        "backends/triton/hopper_backward/tiles.py",
+        "return shape.ticket",
+        "return gl.program_id(0)",
+        _ORDER,
+    ),
+    Mutation(
+        "consumers say that they have added before they have",
+        "backends/triton/hopper_backward/consumer.py",
+        "        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n"
+        "        if cfg.ORDERED:\n"
+        "            barrier()  # all four warps have added\n"
+        "            mbarrier.arrive(pipe.added.index(slot))\n",
+        "        if cfg.ORDERED:\n"
+        "            mbarrier.arrive(pipe.added.index(slot))\n"
+        "        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n",
+        _ORDER,
+    ),
+    Mutation(
         "keys that nobody sees stay in shared memory",
         "backends/triton/hopper_backward/consumer.py",
         "if holes_in_keys(n, b, shape, cfg) != 0:",
@@ -345,8 +372,8 @@ MUTATIONS = (
     Mutation(
         "the next head's keys have the biases of the head before",
         "backends/triton/hopper_backward/consumer.py",
-        "bias_at += shape.bias_h",
-        "bias_at += 0",
+        "                    bias_at += shape.bias_h",
+        "                    bias_at += 0",
         _BACKWARD,
     ),
     Mutation(

@@ -27,6 +27,7 @@ CHANGES: dict[str, Any] = {
 BACKWARD = BackwardFlags("bf16", 128, ALIGNED)
 BACKWARD_CHANGES: dict[str, Any] = {
     "dtype": "fp16", "dim": 64, "mask": BAND, "softcap": True, "split": True, "biased": True,
+    "ordered": True,
 }  # fmt: skip
 TRITON = TritonFlags("fastattn.a:b", (9, 0), ("i32",), (), (), ())
 TRITON_CHANGES: dict[str, Any] = {

@@ -92,8 +92,35 @@ def test_says_why_not(changes: dict[str, object], words: str) -> None:
     assert len(why) == 1 and words in why[0]
 
 
-def test_refuses_where_results_must_repeat() -> None:
-    assert any("order" in text for text in launch.reasons(problem(deterministic=True)))
+def test_results_repeat_where_they_must() -> None:
+    """By binaries of their own, whatever hides keys and however the work is split; no other one is among them."""
+    pytest.importorskip("triton")
+    keys = {"mask": "bool", "mask_shape": (2, 1, 1, 500), "mask_dtype": torch.bool}
+    everything = {"left": 5, "softcap": 30.0, "sinks": True, "q_lengths": True, "kv_lengths": True, "grads": "qkvs"}
+    for changes in (
+        {},
+        {"right": 0},
+        {"right": 0, "left": 300},
+        {"mask": "segments", "mask_shape": (5, 9)},
+        keys,
+        everything,
+    ):
+        p = problem(deterministic=True, **changes)
+        assert launch.reasons(p) == []
+        main = [x for x in launch.binaries(p) if not hasattr(x, "kernel")]
+        assert len(main) == 2 and all(x.ordered for x in main)
+        plain = launch.binaries(dataclasses.replace(p, deterministic=False))
+        assert {dataclasses.replace(x, ordered=False) for x in main} == {x for x in plain if not hasattr(x, "kernel")}
+    assert launch.reasons(problem(deterministic=True, mask="bool", mask_shape=(1, 1, 300, 500)))
+
+
+def test_counters_are_memory_of_the_call() -> None:
+    p = problem(sinks=True)
+    tiles, blocks = 2 * 8 * 5, 2 * 2 * 4
+    for split, count in ((False, tiles + 1), (True, tiles + blocks + 1)):
+        assert "counters" not in launch.pieces_of(p, 128, split, 0).at
+        begin, end, dtype = launch.pieces_of(p, 128, split, 0, True).at["counters"]
+        assert (end - begin, dtype) == (4 * count, torch.int32)
 
 
 def test_what_hides_keys() -> None:

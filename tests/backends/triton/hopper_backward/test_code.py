@@ -14,7 +14,9 @@ from fastattn.backends.triton.hopper_backward.launch import arguments
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
 #: Spilled registers that a loop may touch at head dim 128: consumers have none to spare. Triton 3.6 needs 0 to 4 under
 #: a causal mask, 3.9 up to 22. Smaller heads and full attention spill none.
+#: With a fixed order of additions consumers have to know more.
 _IN_A_LOOP = {"causal": 24, "band": 26, "intervals": 24, "everything": 24, "softcap": 46, "biased": 30}
+_IN_A_LOOP |= {"ordered": 24, "ordered-causal-128-softcap": 50, "ordered-biased-128-everything": 60}
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -36,8 +38,10 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     allowed = 0
     if flags.dim == 128:
         allowed = max((n for word, n in _IN_A_LOOP.items() if word in name), default=0)
-    assert len(code["loops"]) in (2, 4)
-    for loop in code["loops"]:
+    # Where a program's turn is waited for, the jump back to that wait looks like a loop without the consumers' barrier.
+    loops = [loop for loop in code["loops"] if loop["turns"] or not flags.ordered]
+    assert len(loops) in (2, 4)
+    for loop in loops:
         # S, dP and dQ sum over all dims or keys, dV and dK over the tile's queries. (Of a loop that the compiler has
         # written twice, the second begins behind the first products.)
         whole = 2 * flags.dim // 16 + 2 * 4 + 8

@@ -31,8 +31,9 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def equals_the_truth(rng: random.Random, **options: Any) -> None:
     """One call. options: sizes (batch, K/V heads, group, queries, keys), dims, left, right, mask, segments (columns),
-    lengths, sinks, softcap, lse, dtype, split. NaN in dO of every query that sees nothing, and, as far as that is not
-    for a tensor's sake, in the query and in every key that nothing sees."""
+    lengths, sinks, softcap, lse, dtype, split, section, residents (programs at a time), ordered (as where bits repeat:
+    alone and several at a time). NaN in dO of every query that sees nothing, and, as far as that is not for a tensor's
+    sake, in the query and in every key that nothing sees."""
     import hopper_model
 
     from fastattn.backends.triton.hopper_backward import schedule
@@ -95,7 +96,14 @@ def equals_the_truth(rng: random.Random, **options: Any) -> None:
         grads="qkv" + ("s" if sinks is not None else ""), **lengths, **(drawn.fields if drawn else {}),
     )  # fmt: skip
     with schedule.forced(split=options.get("split", 0), section=options.get("section", 0)):
-        found = hopper_model.backward(call, out, lse, grad_out, grad_lse, rng)
+        given = call, out, lse, grad_out, grad_lse, rng
+        if options.get("ordered"):
+            found = hopper_model.backward(*given, ordered=True)
+            again = hopper_model.backward(*given, ordered=True, residents=rng.randint(2, 5))
+            for ours, other in zip(found, again, strict=True):
+                assert ours is other is None or torch.equal(ours, other)
+        else:
+            found = hopper_model.backward(*given, residents=options.get("residents", 1))
     names = "dq", "dk", "dv", "dsinks"
     for name, ours, truth in zip(names, found, wanted, strict=False):
         truth = torch.zeros_like(ours, dtype=torch.float64) if truth is None else truth
@@ -204,3 +212,46 @@ def test_biases_of_every_size(seed: int) -> None:
             rng, sizes=(2, 1, 4, 100, 150), tensor=mask, split=rng.choice((1, 2, 4)), softcap=rng.choice((0.0, 3.0)),
             lse=True,
         )  # fmt: skip
+
+
+def test_programs_at_a_time(seed: int) -> None:
+    rng = random.Random(seed)
+    equals_the_truth(rng, sizes=(1, 1, 2, 200, 300), residents=4, split=2)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "chunk", "window", "right", "padded"])
+def test_in_order(mask: str, seed: int) -> None:
+    """Additions come in the order of the blocks, and bits are those of programs that run one after the other."""
+    rng = random.Random(seed)
+    q_len = rng.randint(130, 330)
+    what = {
+        "full": {"sizes": (1, 2, 2, 130, 400)},
+        "causal": {"sizes": (1, 1, 4, q_len, q_len), "right": 0, "lse": True},
+        "chunk": {"sizes": (2, 1, 2, 100, 400), "right": 0},
+        "window": {"sizes": (1, 1, 2, 400, 400), "left": rng.choice((0, 64, 130)), "right": rng.choice((0, 30))},
+        "right": {"sizes": (1, 1, 2, 120, 300), "left": 5, "softcap": 3.0},
+        "padded": {"sizes": (1, 2, 1, 260, 260), "dims": (96, 72), "right": 0},
+    }[mask]
+    equals_the_truth(rng, ordered=True, sinks=rng.random() < 0.5, section=rng.choice((0, 1)), **what)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_shared_blocks_in_order(split: int, seed: int) -> None:
+    rng = random.Random(seed)
+    equals_the_truth(rng, ordered=True, sizes=(1, 2, 4, 150, 150), right=0, split=split, section=rng.choice((0, 1, 3)))
+    equals_the_truth(rng, ordered=True, sizes=(2, 1, 4, 70, 200), lengths=True, split=split)
+
+
+@pytest.mark.parametrize(
+    "mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "rooms", "bool", "bias", "edge"]
+)
+def test_masks_in_order(mask: str, seed: int) -> None:
+    """Also where a block's tiles are not next to each other, and some between them see nothing of it."""
+    rng = random.Random(seed)
+    q_len = rng.randint(200, 400)
+    kv_len = q_len if mask in ("packed", "left", "gaps") else rng.randint(200, 500)
+    equals_the_truth(
+        rng, ordered=True, sizes=(1, 1, 2, q_len, kv_len), mask=mask, right=rng.choice((-1, 0, 60)),
+        left=rng.choice((-1, 40)), split=rng.choice((1, 2)), sinks=rng.random() < 0.3, softcap=rng.choice((0.0, 3.0)),
+        lse=rng.random() < 0.5,
+    )  # fmt: skip

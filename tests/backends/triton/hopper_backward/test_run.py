@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,11 @@ def check(
             assert b[f"{name}_desc"].shape == (64, 64 * a["tiles"], H, B)
         assert a["q_ptr"] == call.q.data_ptr()
         assert [8 * a[f"q_{dim}"] for dim in "bhs"] == list(call.q.stride()[:3])
-    apart = sorted({x for x in (sums[0], shared[0], a["rows_ptr"], a.get("extents_ptr"), a.get("bounds_ptr")) if x})
-    assert len(apart) == 2 + main.flags.split + 2 * bool(before)
+    counters = [x.get("counters_ptr") for x in (a, b)]
+    assert len(set(counters)) == 1 and (counters[0] is not None) == main.flags.ordered
+    others = counters[0], a["rows_ptr"], a.get("extents_ptr"), a.get("bounds_ptr")
+    apart = sorted({x for x in (sums[0], shared[0], *others) if x})
+    assert len(apart) == 2 + main.flags.split + main.flags.ordered + 2 * bool(before)
     # Numbers.
     scale = call.scale if scale is None else scale
     inner, outer = (scale / call.softcap, call.softcap) if call.softcap else (1.0, scale)
@@ -105,11 +109,13 @@ def check(
     assert len({x.stream for x in launches}) == 1
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("split", [1, 2])
-def test_each_call_has_its_own_addresses(split: int, gpu: HopperGpu) -> None:
+def test_each_call_has_its_own_addresses(split: int, ordered: bool, gpu: HopperGpu) -> None:
     """On its own stream, with its own scale, in memory that is elsewhere; also after what is cached was dropped."""
     with schedule.forced(split=split):
-        bound = Backward(Problem.of(call_of()), call_of())
+        bound = Backward(replace(Problem.of(call_of()), deterministic=ordered), call_of())
+    assert bound.flags.ordered == ordered
     held = []
     for turn in range(8):
         call = call_of(scale=0.1 * (turn % 3 + 1))

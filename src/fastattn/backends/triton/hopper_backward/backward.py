@@ -3,7 +3,8 @@
 A program has a block of 128 keys of one head and visits the tiles of 64 queries that see it, for each query head of the
 group. Its warps are those of the forward: a producer has the copy engine bring keys and values once, and per tile the
 queries, dO, log-sum-exp and delta; two consumers have 64 keys each. dK and dV stay in registers. dQ is a sum over
-blocks of keys: each step adds a tile of it to float32 numbers in memory (`sums.py`), which `finish.py` rounds.
+blocks of keys: each step adds a tile of it to float32 numbers in memory (`sums.py`), which `finish.py` rounds. With
+ORDERED two more warps see to it that these additions have a fixed order (`order.py`).
 
 The files, from the whole to its parts: `producer.py` and `consumer.py`; of a consumer `masking.py` and `sums.py`; of
 both `tiles.py`. Before the kernel runs `prepare.py`, with bounds of rows also `extents.py`; after it `finish.py`.
@@ -15,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .consumer import consume
+from .order import count_turns, give_turns, take_ticket
 from .parts import KEYS, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
 from .producer import produce
 
@@ -41,6 +43,7 @@ def backward_kernel(
     clean_grad_out_desc,
     dq_sum_ptr,
     dkv_sum_ptr,  # from here on None where the configuration says so
+    counters_ptr,
     bounds_ptr,
     extents_ptr,
     bias_ptr,
@@ -67,15 +70,29 @@ def backward_kernel(
     SOFTCAP: gl.constexpr,
     SPLIT: gl.constexpr,
     BIASED: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):
-    cfg = Config(D, MASK, SOFTCAP, SPLIT, BIASED)
+    cfg = Config(D, MASK, SOFTCAP, SPLIT, BIASED, ORDERED)
+    flags: gl.constexpr = mbarrier.MBarrierLayout()
+    ticket = None
+    turn = None
+    added = None
+    counted = None
+    if ORDERED:
+        ticket = take_ticket(counters_ptr, batch, heads, kv_heads, tiles, blocks, cfg)
+        turn = gl.allocate_shared_memory(gl.int64, [1, 1], flags)
+        added = gl.allocate_shared_memory(gl.int64, [2, 1], flags)
+        counted = gl.allocate_shared_memory(gl.int64, [2, 1], flags)
+        mbarrier.init(turn.index(0), count=1)
+        for i in gl.static_range(2):
+            mbarrier.init(added.index(i), count=2)
+            mbarrier.init(counted.index(i), count=1)
     shape = Shape(
         bounds_ptr, extents_ptr, bias_ptr, bias_b, bias_h, batch, heads, kv_heads, q_len, kv_len, left, right, tiles,
-        blocks, share, split, section, sections,
+        blocks, share, split, section, sections, ticket,
     )  # fmt: skip
     loads = Loads(q_desc, grad_out_desc, k_desc, v_desc, rows_desc, clean_q_desc, clean_grad_out_desc)
-    results = Results(dk_desc, dv_desc, dq_sum_ptr, dkv_sum_ptr, inner, scale, factor)
-    flags: gl.constexpr = mbarrier.MBarrierLayout()
+    results = Results(dk_desc, dv_desc, dq_sum_ptr, dkv_sum_ptr, counters_ptr, inner, scale, factor)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pipe = Pipe(
         gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, ROWS, D], q_desc.layout),
@@ -89,6 +106,9 @@ def backward_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         gl.allocate_shared_memory(gl.int64, [2, 1], flags),
+        turn,
+        added,
+        counted,
     )
     for i in gl.static_range(STAGES):
         mbarrier.init(pipe.q_full.index(i), count=1)
@@ -97,12 +117,25 @@ def backward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(pipe.keys_full.index(i), count=1)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consume, (pipe, results, 0, shape, cfg)),
-            (consume, (pipe, results, 1, shape, cfg)),
-            (produce, (loads, pipe, shape, cfg)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if ORDERED:
+        gl.warp_specialize(
+            [
+                (consume, (pipe, results, 0, shape, cfg)),
+                (consume, (pipe, results, 1, shape, cfg)),
+                (produce, (loads, pipe, shape, cfg)),
+                (give_turns, (pipe, results, shape, cfg)),
+                (count_turns, (pipe, results, shape, cfg)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (pipe, results, 0, shape, cfg)),
+                (consume, (pipe, results, 1, shape, cfg)),
+                (produce, (loads, pipe, shape, cfg)),
+            ],
+            [4, 1],
+            [240, 24],
+        )

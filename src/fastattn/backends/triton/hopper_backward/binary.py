@@ -24,10 +24,11 @@ class Flags(GluonFlags):
     softcap: bool = False
     split: bool = False  #: programs share blocks of keys
     biased: bool = False  #: with INTERVALS: keys have biases
+    ordered: bool = False  #: sums have a fixed order, so that bits repeat
 
     def __str__(self) -> str:
         words = ["Hopper backward", self.dtype, str(self.dim), ("full", "causal", "band", "intervals")[self.mask]]
-        return " ".join([*words, *[name for name in ("softcap", "split", "biased") if getattr(self, name)]])
+        return " ".join([*words, *[name for name in ("softcap", "split", "biased", "ordered") if getattr(self, name)]])
 
     def compiled(self) -> Any:
         return compile_kernel(self)
@@ -61,6 +62,8 @@ def compile_kernel(flags: Flags) -> Any:
     signature |= {"rows_desc": f"tensordesc<fp32{[ROWS]!r},{flat!r}>", "dq_sum_ptr": "*fp32"}
     if flags.split:
         signature["dkv_sum_ptr"] = "*fp32"
+    if flags.ordered:
+        signature["counters_ptr"] = "*i32"
     if flags.mask == INTERVALS:
         signature |= dict.fromkeys(("clean_q_desc", "clean_grad_out_desc"), descriptor(ROWS))
         signature |= dict.fromkeys(("bounds_ptr", "extents_ptr"), "*i32")
@@ -72,6 +75,7 @@ def compile_kernel(flags: Flags) -> Any:
         "SOFTCAP": flags.softcap,
         "SPLIT": flags.split,
         "BIASED": flags.biased,
+        "ORDERED": flags.ordered,
     }
     constants: dict[tuple[int, ...], Any] = {
         (i,): values.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"

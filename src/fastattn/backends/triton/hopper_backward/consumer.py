@@ -15,7 +15,7 @@ from ...._compat.gluon import barrier, reinterpret, store_tile
 from .masking import common_range, drop_unseen, is_biased, load_bias, mask, with_bias
 from .parts import HALF, INTERVALS, KEYS, ROWS
 from .sums import add, place
-from .tiles import block_of, holes_in_keys, visitors
+from .tiles import block_of, holes_in_keys, program, visitors
 
 
 @gluon.jit
@@ -51,6 +51,9 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         dV += P^T dO,    dS to shared memory,    dQ = dS K (half of its dims each),    dK += dS^T Q.
 
     No product is under way from one step to the next: the assembler would wait after each.
+
+    Steps go upwards through the tiles of one head, then of the next; with ORDERED downwards through the tiles, all
+    heads of each: see `order.py`.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.D, 16])
@@ -59,7 +62,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = pipe.q.dtype
-    n, b, kv_head, head = block_of(gl.program_id(0), shape, cfg)
+    n, b, kv_head, head = block_of(program(shape, cfg), shape, cfg)
     first, end = visitors(n, b, shape, cfg)
     zero = gl.zeros([HALF, ROWS], gl.float32, s_layout)
     zero_dq = gl.zeros([ROWS, cfg.D // 2], gl.float32, dq_layout)
@@ -74,6 +77,12 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     m = first
     tile = (b * shape.heads + head) * shape.tiles + first
     steps = gl.maximum(end - first, 0) * shape.share
+    if cfg.ORDERED:
+        m = end - 1
+        tile += end - 1 - first
+        end_of_heads = (
+            b * shape.heads + head + shape.share
+        ) * shape.tiles  # the first tile of the head after the program's
     if cfg.BIASED:
         biased = is_biased(first, b, shape)
         bias_at = b * shape.bias_b + head * shape.bias_h + key
@@ -117,28 +126,48 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         fence_async_shared()
         meet()
         dq = warpgroup_mma(shared.permute((1, 0)), k_dims, zero_dq, use_acc=False, is_async=True)
+        if cfg.ORDERED:
+            mbarrier.wait(pipe.turn.index(0), i & 1)  # not later: the assembler would have dK waited for as well
         dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
         dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=[dq])
         at = tile.to(gl.int64) * (ROWS * cfg.D) + group * (ROWS * (cfg.D // 2))
         add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)
+        if cfg.ORDERED:
+            barrier()  # all four warps have added
+            mbarrier.arrive(pipe.added.index(slot))
         dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
         mbarrier.arrive(pipe.empty.index(slot))
-        m += 1
-        tile += 1
-        if m == end:  # on to the next head
-            m = first
-            tile += shape.tiles - (end - first)
+        if cfg.ORDERED:
+            tile += shape.tiles
             if cfg.BIASED:
                 bias_at += shape.bias_h
+            if tile >= end_of_heads:  # on to the tile before
+                m -= 1
+                tile -= shape.share * shape.tiles + 1
+                if cfg.BIASED:
+                    bias_at -= shape.share * shape.bias_h
+        else:
+            m += 1
+            tile += 1
+            if m == end:  # on to the next head
+                m = first
+                tile += shape.tiles - (end - first)
+                if cfg.BIASED:
+                    bias_at += shape.bias_h
     dk = dk * results.factor
     if cfg.SPLIT:
         all_blocks = shape.batch * shape.kv_heads * shape.blocks
         block = (b * shape.kv_heads + kv_head) * shape.blocks + n
         if steps > 0:
             inside = group * (HALF * cfg.D) + place(acc_layout, cfg.D)
+            if cfg.ORDERED:
+                mbarrier.wait(pipe.turn.index(0), steps & 1)
             add(results.dkv_sum + block.to(gl.int64) * (KEYS * cfg.D) + inside, dv)
             add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (KEYS * cfg.D) + inside, dk)
+            if cfg.ORDERED:
+                barrier()
+                mbarrier.arrive(pipe.added.index(steps & 1))
     else:
         meet()  # the other consumer has read its keys and values
         _store(results.dv, rows_of(pipe.v.index(0), group, cfg), dv.to(dtype), b, kv_head, key, cfg)

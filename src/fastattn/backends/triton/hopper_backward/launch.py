@@ -43,8 +43,6 @@ def reasons(problem: Problem) -> list[str]:
         why.append(f"has no {p.mask} mask with a row for each query")
     elif "m" in p.grads:
         why.append("has no gradient of a mask")
-    if p.deterministic:
-        why.append("adds dQ up in an order that changes from run to run")
     if not p.empty and dim_of(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to {DIMS[-1]}")
     keys = p.batch * p.kv_heads * blocks_of(p) * KEYS
@@ -80,15 +78,16 @@ def sizes(p: Problem, processors: int = 132) -> Sizes:
     assert dim is not None
     left = p.left if p.left >= 0 else -1
     return Sizes(
-        p.batch, p.kv_heads, p.group, p.q_len, p.kv_len, dim, p.causal or p.mask == "segments", left, processors
-    )
+        p.batch, p.kv_heads, p.group, p.q_len, p.kv_len, dim, p.causal or p.mask == "segments", left, processors,
+        p.deterministic,
+    )  # fmt: skip
 
 
 def flags(p: Problem, split: bool) -> Flags:
     """Names the main kernel's binary."""
     dim = dim_of(p)
     assert dim is not None
-    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split, p.masked_keys)
+    return Flags(DTYPES[p.dtype], dim, mask_of(p), p.softcap != 0, split, p.masked_keys, p.deterministic)
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
@@ -112,7 +111,7 @@ def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
     """What the main kernel's binary is launched with."""
     bounds = flags.mask == INTERVALS
     ranks = 4, 4, 4, 4, 1, 4, 4, *((4, 4) if bounds else ())
-    return Arguments(ranks, (True, flags.split, bounds, bounds, flags.biased), integers, floats=3)
+    return Arguments(ranks, (True, flags.split, flags.ordered, bounds, bounds, flags.biased), integers, floats=3)
 
 
 class Backward(BackwardOnly):
@@ -150,7 +149,7 @@ class Backward(BackwardOnly):
             if self._bounds.keys is not None:
                 integers += self._bounds.keys.strides
         self._arguments = arguments(self.flags, integers)
-        self._memory = pieces_of(p, dim, self._split, 0 if self._bounds is None else self._bounds.size)
+        self._memory = pieces_of(p, dim, self._split, 0 if self._bounds is None else self._bounds.size, p.deterministic)
         parts = 4 * p.batch * p.kv_heads * blocks if self._split else 0
         counts = (
             p.batch, p.q_heads, p.kv_heads, p.q_len, p.kv_len, tiles, blocks, p.head_dim // 8, p.value_dim // 8,
@@ -206,7 +205,7 @@ class Backward(BackwardOnly):
         before = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, call.q)
         after = _finish_tensors(pieces, *[x.new_empty(0, device="meta") for x in (call.q, call.k, call.v)])
         launcher = self._prepare(out, grad_out, lse, grad_lse, call.q)
-        pointers = [(name, 0) for name in ("dq", "dkv", "bounds", "extents")]
+        pointers = [(name, 0) for name in ("dq", "dkv", "counters", "bounds", "extents")]
         if self._bounds is not None and self._bounds.keys is not None:
             pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
         clean = None
@@ -275,7 +274,7 @@ def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tenso
 _EXTENTS_OF = "bounds", "extents"
 _BEFORE = (
     "out", "grad_out", "lse", "grad_lse", "given_sinks", "q", "bounds", "extents", "clean_q", "clean_grad_out", "rows",
-    "dq", "dkv", "sinks",
+    "dq", "dkv", "sinks", "counters",
 )  # fmt: skip
 _AFTER = "dq", "dkv", "grad_q", "grad_k", "grad_v"
 

@@ -22,7 +22,7 @@ def rows_of(p: Problem) -> int:
     return p.batch * p.q_heads * tiles_of(p)
 
 
-def pieces_of(p: Problem, dim: int, split: bool, bounds: int) -> Pieces:
+def pieces_of(p: Problem, dim: int, split: bool, bounds: int, ordered: bool = False) -> Pieces:
     """What one call's memory holds. bounds: bytes of what `Bounds` fills, 0: there are none."""
     rows, blocks = rows_of(p), p.batch * p.kv_heads * blocks_of(p)
     clean = 2 * rows * ROWS * dim if bounds else 0
@@ -36,6 +36,7 @@ def pieces_of(p: Problem, dim: int, split: bool, bounds: int) -> Pieces:
             "sinks": (4 * rows if p.sinks else 0, f32),
             "dq": (4 * rows * ROWS * dim, f32),
             "dkv": (4 * 2 * blocks * KEYS * dim if split else 0, f32),
+            "counters": (4 * (rows + (blocks if split else 0) + 1) if ordered else 0, i32),
             "clean_q": (clean, p.dtype),
             "clean_grad_out": (clean, p.dtype),
         }

@@ -31,6 +31,7 @@ class Config:
     SOFTCAP: gl.constexpr
     SPLIT: gl.constexpr  # several programs share a block of keys, and add their dK and dV up in memory
     BIASED: gl.constexpr  # with INTERVALS: keys have biases, the same for all queries
+    ORDERED: gl.constexpr  # what several programs add to is added in a fixed order: see `order.py`
 
 
 @aggregate
@@ -55,6 +56,7 @@ class Shape:
     split: gl.tensor  # programs that share a block of keys
     section: gl.tensor  # see `tiles.block_of`
     sections: gl.tensor
+    ticket: gl.tensor | gl.constexpr  # with ORDERED: which program this is, see `order.take_ticket`
 
 
 @aggregate
@@ -85,6 +87,9 @@ class Pipe:
     grad_out_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     keys_full: gl.shared_memory_descriptor  # of k, of v
+    turn: gl.shared_memory_descriptor | gl.constexpr  # with ORDERED: it is this program's turn to add
+    added: gl.shared_memory_descriptor | gl.constexpr  # both consumers have, in every second step
+    counted: gl.shared_memory_descriptor | gl.constexpr  # others may see it
 
 
 @aggregate
@@ -95,6 +100,7 @@ class Results:
     dv: base_value
     dq_sum: gl.tensor  # float32 [B * Hq * tiles, ROWS * D], as `sums.py` orders it
     dkv_sum: gl.tensor | gl.constexpr  # with SPLIT: float32 [2, B * Hkv * blocks, KEYS * D], dV first
+    counters: gl.tensor | gl.constexpr  # with ORDERED: int32, see `order.py`
     inner: gl.tensor  # of scores, where they are capped
     scale: gl.tensor  # of what goes into the exponent
     factor: gl.tensor  # of dK

@@ -2,7 +2,7 @@
 
 - delta = rowsum(dO * O) - dlse and the log-sum-exp in base 2, side by side, `[B * Hq * tiles, 2, ROWS]`: first the
   log-sum-exp. It is +inf in rows past the tensor and in those that see nothing: their P is 0.
-- Zeros where the main kernel adds.
+- Zeros where the main kernel adds, and in its counters (`order.py`).
 - The sinks' gradient, -sum exp(sink - lse) * delta, of each tile.
 - With bounds of rows: copies of the queries and dO of tiles in which some query sees nothing, with 0 in those. What is
   in these rows may be NaN, which a P of 0 does not make 0 in a product. Tiles in which none sees anything are among
@@ -43,6 +43,7 @@ def prepare_kernel(
     dq_sum_ptr,  # float32 [B * Hq * tiles, ROWS * DIM]
     dkv_sum_ptr,  # float32, `zeros` times 4096; or None
     sink_sums_ptr,  # float32 [Hq, B * tiles], or None
+    counters_ptr,  # int32: one a tile, one a block of keys where programs share it, one more; or None
     batch,
     heads,
     q_len,
@@ -77,6 +78,10 @@ def prepare_kernel(
         nothing = tl.zeros([_ZEROS], tl.float32)
         for chunk in range(pid, zeros, tl.num_programs(0)):
             tl.store(dkv_sum_ptr + (place * 0 + chunk) * _ZEROS + tl.arange(0, _ZEROS), nothing)
+    if counters_ptr is not None:
+        tl.store(counters_ptr + pid, 0)
+        for i in range(pid, zeros // (2 * KEYS * DIM // _ZEROS) + 1, tl.num_programs(0)):
+            tl.store(counters_ptr + tl.num_programs(0) + i, 0)
     tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
     bh = pid // tiles
     m = pid - bh * tiles

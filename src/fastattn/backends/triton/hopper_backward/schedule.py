@@ -24,6 +24,7 @@ _ALONE = 0.67  #: of a step, where no two programs work on the same heads, and a
 _TAIL = 0.14  #: of the longest program: how long processors wait at the end, if the last section is small
 _UNPAIRED = 0.145  #: as well, with one to two of the longest programs to a processor: short ones leave gaps
 _TAIL_OF_EQUAL = 0.5  #: as well, where all programs are as long
+_BEHIND = 1.0  #: steps that a block is behind the one before it, where additions have an order: assumed, not fitted
 
 
 class Choice(NamedTuple):
@@ -45,6 +46,7 @@ class Sizes:
     triangular: bool  #: later keys are seen by fewer queries
     left: int = -1  #: of a window
     processors: int = 132
+    ordered: bool = False  #: additions have an order: see `order.py`
 
 
 _forced: dict[str, int] = {}
@@ -129,7 +131,9 @@ def estimate(s: Sizes, c: Choice) -> float:
     even = (mean(s) * share * slower + _OF_A_PROGRAM) * programs / s.processors
     last = longest(s) * share * slower + _OF_A_PROGRAM
     sums = _OF_A_BLOCK * s.batch * s.kv_heads * blocks(s) if c.split > 1 else 0.0
-    return max(even + _tail(s, c, even / last) * last, last) + sums  # at least as long as the longest program
+    behind = _BEHIND * (_together(s, c) - 1) if s.ordered else 0.0
+    # At least as long as the longest program.
+    return max(even + _tail(s, c, even / last) * last, last) + sums + behind
 
 
 def _tail(s: Sizes, c: Choice, longest_programs: float) -> float:
@@ -139,6 +143,12 @@ def _tail(s: Sizes, c: Choice, longest_programs: float) -> float:
         return _TAIL_OF_EQUAL * min(1.0, s.batch * s.kv_heads * c.split * blocks(s) / s.processors)
     unpaired = max(0.0, 4 * (longest_programs - 1) * (2 - longest_programs))  # 1 in the middle
     return max(_TAIL / max(1.0, waves / 1.5), _UNPAIRED * unpaired)
+
+
+def _together(s: Sizes, c: Choice) -> float:
+    """Blocks of one head that are at work at a time, where a section begins."""
+    section = c.section if c.sections else s.batch * s.kv_heads * c.split
+    return min(blocks(s), max(1.0, s.processors / section))
 
 
 def _missed(s: Sizes, c: Choice) -> float:

@@ -14,6 +14,15 @@ _FIELDS = gl.constexpr(4)  # of a block in `extents.py`
 
 
 @gluon.jit
+def program(shape, cfg):
+    """Which of the call's programs this is."""
+    if cfg.ORDERED:
+        return shape.ticket
+    else:
+        return gl.program_id(0)
+
+
+@gluon.jit
 def block_of(pid, shape, cfg):
     """The block, batch entry, key/value head and first query head of a program.
 
