@@ -25,6 +25,11 @@ _NO_GPU = "no GPU here"
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads of one only slow the other down
         torch.set_num_threads(1)
+    # torch makes its list of the functions that `with torch.device(...)` redirects once in a process, when such a block
+    # first calls one. Where that is within transformers' from_pretrained, which replaces torch.linspace for a while,
+    # torch.linspace is redirected no more.
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
