@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu"):
             # The name is in the reason because pytest's summary folds skips of equal reasons into one line.
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid}: {_NO_GPU}"))
+
+
+def pytest_runtest_setup() -> None:
+    quick_interpreter.install()  # once something has imported Triton
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
