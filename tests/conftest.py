@@ -46,6 +46,19 @@ def pytest_runtest_setup() -> None:
     quick_interpreter.install()  # once something has imported Triton
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test under FASTATTN_INTERPRET=1 found out is no other test's: a route is kept for as long as the process
+    lives, and every later call of those shapes would run in Triton's interpreter, seconds instead of milliseconds."""
+    from fastattn.shape_cache import shape_cache
+
+    try:
+        return (yield)
+    finally:
+        if os.environ.get("FASTATTN_INTERPRET") == "1":
+            shape_cache.clear()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     count = sum(isinstance(r.longrepr, tuple) and r.longrepr[2].endswith(_NO_GPU) for r in skipped)
