@@ -703,6 +703,8 @@ def test_presets_of_any_family() -> None:
 
 def test_generation_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The engine uses them; transformers' loop runs the same weights without."""
+    if not GPU:
+        monkeypatch.setenv("FASTATTN_BACKENDS", "torch,reference")  # as in `test_same_tokens`
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
     monkeypatch.setitem(PRESETS, "tiny-gemma", {"model_type": "gemma2", **sizes, **heads})
