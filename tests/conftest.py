@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
@@ -25,6 +26,11 @@ _NO_GPU = "no GPU here"
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads of one only slow the other down
         torch.set_num_threads(1)
+    # torch makes its list of the functions that `with torch.device(...)` redirects once in a process, when such a block
+    # first calls one. Where that is within transformers' from_pretrained, which replaces torch.linspace for a while,
+    # torch.linspace is redirected no more.
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,6 +40,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu"):
             # The name is in the reason because pytest's summary folds skips of equal reasons into one line.
             item.add_marker(pytest.mark.skip(reason=f"{item.nodeid}: {_NO_GPU}"))
+
+
+def pytest_runtest_setup() -> None:
+    quick_interpreter.install()  # once something has imported Triton
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test under FASTATTN_INTERPRET=1 found out is no other test's: a route is kept for as long as the process
+    lives, and every later call of those shapes would run in Triton's interpreter, seconds instead of milliseconds."""
+    from fastattn.shape_cache import shape_cache
+
+    try:
+        return (yield)
+    finally:
+        if os.environ.get("FASTATTN_INTERPRET") == "1":
+            shape_cache.clear()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

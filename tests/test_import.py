@@ -26,6 +26,16 @@ print([n for n in {(*OPTIONAL, "torch._dynamo", "torch._inductor")!r} if n in sy
     assert run(code).strip() == "[]"
 
 
+def test_the_benchmarks_processes_start_without_torchs_compiler() -> None:
+    """Each row of `fastattn sweep users` may have one."""
+    code = """
+import sys, torch
+import fastattn.bench.implementations, fastattn.bench.users.summary, fastattn.bench.users.worker, fastattn.cli.main
+print([n for n in ("torch._dynamo", "torch._inductor") if n in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
 def test_imports_a_backend_when_it_is_asked() -> None:
     code = """
 import sys, torch, fastattn

@@ -114,6 +114,20 @@ def test_nothing_per_shape_is_left_that_clear_plans_does_not_know(calls: None) -
     assert not KEPT_BY_OTHER_THINGS - set(after), "names that are no more"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_no_test_is_served_by_what_another_found_out(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call, in this order and in one process: see pytest_runtest_call in tests/conftest.py."""
+    pytest.importorskip("triton")
+    if interpreted:
+        monkeypatch.setenv("FASTATTN_INTERPRET", "1")
+        shape_cache.clear()  # of this call, if a test without it was here before
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    before = fastattn.stats()["calls"].get("decode", 0)
+    fastattn.scaled_dot_product_attention(q, k, v)
+    assert fastattn.stats()["calls"].get("decode", 0) - before == interpreted
+
+
 def test_stats_show_what_clear_plans_forgets(calls: None) -> None:
     before = fastattn.stats()["cache"]
     sections = before["sections"]

@@ -189,6 +189,9 @@ def test_the_own_output_is_written_into(result, tmp_path, name):
     with (tmp_path / "out").open("w") as file:  # the same where it is a file: one that is replaced is lost to stdout
         assert report_process(result, "--html", name, stdout=file).returncode == 0
     assert (tmp_path / "out").read_text() == done.stdout
+
+
+def test_the_own_output_is_written_into_by_the_name_of_its_file(result, tmp_path):
     with (tmp_path / "out").open("w") as file:
         assert report_process(result, "--html", tmp_path / "out", stdout=file).returncode == 0
     assert (tmp_path / "out").read_text().startswith("<!DOCTYPE html>")

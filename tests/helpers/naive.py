@@ -87,10 +87,12 @@ def attention(
 ) -> Result:
     """The op on float64 tensors, with gradients by autograd. q, k, v must be finite everywhere."""
     batch, heads, rows, dim = q.shape
-    group = heads // k.shape[1]
+    kv_heads, keys = k.shape[1:3]
+    folded = (batch, kv_heads, heads // kv_heads * rows)  # rows of the heads that share a K/V head, neighbours
     seen = visible(q, k, mask=mask, window=window, q_lengths=q_lengths, kv_lengths=kv_lengths)
-    seen = seen.expand(batch, heads, rows, k.shape[2])
-    scores = q @ k.repeat_interleave(group, 1).mT * (1 / math.sqrt(dim or 1) if scale is None else scale)
+    seen = seen.expand(batch, heads, rows, keys)
+    scores = (q.reshape(*folded, dim) @ k.mT).view(batch, heads, rows, keys)
+    scores = scores * (1 / math.sqrt(dim or 1) if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
@@ -110,4 +112,5 @@ def attention(
     lse = (top + torch.log(total)).squeeze(-1)  # torch.logsumexp's gradient is exp(s - lse): wrong where s is finfo.min
     if sinks is None:
         lse = lse.masked_fill(fully_masked, -math.inf)
-    return Result(probabilities @ v.repeat_interleave(group, 1), lse)
+    out = (probabilities.reshape(*folded, keys) @ v).view(batch, heads, rows, v.shape[-1])
+    return Result(out, lse)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from .._compat import torch as torch_internals
 from .._compat.sdpa import scaled_dot_product_attention as torch_attention
@@ -111,6 +110,8 @@ def _bind_torch(case: Case, x: Inputs, lower_right: bool = False) -> partial[Ten
         raise Refusal("torch's attention has neither sinks nor windows")
     options: dict[str, Any] = {"enable_gqa": True} if case.q_heads != case.kv_heads else {}
     if x.mask is not None:
+        from torch.nn.attention.bias import causal_lower_right  # it imports torch.compile, for a second
+
         by_shape = lower_right and not (x.lengths is not None or case.left >= 0 or case.padding or case.additive)
         options["attn_mask"] = causal_lower_right(case.q_len, case.kv_len) if by_shape else x.mask
     elif case.q_len > 1:

@@ -59,6 +59,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     other.set_attn_implementation("fastattn")
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
+    with torch.device("meta"):
+        assert torch.linspace(0, 1, 3).is_meta  # see pytest_configure: else later tests get tensors on other devices
 
 
 def test_every_layer_calls_fastattn() -> None:

@@ -1,8 +1,10 @@
 import json
+from functools import lru_cache
 
 import pytest
 import torch
 import transformers
+from torch.utils import _device
 
 from fastattn.cli import main as cli
 from fastattn.lm import load, set_attention
@@ -59,6 +61,15 @@ def test_directory_gives_the_saved_model_and_its_tokenizer(saved_model):
     assert loaded.tokenizer("b a b")["input_ids"] == [2, 1, 2]
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded.model(ids).logits, original(ids).logits)
+
+
+def test_loading_leaves_torchs_devices_alone(saved_model, monkeypatch):
+    """transformers' from_pretrained replaces torch.linspace while torch may be making, once in a process, its list of
+    the functions that a device redirects. `load` sees to it that the list is there before."""
+    monkeypatch.setattr(_device, "_device_constructors", lru_cache(1)(_device._device_constructors.__wrapped__))
+    load(saved_model, attn="eager", device="cpu")
+    with torch.device("meta"):
+        assert torch.linspace(0, 1, 3).is_meta
 
 
 def test_directory_runs_in_the_benchmark(saved_model, capsys):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ...api import scaled_dot_product_attention
@@ -111,6 +110,8 @@ def _torch(name: str, row: Row, x: Tensors) -> Call:
         given["attn_mask"] = mask.to(x.q.dtype)
     plain = row.mask is None and row.window is None and not (row.lengths or row.left_padded or row.packed)
     if name in ("torch", "torch-flash") and plain and row.causal and 1 < q_len != kv_len:
+        from torch.nn.attention.bias import causal_lower_right  # it imports torch.compile, for a second
+
         given["attn_mask"] = causal_lower_right(q_len, kv_len)  # its own kind of mask: no tensor
     if row.group > 1:
         if name == "torch-efficient":  # it has no groups: what its user does about it is part of the call
