@@ -330,8 +330,8 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
         for i in range(COUNT):
             case = draw(kind, random.Random(f"{name} {i}"), i)
             what = case["mask"][0] if case["mask"] else ""
-            mask = ("additive" if what in _KEYS else "intervals") if what else "none"
-            shape: tuple[int, ...] = (1, 1, 1, 1) if what in _KEYS else ()
+            mask = "additive" if what in _KEYS else "segments" if what in _SEGMENTS else "intervals" if what else "none"
+            shape: tuple[int, ...] = (1, 1, 1, 1) if what in _KEYS else (5, 1) if what in _SEGMENTS else ()
             mask_dtype = hopper_masks.ROWS.get(what)
             if mask_dtype:
                 mask, shape = "bool" if mask_dtype == torch.bool else "additive", (1, 1, *case["sizes"][3:])
@@ -343,6 +343,8 @@ def needed(kinds: dict[str, Kind]) -> set[Any]:
                     kind.q_lengths, kind.kv_lengths, kind.lse, "",
                 )  # fmt: skip
                 found.add(flags(problem, kind.sinks))
+                if mask == "segments":  # how many is drawn
+                    found |= {flags(replace(problem, mask_shape=(5, n)), kind.sinks) for n in (1, 1 << 20)}
     return found
 
 

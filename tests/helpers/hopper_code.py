@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
-from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, FULL, INTERVALS, Flags
+from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, FULL, INTERVALS, SEGMENTS, Flags
 
 _128, _64, _256 = (128, 128), (64, 64), (256, 256)
 NAMES = {
@@ -45,6 +45,14 @@ NAMES = {
     "64-intervals": Flags("bf16", _64, INTERVALS, lse=True),
     "192-intervals": Flags("bf16", (256, 128), INTERVALS),
     "256-intervals": Flags("bf16", _256, INTERVALS, lse=True),
+    "segments": Flags("bf16", _128, SEGMENTS),
+    "segments-lse": Flags("bf16", _128, SEGMENTS, lse=True),
+    "segments-everything": Flags("fp16", _128, SEGMENTS, sinks="fp32", softcap=True, lse=True),
+    "segments-short": Flags("bf16", _128, SEGMENTS, lse=True, short=True),
+    "64-segments": Flags("bf16", _64, SEGMENTS, lse=True),
+    "64-segments-short": Flags("bf16", _64, SEGMENTS, short=True),
+    "192-segments": Flags("bf16", (256, 128), SEGMENTS),
+    "256-segments": Flags("bf16", _256, SEGMENTS, lse=True),
     "keys": Flags("bf16", _128, INTERVALS, keys=True),
     "keys-everything": Flags("fp16", _128, INTERVALS, keys=True, sinks="fp32", softcap=True, lse=True),
     "keys-short": Flags("bf16", _128, INTERVALS, keys=True, lse=True, short=True),

@@ -32,7 +32,7 @@ from fastattn.backends.triton.cuda_driver import Function
 from fastattn.backends.triton.decode import combination
 from fastattn.backends.triton.decode import forward as decode
 from fastattn.backends.triton.hopper import launch as hopper_forward
-from fastattn.backends.triton.hopper import tensors
+from fastattn.backends.triton.hopper import segments, tensors
 from fastattn.backends.triton.hopper_backward import launch as hopper_backward
 from fastattn.backends.triton.hopper_wide import launch as hopper_wide
 from fastattn.call import Call, Problem
@@ -266,7 +266,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_(launcher.BinaryLauncher, "launches", True)
     ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
     set_(store, "shared", ready)
-    for module in (bounds, key_bias, hopper_backward, combination, decode):
+    for module in (bounds, key_bias, segments, hopper_backward, combination, decode):
         set_(module, "launcher_of", launcher_of)
     for module in (hopper_forward, hopper_backward, hopper_wide, decode):
         set_(module, "sm_count", lambda index: 132)

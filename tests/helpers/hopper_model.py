@@ -419,6 +419,7 @@ class Model:
 
     def _names(self) -> dict[str, Any]:
         from fastattn.backends.triton.bounds_kernel import FIELDS, HEADER
+        from fastattn.backends.triton.hopper.segments import HEADER_NUMBERS, TILE_NUMBERS
         from fastattn.backends.triton.prefill.block_lists import HEADER as LIST_HEADER
 
         def jit(f: Any = None, **_: Any) -> Any:
@@ -465,6 +466,7 @@ class Model:
         return {
             "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
             "HEADER": HEADER.value, "FIELDS": FIELDS.value, "LIST_HEADER": LIST_HEADER.value,
+            "TILE_HEADER": HEADER_NUMBERS, "TILE_FIELDS": TILE_NUMBERS,
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
                 arrive=self._arrive,
@@ -580,7 +582,8 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
 
     from fastattn.backends.triton.bounds import Bounds
     from fastattn.backends.triton.hopper import launch, tensors
-    from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, SIZES, TILE, tiles_of
+    from fastattn.backends.triton.hopper.binary import INTERVALS, ROWS, SEGMENTS, SIZES, TILE, tiles_of
+    from fastattn.backends.triton.hopper.segments import SegmentTiles
     from fastattn.backends.triton.prefill.lists import Lists
     from fastattn.call import Problem
 
@@ -598,6 +601,14 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
 
     bounds_ptr = bias_ptr = None
     strides = (0, 0)
+    rows = -(-p.q_len // TILE)
+    most = rows * p.batch * p.q_heads
+    if flags.mask == SEGMENTS:
+        tiles = SegmentTiles(p, call)
+        memory = torch.full((tiles.size,), 0x7F, dtype=torch.uint8)
+        tiles(call, memory)
+        bounds_ptr, rows = Pointer(memory.view(torch.int32).numpy()), tiles.tiles
+        most = rows * p.q_heads
     if flags.mask == INTERVALS:
         bounds = Bounds(p, call, TILE, ordered=True)
         memory = torch.full((bounds.size,), 0x7F, dtype=torch.uint8)
@@ -619,7 +630,6 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         lists = Lists(entries, call._replace(mask=once), TILE, blocks.keys)
         memory = torch.full((lists.size,), 0x7F, dtype=torch.uint8)
         bounds_ptr, list_strides = Pointer(lists(call, memory).numpy()), lists.strides
-    rows = -(-p.q_len // TILE)
     left, right = launch.sides(p)
     log2_e = 1.0 if flags.tiles and flags.tiles != "bool" else math.log2(math.e)
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
@@ -644,7 +654,7 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
         **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),
         "scale": Value(np.float32(scale)), **names,
     }  # fmt: skip
-    Model().launch(min(programs, rows * p.batch * p.q_heads), rng, arguments)
+    Model().launch(min(programs, most), rng, arguments)
     return torch.from_numpy(out).transpose(1, 2), torch.from_numpy(lse).view(p.batch, p.q_heads, p.q_len)
 
 

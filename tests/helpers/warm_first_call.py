@@ -18,7 +18,7 @@ from stand_in_compiler import Driver
 from torch import Tensor
 
 import fastattn
-from fastattn import Segments
+from fastattn import Intervals, Segments
 from fastattn._compat import torch as torch_internals
 from fastattn.backends.triton import cuda_driver
 from fastattn.backends.triton.binaries import launcher
@@ -75,6 +75,7 @@ def calls() -> list[tuple[str, int, dict[str, Any]]]:
         ("decode", 4, {"mask": torch.ones(2, 1, 4, 600, dtype=torch.bool)}),
         ("hopper", 600, {"mask": "causal"}),
         ("hopper", 600, {"mask": segments}),
+        ("hopper", 600, {"mask": Intervals(torch.zeros(2, 1, **ints), torch.tensor([[600], [3]], **ints))}),  # type: ignore[arg-type]
         ("prefill", 600, {"mask": "causal", "softcap": 30.0, "return_lse": True}),
         ("prefill", 600, {"mask": key_mask}),
         ("prefill", 600, {"mask": segments}),
@@ -96,7 +97,7 @@ def write() -> None:
         made = prepared(*tensors(q_len), **options)
         problem = Problem.of(made)
         every = list(registry.backend(name).binaries(problem))  # type: ignore[attr-defined]
-        if name == "hopper" and problem.mask != "none":
+        if name == "hopper" and problem.mask == "intervals":
             every += [x.flags(*rest) for x, *rest in Bounds(problem, made, 128, ordered=True).launches(made)]  # type: ignore
         for flags in every:
             FILES.store(label(flags), Binary(b"\x7fELF", "a_kernel", 1024, 128).packed())

@@ -13,7 +13,7 @@ from hopper_masks import ROWS
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
 from fastattn.backends.triton.hopper import HopperBackend, launch, tensors
-from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, Flags
+from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, SEGMENTS, Flags
 from fastattn.call import Call, Problem
 
 #: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
@@ -120,11 +120,36 @@ def test_masks_by_row_share_a_binary() -> None:
     """Whatever else hides keys is in the bounds."""
     bands = ({}, {"right": 0}, {"left": 100, "right": 0}, {"kv_lengths": True}, {"q_lengths": True, "kv_lengths": True})
     for masks, keys in (
-        ((("segments", (5, 9)), ("segments", (3, 1)), ("intervals", (2, 300)), ("intervals", (1, 1))), False),
+        ((("intervals", (2, 300)), ("intervals", (1, 1))), False),
         ((("bool", (2, 1, 1, 500)), ("additive", (1, 8, 1, 500)), ("additive", (1, 1, 1, 1))), True),
     ):
         found = {launch.flags(problem(mask=kind, mask_shape=shape, **band)) for kind, shape in masks for band in bands}
         assert found == {Flags("bf16", (128, 128), INTERVALS, keys=keys, short=True)}
+
+
+def test_segments_share_binaries() -> None:
+    """Of lengths only whether keys are few counts: of the call, or of a segment in the mean."""
+    for batch, kv_len, count, short in (
+        (2, 768, 1, True),
+        (2, 769, 1, False),
+        (1, 8192, 21, False),
+        (1, 8192, 22, True),
+        (8, 2048, 8, False),
+        (1, 8192, 0, False),
+    ):
+        for band in ({}, {"right": 0}, {"left": 100, "right": 0}):
+            p = problem(mask="segments", mask_shape=(5, count), batch=batch, kv_len=kv_len, q_len=kv_len, **band)
+            assert launch.flags(p) == Flags("bf16", (128, 128), SEGMENTS, short=short)
+            assert {x.short for x in launch.all_flags(p)} == {False, True}
+    wide = problem(mask="segments", mask_shape=(5, 50), head_dim=256, value_dim=256)
+    assert launch.all_flags(wide) == [Flags("bf16", (256, 256), SEGMENTS)]
+
+
+def test_rows_of_segments_are_int32() -> None:
+    most = problem(mask="segments", mask_shape=(5, 9), batch=1 << 10, q_len=1 << 20)
+    assert launch.reasons(most) == []
+    (why,) = launch.reasons(dataclasses.replace(most, batch=1025))
+    assert "queries of all batch entries" in why
 
 
 def test_masks_with_rows_take_tiles() -> None:
@@ -174,7 +199,8 @@ def test_other_masks_with_rows_get_the_portable_kernel(monkeypatch: pytest.Monke
     "changes, kernels",
     [
         ({}, []),
-        ({"mask": "segments", "mask_shape": (5, 9)}, ["bounds_kernel", "order_kernel"]),
+        ({"mask": "segments", "mask_shape": (5, 9)}, ["segment_tiles_kernel"]),
+        ({"mask": "intervals", "mask_shape": (1, 300)}, ["bounds_kernel", "order_kernel"]),
         (
             {"mask": "bool", "mask_shape": (2, 1, 1, 500), "mask_dtype": torch.bool},
             ["bounds_kernel", "order_kernel", "key_bias_kernel"],
@@ -184,7 +210,7 @@ def test_other_masks_with_rows_get_the_portable_kernel(monkeypatch: pytest.Monke
             ["list_kernel", "classify_kernel"],
         ),
     ],
-    ids=["plain", "segments", "keys", "rows"],
+    ids=["plain", "segments", "intervals", "keys", "rows"],
 )
 def test_kernels_before_the_main_one_are_among_the_binaries(changes: dict[str, object], kernels: list[str]) -> None:
     """`fastattn.warmup` makes them ready, too."""
@@ -258,7 +284,7 @@ def test_cases_are_what_their_kind_says(name: str) -> None:
                 assert found.tiles and found.mask == (BAND if max(case["left"], case["right"]) >= 0 else FULL)
                 assert found.listed == (kv_len >= 1024)
             else:
-                assert found.mask == INTERVALS
+                assert found.mask == (INTERVALS if what in MASK_KINDS else SEGMENTS)
             continue
         if kind.band == "full":
             assert found.mask == FULL

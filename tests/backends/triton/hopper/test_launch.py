@@ -159,7 +159,8 @@ def test_what_else_is_read(gpu: HopperGpu) -> None:
     assert launched.arguments["scale"] == np.float32(30.0 * log2_e)
 
 
-KERNELS = ("key_bias_kernel", "bounds_kernel", "order_kernel")
+KERNELS = ("key_bias_kernel", "bounds_kernel", "order_kernel", "segment_tiles_kernel")
+OF_KIND = {"segments": KERNELS[3:], "intervals": KERNELS[1:3]}
 
 
 @pytest.mark.parametrize("kind", ["bool", "bias", "misaligned", "lengths", "segments", "intervals"])
@@ -188,7 +189,7 @@ def test_masks(kind: str, gpu: HopperGpu) -> None:
         out = attend(q, k, v, **options)
         *before, main = gpu.taken()
         names = [x.kernel.partition(":")[2] for x in before]
-        assert names == list(KERNELS if kind in ("bool", "bias", "misaligned", "lengths") else KERNELS[1:])
+        assert names == list(OF_KIND.get(kind, KERNELS[:3]))
         a = check(main, q, k, v, out)
         assert {x.stream for x in (*before, main)} == {turn}
         assert {x.arguments["memory_ptr"] for x in before} == {a["bounds_ptr"]}

@@ -13,6 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 import naive
 from hopper_masks import MASKS, ROWS, draw, hidden, unseen
 
+from fastattn import Segments
 from fastattn.call import Call
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
@@ -116,6 +117,45 @@ def test_a_causal_call_under_a_mask_that_hides_nothing(kv_len: int, seed: int) -
     expected = naive.attention(q.double(), k.double(), v.double(), window=(-1, 0), scale=0.125)
     torch.testing.assert_close(out.double(), expected.out, atol=0.01, rtol=0.01)
     torch.testing.assert_close(lse.double(), expected.lse, atol=1e-3, rtol=1e-4)
+
+
+#: By name: segments one after another, as queries, keys, and room that is in none, of both.
+LENGTHS = {
+    "tiny": [(n, n, 0) for n in (1, 2, 3, 1, 3, 129, 2, 1, 0, 127, 3, 128)],
+    "gaps": [(0, 0, 70), (127, 127, 1), (128, 128, 0), (129, 129, 60), (5, 5, 130), (64, 64, 3)],
+    "more keys": [(3, 200, 5), (130, 300, 0), (1, 1, 0), (65, 129, 2)],
+    "more queries": [(200, 3, 5), (140, 130, 0), (130, 0, 7), (0, 40, 0), (65, 64, 2)],
+    "none": [(0, 0, 150)],
+}
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (40, 0), (100, 30)], ids=str)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_segments(name: str, window: tuple[int, int], seed: int) -> None:
+    """NaN in queries, keys and values of no segment. Dims 256: an output that is not staged."""
+    import hopper_model
+
+    rng = random.Random(seed)
+    columns, at = [], [0, 0]
+    for queries, keys, room in LENGTHS[name]:
+        columns.append([0, at[0], at[0] + queries, at[1], at[1] + keys])
+        at = [at[0] + queries + room, at[1] + keys + room]
+    table = torch.tensor(columns, dtype=torch.int32).mT
+    for dim, short, sinks in (64, False, torch.randn(2)), (64, True, None), (256, False, torch.randn(2)):
+        q, k, v = torch.randn(1, 2, at[0], dim).half(), *torch.randn(2, 1, 1, at[1], dim).half()
+        expected = naive.attention(
+            q.double(), k.double(), v.double(), mask=Segments(table), window=window, sinks=sinks, scale=0.1
+        )
+        rows, keys = unseen(naive.visible(q, k, mask=Segments(table), window=window))
+        q.masked_fill_(rows, torch.nan)
+        k.masked_fill_(keys, torch.nan)
+        v.masked_fill_(keys, torch.nan)
+        call = Call(
+            q, k, v, segments=table, sinks=sinks, scale=0.1, left=window[0], right=window[1], return_lse=True
+        )  # fmt: skip
+        out, lse = hopper_model.forward(call, rng, rng.choice((1, 4)), {"short": short})
+        torch.testing.assert_close(out.double(), expected.out, atol=0.01, rtol=0.01)
+        torch.testing.assert_close(lse.double(), expected.lse, atol=1e-3, rtol=1e-4)
 
 
 def test_bands_and_lengths(seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..binaries.flag_set import Binary
 
 CAPABILITY = (9, 0)
-FULL, ALIGNED, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
+FULL, ALIGNED, BAND, INTERVALS, SEGMENTS = 0, 1, 2, 3, 4  #: see `parts.py`, which cannot be imported without triton
 
 
 class GluonFlags:
@@ -95,7 +95,7 @@ class Flags(GluonFlags):
     sinks: str = ""  #: their dtype in Triton's words, or "": none
     softcap: bool = False
     lse: bool = False
-    short: bool = False  #: few keys, and `SHORT_BLOCKS` has the dims
+    short: bool = False  #: few keys, of a call or of its segments, and `SHORT_BLOCKS` has the dims
 
     @property
     def blocks(self) -> Blocks:
@@ -113,7 +113,7 @@ class Flags(GluonFlags):
             "Hopper forward",
             self.dtype,
             f"{self.dims[0]}/{self.dims[1]}",
-            ("full", "aligned", "band", "intervals")[self.mask],
+            ("full", "aligned", "band", "intervals", "segments")[self.mask],
         ]
         words += [
             name
@@ -175,7 +175,7 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         signature["q_lengths_ptr"] = "*i32"
     if flags.kv_lengths:
         signature["kv_lengths_ptr"] = "*i32"
-    if flags.mask == INTERVALS or flags.listed:
+    if flags.mask in (INTERVALS, SEGMENTS) or flags.listed:
         signature["bounds_ptr"] = "*i32"
     if flags.keys:
         signature["bias_ptr"] = "*fp32"

@@ -5,11 +5,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .masking import drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
-from .output import clear, store
-from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS
+from .masking import drop_before, drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
+from .output import clear, clear_beside, store
+from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS, SEGMENTS
 from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
-from .tiles import block_start, listed_index, queries_of, read_list, share, span, start_walk, tile, total_tiles
+from .tiles import (
+    block_start,
+    end_row,
+    first_row,
+    listed_index,
+    read_list,
+    read_part,
+    share,
+    span,
+    start_walk,
+    tile,
+    total_tiles,
+)
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
 
@@ -61,7 +73,10 @@ def _attend(
         elif cfg.TILES != NO_TILES:
             s, mask_slot, mask_phase = with_tile(s, scale, pipe, mask_slot, mask_phase, group, cfg)
         if not cfg.LISTED and (
-            cfg.MASK == BAND or cfg.MASK == INTERVALS or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M)
+            cfg.MASK == BAND
+            or cfg.MASK == INTERVALS
+            or cfg.MASK == SEGMENTS
+            or (cfg.MASK == ALIGNED and cfg.BLOCK_N < cfg.BLOCK_M)
         ):
             if (j >= cut) | (j < edge):
                 s = mask(s, anchor, first, j, seen, group, shape, cfg)
@@ -90,6 +105,12 @@ def _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg):
             mbarrier.wait(pipe.v_full.index(slot), phase)
             v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
             drop_unseen(v, start, anchor, seen.gaps, m, b, shape, cfg)
+    if cfg.MASK == SEGMENTS:
+        start = gl.maximum(first, 0)
+        if start < anchor:  # there is one block
+            mbarrier.wait(pipe.v_full.index(slot), phase)
+            v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
+            drop_before(v, first, anchor, cfg)
 
 
 @gluon.jit
@@ -117,6 +138,8 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     seen = 0
     if cfg.MASK == INTERVALS:
         seen = look(m, b, h, group, row_layout, shape, cfg)
+    if cfg.MASK == SEGMENTS:
+        seen = read_part(m, shape)
     if cfg.LISTED:
         seen = read_list(m, b, h, shape, cfg)
     if cfg.KEYS:
@@ -165,13 +188,15 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
         done_b = b
         done_h = h
-        done_row = m * cfg.BLOCK_M + group * ROWS
-        queries = queries_of(b, shape, cfg)
+        done_row = first_row(m, seen, cfg) + group * ROWS
+        queries = end_row(b, seen, shape, cfg)
         factor = close(base, scale, l_i, b, h, done_row, queries, results, seen, shape, cfg)
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 4)
         anchor, first, n = span(m, b, h, shape, cfg)
         if cfg.MASK == INTERVALS:
             seen = look(m, b, h, group, row_layout, shape, cfg)
+        if cfg.MASK == SEGMENTS:
+            seen = read_part(m, shape)
         if cfg.LISTED:
             seen = read_list(m, b, h, shape, cfg)
         # This tile's last product with values, beside the next tile's first block.
@@ -203,6 +228,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         slot = k_slot
         phase = k_phase
         store(acc, factor, done_b, done_h, done_row, queries, results, group, shape, cfg)
+        clear_beside(i - 1, mine, pid, programs, group, results, shape, cfg)
     acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
     q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
     acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
@@ -230,8 +256,8 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         cfg,
     )
     _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg)
-    row = m * cfg.BLOCK_M + group * ROWS
-    queries = queries_of(b, shape, cfg)
+    row = first_row(m, seen, cfg) + group * ROWS
+    queries = end_row(b, seen, shape, cfg)
     factor = close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg)
     p_operand = as_operand(p, pipe.v.dtype, p_layout, cfg)
     mbarrier.wait(pipe.v_full.index(slot), phase)
@@ -241,6 +267,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     store(acc, factor, b, h, row, queries, results, group, shape, cfg)
     if group == 0:  # the other's last turn: a barrier must not be left half full
         take_turn(0, cfg)
+    clear_beside(mine - 1, mine, pid, programs, group, results, shape, cfg)
     clear(pid, programs, total, group, results, shape, cfg)
     if cfg.STAGED:
         tma.store_wait(0)

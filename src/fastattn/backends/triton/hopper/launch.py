@@ -32,12 +32,14 @@ from .binary import (
     FULL,
     INTERVALS,
     ROWS,
+    SEGMENTS,
     SHORT,
     SHORT_BLOCKS,
     TILE,
     Flags,
 )
 from .limits import DTYPES, refusals, sides
+from .segments import MOST_ROWS, SegmentTiles
 from .tensors import brought, describe_mask, fits, known, layout_of, once
 
 _LOG2_E = math.log2(math.e)
@@ -54,6 +56,8 @@ def reasons(problem: Problem) -> list[str]:
         why.append(f"has no {str(p.mask_dtype).removeprefix('torch.')} mask with a row for each query")
     if p.masked_rows and p.kv_lengths:
         why.append("has no lengths of keys beside a mask with a row for each query")
+    if p.mask == "segments" and p.batch * p.q_len > MOST_ROWS:
+        why.append(f"takes up to {MOST_ROWS} queries of all batch entries beside Segments")
     if not p.empty and dims(p) is None:
         why.append(f"head dim {p.head_dim} with value dim {p.value_dim}: both must be multiples of 8 up to 256")
     return why
@@ -71,7 +75,12 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     """Names the binary that serves the problem."""
     lengths = p.q_lengths or p.kv_lengths
     rows = p.masked_rows
-    if p.mask != "none" and not rows:
+    short = p.kv_len <= SHORT
+    if p.mask == "segments":
+        mask = SEGMENTS
+        # Or of a segment, where the tensor is full of them; twice as many as the mean: some are longer.
+        short = short or 2 * p.batch * p.kv_len <= SHORT * p.mask_shape[1]
+    elif p.mask != "none" and not rows:
         mask = INTERVALS
     elif not p.banded:
         mask = FULL
@@ -88,12 +97,13 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         keys=p.masked_keys,
         tiles="" if not rows else "bool" if p.mask == "bool" else _BIASES[p.mask_dtype or p.dtype],
         listed=rows and p.kv_len >= LISTED_KEYS,
-        q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else
-        kv_lengths=p.kv_lengths and mask != INTERVALS,
+        q_lengths=p.q_lengths
+        and mask < INTERVALS,  # there they are in the bounds, as all else; beside Segments are none
+        kv_lengths=p.kv_lengths and mask < INTERVALS,
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
-        short=p.kv_len <= SHORT and not rows and found in SHORT_BLOCKS,
+        short=short and not rows and found in SHORT_BLOCKS,
     )
 
 
@@ -103,6 +113,8 @@ def all_flags(p: Problem) -> list[Flags]:
     lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
     if p.masked_rows:
         lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
+    if p.mask == "segments":
+        lengths.append((1, SHORT * (p.mask_shape[1] + 1)))
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
 
 
@@ -112,6 +124,8 @@ def binaries_of(p: Problem) -> list[FlagSet]:
     found: list[FlagSet] = [*all_flags(p)]
     if own.mask == INTERVALS:
         found += flag_sets(Bounds(p, call, TILE, ordered=True).launches(call))
+    elif own.mask == SEGMENTS:
+        found += flag_sets(SegmentTiles(p, call).launches(call))
     elif own.tiles:
         found += flag_sets(_lists_of(p, call, own).launches(call))
     return list(dict.fromkeys(found))
@@ -132,7 +146,7 @@ def function(name: Flags, device: int | None = None) -> Function:
 def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
     """What the binary is launched with."""
     described = 3 + flags.blocks.staged + bool(flags.tiles)
-    bounds = flags.mask == INTERVALS or flags.listed
+    bounds = flags.mask in (INTERVALS, SEGMENTS) or flags.listed
     present = True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys
     return Arguments((4,) * described, present, integers, floats=2)
 
@@ -169,6 +183,11 @@ class Forward:
             prepare(self._bounds.launches(call))
             if self._bounds.keys is not None:
                 bias_strides = self._bounds.keys.strides
+        if self._flags.mask == SEGMENTS:
+            self._bounds = SegmentTiles(p, call)
+            prepare(self._bounds.launches(call))
+            rows = self._bounds.tiles
+            self._programs = min(rows * p.q_heads, sm_count(self._device))
         self._lists: Any = None
         list_strides: tuple[int, ...] = (0, 0, 0)
         if self._flags.tiles:

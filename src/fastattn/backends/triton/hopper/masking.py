@@ -6,13 +6,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...._compat.gluon import barrier
-from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, NO_TILES, ROWS, Seen
+from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, NO_TILES, ROWS, SEGMENTS, Seen
 from .tiles import block_start, row_bounds, tile_fields
 from .turns import here, next_slot
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
 _LOWEST = gl.constexpr(-1e38)  # exponent that a finite bias leads to
 _AT_ONCE = gl.constexpr(4)  # rows whose bounds it loads together
+_KEYS = gl.constexpr(16)  # that `drop_before` takes at a time
 
 
 @gluon.jit
@@ -40,6 +41,13 @@ def masked_blocks(anchor, first, n, seen, group: gl.constexpr, shape, cfg):
     if cfg.MASK == INTERVALS:
         cut = gl.maximum(first + cfg.BLOCK_N - seen.highest, 0) // cfg.BLOCK_N
         edge = (gl.maximum(first + cfg.BLOCK_N - seen.lowest, 0) + cfg.BLOCK_N - 1) // cfg.BLOCK_N
+    if cfg.MASK == SEGMENTS:
+        position = seen.position + group * ROWS  # of the consumer's first row
+        highest = gl.maximum(position + (ROWS - 1) - shape.left, anchor)
+        cut = gl.maximum(first + cfg.BLOCK_N - highest, 0) // cfg.BLOCK_N
+        if cfg.BLOCK_N < cfg.BLOCK_M:  # else only the first block ends behind what a row of the tile sees
+            top = position + shape.right
+            edge = (gl.maximum(first + cfg.BLOCK_N - 1 - top, 0) + cfg.BLOCK_N - 1) // cfg.BLOCK_N
     if cfg.MASK == BAND:
         bottom = gl.maximum(anchor + (group * ROWS + ROWS - 1) - shape.left, 0)
         cut = gl.maximum(first + cfg.BLOCK_N - bottom, 0) // cfg.BLOCK_N
@@ -72,6 +80,12 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
         visible = (cols[None, :] >= (seen.lo - start)[:, None]) & (
             cols[None, :] < gl.minimum(seen.hi - start, end)[:, None]
         )
+        s = gl.where(visible, s, float("-inf"))
+    elif cfg.MASK == SEGMENTS:
+        end = first - (j - 1) * cfg.BLOCK_N - start  # see above
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (seen.position + group * ROWS - start)
+        visible = cols[None, :] < gl.minimum(rows + shape.right + 1, end)[:, None]
+        visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, anchor - start)[:, None])
         s = gl.where(visible, s, float("-inf"))
     else:
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (anchor + group * ROWS - start)
@@ -172,5 +186,24 @@ def drop_unseen(v, start, anchor, gaps, m, b, shape, cfg):
         part = v.slice(column, _WIDE, dim=1)
         x = part.load(layout)
         part.store(gl.where(visible[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def drop_before(v, start, anchor, cfg):
+    """The same for a tile that sees fewer keys than a block has, the last of its block. Only with SEGMENTS.
+
+    v: [BLOCK_N, DV] in shared memory. start: the block's first key. anchor: the first that the tile sees.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    before = here(anchor) - here(start)
+    for row in gl.static_range(0, cfg.BLOCK_N, _KEYS):
+        if row < before:
+            keys = row + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, layout))
+            for column in gl.static_range(0, cfg.DV, _WIDE):
+                part = v.slice(row, _KEYS, dim=0).slice(column, _WIDE, dim=1)
+                x = part.load(layout)
+                part.store(gl.where((keys >= before)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
     barrier()

@@ -6,13 +6,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ...._compat.gluon import barrier, store_tile
-from .parts import INTERVALS, ROWS
-from .tiles import in_order, queries_of
+from .parts import INTERVALS, ROWS, SEGMENTS
+from .tiles import in_order, queries_of, record
 
 
 @gluon.jit
 def store(acc, factor, b, h, row, queries, results, group: gl.constexpr, shape, cfg):
-    """The output of one consumer's rows. factor: see `softmax.close`."""
+    """The output of one consumer's rows. factor, queries: see `softmax.close`.
+
+    With SEGMENTS the copy engine stores where all rows are the tile's: it would write over others' else.
+    """
     factor = gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))
     out = acc * factor[:, None]
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc.type.layout))
@@ -28,12 +31,52 @@ def store(acc, factor, b, h, row, queries, results, group: gl.constexpr, shape, 
         staging.reshape([ROWS, cfg.DV]).store(out)
         fence_async_shared()
         barrier()
-        store_tile(results.descriptor, [b, h, row, 0], staging)
+        if cfg.MASK == SEGMENTS:
+            if row + ROWS <= queries:
+                store_tile(results.descriptor, [b, h, row, 0], staging)
+            else:
+                _store_some(staging, b, h, row, queries, results, shape, cfg)
+        else:
+            store_tile(results.descriptor, [b, h, row, 0], staging)
     else:
         cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, acc.type.layout))
         at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
-        mask = (rows < shape.q_len)[:, None] & (cols < results.dv8 * 8)[None, :]
+        end = shape.q_len
+        if cfg.MASK == SEGMENTS:
+            end = queries
+        mask = (rows < end)[:, None] & (cols < results.dv8 * 8)[None, :]
         gl.store(results.out + at[:, None] + cols[None, :], out, mask=mask)
+
+
+@gluon.jit
+def _store_some(staging, b, h, row, end, results, shape, cfg):
+    """What is in shared memory, up to row `end`."""
+    across: gl.constexpr = cfg.DV // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    out = staging.reshape([ROWS, cfg.DV]).load(layout)
+    cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, layout))
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
+    mask = (rows < end)[:, None] & (cols < results.dv8 * 8)[None, :]
+    gl.store(results.out + at[:, None] + cols[None, :], out, mask=mask)
+
+
+@gluon.jit
+def clear_beside(i, mine, pid, programs, group: gl.constexpr, results, shape, cfg):
+    """What `clear` would have to do with SEGMENTS, a share of it after each of a program's tiles: so zeros are on their
+    way while the tensor cores work. i: the tile's number, from 0."""
+    if cfg.MASK == SEGMENTS:
+        pieces = gl.load(shape.bounds + 1) * shape.heads
+        if pieces > pid:
+            share = ((pieces - pid + programs - 1) // programs + mine - 1) // mine
+            end = gl.minimum(pid + (i + 1) * share * programs, pieces)
+            for t in range(pid + i * share * programs, end, programs):
+                rank = t // shape.heads
+                at = record(shape.rows + rank, shape)
+                b = gl.load(at)
+                row = gl.load(at + 1)
+                end_row = row + gl.load(at + 2)
+                _clear_rows(row + group * ROWS, end_row, b, t - rank * shape.heads, results, shape, cfg)
 
 
 @gluon.jit
@@ -44,26 +87,27 @@ def clear(pid, programs, total, group: gl.constexpr, results, shape, cfg):
         for t in range(total + pid, shape.batch * shape.rows * shape.heads, programs):
             rank = t // shape.heads
             m, b = in_order(rank, shape, cfg)
-            _clear_tile(m, b, t - rank * shape.heads, group, results, shape, cfg)
+            row = m * cfg.BLOCK_M + group * ROWS
+            _clear_rows(row, shape.q_len, b, t - rank * shape.heads, results, shape, cfg)
     elif cfg.Q_LENGTHS:
         for t in range(pid, shape.batch * shape.rows, programs):
             b = t // shape.rows
             m = t - b * shape.rows
             if m * cfg.BLOCK_M >= queries_of(b, shape, cfg):
                 for h in range(shape.heads):
-                    _clear_tile(m, b, h, group, results, shape, cfg)
+                    _clear_rows(m * cfg.BLOCK_M + group * ROWS, shape.q_len, b, h, results, shape, cfg)
 
 
 @gluon.jit
-def _clear_tile(m, b, h, group: gl.constexpr, results, shape, cfg):
-    """The rows of one consumer."""
+def _clear_rows(row, end, b, h, results, shape, cfg):
+    """The rows of one consumer, from `row`, up to row `end`."""
     across: gl.constexpr = cfg.DV // 8  # threads, of 16 bytes each
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     zeros = gl.zeros([ROWS, cfg.DV], results.out.dtype.element_ty, layout)
     cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, layout))
-    rows = m * cfg.BLOCK_M + group * ROWS + gl.arange(0, ROWS, layout=row_layout)
-    there = rows < shape.q_len
+    rows = row + gl.arange(0, ROWS, layout=row_layout)
+    there = rows < end
     at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
     mask = there[:, None] & (cols < results.dv8 * 8)[None, :]
     gl.store(results.out + at[:, None] + cols[None, :], zeros, mask=mask)

@@ -9,11 +9,13 @@ from triton.experimental.gluon import language as gl
 from ...._compat.gluon import aggregate, base_value
 
 #: What hides keys. FULL: nothing but lengths. ALIGNED: causal, as many keys as queries. BAND: left and right, as data.
-#: INTERVALS: bounds of each row, made by `bounds.py`; with KEYS also a bias of each key.
+#: INTERVALS: bounds of each row, made by `bounds.py`; with KEYS also a bias of each key. SEGMENTS: tiles of one segment
+#: each, made by `segments.py`; left and right as data.
 FULL = gl.constexpr(0)
 ALIGNED = gl.constexpr(1)
 BAND = gl.constexpr(2)
 INTERVALS = gl.constexpr(3)
+SEGMENTS = gl.constexpr(4)
 
 #: A tensor mask with a row for each query, beside FULL and BAND: none, bool, additive.
 NO_TILES = gl.constexpr(0)
@@ -53,7 +55,9 @@ class Shape:
 
     q_lengths: gl.tensor | gl.constexpr  # int32 [B]
     kv_lengths: gl.tensor | gl.constexpr
-    bounds: gl.tensor | gl.constexpr  # int32: see `bounds.py`; with LISTED the lists of `block_lists.py`
+    bounds: (
+        gl.tensor | gl.constexpr
+    )  # int32: see `bounds.py`; with LISTED `block_lists.py`, with SEGMENTS `segments.py`
     bias: gl.tensor | gl.constexpr  # float32: see `bounds.py`
     batch: gl.tensor
     heads: gl.tensor
@@ -62,7 +66,7 @@ class Shape:
     kv_len: gl.tensor
     left: gl.tensor
     right: gl.tensor
-    rows: gl.tensor  # tiles of one head
+    rows: gl.tensor  # tiles of one head; with SEGMENTS as many as there is room for, of all batch entries
     section: gl.tensor  # heads whose keys and values fit the L2 cache together
     bias_b: gl.tensor  # strides of the bias; with TILES 1 where the mask has batch entries, or heads, 0 where not
     bias_h: gl.tensor
@@ -112,6 +116,15 @@ class Seen:
     gaps: gl.tensor | gl.constexpr  # not 0: some keys in between may be seen by no row
     biased: gl.tensor | gl.constexpr  # with KEYS, not 0: the bias is more than bounds say
     bias: gl.tensor | gl.constexpr  # with KEYS: that of key 0, for the tile's head
+
+
+@aggregate
+class Part:
+    """With SEGMENTS: the rows of a tile."""
+
+    row: gl.tensor  # the first
+    rows: gl.tensor  # how many
+    position: gl.tensor  # of the first among the keys
 
 
 @aggregate

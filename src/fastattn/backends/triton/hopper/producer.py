@@ -6,8 +6,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...._compat.gluon import load_tile
-from .parts import NO_TILES, ROWS
-from .tiles import block_start, listed_index, read_list, share, span, start_walk, tile, total_tiles
+from .parts import NO_TILES, ROWS, SEGMENTS
+from .tiles import (
+    block_start,
+    first_row,
+    listed_index,
+    read_list,
+    read_part,
+    share,
+    span,
+    start_walk,
+    tile,
+    total_tiles,
+)
 from .turns import next_slot
 
 
@@ -35,6 +46,8 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
         anchor, first, n = span(m, b, h, shape, cfg)
         listed = 0
         index = 0
+        if cfg.MASK == SEGMENTS:
+            listed = read_part(m, shape)
         if cfg.LISTED:
             listed = read_list(m, b, h, shape, cfg)
             index = listed_index(listed, 0)
@@ -42,7 +55,7 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
             full = pipe.q_full.index(q_slot * 2 + group)
             mbarrier.wait(pipe.q_empty.index(q_slot * 2 + group), q_phase)
             mbarrier.expect(full, ROWS * cfg.D * 2)
-            row = m * cfg.BLOCK_M + group * ROWS
+            row = first_row(m, listed, cfg) + group * ROWS
             load_tile(q_desc, [b, h, row, 0], full, pipe.q.index(q_slot * 2 + group))
         for j in range(n):
             if cfg.LISTED:

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .masking import mask, with_bias, with_tile
-from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS
+from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS, SEGMENTS
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -126,7 +126,8 @@ def as_operand(p, dtype: gl.constexpr, layout: gl.constexpr, cfg):
 def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     """What a tile's output is to be multiplied by, as a row vector; stores the log-sum-exp.
 
-    row, queries: the first row, and how many rows batch entry b has: rows from there on see nothing.
+    row, queries: the first row, and how many rows batch entry b has: rows from there on see nothing. With SEGMENTS
+    `tiles.end_row`: rows from there on are others', of any sum.
     """
     layout: gl.constexpr = base.type.layout
     if cfg.KEYS:
@@ -151,7 +152,10 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     if cfg.LSE:
         lse = (base + gl.log2(total)) * _LN_2
         at = (b.to(gl.int64) * shape.heads + h) * shape.q_len + rows
-        gl.store(results.lse + at, lse, mask=rows < shape.q_len)
+        if cfg.MASK == SEGMENTS:
+            gl.store(results.lse + at, lse, mask=rows < queries)
+        else:
+            gl.store(results.lse + at, lse, mask=rows < shape.q_len)
     factor = shrink / gl.where(total == 0.0, 1.0, total)
     if cfg.MASK == INTERVALS:
         factor = gl.where(seen.lo < seen.hi, factor, 0.0)  # `store` makes it a 0, whatever there is

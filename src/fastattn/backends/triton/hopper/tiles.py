@@ -10,7 +10,8 @@ them with 0.
 
 With bounds of each row (INTERVALS) what lies before a tile's first key is as unknown as what lies past its last. There
 the last block begins at the first key, and repeats keys of the block before it, which it masks. Only a tile of fewer
-keys than a block has is left with others in it: see `masking.drop_unseen`.
+keys than a block has is left with others in it: see `masking.drop_unseen`. So it is with SEGMENTS, where a tile has a
+part of one segment's rows, and its own first row.
 
 Under a mask with a row for each query a block begins at a multiple of ALIGNED_KEYS: the copy engine reads no tile of a
 mask from another key on. Such a block may reach past the last key, where keys, values and mask read as 0: the entry has
@@ -23,7 +24,9 @@ from triton.experimental.gluon import language as gl
 
 from ..bounds_kernel import FIELDS, HEADER
 from ..prefill.block_lists import HEADER as LIST_HEADER
-from .parts import BAND, FULL, INTERVALS, NO_TILES, Listed
+from .parts import BAND, FULL, INTERVALS, NO_TILES, SEGMENTS, Listed, Part
+from .segments_kernel import FIELDS as TILE_FIELDS
+from .segments_kernel import HEADER as TILE_HEADER
 
 ALIGNED_KEYS = gl.constexpr(16)  # bytes, which the copy engine wants: as many keys, of the smallest elements
 
@@ -57,13 +60,16 @@ def span(m, b, h, shape, cfg):
 
     Returns an anchor, the first key of the first block, and how many blocks there are: at least one, so that a tile
     without keys is no special case. Blocks go upwards without a band or a mask with rows, else downwards. The anchor is
-    the position of the first query, or with INTERVALS the first key that the tile sees. With LISTED the order is the
-    list's, and the first key is that of a block that ends with the last key.
+    the position of the first query, or with INTERVALS and SEGMENTS the first key that the tile sees. With LISTED the
+    order is the list's, and the first key is that of a block that ends with the last key.
     """
     if cfg.LISTED:
         return _span_of_list(m, b, h, shape, cfg)
     elif cfg.MASK == INTERVALS:
         return _span_of_bounds(m, b, shape, cfg)
+    elif cfg.MASK == SEGMENTS:
+        at = record(m, shape)
+        return _blocks_between(gl.load(at + 4), gl.load(at + 5), cfg)
     else:
         return _span_of_band(m, b, shape, cfg)
 
@@ -71,10 +77,44 @@ def span(m, b, h, shape, cfg):
 @gluon.jit
 def _span_of_bounds(m, b, shape, cfg):
     at = shape.bounds + tile_fields(m, b, shape)
-    begin = gl.load(at)
-    end = gl.load(at + 1)
+    return _blocks_between(gl.load(at), gl.load(at + 1), cfg)
+
+
+@gluon.jit
+def _blocks_between(begin, end, cfg):
     n = gl.maximum((end - begin + cfg.BLOCK_N - 1) // cfg.BLOCK_N, 1)
     return begin, end - cfg.BLOCK_N, n
+
+
+@gluon.jit
+def record(m, shape):
+    """Where the numbers of tile m of all segments' are. Only with SEGMENTS."""
+    return shape.bounds + TILE_HEADER + m * TILE_FIELDS
+
+
+@gluon.jit
+def read_part(m, shape):
+    """The rows of tile m. Only with SEGMENTS."""
+    at = record(m, shape)
+    return Part(gl.load(at + 1), gl.load(at + 2), gl.load(at + 3))
+
+
+@gluon.jit
+def first_row(m, seen, cfg):
+    """The first query row of a tile."""
+    row = m * cfg.BLOCK_M
+    if cfg.MASK == SEGMENTS:
+        row = seen.row
+    return row
+
+
+@gluon.jit
+def end_row(b, seen, shape, cfg):
+    """One past the last row that is to be computed: of a tile, with SEGMENTS; else of batch entry b."""
+    if cfg.MASK == SEGMENTS:
+        return seen.row + seen.rows
+    else:
+        return queries_of(b, shape, cfg)
 
 
 @gluon.jit
@@ -167,7 +207,7 @@ def block_start(anchor, first, j, cfg):
     """The first key of block j."""
     if cfg.MASK == FULL and cfg.TILES == NO_TILES:
         return first + j * cfg.BLOCK_N
-    elif cfg.MASK == INTERVALS:
+    elif cfg.MASK == INTERVALS or cfg.MASK == SEGMENTS:
         return gl.maximum(first - j * cfg.BLOCK_N, gl.minimum(anchor, first))
     else:
         return first - j * cfg.BLOCK_N
@@ -208,8 +248,9 @@ def _pick(shape, level, which, cfg, WARPS: gl.constexpr):
 
 @gluon.jit
 def total_tiles(shape, cfg, WARPS: gl.constexpr):
-    """Tiles of the call; with lengths of queries those that have queries, with bounds those that see keys."""
-    if cfg.MASK == INTERVALS:
+    """Tiles of the call; with lengths of queries those that have queries, with bounds or segments those that see
+    keys."""
+    if cfg.MASK == INTERVALS or cfg.MASK == SEGMENTS:
         return gl.load(shape.bounds) * shape.heads
     elif cfg.Q_LENGTHS:
         lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -246,13 +287,19 @@ def start_walk(shape, cfg, WARPS: gl.constexpr):
 
 @gluon.jit
 def tile(i, total, pid, programs, level, before, count, shape, cfg, WARPS: gl.constexpr):
-    """Row block, batch entry and head of this program's i-th tile; the walk (level, before, count) moved on to it."""
+    """Row block (with SEGMENTS the tile's number), batch entry and head of this program's i-th tile; the walk (level,
+    before, count) moved on to it."""
     t = i * programs + gl.where((i & 1) == 1, programs - 1 - pid, pid)
     if cfg.MASK == INTERVALS:
         t = gl.maximum(gl.minimum(t, total - 1), 0)
         rank = t // shape.heads
         h = t - rank * shape.heads
         m, b = in_order(rank, shape, cfg)
+    elif cfg.MASK == SEGMENTS:
+        t = gl.maximum(gl.minimum(t, total - 1), 0)
+        m = t // shape.heads
+        h = t - m * shape.heads
+        b = gl.load(record(m, shape))
     elif cfg.Q_LENGTHS:
         # Row blocks from the last to the first; in each, the entries that reach it, and their heads.
         t = gl.maximum(gl.minimum(t, total - 1), 0)
