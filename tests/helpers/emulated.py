@@ -212,5 +212,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     set_(plans, "shared", cache)
     set_(torch_internals, "raw_stream", lambda index: 0)
     for module in (ragged_offsets, scratch):
-        set_(module, "may_keep", lambda: True)
+        set_(module, "may_keep", lambda stream: True)
     return cache

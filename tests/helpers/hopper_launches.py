@@ -231,7 +231,14 @@ def allocate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         assert size <= len(memory)
         return memory
 
+    counters = torch.zeros(1 << 10, dtype=torch.int32)
+
+    def counted(device: torch.device, size: int, count: int, stream: int) -> tuple[Tensor, Tensor]:
+        assert count <= len(counters)
+        return scratch(device, size), counters
+
     monkeypatch.setattr(torch_internals, "allocator", allocator)
+    monkeypatch.setattr(decode, "counted", counted)
     for module in (hopper_forward, hopper_backward.run, hopper_wide, decode):
         monkeypatch.setattr(module, "scratch", scratch)
 

@@ -47,6 +47,27 @@ MUTATIONS = (
         _DECODE,
     ),
     Mutation(
+        "the sink is forgotten when the last program combines splits",
+        "backends/triton/decode/last.py",
+        "l = l * decay + tl.exp(sink - base)",
+        "l = l * decay",
+        _DECODE,
+    ),
+    Mutation(
+        "the last program leaves its counter where it is",
+        "backends/triton/decode/last.py",
+        "tl.store(counter_ptr, 0)",
+        "tl.store(counter_ptr, done + 1)",
+        ("tests/backends/triton/decode/test_counting.py",),
+    ),
+    Mutation(
+        "the last program reads what splits without work did not write",
+        "backends/triton/decode/kernel.py",
+        "tl.minimum(steps, splits),",
+        "splits,",
+        ("tests/backends/triton/decode/test_counting.py",),
+    ),
+    Mutation(
         "values are taken from the keys wherever they lie",
         "backends/triton/decode/forward.py",
         "return self._apart.forward(call)",

@@ -50,10 +50,11 @@ class RaggedOffsets:
 
     def __call__(self, tensors: dict[str, Tensor], c: Call) -> dict[str, Tensor]:
         """See `ragged_offsets`."""
-        if not (self._static and may_keep()):
+        stream = torch_internals.raw_stream(c.q.device.index) if self._static else 0
+        if not (self._static and may_keep(stream)):
             return ragged_offsets(tensors, self._rows, self._fold, c, self._launcher)
         # By stream: what one computed, another may not read unordered.
-        name = self._number, torch_internals.raw_stream(c.q.device.index)
+        name = self._number, stream
         found = _kept.get(name)
         if found is None:
             # Triton takes 0.3 s to import: a process's first call does without.

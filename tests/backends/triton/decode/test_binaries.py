@@ -173,7 +173,8 @@ def test_the_interpreter_has_no_binaries() -> None:
 
 
 def test_a_call_is_not_ready_until_both_kernels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it is launched by the driver: the kernel, and the one that combines its splits."""
+    """Then it is launched by the driver: the kernel, and where the call is captured the one that combines its
+    splits."""
     binaries, driver = stand_in_binaries(tmp_path, monkeypatch), Driver()
     monkeypatch.setenv("FASTATTN_COMPILE", "off")
     monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
@@ -198,6 +199,10 @@ def test_a_call_is_not_ready_until_both_kernels_are(tmp_path: Path, monkeypatch:
         binaries._ready[flags] = Function(b"\x7fELF", "a_kernel", 4096, 128)
     kernel = backend.bind(p, call)
     assert not driver.launched
+    kernel.forward(call)
+    assert [x["grid"] for x in driver.launched] == [(8, launch.choose(p, SMS).splits, 1)]
+    driver.launched.clear()
+    monkeypatch.setattr(forward, "counted", lambda *arguments: None)
     out, lse = kernel.forward(call)
     assert out.shape == (1, 32, 1, 128) and lse is not None and lse.shape == (1, 32, 1)
     splits = launch.choose(p, SMS).splits

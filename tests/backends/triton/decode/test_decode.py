@@ -76,11 +76,15 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("splits", [1, 2, 9])
+@pytest.mark.parametrize("splits, apart", [(1, False), (2, False), (2, True), (9, False), (9, True)])
 @pytest.mark.parametrize("name", SPLIT)
-def test_splits(name: str, splits: int, device: str, force: Callable[..., None]) -> None:
-    """One split, some, and more than there are steps; steps of 16 keys, so that there are up to 5."""
+def test_splits(
+    name: str, splits: int, apart: bool, device: str, force: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One split, some, and more than there are steps; steps of 16 keys, so that there are up to 5. Combined by the last
+    program of a tile, or by a second kernel."""
     force(splits=splits, block_n=16)
+    monkeypatch.setattr("fastattn.backends.triton.decode.forward.combines", lambda p, launch: not apart)
     check(SPLIT[name], "decode", device)
 
 
@@ -113,7 +117,7 @@ def test_broadcast_masks(kind: str, shape: str, device: str, force: Callable[...
 
 
 def test_many_splits(device: str, force: Callable[..., None]) -> None:
-    """More than the combine kernel reads at a time."""
+    """More than the combine kernel reads at a time, and more than the last program would."""
     force(splits=70, block_n=16)
     check(CASE.but(batch=1, q_len=1, kv_len=1100, head_dim=128, sinks=FP32), "decode", device)
 
@@ -163,9 +167,12 @@ def test_nan_in_hidden_keys(name: str, block_n: int, device: str, force: Callabl
     assert relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_nan_in_a_visible_key_shows(splits: int, device: str, force: Callable[..., None]) -> None:
+@pytest.mark.parametrize("splits, apart", [(1, False), (3, False), (3, True)])
+def test_nan_in_a_visible_key_shows(
+    splits: int, apart: bool, device: str, force: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(splits=splits, block_n=16)
+    monkeypatch.setattr("fastattn.backends.triton.decode.forward.combines", lambda p, launch: not apart)
     x = make(CASE, device)
     x.k[0, :, 20, 3] = torch.nan
     x.v[1, :, 70, 5] = torch.nan
@@ -193,9 +200,12 @@ def test_key_of_minus_infinity(dtype: torch.dtype, device: str, force: Callable[
     assert (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_sink_of_minus_infinity(splits: int, device: str, force: Callable[..., None]) -> None:
+@pytest.mark.parametrize("splits, apart", [(1, False), (3, False), (3, True)])
+def test_sink_of_minus_infinity(
+    splits: int, apart: bool, device: str, force: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(splits=splits, block_n=16)
+    monkeypatch.setattr("fastattn.backends.triton.decode.forward.combines", lambda p, launch: not apart)
     x = make(CASE, device)
     lengths = torch.tensor([40, 0], dtype=torch.int32, device=device)
     sinks = torch.tensor([-torch.inf, 0.0, 200.0, -200.0], device=device)

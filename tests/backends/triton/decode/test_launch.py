@@ -29,6 +29,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     return pretend(monkeypatch)
 
 
+@pytest.fixture(params=["one launch", "captured"])
+def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The launches of a call: while it is captured it gets no counters."""
+    captured = request.param == "captured"
+    if captured:
+        monkeypatch.setattr(forward, "counted", lambda *arguments: None)
+    return 1 + captured
+
+
 def made(heads: int, length: int = S, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(B, length, heads, D).to(dtype).transpose(1, 2)
 
@@ -59,31 +68,37 @@ def check(
     lse: Tensor | None = None,
     **others: Tensor,
 ) -> dict[str, Any]:
-    """Of the two kernels of one call, which have nothing but these. others: what masks, by its name. Returns the first
-    one's arguments."""
-    first, second = launches
-    assert [x.kernel.partition(":")[2] for x in launches] == ["attend_kernel", "combine_kernel"]
-    a, b = first.arguments, second.arguments
+    """Of the launches of one call, which have nothing but these: of the kernel alone, or of the one that combines its
+    splits, too. others: what masks, by its name. Returns the first one's arguments."""
+    kernels = ["attend_kernel", "combine_kernel"]
+    assert [x.kernel.partition(":")[2] for x in launches] == kernels[: len(launches)]
+    first, last = launches[0], launches[-1]
+    a = first.arguments
     q, k, v = tensors
     given = {"q": q, "k": k, "v": v, "out": out, **({} if lse is None else {"lse": lse}), **others}
-    assert {name.removesuffix("_ptr") for name in a if name.endswith("_ptr")} == {*given, "scratch"}
-    assert {name.removesuffix("_ptr") for name in b if name.endswith("_ptr")} == {
-        name for name in (*given, "scratch") if name in ("scratch", "out", "lse", "sinks")
-    }
+    assert {name.removesuffix("_ptr") for name in a if name.endswith("_ptr")} == {*given, "scratch", "counters"}
     for name, x in given.items():
         assert a[f"{name}_ptr"] == x.data_ptr(), name
-        assert b.get(f"{name}_ptr", x.data_ptr()) == x.data_ptr(), name
-    assert a["scratch_ptr"] == b["scratch_ptr"] != 0
+    assert a["scratch_ptr"] != 0 and a["combine"] == (len(launches) == 1)
+    if len(launches) == 1:
+        assert a["counters_ptr"] not in (0, a["scratch_ptr"])
+    else:
+        b = last.arguments
+        assert {name.removesuffix("_ptr") for name in b if name.endswith("_ptr")} == {
+            name for name in (*given, "scratch") if name in ("scratch", "out", "lse", "sinks")
+        }
+        assert all(b.get(f"{name}_ptr", x.data_ptr()) == x.data_ptr() for name, x in given.items())
+        assert a["scratch_ptr"] == b["scratch_ptr"]
+        assert (b["q_len"], b["splits"]) == (1, first.programs[1]) and first.stream == last.stream
     unit = constants_of(first.flags)["UNIT"]
     for name, x in zip("qkv", tensors, strict=True):
         strides = a[f"{name}_sb"], a[f"{name}_sh"], a[f"{name}_s{'i' if name == 'q' else 'j'}"]
         assert [unit * stride for stride in strides] == list(x.stride()[:3])
     assert (a["q_len"], a["kv_len"], a["scale"]) == (1, k.shape[2], np.float32(scale))
-    assert (b["q_len"], b["splits"]) == (1, first.programs[1]) and first.stream == second.stream
     return a
 
 
-def test_each_call_has_its_own_addresses(gpu: HopperGpu) -> None:
+def test_each_call_has_its_own_addresses(gpu: HopperGpu, many: int) -> None:
     """On its own stream, with its own scale; also after what is cached was dropped."""
     held = []
     for turn in range(6):
@@ -92,7 +107,7 @@ def test_each_call_has_its_own_addresses(gpu: HopperGpu) -> None:
         out = attend(*tensors, mask="causal", scale=scale)
         launches = gpu.taken()
         check(launches, tensors, out, scale)
-        assert [x.stream for x in launches] == [70 + turn] * 2
+        assert [x.stream for x in launches] == [70 + turn] * many
         if turn == 3:
             shape_cache.clear()
         held.append(out)
@@ -113,16 +128,24 @@ def test_scratch_memory_that_moves(gpu: HopperGpu, monkeypatch: pytest.MonkeyPat
         pieces.append(torch.empty(size, dtype=torch.uint8))
         return pieces[-1]
 
+    def counters(device: torch.device, size: int, count: int, stream: int) -> tuple[Tensor, Tensor] | None:
+        """While it is captured there are none, and memory of its own."""
+        return None if turn % 3 == 0 else (anew(device, size, stream), numbers[turn])
+
     monkeypatch.setattr(forward, "scratch", anew)
-    for turn in range(5):
+    monkeypatch.setattr(forward, "counted", counters)
+    numbers = [torch.zeros(B * HKV, dtype=torch.int32) for _ in range(8)]
+    for turn in range(8):
         gpu.stream, tensors = turn, inputs()
         out = attend(*tensors)
         launches = gpu.taken()
         a = check(launches, tensors, out)
+        assert len(launches) == 1 + (turn % 3 == 0)
+        assert turn % 3 == 0 or a["counters_ptr"] == numbers[turn].data_ptr()
         assert len(pieces) == turn + 1 and a["scratch_ptr"] == pieces[-1].data_ptr()
         splits = launches[0].programs[1]
         assert splits > 1 and len(pieces[-1]) == 4 * B * H * splits * (D + 2)
-    assert len({x.data_ptr() for x in pieces}) == 5
+    assert len({x.data_ptr() for x in pieces}) == 8
 
 
 def test_inputs_that_are_not_aligned(gpu: HopperGpu) -> None:
@@ -142,7 +165,7 @@ KINDS = ("lengths", "bool", "bias", "sinks", "intervals", "everything", "slices"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_else_is_read(kind: str, gpu: HopperGpu) -> None:
+def test_what_else_is_read(kind: str, gpu: HopperGpu, many: int) -> None:
     held = []
     for turn in range(4):
         tensors = inputs()
@@ -163,14 +186,18 @@ def test_what_else_is_read(kind: str, gpu: HopperGpu) -> None:
             others |= {"lo": ints(0, 1)[:, None], "hi": ints(9, 4)[:, None]}
             options["mask"] = Intervals(others["lo"], others["hi"])
         out = attend(*tensors, **options)
-        a = check(gpu.taken(), tensors, out, **others)
+        launches = gpu.taken()
+        a = check(launches, tensors, out, **others)
+        assert len(launches) == many
         if kind == "bias":
             assert [a[f"mask_s{dim}"] for dim in "bhij"] == [H * (S + 1), S + 1, 0, 1]
         held.append((tensors, others, out))
 
 
-def test_a_softcap_and_its_scale(gpu: HopperGpu) -> None:
-    for scale in (0.2, 0.2, 0.3, 0.2):
+def test_a_softcap_and_its_scale(gpu: HopperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for turn, scale in enumerate((0.2, 0.2, 0.3, 0.2, 0.3, 0.2)):
+        if turn == 3:  # the arguments of launches without counters are others
+            monkeypatch.setattr(forward, "counted", lambda *arguments: None)
         tensors = inputs()
         out = attend(*tensors, softcap=30.0, scale=scale)
         assert check(gpu.taken(), tensors, out, scale)["softcap"] == 30.0
@@ -195,6 +222,7 @@ def test_segments_are_read_from_memory_that_the_kernel_does_not_write(
     memory = torch.empty(1 << 20, dtype=torch.uint8)
     for module in (scratch, forward, binding):
         monkeypatch.setattr(module, "scratch", lambda *arguments: memory, raising=False)
+    monkeypatch.setattr(forward, "counted", lambda *arguments: None)
     held = []
     for turn in range(4):
         tensors, table = inputs(), Segments.left_padded(ints(0, 7 + turn), 1, S).table
@@ -236,7 +264,7 @@ def test_float32_in_the_precision_that_torch_has(gpu: HopperGpu, monkeypatch: py
         assert constants_of(launches[0].flags)["PRECISION"] == ("tf32" if turn % 3 == 1 else "ieee")
 
 
-def test_threads(gpu: HopperGpu) -> None:
+def test_threads(gpu: HopperGpu, many: int) -> None:
     """Each has arguments of its own: what one writes while another is about to launch is not launched by that one."""
     wrong: list[AssertionError] = []
     attempts = 12
@@ -248,15 +276,15 @@ def test_threads(gpu: HopperGpu) -> None:
             out, lse = attend(*tensors, **others, scale=scale, return_lse=True)
             mine = [x for x in gpu.driver.launches if x.thread == threading.get_ident()]
             try:
-                check(mine[-2:], tensors, out, scale, lse, **others)
+                check(mine[-many:], tensors, out, scale, lse, **others)
             except AssertionError as error:
                 wrong.append(error)
 
     side_by_side(gpu, 4, run)
-    assert not wrong and len(gpu.driver.launches) == 4 * attempts * 2
+    assert not wrong and len(gpu.driver.launches) == 4 * attempts * many
 
 
-def test_another_device_is_current(gpu: HopperGpu) -> None:
+def test_another_device_is_current(gpu: HopperGpu, many: int) -> None:
     """That of the tensors is, while the call runs."""
     seen: list[Any] = []
     gpu.driver.before = lambda: seen.append(gpu.device)
@@ -266,4 +294,4 @@ def test_another_device_is_current(gpu: HopperGpu) -> None:
             out = attend(*tensors)
             assert gpu.device == (5 if turn != 2 else None)
         check(gpu.taken(), tensors, out)
-    assert seen == [None] * 8
+    assert seen == [None] * 4 * many

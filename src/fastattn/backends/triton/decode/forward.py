@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ...._compat import torch as torch_internals
 from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import ALIGNMENT, Output, RowNumbers, aligned
-from ...scratch import scratch
+from ...scratch import counted, scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, Room, flag_sets, launcher_of, prepare
@@ -20,10 +20,12 @@ from ..binaries.launcher import Launch as Prepared
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
+from ..launcher import Launcher
 from ..limits import shared_memory, sm_count
 from ..representative import representative, stand_in
 from .chunks import is_chunk
 from .combination import combination
+from .counting import combines, counts, steps
 from .family import family
 from .launch_config import Launch, choose, may_be_same
 from .shapes import MAX_ROWS, gaps, is_wide, rows
@@ -31,7 +33,7 @@ from .shapes import MAX_ROWS, gaps, is_wide, rows
 _ATTEND = NamedKernel(f"{__package__}.kernel", "attend_kernel")
 #: Tensors, the first ones, whose alignment changes its code. Of masks and lengths it does not: their strides are
 #: arguments. So a slice of lengths takes the same binary.
-_ATTEND_ALIGNED = 6
+_ATTEND_ALIGNED = 7
 _OUT, _LSE = 3, 4  #: of the first kernel's pointers
 _MASKING = "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths"  #: of a call, in the order of its arguments
 
@@ -100,19 +102,28 @@ class _ValuesInKeys(ForwardOnly):
         return self._apart.forward(call)
 
 
+@dataclass(slots=True)
+class _Launches:
+    """One thread's arguments of a call's launches."""
+
+    attend: Room
+    combine: Room | None  #: the second one, if there is one
+    alone: Room | None  #: of the one that is all, if there is one
+
+
 class _Rooms(threading.local):
-    """One thread's, by the precision of products: of both kernels, the second one's where there is one."""
+    """One thread's, by the precision of products."""
 
     def __init__(self) -> None:
-        self.of: dict[str, tuple[Room, Room | None]] = {}
+        self.of: dict[str, _Launches] = {}
 
 
 class DecodeKernel(ForwardOnly):
-    """The two kernels, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
+    """One kernel or two, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
     __slots__ = (
-        *("_attend", "_binary", "_combine", "_device", "_fields", "_lse", "_output", "_precision", "_problem"),
-        *("_rooms", "_scratch", "_scratch_at", "_softcap", "_where", "same"),
+        *("_alone", "_attend", "_binary", "_combine", "_counts", "_device", "_fields", "_lse", "_output"),
+        *("_precision", "_problem", "_rooms", "_scratch", "_scratch_at", "_softcap", "_tiles", "_where", "same"),
     )
 
     def __init__(self, p: Problem, call: Call, launch: Launch, same: bool = False) -> None:
@@ -124,20 +135,29 @@ class DecodeKernel(ForwardOnly):
         integers, constants = _arguments(p, launch, call, same)
         blocks = -(-count // launch.block_m)
         grid = (tiles * blocks, launch.splits, 1) if launch.near else (tiles, launch.splits, blocks)
-        self._attend = {
-            precision: launcher_of(
-                _ATTEND,
-                grid,
-                device,
-                p.capability,
-                integers,
-                (*constants, precision),
-                _ATTEND_ALIGNED,
-                num_warps=launch.warps,
-                num_stages=launch.stages,
-            )
-            for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
-        }
+
+        def attending(combine: bool) -> dict[str, BinaryLauncher | Launcher]:
+            """By the precision of products. combine: see the kernel."""
+            return {
+                precision: launcher_of(
+                    _ATTEND,
+                    grid,
+                    device,
+                    p.capability,
+                    (*integers, int(combine)),
+                    (*constants, precision),
+                    _ATTEND_ALIGNED,
+                    num_warps=launch.warps,
+                    num_stages=launch.stages,
+                )
+                for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
+            }
+
+        self._counts = counts(p, launch, _is_large(p, launch))
+        self._attend = attending(combine=False)
+        #: The same binaries where they are launched alone; None: they never are.
+        self._alone = attending(combine=True) if self._counts and combines(p, launch) else None
+        self._tiles = tiles
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
         self._combine = combination(p, launch.splits, device)
         self._where = device
@@ -147,36 +167,43 @@ class DecodeKernel(ForwardOnly):
         self._device = attend.device if isinstance(attend, BinaryLauncher) else None
         self._precision = None if p.dtype == torch.float32 else "ieee"  #: None: as torch is set when it is called
         self._rooms = _Rooms()
-        #: The first kernel's pointers: q, k, v, out, the log-sum-exp if there is one, scratch if it is needed, and of
-        #: what masks all that there is, with its place in a call.
+        #: The first kernel's pointers: q, k, v, out, the log-sum-exp if there is one, scratch and counters if they are
+        #: needed, and of what masks all that there is, with its place in a call.
         self._scratch_at = 4 + p.return_lse
         given = [CALL.names.index(name) for name in _MASKING if getattr(call, name) is not None]
-        self._fields = list(enumerate(given, self._scratch_at + bool(self._scratch)))
+        self._fields = list(enumerate(given, self._scratch_at + bool(self._scratch) + self._counts))
 
     def launches(self, call: Call) -> list[Prepared]:
-        """What a call launches, the kernel first."""
+        """What calls launch, the kernel first. (One that combines itself takes the same binary, and where the call is
+        captured it does not.)"""
         p = self._problem
         out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
         parts = stand_in(torch.float32) if self._scratch else None
-        tensors = call.q, call.k, call.v, out, lse, parts, *_masking(call)
+        counters = stand_in(torch.int32) if self._counts else None
+        tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
         found: list[Prepared] = [(self._attend[_precision(p.dtype)], tensors, (1.0, self._softcap))]
         return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        rooms = self._rooms.of.get(self._precision or _precision(torch.float32))
+        launches = self._rooms.of.get(self._precision or _precision(torch.float32))
         q, k, v = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()
-        if rooms is None or (q | k | v) % ALIGNMENT or self._device != torch_internals.current_device():
+        if launches is None or (q | k | v) % ALIGNMENT or self._device != torch_internals.current_device():
             return self._forward_anew(call)
-        attend, combine = rooms
+        attend, combine = launches.attend, launches.combine
         stream = torch_internals.raw_stream(self._device)
         out, lse = self._output.here(), None
+        if combine is not None:
+            alone, at = launches.alone, self._scratch_at
+            if alone is not None and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
+                attend, combine, (memory, counters) = alone, None, held
+                attend.values[at + 1] = counters.data_ptr()
+            else:
+                memory = scratch(self._where, self._scratch, stream)  # held until the launch
+            attend.values[at] = memory.data_ptr()
         values = attend.values
         if self._lse is not None:
             lse = self._lse.here()
             values[_LSE] = lse.data_ptr()
-        if combine is not None:
-            memory = scratch(self._where, self._scratch, stream)  # held until the launch
-            values[self._scratch_at] = memory.data_ptr()
         values[0], values[1], values[2], values[3] = q, k, v, out.data_ptr()
         for i, field in self._fields:
             values[i] = call[field].data_ptr()  # type: ignore[union-attr]
@@ -195,33 +222,45 @@ class DecodeKernel(ForwardOnly):
             with torch.cuda.device(self._device):
                 return self.forward(call)
         out, lse = self._output(), None if self._lse is None else self._lse()
-        parts = scratch(self._where, self._scratch).view(torch.float32) if self._scratch else None
-        tensors, floats = (call.q, call.k, call.v, out, lse, parts, *_masking(call)), (call.scale, self._softcap)
-        self._attend[precision](tensors, floats)
-        if parts is not None:
+        attend, alone, parts, counters = self._attend, self._alone, None, None
+        if self._scratch:
+            stream = 0 if self._device is None else torch_internals.raw_stream(self._device)
+            if alone is not None and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
+                attend, (memory, counters) = alone, held
+            else:
+                memory = scratch(self._where, self._scratch, stream)
+                counters = memory[:4].view(torch.int32) if self._counts else None  # not looked at
+            parts = memory.view(torch.float32)
+        tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
+        floats = call.scale, self._softcap
+        attend[precision](tensors, floats)
+        if parts is not None and attend is self._attend:
             self._combine((parts, out, lse, call.sinks))
         if self._binary and aligned(*[x for x in tensors[:_ATTEND_ALIGNED] if x is not None]):
             self._rooms.of[precision] = self._made(precision, tensors, floats)
         return out, lse
 
-    def _made(
-        self, precision: str, tensors: tuple[Tensor | None, ...], floats: tuple[float | None, ...]
-    ) -> tuple[Room, Room | None]:
+    def _made(self, precision: str, tensors: tuple[Tensor | None, ...], floats: tuple[float | None, ...]) -> _Launches:
         """This thread's, for tensors that begin where 16 bytes do, as these. The second kernel finds its pointers where
         the first one's are: a call writes them once."""
         attend, combine = self._attend[precision], self._combine
         assert isinstance(attend, BinaryLauncher) and isinstance(combine, BinaryLauncher)
         first = attend.room(tensors, floats)
         if not self._scratch:
-            return first, None
-        _, _, _, out, lse, parts, _, _, _, sinks, _, _ = tensors
+            return _Launches(first, None, None)
+        _, _, _, out, lse, parts, _, _, _, _, sinks, _, _ = tensors
         second = combine.room((parts, out, lse, sinks))
         places = [self._scratch_at, _OUT, *([] if lse is None else [_LSE])]
         if sinks is not None:
             places += [i for i, field in self._fields if CALL.names[field] == "sinks"]
         for i, place in enumerate(places):
             second.share(i, first, place)
-        return first, second
+        alone = None
+        if self._alone is not None:
+            launcher = self._alone[precision]
+            assert isinstance(launcher, BinaryLauncher)
+            alone = launcher.room(tensors, floats)
+        return _Launches(first, second, alone)
 
 
 def _masking(call: Call) -> tuple[Tensor | None, ...]:
@@ -235,7 +274,8 @@ def _arguments(p: Problem, launch: Launch, call: Call, same: bool) -> tuple[tupl
     masks = *broadcast_strides(call.mask, 4), *broadcast_strides(call.lo, 2)
     integers = (*strides, *masks, p.q_len, p.kv_len, *band(p))
     blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
-    flags = (gaps(p), launch.near, _is_large(p, launch), same)
+    large = _is_large(p, launch)
+    flags = (gaps(p), launch.near, large, same, *(steps(p) if counts(p, launch, large) else (0, 0, 0)))
     return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, *flags)
 
 

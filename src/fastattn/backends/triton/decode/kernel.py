@@ -2,7 +2,8 @@
 
 Decode is bound by the reading of K and V, so each key is read once: the queries of all heads that share a K/V head are
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
-("splits"); each leaves its unfinished softmax and output, and a second kernel (`combine.py`) combines them.
+("splits"); each leaves its unfinished softmax and output. A second kernel (`combine.py`) combines them, or the last of
+these programs to be done (`last.py`).
 
 More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
 (absorbed MLA: 128 heads to a K/V head), and those of chunks (`chunks.py`), run side by side and find their keys in the
@@ -22,12 +23,13 @@ import triton.language as tl
 
 from ..head_dims import dot_rows, load_rows, store_rows
 from ..masking import float_bias, tanh, visible_keys
+from .last import combine_last
 
 # Integers are never specialised: a kernel compiled for one length or layout serves all of them. Loads stay vectorised
 # because the strides of q, k, v come in units of 8 elements (see `forward.py`).
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "interval_sb", "interval_si"]
-_INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right"]
+_INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right", "combine"]
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -42,6 +44,7 @@ def attend_kernel(
     out_ptr,  # [B, Sq, Hq, Dv]
     lse_ptr,  # [B, Hq, Sq] or None
     scratch_ptr,  # None: the only split, writes out and lse; else see `combine.py`
+    counters_ptr,  # int32, 0, of each tile; None: a second kernel combines
     mask_ptr,
     lo_ptr,
     hi_ptr,
@@ -67,6 +70,7 @@ def attend_kernel(
     kv_len,
     left,
     right,
+    combine,  # 0: the counters are not there, and a second kernel combines
     scale,
     softcap,  # None: off
     KV_HEADS: tl.constexpr,
@@ -84,6 +88,9 @@ def attend_kernel(
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
     LARGE: tl.constexpr,  # tiles of wide heads or many rows: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
+    COMBINED_ROWS: tl.constexpr,  # that the last program combines at a time
+    COMBINED_COLUMNS: tl.constexpr,
+    COMBINED_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products
 ):
     # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf; and
@@ -235,3 +242,23 @@ def attend_kernel(
         store_rows(scratch_ptr, part * DV, written, acc, acc_rest, DV, FIRST_V, REST_V)
         tl.store(scratch_ptr + parts * DV + part, m, mask=valid)
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)
+        if counters_ptr is not None:
+            if combine != 0:
+                combine_last(
+                    scratch_ptr,
+                    counters_ptr + tile,
+                    out_ptr,
+                    lse_ptr,
+                    sinks_ptr,
+                    tile,
+                    tiles,
+                    splits,
+                    tl.minimum(steps, splits),
+                    q_len,
+                    KV_HEADS,
+                    GROUP,
+                    DV,
+                    COMBINED_ROWS,
+                    COMBINED_COLUMNS,
+                    COMBINED_SPLITS,
+                )
