@@ -77,7 +77,7 @@ MUTATIONS = (
     Mutation(
         "a decode call reads the lengths, masks and sinks of the call before",
         "backends/triton/decode/forward.py",
-        "            values[i] = call[field].data_ptr()  # type: ignore[union-attr]\n",
+        "            values[i + further] = call[field].data_ptr()  # type: ignore[union-attr]\n",
         "            pass\n",
         _STEPS,
     ),

@@ -21,7 +21,7 @@ _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
 #: of them in blocks that are masked.
 _SPILLED, _SPILLED_UNMASKED, _SPILLED_BOUNDS = 16, 80, 130
 #: With Segments what a tile needs once: up to 11 with Triton 3.6, 63 with 3.9, which reads two again in a loop.
-_SPILLED_SEGMENTS, _IN_A_LOOP_OF_SEGMENTS = 70, 2
+_SPILLED_SEGMENTS, _IN_A_LOOP_OF_SEGMENTS = 76, 2
 #: A mask with rows and lists: what a tile needs once waits outside of the loops.
 _SPILLED_LISTED = 60
 _IN_A_LOOP, _IN_A_WIDE_LOOP, _IN_A_LOOP_WITH_BOUNDS, _IN_A_LOOP_WITH_KEYS = 0, 3, 14, 18

@@ -19,8 +19,8 @@ MOST_ROUNDS = 4  #: times that it reads as many, one after another, up to which 
 
 
 def counts(p: Problem, launch: Launch, large: bool) -> bool:
-    """Whether the kernel's binary is one that can count the programs that are done. large: as the kernel's `LARGE`,
-    whose products the assembler orders by what comes after them.
+    """Whether there is another binary, that counts the programs that are done and combines. large: as the kernel's
+    `LARGE`, whose products the assembler orders by what comes after them.
 
     (Follows from what picks the binary anyway; not from lengths or the batch.)
     """

@@ -122,7 +122,7 @@ class DecodeKernel(ForwardOnly):
     """One kernel or two, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
     __slots__ = (
-        *("_alone", "_attend", "_binary", "_combine", "_counts", "_device", "_fields", "_lse", "_output"),
+        *("_alone", "_attend", "_binary", "_combine", "_combines", "_counts", "_device", "_fields", "_lse", "_output"),
         *("_precision", "_problem", "_rooms", "_scratch", "_scratch_at", "_softcap", "_tiles", "_where", "same"),
     )
 
@@ -132,19 +132,22 @@ class DecodeKernel(ForwardOnly):
         self._output = Output(p, call.q)
         self._lse = RowNumbers(p, call.q) if p.return_lse else None
         self._softcap = p.softcap or None
-        integers, constants = _arguments(p, launch, call, same)
+        large = _is_large(p, launch)
+        self._counts = counts(p, launch, large)
+        integers = _integers(p, call)
         blocks = -(-count // launch.block_m)
         grid = (tiles * blocks, launch.splits, 1) if launch.near else (tiles, launch.splits, blocks)
 
-        def attending(combine: bool) -> dict[str, BinaryLauncher | Launcher]:
-            """By the precision of products. combine: see the kernel."""
+        def attending(read_at_once: tuple[int, int, int]) -> dict[str, BinaryLauncher | Launcher]:
+            """By the precision of products. read_at_once: by the last program of a tile; zeros: it does not combine."""
+            constants = (*_constants(p, launch, call, large, same), *read_at_once)
             return {
                 precision: launcher_of(
                     _ATTEND,
                     grid,
                     device,
                     p.capability,
-                    (*integers, int(combine)),
+                    integers,
                     (*constants, precision),
                     _ATTEND_ALIGNED,
                     num_warps=launch.warps,
@@ -153,10 +156,10 @@ class DecodeKernel(ForwardOnly):
                 for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
             }
 
-        self._counts = counts(p, launch, _is_large(p, launch))
-        self._attend = attending(combine=False)
-        #: The same binaries where they are launched alone; None: they never are.
-        self._alone = attending(combine=True) if self._counts and combines(p, launch) else None
+        self._attend = attending((0, 0, 0))
+        #: Other binaries, which combine too: what that takes in registers is not to slow the first ones. Empty: none.
+        self._alone = attending(steps(p)) if self._counts else {}
+        self._combines = self._counts and combines(p, launch)
         self._tiles = tiles
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
         self._combine = combination(p, launch.splits, device)
@@ -167,21 +170,22 @@ class DecodeKernel(ForwardOnly):
         self._device = attend.device if isinstance(attend, BinaryLauncher) else None
         self._precision = None if p.dtype == torch.float32 else "ieee"  #: None: as torch is set when it is called
         self._rooms = _Rooms()
-        #: The first kernel's pointers: q, k, v, out, the log-sum-exp if there is one, scratch and counters if they are
-        #: needed, and of what masks all that there is, with its place in a call.
+        #: The first kernel's pointers: q, k, v, out, the log-sum-exp if there is one, scratch if it is needed, counters
+        #: where it is alone; of what masks all that there is, with its place in a call (alone it is one further on).
         self._scratch_at = 4 + p.return_lse
         given = [CALL.names.index(name) for name in _MASKING if getattr(call, name) is not None]
-        self._fields = list(enumerate(given, self._scratch_at + bool(self._scratch) + self._counts))
+        self._fields = list(enumerate(given, self._scratch_at + bool(self._scratch)))
 
     def launches(self, call: Call) -> list[Prepared]:
-        """What calls launch, the kernel first. (One that combines itself takes the same binary, and where the call is
-        captured it does not.)"""
+        """What calls launch, the kernel first: that of captured calls, then that of others, where it combines too."""
         p = self._problem
         out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
         parts = stand_in(torch.float32) if self._scratch else None
-        counters = stand_in(torch.int32) if self._counts else None
-        tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
-        found: list[Prepared] = [(self._attend[_precision(p.dtype)], tensors, (1.0, self._softcap))]
+        precision, floats = _precision(p.dtype), (1.0, self._softcap)
+        before, after = (call.q, call.k, call.v, out, lse, parts), _masking(call)
+        found: list[Prepared] = [(self._attend[precision], (*before, None, *after), floats)]
+        if self._counts:
+            found.append((self._alone[precision], (*before, stand_in(torch.int32), *after), floats))
         return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -192,10 +196,11 @@ class DecodeKernel(ForwardOnly):
         attend, combine = launches.attend, launches.combine
         stream = torch_internals.raw_stream(self._device)
         out, lse = self._output.here(), None
+        further = 0
         if combine is not None:
             alone, at = launches.alone, self._scratch_at
             if alone is not None and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
-                attend, combine, (memory, counters) = alone, None, held
+                attend, combine, further, (memory, counters) = alone, None, 1, held
                 attend.values[at + 1] = counters.data_ptr()
             else:
                 memory = scratch(self._where, self._scratch, stream)  # held until the launch
@@ -206,7 +211,7 @@ class DecodeKernel(ForwardOnly):
             values[_LSE] = lse.data_ptr()
         values[0], values[1], values[2], values[3] = q, k, v, out.data_ptr()
         for i, field in self._fields:
-            values[i] = call[field].data_ptr()  # type: ignore[union-attr]
+            values[i + further] = call[field].data_ptr()  # type: ignore[union-attr]
         if call.scale != attend.floats[0]:
             attend.put((call.scale, self._softcap))
         attend.launch(stream)
@@ -222,14 +227,13 @@ class DecodeKernel(ForwardOnly):
             with torch.cuda.device(self._device):
                 return self.forward(call)
         out, lse = self._output(), None if self._lse is None else self._lse()
-        attend, alone, parts, counters = self._attend, self._alone, None, None
+        attend, parts, counters = self._attend, None, None
         if self._scratch:
             stream = 0 if self._device is None else torch_internals.raw_stream(self._device)
-            if alone is not None and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
-                attend, (memory, counters) = alone, held
+            if self._combines and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
+                attend, (memory, counters) = self._alone, held
             else:
                 memory = scratch(self._where, self._scratch, stream)
-                counters = memory[:4].view(torch.int32) if self._counts else None  # not looked at
             parts = memory.view(torch.float32)
         tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
         floats = call.scale, self._softcap
@@ -245,10 +249,12 @@ class DecodeKernel(ForwardOnly):
         the first one's are: a call writes them once."""
         attend, combine = self._attend[precision], self._combine
         assert isinstance(attend, BinaryLauncher) and isinstance(combine, BinaryLauncher)
-        first = attend.room(tensors, floats)
+        before, masking = tensors[:6], tensors[7:]
+        first = attend.room((*before, None, *masking), floats)
         if not self._scratch:
             return _Launches(first, None, None)
-        _, _, _, out, lse, parts, _, _, _, _, sinks, _, _ = tensors
+        _, _, _, out, lse, parts = before
+        sinks = masking[_MASKING.index("sinks")]
         second = combine.room((parts, out, lse, sinks))
         places = [self._scratch_at, _OUT, *([] if lse is None else [_LSE])]
         if sinks is not None:
@@ -256,10 +262,10 @@ class DecodeKernel(ForwardOnly):
         for i, place in enumerate(places):
             second.share(i, first, place)
         alone = None
-        if self._alone is not None:
+        if self._combines:
             launcher = self._alone[precision]
             assert isinstance(launcher, BinaryLauncher)
-            alone = launcher.room(tensors, floats)
+            alone = launcher.room((*before, stand_in(torch.int32), *masking), floats)
         return _Launches(first, second, alone)
 
 
@@ -268,15 +274,17 @@ def _masking(call: Call) -> tuple[Tensor | None, ...]:
     return call.mask, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
 
 
-def _arguments(p: Problem, launch: Launch, call: Call, same: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The kernel's integers and constants."""
-    unit, strides = strides_in_units(call)
-    masks = *broadcast_strides(call.mask, 4), *broadcast_strides(call.lo, 2)
-    integers = (*strides, *masks, p.q_len, p.kv_len, *band(p))
+def _integers(p: Problem, call: Call) -> tuple[int, ...]:
+    """The kernel's."""
+    _, strides = strides_in_units(call)
+    return *strides, *broadcast_strides(call.mask, 4), *broadcast_strides(call.lo, 2), p.q_len, p.kv_len, *band(p)
+
+
+def _constants(p: Problem, launch: Launch, call: Call, large: bool, same: bool) -> tuple[int, ...]:
+    """The kernel's, but for those of the combination."""
+    unit, _ = strides_in_units(call)
     blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
-    large = _is_large(p, launch)
-    flags = (gaps(p), launch.near, large, same, *(steps(p) if counts(p, launch, large) else (0, 0, 0)))
-    return integers, (p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, *flags)
+    return p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps(p), launch.near, large, same
 
 
 def _is_large(p: Problem, launch: Launch) -> bool:

@@ -29,7 +29,7 @@ from .last import combine_last
 # because the strides of q, k, v come in units of 8 elements (see `forward.py`).
 _STRIDES = ["q_sb", "q_sh", "q_si", "k_sb", "k_sh", "k_sj", "v_sb", "v_sh", "v_sj"]
 _MASK_STRIDES = ["mask_sb", "mask_sh", "mask_si", "mask_sj", "interval_sb", "interval_si"]
-_INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right", "combine"]
+_INTEGERS = [*_STRIDES, *_MASK_STRIDES, "q_len", "kv_len", "left", "right"]
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -70,7 +70,6 @@ def attend_kernel(
     kv_len,
     left,
     right,
-    combine,  # 0: the counters are not there, and a second kernel combines
     scale,
     softcap,  # None: off
     KV_HEADS: tl.constexpr,
@@ -243,22 +242,21 @@ def attend_kernel(
         tl.store(scratch_ptr + parts * DV + part, m, mask=valid)
         tl.store(scratch_ptr + parts * (DV + 1) + part, l, mask=valid)
         if counters_ptr is not None:
-            if combine != 0:
-                combine_last(
-                    scratch_ptr,
-                    counters_ptr + tile,
-                    out_ptr,
-                    lse_ptr,
-                    sinks_ptr,
-                    tile,
-                    tiles,
-                    splits,
-                    tl.minimum(steps, splits),
-                    q_len,
-                    KV_HEADS,
-                    GROUP,
-                    DV,
-                    COMBINED_ROWS,
-                    COMBINED_COLUMNS,
-                    COMBINED_SPLITS,
-                )
+            combine_last(
+                scratch_ptr,
+                counters_ptr + tile,
+                out_ptr,
+                lse_ptr,
+                sinks_ptr,
+                tile,
+                tiles,
+                splits,
+                tl.minimum(steps, splits),
+                q_len,
+                KV_HEADS,
+                GROUP,
+                DV,
+                COMBINED_ROWS,
+                COMBINED_COLUMNS,
+                COMBINED_SPLITS,
+            )

@@ -5,8 +5,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .masking import drop_before, drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
-from .output import clear, clear_beside, store
+from .masking import drop_unseen, is_cut, load_bias, look, mask, masked_blocks, share_bias, with_tile
+from .output import clear, store
 from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS, SEGMENTS
 from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
 from .tiles import (
@@ -105,12 +105,6 @@ def _drop_last(pipe, slot, phase, m, b, n, anchor, first, seen, shape, cfg):
             mbarrier.wait(pipe.v_full.index(slot), phase)
             v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
             drop_unseen(v, start, anchor, seen.gaps, m, b, shape, cfg)
-    if cfg.MASK == SEGMENTS:
-        start = gl.maximum(first, 0)
-        if start < anchor:  # there is one block
-            mbarrier.wait(pipe.v_full.index(slot), phase)
-            v = pipe.v.index(slot).reshape([cfg.BLOCK_N, cfg.DV])
-            drop_before(v, first, anchor, cfg)
 
 
 @gluon.jit
@@ -228,7 +222,6 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         slot = k_slot
         phase = k_phase
         store(acc, factor, done_b, done_h, done_row, queries, results, group, shape, cfg)
-        clear_beside(i - 1, mine, pid, programs, group, results, shape, cfg)
     acc = gl.zeros([ROWS, cfg.DV], gl.float32, acc_layout)
     q = pipe.q.index(q_slot * 2 + group).reshape([ROWS, cfg.D])
     acc, base, l_i, p, slot, phase, mask_slot, mask_phase = _attend(
@@ -267,7 +260,6 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
     store(acc, factor, b, h, row, queries, results, group, shape, cfg)
     if group == 0:  # the other's last turn: a barrier must not be left half full
         take_turn(0, cfg)
-    clear_beside(mine - 1, mine, pid, programs, group, results, shape, cfg)
     clear(pid, programs, total, group, results, shape, cfg)
     if cfg.STAGED:
         tma.store_wait(0)

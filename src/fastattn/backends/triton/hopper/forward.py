@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .consumer import consume
-from .parts import NO_TILES, ROWS, Config, Pipe, Results, Shape
+from .parts import NO_TILES, ROWS, SEGMENTS, Config, Pipe, Results, Shape
 from .producer import produce
 
 #: Never specialised, and without a known alignment: one binary serves every length.
@@ -122,6 +122,17 @@ def forward_kernel(
         for i in gl.static_range(MASK_STAGES):
             mbarrier.init(tiles_full.index(i), count=1)
             mbarrier.init(tiles_empty.index(i), count=2)
+    staging = None
+    if STAGED:
+        staging = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DV], out_desc.layout)
+    results = Results(out_desc, staging, out_ptr, lse_ptr, sinks_ptr, dv8)
+    cleared = None
+    if MASK == SEGMENTS:
+        cleared = results
+    own = None
+    if MASK == SEGMENTS:
+        own = gl.allocate_shared_memory(gl.int64, [1, 1], flags)
+        mbarrier.init(own.index(0), count=1)
     pipe = Pipe(
         gl.allocate_shared_memory(q_desc.dtype, [2 * Q_SLOTS, 1, 1, ROWS, D], q_desc.layout),
         gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
@@ -135,11 +146,9 @@ def forward_kernel(
         tiles,
         tiles_full,
         tiles_empty,
+        own,
+        cleared,
     )
-    staging = None
-    if STAGED:
-        staging = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DV], out_desc.layout)
-    results = Results(out_desc, staging, out_ptr, lse_ptr, sinks_ptr, dv8)
     for i in gl.static_range(2 * Q_SLOTS):
         mbarrier.init(pipe.q_full.index(i), count=1)
         mbarrier.init(pipe.q_empty.index(i), count=1)

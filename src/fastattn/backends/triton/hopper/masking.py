@@ -13,7 +13,6 @@ from .turns import here, next_slot
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
 _LOWEST = gl.constexpr(-1e38)  # exponent that a finite bias leads to
 _AT_ONCE = gl.constexpr(4)  # rows whose bounds it loads together
-_KEYS = gl.constexpr(16)  # that `drop_before` takes at a time
 
 
 @gluon.jit
@@ -84,9 +83,10 @@ def mask(s, anchor, first, j, seen, group: gl.constexpr, shape, cfg):
     elif cfg.MASK == SEGMENTS:
         end = first - (j - 1) * cfg.BLOCK_N - start  # see above
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (seen.position + group * ROWS - start)
-        visible = cols[None, :] < gl.minimum(rows + shape.right + 1, end)[:, None]
-        visible = visible & (cols[None, :] >= gl.maximum(rows - shape.left, anchor - start)[:, None])
-        s = gl.where(visible, s, float("-inf"))
+        s = gl.where(cols[None, :] < gl.minimum(rows + shape.right + 1, end)[:, None], s, float("-inf"))
+        last = seen.position + (group * ROWS + ROWS - 1)
+        if gl.maximum(last - shape.left, anchor) > start:  # most blocks under the diagonal end here
+            s = gl.where(cols[None, :] >= gl.maximum(rows - shape.left, anchor - start)[:, None], s, float("-inf"))
     else:
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout)) + (anchor + group * ROWS - start)
         if cfg.MASK == BAND:
@@ -186,24 +186,5 @@ def drop_unseen(v, start, anchor, gaps, m, b, shape, cfg):
         part = v.slice(column, _WIDE, dim=1)
         x = part.load(layout)
         part.store(gl.where(visible[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def drop_before(v, start, anchor, cfg):
-    """The same for a tile that sees fewer keys than a block has, the last of its block. Only with SEGMENTS.
-
-    v: [BLOCK_N, DV] in shared memory. start: the block's first key. anchor: the first that the tile sees.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    before = here(anchor) - here(start)
-    for row in gl.static_range(0, cfg.BLOCK_N, _KEYS):
-        if row < before:
-            keys = row + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, layout))
-            for column in gl.static_range(0, cfg.DV, _WIDE):
-                part = v.slice(row, _KEYS, dim=0).slice(column, _WIDE, dim=1)
-                x = part.load(layout)
-                part.store(gl.where((keys >= before)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
     barrier()

@@ -3,9 +3,10 @@
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ...._compat.gluon import load_tile
+from ...._compat.gluon import barrier, load_tile
+from .output import clear_beside
 from .parts import NO_TILES, ROWS, SEGMENTS
 from .tiles import (
     block_start,
@@ -20,6 +21,9 @@ from .tiles import (
     total_tiles,
 )
 from .turns import next_slot
+
+_ROWS = gl.constexpr(8)  # of a block, that `_drop_before` takes at a time, and of each as many values
+_COLUMNS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -38,6 +42,8 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
     last_h = 0
     last_row = 0
     last_slot = 0
+    last_before = 0
+    own_phase = 0
     mask_slot = 0
     mask_phase = 1
     for i in range(mine):
@@ -69,9 +75,7 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
             mbarrier.expect(full, cfg.BLOCK_N * cfg.D * 2)
             load_tile(k_desc, [b, kv_head, row, 0], full, pipe.k.index(slot))
             if (i > 0) | (j > 0):
-                full = pipe.v_full.index(last_slot)
-                mbarrier.expect(full, cfg.BLOCK_N * cfg.DV * 2)
-                load_tile(v_desc, [last_b, last_h, last_row, 0], full, pipe.v.index(last_slot))
+                own_phase = _load_values(v_desc, pipe, last_b, last_h, last_row, last_slot, last_before, own_phase, cfg)
             if cfg.TILES != NO_TILES:
                 wanted = j >= 0
                 if cfg.LISTED:
@@ -88,10 +92,55 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
             last_h = kv_head
             last_row = row
             last_slot = slot
+            if cfg.MASK == SEGMENTS:
+                last_before = anchor - row  # above 0 only in a tile of one block
             slot, phase = next_slot(slot, phase, cfg.STAGES)
         q_slot, q_phase = next_slot(q_slot, q_phase, cfg.Q_SLOTS)
+        if cfg.MASK == SEGMENTS:
+            clear_beside(i, mine, pid, programs, pipe.cleared, shape, cfg)
     # The last values' slot is free once the block STAGES before is.
     mbarrier.wait(pipe.empty.index(slot), phase)
-    full = pipe.v_full.index(last_slot)
-    mbarrier.expect(full, cfg.BLOCK_N * cfg.DV * 2)
-    load_tile(v_desc, [last_b, last_h, last_row, 0], full, pipe.v.index(last_slot))
+    _load_values(v_desc, pipe, last_b, last_h, last_row, last_slot, last_before, own_phase, cfg)
+
+
+@gluon.jit
+def _load_values(v_desc, pipe, b, h, row, slot, before, own_phase, cfg):
+    """Has a block of values brought. Returns the next phase of the producer's own barrier.
+
+    before: how many of the block's keys lie before the first that its tile sees. With SEGMENTS these are others', and
+    may hold anything, NaN too, which a probability of 0 does not make 0 in the product. So the producer waits for such
+    a block itself, writes 0 to them, and only then says that the block is there: the consumers know nothing of it.
+    """
+    full = pipe.v_full.index(slot)
+    block = pipe.v.index(slot)
+    if cfg.MASK == SEGMENTS:
+        if before > 0:
+            own = pipe.own.index(0)
+            mbarrier.expect(own, cfg.BLOCK_N * cfg.DV * 2)
+            load_tile(v_desc, [b, h, row, 0], own, block)
+            mbarrier.wait(own, own_phase)
+            own_phase ^= 1
+            _drop_before(block.reshape([cfg.BLOCK_N, cfg.DV]), before, cfg)
+            mbarrier.arrive(full)
+        else:
+            mbarrier.expect(full, cfg.BLOCK_N * cfg.DV * 2)
+            load_tile(v_desc, [b, h, row, 0], full, block)
+    else:
+        mbarrier.expect(full, cfg.BLOCK_N * cfg.DV * 2)
+        load_tile(v_desc, [b, h, row, 0], full, block)
+    return own_phase
+
+
+@gluon.jit
+def _drop_before(v, before, cfg):
+    """Writes 0 to the first rows of a block [BLOCK_N, DV] in shared memory. By one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    for row in gl.static_range(0, cfg.BLOCK_N, _ROWS):
+        if row < before:
+            keys = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
+            for column in gl.static_range(0, cfg.DV, _COLUMNS):
+                part = v.slice(row, _ROWS, dim=0).slice(column, _COLUMNS, dim=1)
+                x = part.load(layout)
+                part.store(gl.where((keys >= before)[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+    barrier()
