@@ -604,7 +604,7 @@ def forward(call: Any, rng: random.Random, programs: int, changes: Any = None) -
     rows = -(-p.q_len // TILE)
     most = rows * p.batch * p.q_heads
     if flags.mask == SEGMENTS:
-        tiles = SegmentTiles(p, call)
+        tiles = SegmentTiles(p, call, TILE, launch.sides(p))
         memory = torch.full((tiles.size,), 0x7F, dtype=torch.uint8)
         tiles(call, memory)
         bounds_ptr, rows = Pointer(memory.view(torch.int32).numpy()), tiles.tiles

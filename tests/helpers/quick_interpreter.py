@@ -26,21 +26,21 @@ def install() -> bool:
     interpreter, core = (sys.modules.get(f"triton.{name}") for name in ("runtime.interpreter", "language.core"))
     if interpreter is None or core is None or os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    if not hasattr(interpreter, "_quick"):
-        interpreter._quick = []
+    if not hasattr(interpreter, "__quick__"):
+        interpreter.__quick__ = []
         try:
             replaced = _once_a_launch(interpreter, core) + _dtypes(interpreter, core) + _shapes(core)
         except AttributeError:
             return False
-        interpreter._quick = [(owner, name, getattr(owner, name), quick) for owner, name, quick in replaced]
-        _set(interpreter._quick, quick=True)
-    return bool(interpreter._quick)
+        interpreter.__quick__ = [(owner, name, getattr(owner, name), quick) for owner, name, quick in replaced]
+        _set(interpreter.__quick__, quick=True)
+    return bool(interpreter.__quick__)
 
 
 @contextmanager
 def as_triton_has_it() -> Iterator[None]:
     """The interpreter within the block is Triton's own."""
-    replaced = sys.modules["triton.runtime.interpreter"]._quick
+    replaced = sys.modules["triton.runtime.interpreter"].__quick__
     _set(replaced, quick=False)
     try:
         yield

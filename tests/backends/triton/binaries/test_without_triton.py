@@ -33,8 +33,8 @@ def test_first_calls_over_a_warm_disk(tmp_path: Path) -> None:
 
     run("write")
     found = json.loads(run("call"))
-    # The kernel and the one that combines its splits; bounds; tiles of segments; the order of tiles; lists of blocks.
-    assert found["launched"] == [2, 2, 1, 2, 3, 1, 2, 2]
+    # The kernel, which combines its splits, or another one does; bounds; tiles of segments; the order of tiles; lists of blocks.
+    assert found["launched"] == [1, 2, 1, 2, 3, 1, 2, 2]
     assert found["imported"] == []
     assert found["disk_loads"] == found["binaries"] >= 8
     assert found["compiles"] == found["background_compiles"] == found["failures"] == 0

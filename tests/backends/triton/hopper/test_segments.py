@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from hopper_masks import draw
 
 from fastattn import Segments, masks
+from fastattn.backends.triton.hopper.binary import TILE
 from fastattn.backends.triton.hopper.limits import sides
 from fastattn.backends.triton.hopper.segments import HEADER_NUMBERS, TILE_NUMBERS, SegmentTiles
 from fastattn.call import Call, Problem
@@ -32,7 +33,7 @@ def call_of(table: Tensor, batch: int, q_len: int, kv_len: int, left: int = -1, 
 
 def found_by(call: Call) -> tuple[list[list[int]], list[list[int]]]:
     """Tiles and pieces. What the kernel does not write is as it was."""
-    bound = SegmentTiles(Problem.of(call), call)
+    bound = SegmentTiles(Problem.of(call), call, TILE, sides(Problem.of(call)))
     memory = torch.full((bound.size + 4096,), 0x7F, dtype=torch.uint8, device=call.q.device)
     bound(call, memory)
     numbers = memory.view(torch.int32).cpu()

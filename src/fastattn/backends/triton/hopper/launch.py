@@ -125,7 +125,7 @@ def binaries_of(p: Problem) -> list[FlagSet]:
     if own.mask == INTERVALS:
         found += flag_sets(Bounds(p, call, TILE, ordered=True).launches(call))
     elif own.mask == SEGMENTS:
-        found += flag_sets(SegmentTiles(p, call).launches(call))
+        found += flag_sets(SegmentTiles(p, call, TILE, sides(p)).launches(call))
     elif own.tiles:
         found += flag_sets(_lists_of(p, call, own).launches(call))
     return list(dict.fromkeys(found))
@@ -184,7 +184,7 @@ class Forward:
             if self._bounds.keys is not None:
                 bias_strides = self._bounds.keys.strides
         if self._flags.mask == SEGMENTS:
-            self._bounds = SegmentTiles(p, call)
+            self._bounds = SegmentTiles(p, call, TILE, sides(p))
             prepare(self._bounds.launches(call))
             rows = self._bounds.tiles
             self._programs = min(rows * p.q_heads, sm_count(self._device))

@@ -30,8 +30,6 @@ from ..binaries.launcher import Launch, launcher_of
 from ..binaries.triton_kernel import NamedKernel
 from ..launcher import overlaps
 from ..representative import stand_in
-from .binary import TILE
-from .limits import sides
 
 HEADER_NUMBERS = 8  #: before the tiles
 TILE_NUMBERS = 8  #: of a tile, or a piece
@@ -51,10 +49,11 @@ class SegmentTiles:
     __slots__ = ("_launch", "size", "tiles")
     keys: Any = None  #: see `Bounds`
 
-    def __init__(self, p: Problem, call: Call) -> None:
+    def __init__(self, p: Problem, call: Call, tile: int, sides: tuple[int, int]) -> None:
+        """tile: rows of a tile. sides: of the band, as the main kernel takes them."""
         assert call.segments is not None and p.batch * p.q_len <= MOST_ROWS
         rows, count = call.segments.shape
-        per_entry = -(-p.q_len // TILE)
+        per_entry = -(-p.q_len // tile)
         # Of each range of rows all tiles but the last are full. A piece is a part of one of as many tiles as the rows
         # would have without segments; each end of a range of rows without keys may cut one more.
         self.tiles = p.batch * per_entry + count
@@ -67,8 +66,8 @@ class SegmentTiles:
             (-(-pieces // _SLOTS),),
             call.q.device,
             p.capability,
-            (*call.segments.stride(), rows, count, p.batch, p.q_len, p.kv_len, *sides(p), per_entry, self.tiles),
-            (TILE, _SLOTS, _CHUNK, pdl),
+            (*call.segments.stride(), rows, count, p.batch, p.q_len, p.kv_len, *sides, per_entry, self.tiles),
+            (tile, _SLOTS, _CHUNK, pdl),
             1,
             num_warps=1,
             **options,

@@ -92,7 +92,8 @@ class Run:
         room = self._rooms.by_strides.get((out.stride(), lse.stride(), grad_out.stride(), of_lse))
         if room is None or self._copies or (q | k | v | o | r | g | d) % ALIGNMENT:
             return self._brought(call, out, lse, grad_out, grad_lse)
-        memory = scratch(self._where, self._memory.total)
+        stream = torch_internals.raw_stream(self._device)
+        memory = scratch(self._where, self._memory.total, stream)
         make_dq, make_dk, make_dv = self._grads
         dq, dk, dv = make_dq.here(), make_dk.here(), make_dv.here()
         at = memory.data_ptr()
@@ -101,7 +102,6 @@ class Run:
         if call.scale != room.scale:
             self._put_scale(call.scale, room)
         held = self._put_more(call, room, grad_lse) if room.reads_more else None
-        stream = torch_internals.raw_stream(self._device)
         if self._bounds is not None:
             self._bounds(call, memory)
             room.extents.launch(stream)
