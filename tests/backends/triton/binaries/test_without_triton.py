@@ -33,7 +33,7 @@ def test_first_calls_over_a_warm_disk(tmp_path: Path) -> None:
 
     run("write")
     found = json.loads(run("call"))
-    # The kernel, which combines its splits, or another one does; bounds; tiles of segments; the order of tiles; lists of blocks.
+    # The kernel, and one that combines its splits where it does not; bounds; tiles of segments; their order; lists.
     assert found["launched"] == [1, 2, 1, 2, 3, 1, 2, 2]
     assert found["imported"] == []
     assert found["disk_loads"] == found["binaries"] >= 8

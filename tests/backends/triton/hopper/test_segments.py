@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 from hopper_masks import draw
 
 from fastattn import Segments, masks
-from fastattn.backends.triton.hopper.binary import TILE
 from fastattn.backends.triton.hopper.limits import sides
 from fastattn.backends.triton.hopper.segments import HEADER_NUMBERS, TILE_NUMBERS, SegmentTiles
 from fastattn.call import Call, Problem
