@@ -41,7 +41,7 @@ MOST_SETS = 64
 MOST_BYTES = 16 << 30  #: of all input sets of a row
 EAGER_CALLS = 20  #: at the most, between two waits: the launch queue must not fill
 _WARM_ROUNDS = 2
-EAGER_US = 2000.0  #: of GPU time in a round of eager calls, at the least
+EAGER_US = 8000.0  #: of time in a round of eager calls, at the least: the first one finds cold caches
 FATAL = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure")
 Say = Callable[[dict[str, Any]], None]
 

@@ -122,13 +122,6 @@ def forward_kernel(
         for i in gl.static_range(MASK_STAGES):
             mbarrier.init(tiles_full.index(i), count=1)
             mbarrier.init(tiles_empty.index(i), count=2)
-    staging = None
-    if STAGED:
-        staging = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DV], out_desc.layout)
-    results = Results(out_desc, staging, out_ptr, lse_ptr, sinks_ptr, dv8)
-    cleared = None
-    if MASK == SEGMENTS:
-        cleared = results
     own = None
     if MASK == SEGMENTS:
         own = gl.allocate_shared_memory(gl.int64, [1, 1], flags)
@@ -147,8 +140,11 @@ def forward_kernel(
         tiles_full,
         tiles_empty,
         own,
-        cleared,
     )
+    staging = None
+    if STAGED:
+        staging = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DV], out_desc.layout)
+    results = Results(out_desc, staging, out_ptr, lse_ptr, sinks_ptr, dv8)
     for i in gl.static_range(2 * Q_SLOTS):
         mbarrier.init(pipe.q_full.index(i), count=1)
         mbarrier.init(pipe.q_empty.index(i), count=1)

@@ -9,8 +9,6 @@ from ...._compat.gluon import barrier, store_tile
 from .parts import INTERVALS, ROWS, SEGMENTS
 from .tiles import in_order, queries_of, record
 
-_ROWS_AT_ONCE = gl.constexpr(8)  # that one warp clears
-
 
 @gluon.jit
 def store(acc, factor, b, h, row, queries, results, group: gl.constexpr, shape, cfg):
@@ -64,57 +62,47 @@ def _store_some(staging, b, h, row, end, results, shape, cfg):
 
 
 @gluon.jit
-def clear_beside(i, mine, pid, programs, results, shape, cfg):
-    """What `clear` would have to do with SEGMENTS, by the producer, which has time: a share of it after each of a
-    program's tiles. i: the tile's number, from 0."""
-    pieces = gl.load(shape.bounds + 1) * shape.heads
-    if pieces > pid:
-        share = ((pieces - pid + programs - 1) // programs + mine - 1) // mine
-        end = gl.minimum(pid + (i + 1) * share * programs, pieces)
-        for t in range(pid + i * share * programs, end, programs):
-            rank = t // shape.heads
-            at = record(shape.rows + rank, shape)
-            b = gl.load(at)
-            row = gl.load(at + 1)
-            end_row = row + gl.load(at + 2)
-            for first in range(row, end_row, _ROWS_AT_ONCE):
-                _clear_rows(first, end_row, b, t - rank * shape.heads, _ROWS_AT_ONCE, 1, results, shape, cfg)
-
-
-@gluon.jit
 def clear(pid, programs, total, group: gl.constexpr, results, shape, cfg):
     """Zeros, and the log-sum-exp of nothing, in the tiles that no program works on: with lengths of queries those that
-    have none, with bounds those that see no key. total: tiles of all heads that programs work on."""
+    have none, with bounds those that see no key, with SEGMENTS pieces of what no tile has. total: tiles of all heads
+    that programs work on."""
     if cfg.MASK == INTERVALS:
         for t in range(total + pid, shape.batch * shape.rows * shape.heads, programs):
             rank = t // shape.heads
             m, b = in_order(rank, shape, cfg)
             row = m * cfg.BLOCK_M + group * ROWS
-            _clear_rows(row, shape.q_len, b, t - rank * shape.heads, ROWS, 4, results, shape, cfg)
+            _clear_rows(row, shape.q_len, b, t - rank * shape.heads, results, shape, cfg)
+    elif cfg.MASK == SEGMENTS:
+        for t in range(pid, gl.load(shape.bounds + 1) * shape.heads, programs):
+            rank = t // shape.heads
+            at = record(shape.rows + rank, shape)
+            b = gl.load(at)
+            row = gl.load(at + 1)
+            _clear_rows(row + group * ROWS, row + gl.load(at + 2), b, t - rank * shape.heads, results, shape, cfg)
     elif cfg.Q_LENGTHS:
         for t in range(pid, shape.batch * shape.rows, programs):
             b = t // shape.rows
             m = t - b * shape.rows
             if m * cfg.BLOCK_M >= queries_of(b, shape, cfg):
                 for h in range(shape.heads):
-                    _clear_rows(m * cfg.BLOCK_M + group * ROWS, shape.q_len, b, h, ROWS, 4, results, shape, cfg)
+                    _clear_rows(m * cfg.BLOCK_M + group * ROWS, shape.q_len, b, h, results, shape, cfg)
 
 
 @gluon.jit
-def _clear_rows(row, end, b, h, COUNT: gl.constexpr, WARPS: gl.constexpr, results, shape, cfg):
-    """COUNT rows from `row`, up to row `end`, by a group of WARPS."""
+def _clear_rows(row, end, b, h, results, shape, cfg):
+    """The rows of one consumer, from `row`, up to row `end`."""
     across: gl.constexpr = cfg.DV // 8  # threads, of 16 bytes each
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    zeros = gl.zeros([COUNT, cfg.DV], results.out.dtype.element_ty, layout)
+    zeros = gl.zeros([ROWS, cfg.DV], results.out.dtype.element_ty, layout)
     cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, layout))
-    rows = row + gl.arange(0, COUNT, layout=row_layout)
+    rows = row + gl.arange(0, ROWS, layout=row_layout)
     there = rows < end
     at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
     mask = there[:, None] & (cols < results.dv8 * 8)[None, :]
     gl.store(results.out + at[:, None] + cols[None, :], zeros, mask=mask)
     if cfg.LSE:
-        lse = gl.full([COUNT], float("-inf"), gl.float32, row_layout)
+        lse = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         if cfg.SINKS:
-            lse = gl.full([COUNT], 0.0, gl.float32, row_layout) + gl.load(results.sinks + h).to(gl.float32)
+            lse = gl.full([ROWS], 0.0, gl.float32, row_layout) + gl.load(results.sinks + h).to(gl.float32)
         gl.store(results.lse + (b.to(gl.int64) * shape.heads + h) * shape.q_len + rows, lse, mask=there)

@@ -92,7 +92,6 @@ class Pipe:
     mask_full: gl.shared_memory_descriptor | gl.constexpr
     mask_empty: gl.shared_memory_descriptor | gl.constexpr
     own: gl.shared_memory_descriptor | gl.constexpr  # with SEGMENTS: the producer's, for values that it looks at itself
-    cleared: base_value | gl.constexpr  # with SEGMENTS: the results, where the producer writes zeros
 
 
 @aggregate

@@ -6,7 +6,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...._compat.gluon import barrier, load_tile
-from .output import clear_beside
 from .parts import NO_TILES, ROWS, SEGMENTS
 from .tiles import (
     block_start,
@@ -96,8 +95,6 @@ def produce(q_desc, k_desc, v_desc, mask_desc, pipe, shape, cfg):
                 last_before = anchor - row  # above 0 only in a tile of one block
             slot, phase = next_slot(slot, phase, cfg.STAGES)
         q_slot, q_phase = next_slot(q_slot, q_phase, cfg.Q_SLOTS)
-        if cfg.MASK == SEGMENTS:
-            clear_beside(i, mine, pid, programs, pipe.cleared, shape, cfg)
     # The last values' slot is free once the block STAGES before is.
     mbarrier.wait(pipe.empty.index(slot), phase)
     _load_values(v_desc, pipe, last_b, last_h, last_row, last_slot, last_before, own_phase, cfg)
