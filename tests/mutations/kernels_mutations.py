@@ -258,7 +258,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tile of few keys of a segment keeps others' values",
-        "backends/triton/hopper/masking.py",
+        "backends/triton/hopper/producer.py",
         "gl.where((keys >= before)[:, None], x,",
         "gl.where((keys >= 0)[:, None], x,",
         _HOPPER,
@@ -273,8 +273,8 @@ MUTATIONS = (
     Mutation(
         "rows of no segment are left as they are",
         "backends/triton/hopper/output.py",
-        "range(pid + i * share * programs, end, programs)",
-        "range(pid + i * share * programs + programs, end, programs)",
+        "range(pid, gl.load(shape.bounds + 1) * shape.heads, programs)",
+        "range(pid + programs, gl.load(shape.bounds + 1) * shape.heads, programs)",
         _HOPPER,
     ),
     Mutation(
