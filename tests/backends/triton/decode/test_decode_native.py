@@ -34,9 +34,7 @@ def test_compiles_within_shared_memory(capability: tuple[int, int], tmp_path: Pa
     if capability not in FLAGS:
         # Those that combine too: not of windows, which fit one step, nor where tiles of 64 rows have Hopper's products.
         alone = 12 - (5 if capability == (9, 0) else 0)
-        assert (
-            kernels["attend_kernel", False] == 14 + 4 + 7 + alone
-        )  # many queries: four kinds; chunks
+        assert kernels["attend_kernel", False] == 14 + 4 + 7 + alone  # many queries: four kinds; chunks
         assert kernels["combine_kernel", False] == 12 + 7
     # Of wide heads, `python compile_decode.py 9 0 --every` compiles all.
     assert (kernels["attend_kernel", True], kernels["combine_kernel", True]) == (7, 6)  # a batch that needs no splits
