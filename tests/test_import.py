@@ -63,6 +63,21 @@ print(hasattr(fastattn, "drop_out"))
     assert run(code).split() == ["patch", "flash_attn_func", "True", "False"]
 
 
+def test_all_names_can_be_looked_at_without_the_extras() -> None:
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+import inspect, fastattn
+print({{"drop_in", "warmup"}} <= dict(inspect.getmembers(fastattn)).keys())
+try:
+    fastattn.hf
+except ImportError as error:
+    print("transformers" in str(error))
+"""
+    assert run(code).split() == ["True", "True"]
+
+
 def test_works_without_the_extras() -> None:
     """As if none of them were installed; what needs one says which, and the rest works."""
     code = f"""

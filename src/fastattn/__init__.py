@@ -65,4 +65,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    # Not `hf`, which says what is missing where transformers is: who looks at all names is not to fail.
+    return sorted({*globals(), *__all__, *(_MODULES - {"hf"})})
