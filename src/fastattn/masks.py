@@ -45,9 +45,9 @@ class Segments(NamedTuple):
     table: int32 `[3, N]` (batch entry; first token; one past the last token: of queries and keys alike) or `[5, N]`
         (batch entry; first query; one past the last query; first key; one past the last key); or `[2, N]`, `[4, N]`:
         the same without the batch entry, all in the first. On the inputs' device, of any strides, sorted by batch entry
-        and first query, segments of one batch entry not overlapping. Bounds outside of 0..S are clamped (with
-        FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without keys, are fully masked: their output
-        is 0.
+        and first query, segments of one batch entry not overlapping, empty ones before what begins at the same query.
+        Bounds outside of 0..S are clamped (with FASTATTN_DEBUG=1 they raise). Queries in no segment, or in one without
+        keys, are fully masked: their output is 0.
     causal: a query sees the keys up to its own position, aligned to the lower right of its segment: query i of a
         segment of m queries and n keys sees its keys j <= i + n - m. The op's `window` counts the same positions.
     """

@@ -131,7 +131,7 @@ def counted(device: torch.device, size: int, count: int, stream: int) -> tuple[T
     counters = kept.counters.get(key)
     if counters is None or counters.shape[0] < count:
         if len(kept.counters) >= _STREAMS:
-            kept.counters.clear()
+            del kept.counters[next(iter(kept.counters))]  # the oldest ones
         counters = torch.zeros(max(_COUNTERS, count), dtype=torch.int32, device=device)
         kept.counters[key] = counters
     return _piece(kept, device, size, stream), counters

@@ -104,16 +104,21 @@ def bind_fastattn(case: Case, x: Inputs, **more: Any) -> Callable[[], Any]:
     return partial(scaled_dot_product_attention, x.q, x.k, x.v, **options)
 
 
+def mask_by_shape(q_len: int, kv_len: int) -> Any:
+    """torch's own kind of mask, causal to the lower right: no tensor."""
+    from torch.nn.attention.bias import causal_lower_right  # it imports torch.compile, for a second
+
+    return causal_lower_right(q_len, kv_len)
+
+
 def _bind_torch(case: Case, x: Inputs, lower_right: bool = False) -> partial[Tensor]:
     """torch's attention. lower_right: its own kind of mask for that instead of a tensor."""
     if case.sinks or (case.left >= 0 and x.mask is None):
         raise Refusal("torch's attention has neither sinks nor windows")
     options: dict[str, Any] = {"enable_gqa": True} if case.q_heads != case.kv_heads else {}
     if x.mask is not None:
-        from torch.nn.attention.bias import causal_lower_right  # it imports torch.compile, for a second
-
         by_shape = lower_right and not (x.lengths is not None or case.left >= 0 or case.padding or case.additive)
-        options["attn_mask"] = causal_lower_right(case.q_len, case.kv_len) if by_shape else x.mask
+        options["attn_mask"] = mask_by_shape(case.q_len, case.kv_len) if by_shape else x.mask
     elif case.q_len > 1:
         options["is_causal"] = True
     return partial(torch_attention, x.q, x.k, x.v, **options)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..._compat.sdpa import scaled_dot_product_attention as torch_attention
 from ...api import scaled_dot_product_attention
 from ...common.machine import version_of
-from ..implementations import Refusal, flash_with_sinks, repeated, variable, varlen
+from ..implementations import Refusal, flash_with_sinks, mask_by_shape, repeated, variable, varlen
 from ..peers import compiled_flex, flex_with_sinks
 from . import packages
 from .calls import Row, Tensors, documents
@@ -110,9 +110,7 @@ def _torch(name: str, row: Row, x: Tensors) -> Call:
         given["attn_mask"] = mask.to(x.q.dtype)
     plain = row.mask is None and row.window is None and not (row.lengths or row.left_padded or row.packed)
     if name in ("torch", "torch-flash") and plain and row.causal and 1 < q_len != kv_len:
-        from torch.nn.attention.bias import causal_lower_right  # it imports torch.compile, for a second
-
-        given["attn_mask"] = causal_lower_right(q_len, kv_len)  # its own kind of mask: no tensor
+        given["attn_mask"] = mask_by_shape(q_len, kv_len)
     if row.group > 1:
         if name == "torch-efficient":  # it has no groups: what its user does about it is part of the call
             return partial(repeated, row.group, x.q, x.k, x.v, **given)

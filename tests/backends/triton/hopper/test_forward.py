@@ -14,6 +14,7 @@ from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
 from fastattn.backends.triton.hopper import HopperBackend, launch, tensors
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, SEGMENTS, Flags
+from fastattn.backends.triton.hopper.segments import MOST_SEGMENTS
 from fastattn.call import Call, Problem
 
 #: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
@@ -141,6 +142,13 @@ def test_segments_share_binaries() -> None:
             p = problem(mask="segments", mask_shape=(5, count), batch=batch, kv_len=kv_len, q_len=kv_len, **band)
             assert launch.flags(p) == Flags("bf16", (128, 128), SEGMENTS, short=short)
             assert {x.short for x in launch.all_flags(p)} == {False, True}
+    for count, mask in ((MOST_SEGMENTS, SEGMENTS), (MOST_SEGMENTS + 1, INTERVALS)):
+        p = problem(mask="segments", mask_shape=(5, count), kv_len=8192, q_len=8192)
+        assert launch.reasons(p) == [] and launch.flags(p).mask == mask
+        assert {x.mask for x in launch.all_flags(p)} == {mask}
+        kernels = [getattr(x, "kernel", "") for x in launch.binaries_of(p)]
+        assert any("segment_tiles" in name for name in kernels) == (mask == SEGMENTS)
+        assert any("bounds_kernel:order" in name for name in kernels) == (mask == INTERVALS)
     wide = problem(mask="segments", mask_shape=(5, 50), head_dim=256, value_dim=256)
     assert launch.all_flags(wide) == [Flags("bf16", (256, 256), SEGMENTS)]
 

@@ -133,6 +133,19 @@ LENGTHS = {
 @pytest.mark.parametrize("name", LENGTHS)
 def test_segments(name: str, window: tuple[int, int], seed: int) -> None:
     """NaN in queries, keys and values of no segment. Dims 256: an output that is not staged."""
+    check_segments(name, window, seed)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_more_segments_than_tiles_are_made_for(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bounds of rows, to the same result."""
+    from fastattn.backends.triton.hopper import launch
+
+    monkeypatch.setattr(launch, "MOST_SEGMENTS", 0)
+    check_segments(name, (-1, 0), seed)
+
+
+def check_segments(name: str, window: tuple[int, int], seed: int) -> None:
     import hopper_model
 
     rng = random.Random(seed)

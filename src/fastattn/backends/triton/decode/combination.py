@@ -8,7 +8,7 @@ from ....call import Problem
 from ..binaries.launcher import BinaryLauncher, launcher_of
 from ..binaries.triton_kernel import NamedKernel
 from ..launcher import Launcher, overlaps
-from .launch_config import MAX_SPLITS, MIN_DOT
+from .launch_config import MAX_SPLITS, block_of
 from .shapes import rows
 
 _COMBINE = NamedKernel(f"{__package__}.combine", "combine_kernel")
@@ -19,7 +19,7 @@ _AT_ONCE = 4096  #: numbers read at a time, so that they fill 32 registers a thr
 
 def combination(p: Problem, splits: int, device: torch.device) -> BinaryLauncher | Launcher:
     """Takes what the splits left, the output, the log-sum-exp or None, and the sinks or None."""
-    columns = max(MIN_DOT, 1 << (p.value_dim - 1).bit_length())
+    columns = block_of(p.value_dim)
     columns = columns if columns <= _MOST_COLUMNS else _FEWER
     pdl = overlaps(p.capability)
     return launcher_of(

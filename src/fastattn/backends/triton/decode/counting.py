@@ -7,7 +7,7 @@ the combine kernel is quicker: there many programs read a part each, here one re
 from __future__ import annotations
 
 from ....call import Problem
-from .launch_config import MIN_DOT, Launch
+from .launch_config import Launch, block_of
 from .shapes import is_wide, rows
 
 #: Numbers of the output that the last program reads at a time: 16 or 32 registers a thread of four warps. With 32 the
@@ -36,11 +36,7 @@ def combines(p: Problem, launch: Launch) -> bool:
 
 def steps(p: Problem) -> tuple[int, int, int]:
     """Rows, columns and splits that it reads at a time, powers of two."""
-    at_once = min(MOST_ROWS, max(LEAST_ROWS, _power(p.group)))
-    columns = max(MIN_DOT, _power(p.value_dim))
+    at_once = min(MOST_ROWS, max(LEAST_ROWS, 1 << (p.group - 1).bit_length()))
+    columns = block_of(p.value_dim)
     most = AT_ONCE_ALONE if p.capability[0] in (9, 10) else AT_ONCE
     return at_once, columns, max(1, most // (at_once * columns))
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()

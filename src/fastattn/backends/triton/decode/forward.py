@@ -122,7 +122,7 @@ class DecodeKernel(ForwardOnly):
     """One kernel or two, bound to one problem and one set of strides. same: of calls whose v is k's first columns."""
 
     __slots__ = (
-        *("_alone", "_attend", "_binary", "_combine", "_combines", "_counts", "_device", "_fields", "_lse", "_output"),
+        *("_alone", "_attend", "_binary", "_combine", "_combines", "_device", "_fields", "_lse", "_output"),
         *("_precision", "_problem", "_rooms", "_scratch", "_scratch_at", "_softcap", "_tiles", "_where", "same"),
     )
 
@@ -133,7 +133,6 @@ class DecodeKernel(ForwardOnly):
         self._lse = RowNumbers(p, call.q) if p.return_lse else None
         self._softcap = p.softcap or None
         large = _is_large(p, launch)
-        self._counts = counts(p, launch, large)
         integers = _integers(p, call)
         blocks = -(-count // launch.block_m)
         grid = (tiles * blocks, launch.splits, 1) if launch.near else (tiles, launch.splits, blocks)
@@ -158,8 +157,8 @@ class DecodeKernel(ForwardOnly):
 
         self._attend = attending((0, 0, 0))
         #: Other binaries, which combine too: what that takes in registers is not to slow the first ones. Empty: none.
-        self._alone = attending(steps(p)) if self._counts else {}
-        self._combines = self._counts and combines(p, launch)
+        self._alone = attending(steps(p)) if counts(p, launch, large) else {}
+        self._combines = bool(self._alone) and combines(p, launch)
         self._tiles = tiles
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
         self._combine = combination(p, launch.splits, device)
@@ -184,7 +183,7 @@ class DecodeKernel(ForwardOnly):
         precision, floats = _precision(p.dtype), (1.0, self._softcap)
         before, after = (call.q, call.k, call.v, out, lse, parts), _masking(call)
         found: list[Prepared] = [(self._attend[precision], (*before, None, *after), floats)]
-        if self._counts:
+        if self._alone:
             found.append((self._alone[precision], (*before, stand_in(torch.int32), *after), floats))
         return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
 

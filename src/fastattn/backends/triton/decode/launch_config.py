@@ -292,8 +292,9 @@ def _rows_of_a_block(p: Problem) -> int:
         most = MIN_DOT if p.dtype == torch.float32 else MAX_ROWS if p.capability[0] == 9 and not gaps(p) else 32
     elif is_chunk(p):
         return tile_rows(p)
-    return min(_block(rows(p)), most)
+    return min(block_of(rows(p)), most)
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
+    """Rows or columns of a tile that holds as many."""
     return max(MIN_DOT, 1 << (size - 1).bit_length())

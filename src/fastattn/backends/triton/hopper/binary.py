@@ -104,6 +104,11 @@ class Flags(GluonFlags):
         return (SHORT_BLOCKS if self.short else BLOCKS)[self.dims]
 
     @property
+    def prepared(self) -> bool:
+        """Whether it reads numbers that other kernels have left: bounds, tiles of segments, lists."""
+        return self.mask in (INTERVALS, SEGMENTS) or self.listed
+
+    @property
     def mask_stages(self) -> int:
         """Tiles of the mask in shared memory."""
         return TILED_BLOCKS[self.dims, SIZES[self.tiles]][1] if self.tiles else 0
@@ -175,7 +180,7 @@ def compile_kernel(flags: Flags, **changes: Any) -> Any:
         signature["q_lengths_ptr"] = "*i32"
     if flags.kv_lengths:
         signature["kv_lengths_ptr"] = "*i32"
-    if flags.mask in (INTERVALS, SEGMENTS) or flags.listed:
+    if flags.prepared:
         signature["bounds_ptr"] = "*i32"
     if flags.keys:
         signature["bias_ptr"] = "*fp32"

@@ -9,19 +9,7 @@ from .masking import drop_unseen, is_cut, load_bias, look, mask, masked_blocks, 
 from .output import clear, store
 from .parts import ADDITIVE, ALIGNED, BAND, INTERVALS, NO_TILES, ROWS, SEGMENTS
 from .softmax import as_operand, bent, close, decay_of, exponentials, first_block, largest, pack, partial_sums
-from .tiles import (
-    block_start,
-    end_row,
-    first_row,
-    listed_index,
-    read_list,
-    read_part,
-    share,
-    span,
-    start_walk,
-    tile,
-    total_tiles,
-)
+from .tiles import block_start, end_row, first_row, listed_index, share, span, start_walk, tile, total_tiles
 from .turns import next_slot, pass_turn, stay_below, take_turn
 
 
@@ -129,13 +117,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         pass_turn(1, cfg)
     m, b, h, level, before, count = tile(0, total, pid, programs, level, before, count, shape, cfg, 4)
     anchor, first, n = span(m, b, h, shape, cfg)
-    seen = 0
-    if cfg.MASK == INTERVALS:
-        seen = look(m, b, h, group, row_layout, shape, cfg)
-    if cfg.MASK == SEGMENTS:
-        seen = read_part(m, shape)
-    if cfg.LISTED:
-        seen = read_list(m, b, h, shape, cfg)
+    seen = look(m, b, h, group, row_layout, shape, cfg)
     if cfg.KEYS:
         share_bias(load_bias(anchor, first, 0, scale, seen, cfg), pipe, seen, group)
     mbarrier.wait(pipe.q_full.index(group), 0)
@@ -187,12 +169,7 @@ def consume(pipe, results, inner, scale, group: gl.constexpr, shape, cfg):
         factor = close(base, scale, l_i, b, h, done_row, queries, results, seen, shape, cfg)
         m, b, h, level, before, count = tile(i, total, pid, programs, level, before, count, shape, cfg, 4)
         anchor, first, n = span(m, b, h, shape, cfg)
-        if cfg.MASK == INTERVALS:
-            seen = look(m, b, h, group, row_layout, shape, cfg)
-        if cfg.MASK == SEGMENTS:
-            seen = read_part(m, shape)
-        if cfg.LISTED:
-            seen = read_list(m, b, h, shape, cfg)
+        seen = look(m, b, h, group, row_layout, shape, cfg)
         # This tile's last product with values, beside the next tile's first block.
         p_operand = as_operand(p, pipe.v.dtype, p_layout, cfg)
         q_slot, q_phase = next_slot(q_slot, q_phase, cfg.Q_SLOTS)

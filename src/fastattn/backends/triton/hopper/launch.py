@@ -39,7 +39,7 @@ from .binary import (
     Flags,
 )
 from .limits import DTYPES, refusals, sides
-from .segments import MOST_ROWS, SegmentTiles
+from .segments import MOST_ROWS, MOST_SEGMENTS, SegmentTiles
 from .tensors import brought, describe_mask, fits, known, layout_of, once
 
 _LOG2_E = math.log2(math.e)
@@ -76,7 +76,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     lengths = p.q_lengths or p.kv_lengths
     rows = p.masked_rows
     short = p.kv_len <= SHORT
-    if p.mask == "segments":
+    if p.mask == "segments" and p.mask_shape[1] <= MOST_SEGMENTS:
         mask = SEGMENTS
         # Or of a segment, where the tensor is full of them; twice as many as the mean: some are longer.
         short = short or 2 * p.batch * p.kv_len <= SHORT * p.mask_shape[1]
@@ -97,9 +97,8 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
         keys=p.masked_keys,
         tiles="" if not rows else "bool" if p.mask == "bool" else _BIASES[p.mask_dtype or p.dtype],
         listed=rows and p.kv_len >= LISTED_KEYS,
-        q_lengths=p.q_lengths
-        and mask < INTERVALS,  # there they are in the bounds, as all else; beside Segments are none
-        kv_lengths=p.kv_lengths and mask < INTERVALS,
+        q_lengths=p.q_lengths and mask != INTERVALS,  # there they are in the bounds, as all else
+        kv_lengths=p.kv_lengths and mask != INTERVALS,
         sinks=_FLOATS[sinks_dtype or p.dtype] if p.sinks else "",
         softcap=p.softcap != 0,
         lse=p.return_lse or bool(p.grads),
@@ -113,7 +112,7 @@ def all_flags(p: Problem) -> list[Flags]:
     lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
     if p.masked_rows:
         lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
-    if p.mask == "segments":
+    if p.mask == "segments":  # long ones, however many there are: see `flags`
         lengths.append((1, SHORT * (p.mask_shape[1] + 1)))
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
 
@@ -146,8 +145,7 @@ def function(name: Flags, device: int | None = None) -> Function:
 def arguments(flags: Flags, integers: tuple[int, ...]) -> Arguments:
     """What the binary is launched with."""
     described = 3 + flags.blocks.staged + bool(flags.tiles)
-    bounds = flags.mask in (INTERVALS, SEGMENTS) or flags.listed
-    present = True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, bounds, flags.keys
+    present = True, flags.lse, bool(flags.sinks), flags.q_lengths, flags.kv_lengths, flags.prepared, flags.keys
     return Arguments((4,) * described, present, integers, floats=2)
 
 
@@ -171,7 +169,6 @@ class Forward:
         self._device = call.q.device.index
         rows = -(-p.q_len // TILE)
         heads = p.batch * p.q_heads
-        self._programs = min(rows * heads, sm_count(self._device))
         section = heads
         if self._flags.mask == FULL:
             bytes_of_a_head = p.kv_len * (p.head_dim + p.value_dim) * 2
@@ -187,7 +184,6 @@ class Forward:
             self._bounds = SegmentTiles(p, call, TILE, sides(p))
             prepare(self._bounds.launches(call))
             rows = self._bounds.tiles
-            self._programs = min(rows * p.q_heads, sm_count(self._device))
         self._lists: Any = None
         list_strides: tuple[int, ...] = (0, 0, 0)
         if self._flags.tiles:
@@ -198,6 +194,8 @@ class Forward:
             prepare(self._lists.launches(call))
             list_strides = self._lists.strides
             section = heads  # as with a band: the longest tiles first
+        tiles = rows * (p.q_heads if self._flags.mask == SEGMENTS else heads)
+        self._programs = min(tiles, sm_count(self._device))
         integers = (
             p.batch, p.q_heads, p.group, p.q_len, p.kv_len, *sides(p), rows, section, p.value_dim // 8, *bias_strides,
             *list_strides,

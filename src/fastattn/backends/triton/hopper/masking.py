@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ...._compat.gluon import barrier
 from .parts import ALIGNED, BAND, BOOL, FULL, INTERVALS, NO_TILES, ROWS, SEGMENTS, Seen
-from .tiles import block_start, row_bounds, tile_fields
+from .tiles import block_start, read_list, read_part, row_bounds, tile_fields
 from .turns import here, next_slot
 
 _WIDE = gl.constexpr(64)  # values of a key that `drop_unseen` takes at a time
@@ -17,7 +17,21 @@ _AT_ONCE = gl.constexpr(4)  # rows whose bounds it loads together
 
 @gluon.jit
 def look(m, b, h, group: gl.constexpr, layout: gl.constexpr, shape, cfg):
-    """What the rows of a consumer's tile see. Only with INTERVALS. layout: of the rows."""
+    """What a consumer has to know of its tile besides `span`: with LISTED `Listed`, with INTERVALS `Seen`, with
+    SEGMENTS `Part`, else 0. layout: of the rows."""
+    if cfg.LISTED:
+        return read_list(m, b, h, shape, cfg)
+    elif cfg.MASK == INTERVALS:
+        return _read_bounds(m, b, h, group, layout, shape, cfg)
+    elif cfg.MASK == SEGMENTS:
+        return read_part(m, shape)
+    else:
+        return 0
+
+
+@gluon.jit
+def _read_bounds(m, b, h, group: gl.constexpr, layout: gl.constexpr, shape, cfg):
+    """What the rows of a consumer's tile see."""
     at = shape.bounds + tile_fields(m, b, shape)
     lo_at, hi_at = row_bounds(m, b, shape, cfg)
     rows = group * ROWS + gl.arange(0, ROWS, layout=layout)

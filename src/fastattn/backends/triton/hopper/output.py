@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ...._compat.gluon import barrier, store_tile
 from .parts import INTERVALS, ROWS, SEGMENTS
-from .tiles import in_order, queries_of, record
+from .tiles import in_order, queries_of, record, stored_rows
 
 
 @gluon.jit
@@ -39,23 +39,22 @@ def store(acc, factor, b, h, row, queries, results, group: gl.constexpr, shape, 
         else:
             store_tile(results.descriptor, [b, h, row, 0], staging)
     else:
-        cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, acc.type.layout))
-        at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
-        end = shape.q_len
-        if cfg.MASK == SEGMENTS:
-            end = queries
-        mask = (rows < end)[:, None] & (cols < results.dv8 * 8)[None, :]
-        gl.store(results.out + at[:, None] + cols[None, :], out, mask=mask)
+        _put(out, row, stored_rows(queries, shape, cfg), b, h, results, shape, cfg)
 
 
 @gluon.jit
 def _store_some(staging, b, h, row, end, results, shape, cfg):
     """What is in shared memory, up to row `end`."""
-    across: gl.constexpr = cfg.DV // 8
+    across: gl.constexpr = cfg.DV // 8  # threads, of 16 bytes each
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-    out = staging.reshape([ROWS, cfg.DV]).load(layout)
-    cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, layout))
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    _put(staging.reshape([ROWS, cfg.DV]).load(layout), row, end, b, h, results, shape, cfg)
+
+
+@gluon.jit
+def _put(out, row, end, b, h, results, shape, cfg):
+    """Writes the rows of one consumer, from `row`, up to row `end`."""
+    cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, out.type.layout))
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, out.type.layout))
     at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
     mask = (rows < end)[:, None] & (cols < results.dv8 * 8)[None, :]
     gl.store(results.out + at[:, None] + cols[None, :], out, mask=mask)
@@ -95,14 +94,10 @@ def _clear_rows(row, end, b, h, results, shape, cfg):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     zeros = gl.zeros([ROWS, cfg.DV], results.out.dtype.element_ty, layout)
-    cols = gl.arange(0, cfg.DV, layout=gl.SliceLayout(0, layout))
-    rows = row + gl.arange(0, ROWS, layout=row_layout)
-    there = rows < end
-    at = ((b.to(gl.int64) * shape.q_len + rows) * shape.heads + h) * (results.dv8 * 8)
-    mask = there[:, None] & (cols < results.dv8 * 8)[None, :]
-    gl.store(results.out + at[:, None] + cols[None, :], zeros, mask=mask)
+    _put(zeros, row, end, b, h, results, shape, cfg)
     if cfg.LSE:
+        rows = row + gl.arange(0, ROWS, layout=row_layout)
         lse = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         if cfg.SINKS:
             lse = gl.full([ROWS], 0.0, gl.float32, row_layout) + gl.load(results.sinks + h).to(gl.float32)
-        gl.store(results.lse + (b.to(gl.int64) * shape.heads + h) * shape.q_len + rows, lse, mask=there)
+        gl.store(results.lse + (b.to(gl.int64) * shape.heads + h) * shape.q_len + rows, lse, mask=rows < end)

@@ -55,9 +55,7 @@ class Shape:
 
     q_lengths: gl.tensor | gl.constexpr  # int32 [B]
     kv_lengths: gl.tensor | gl.constexpr
-    bounds: (
-        gl.tensor | gl.constexpr
-    )  # int32: see `bounds.py`; with LISTED `block_lists.py`, with SEGMENTS `segments.py`
+    bounds: gl.tensor | gl.constexpr  # int32: of `bounds.py`; with LISTED `block_lists.py`, SEGMENTS `segments.py`
     bias: gl.tensor | gl.constexpr  # float32: see `bounds.py`
     batch: gl.tensor
     heads: gl.tensor

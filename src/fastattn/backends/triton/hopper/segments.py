@@ -33,6 +33,8 @@ from ..representative import stand_in
 
 HEADER_NUMBERS = 8  #: before the tiles
 TILE_NUMBERS = 8  #: of a tile, or a piece
+#: Each program looks at all segments: with so many the bounds of rows, which a search finds, are the safer way.
+MOST_SEGMENTS = 1024
 MOST_ROWS = 1 << 30  #: of all batch entries: their numbers, and sums of one and a window, are int32
 
 _KERNEL = NamedKernel(f"{__package__}.segments_kernel", "segment_tiles_kernel")

@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .masking import mask, with_bias, with_tile
-from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS, SEGMENTS
+from .parts import ADDITIVE, FULL, INTERVALS, NO_TILES, ROWS
+from .tiles import stored_rows
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -152,10 +153,7 @@ def close(base, scale, l_i, b, h, row, queries, results, seen, shape, cfg):
     if cfg.LSE:
         lse = (base + gl.log2(total)) * _LN_2
         at = (b.to(gl.int64) * shape.heads + h) * shape.q_len + rows
-        if cfg.MASK == SEGMENTS:
-            gl.store(results.lse + at, lse, mask=rows < queries)
-        else:
-            gl.store(results.lse + at, lse, mask=rows < shape.q_len)
+        gl.store(results.lse + at, lse, mask=rows < stored_rows(queries, shape, cfg))
     factor = shrink / gl.where(total == 0.0, 1.0, total)
     if cfg.MASK == INTERVALS:
         factor = gl.where(seen.lo < seen.hi, factor, 0.0)  # `store` makes it a 0, whatever there is

@@ -118,6 +118,15 @@ def end_row(b, seen, shape, cfg):
 
 
 @gluon.jit
+def stored_rows(queries, shape, cfg):
+    """One past the last row that may be written. queries: `end_row`. (With lengths, rows past them get their zeros.)"""
+    if cfg.MASK == SEGMENTS:
+        return queries
+    else:
+        return shape.q_len
+
+
+@gluon.jit
 def _list_of(m, b, h, shape):
     """Where the list of a tile is: see `block_lists.py`."""
     return shape.bounds + (

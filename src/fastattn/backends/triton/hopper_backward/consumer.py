@@ -80,9 +80,8 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     if cfg.ORDERED:
         m = end - 1
         tile += end - 1 - first
-        end_of_heads = (
-            b * shape.heads + head + shape.share
-        ) * shape.tiles  # the first tile of the head after the program's
+        after = b * shape.heads + head + shape.share  # the program's last head
+        end_of_heads = after * shape.tiles
     if cfg.BIASED:
         biased = is_biased(first, b, shape)
         bias_at = b * shape.bias_b + head * shape.bias_h + key
