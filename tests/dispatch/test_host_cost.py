@@ -186,14 +186,14 @@ def test_cudnns_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: Over Hopper's kernels, which a driver takes that runs nothing. Allocations are calls of a built-in function.
 HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(forward, "causal", BF16), Counts(11, 31, 0)),
-    "forward, lengths": (partial(forward, "lengths", BF16), Counts(16, 37, 0)),
-    "forward, keys": (partial(forward, "keys", BF16), Counts(25, 42, 0)),
-    "forward, segments": (partial(forward, "segments", BF16), Counts(22, 40, 0)),
-    "both": (partial(both, "causal", BF16), Counts(30, 74, 0)),
-    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 89, 0)),
-    "both, segments": (partial(both, "segments", BF16), Counts(52, 92, 0)),
-    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 93, 5)),
+    "forward": (partial(forward, "causal", BF16), Counts(11, 27, 0)),
+    "forward, lengths": (partial(forward, "lengths", BF16), Counts(16, 33, 0)),
+    "forward, keys": (partial(forward, "keys", BF16), Counts(25, 38, 0)),
+    "forward, segments": (partial(forward, "segments", BF16), Counts(22, 36, 0)),
+    "both": (partial(both, "causal", BF16), Counts(30, 64, 0)),
+    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 79, 0)),
+    "both, segments": (partial(both, "segments", BF16), Counts(52, 82, 0)),
+    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 83, 5)),
 }
 
 

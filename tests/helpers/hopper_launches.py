@@ -36,9 +36,8 @@ from fastattn.backends.triton.hopper import segments, tensors
 from fastattn.backends.triton.hopper_backward import launch as hopper_backward
 from fastattn.backends.triton.hopper_wide import launch as hopper_wide
 from fastattn.call import Call, Problem
-from fastattn.shape_cache import Section
 
-#: By the number that a description begins with: layouts, and the descriptions that they keep, outlive a driver.
+#: By a number that a tensor map holds: maps outlive a driver.
 _contents: list[Described] = []
 _FORMS = {"i32": "i", "i64": "q", "fp32": "f"}
 
@@ -109,6 +108,10 @@ def aligned_names(flags: Any) -> list[str]:
     return [names[i] for i in flags.aligned]
 
 
+def _words(address: int) -> Any:
+    return (ctypes.c_uint64 * 16).from_address(address)
+
+
 class HopperDriver(Driver):
     """See `stand_in_compiler.Driver`. Keeps what it is told, as `launches`."""
 
@@ -116,8 +119,9 @@ class HopperDriver(Driver):
         super().__init__()
         self._functions = functions
         self.launches: list[Launched] = []
-        self.described: dict[int, Described] = {}  #: by the address of the description
-        self.encoded = 0  #: descriptions that were not made from another one
+        self.encoded = 0  #: maps that were made
+        self.moved = 0  #: and told an address by the driver
+        self.address_at = 0  #: which word of a map is the address
         self.before: Any = None  #: called before each launch
         self.after: Any = None  #: called with each launch, before who launched goes on
 
@@ -128,19 +132,23 @@ class HopperDriver(Driver):
     def cuTensorMapEncodeTiled(self, made: Any, kind: int, rank: int, address: Any, *rest: Any) -> int:
         shape, strides, box = (tuple(x) for x in rest[:3])
         self.encoded += 1
-        self._put(made.value, Described(address.value, shape, strides, box))
+        ctypes.memset(made.value, 0xA5, 128)
+        words = _words(made.value)
+        of = Described(0, shape, strides, box)
+        if of not in _contents:
+            _contents.append(of)
+        words[self.address_at], words[1 - self.address_at] = address.value, _contents.index(of)
         return 0
 
     def cuTensorMapReplaceAddress(self, made: Any, address: Any) -> int:
-        number = ctypes.c_uint64.from_address(made.value).value  # what was copied there says which it is
-        self._put(made.value, dataclasses.replace(_contents[number], address=address.value))
+        self.moved += 1
+        _words(made.value)[self.address_at] = address.value
         return 0
 
-    def _put(self, where: int, described: Described) -> None:
-        self.described[where] = described
-        ctypes.memset(where, 0xA5, 128)
-        ctypes.c_uint64.from_address(where).value = len(_contents)
-        _contents.append(described)
+    def described(self, where: int) -> Described:
+        """What the map at that address says now."""
+        words = _words(where)
+        return dataclasses.replace(_contents[words[1 - self.address_at]], address=words[self.address_at])
 
     def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, _: Any) -> int:
         if self.before is not None:
@@ -151,7 +159,7 @@ class HopperDriver(Driver):
         for name, kind in signature_of(flags).items():
             if kind.startswith("tensordesc"):
                 rank = kind.partition("[")[2].partition("]")[0].count(",") + 1
-                found[name] = self.described[arguments[at]]
+                found[name] = self.described(arguments[at])
                 at += 1 + 2 * rank
             else:
                 form = "Q" if kind.startswith("*") else _FORMS[kind]
@@ -261,10 +269,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_ = monkeypatch.setattr
     set_(Problem, "of", staticmethod(on_gpu))
     own_caches(monkeypatch)
-    set_(tensors, "_descriptions", Section("test", 1 << 10))
-    set_(tensors, "known", tensors._descriptions.get)
-    for module in (hopper_forward, hopper_backward.run):
-        set_(module, "known", tensors._descriptions.get)
+    set_(tensors, "_tensor_map", cache(tensors._tensor_map.__wrapped__))
     set_(cuda_driver, "_driver", lambda: gpu.driver)
     set_(torch_internals, "current_device", lambda: gpu.device)
     set_(torch_internals, "raw_stream", lambda index: gpu.stream)

@@ -236,10 +236,17 @@ MUTATIONS = (
         _LAUNCHES,
     ),
     Mutation(
-        "a description stays when memory is used for another shape",
-        "backends/triton/hopper/tensors.py",
-        "key = address, self",
-        "key = address, 0",
+        "keys are read where those of the call before were",
+        "backends/triton/hopper/launch.py",
+        "maps[FIRST], maps[SECOND], maps[THIRD] = q, k, v",
+        "maps[FIRST], maps[THIRD] = q, v",
+        _LAUNCHES,
+    ),
+    Mutation(
+        "the first word of a tensor map is taken for the address, whatever the driver makes",
+        "backends/triton/cuda_driver.py",
+        "if all([x.address_first for x in maps]) else",
+        "if maps else",
         _LAUNCHES,
     ),
     Mutation(

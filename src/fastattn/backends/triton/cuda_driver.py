@@ -1,6 +1,6 @@
 """The few calls of the CUDA driver that a ready binary needs: load it, describe tensors to the copy engine, launch it.
 
-Triton's own launcher makes a description of each tensor at every launch and has another signature in each release; the
+Triton's own launcher makes a tensor map of each tensor at every launch and has another signature in each release; the
 driver's functions stay what they are.
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 _FLOAT32 = 7  #: CUtensorMapDataType
 _TYPES = {"bf16": (9, 2), "fp16": (6, 2), "fp32": (7, 4), "bool": (0, 1)}  #: CUtensorMapDataType, and bytes
 _SWIZZLES, _PROMOTE_TO_128 = {64: 2, 128: 3}, 2  #: CUtensorMapSwizzle, CUtensorMapL2promotion
 _MAX_SHARED = 8  #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ROW = 128  #: bytes that a swizzled row has, at most
-_DESCRIPTION = 128  #: bytes of a CUtensorMap, which lies at a multiple of 64
+_MAP = 128  #: bytes of a CUtensorMap, which lies at a multiple of 64
+MAP_WORDS = _MAP // 8
 
 _loading = threading.Lock()
 
@@ -158,81 +159,97 @@ class BoundLaunch:
 _OVERLAP = (_Attribute * 1)(_Attribute(id=6, value=1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-class Description:
-    """What the copy engine knows of a tensor (CUtensorMap). Immutable: addresses of it may be passed anywhere."""
+class TensorMap(NamedTuple):
+    """What the copy engine knows of tensors that differ in their addresses alone (a CUtensorMap)."""
 
-    __slots__ = ("_memory", "address")
-
-    def __init__(self) -> None:
-        self._memory = ctypes.create_string_buffer(_DESCRIPTION + 64)
-        self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
+    data: bytes
+    address_first: bool  #: the first word is the address, and no other depends on it
 
 
-def describe(
-    address: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: str,
-    rows: int,
-    columns: int = 0,
-    together: int = 1,
-) -> Description:
-    """A tensor `[B, H, S, D]` read or written in boxes of `rows` tokens of one head, or of each of `together` heads,
+class _Moved:
+    """The words of maps whose address only the driver can change: see `TensorMaps.words`."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __setitem__(self, i: int, address: int) -> None:
+        status = _driver().cuTensorMapReplaceAddress(ctypes.c_void_p(self._first + 8 * i), ctypes.c_void_p(address))
+        _check(status, "moving the map of a tensor")
+
+
+class TensorMaps:
+    """The maps of one launch's tensors, side by side: the driver copies them when it launches.
+
+    words: `words[MAP_WORDS * i] = a` says that the i-th tensor lies at address a, a multiple of 16. addresses: of the
+    maps themselves.
+    """
+
+    __slots__ = ("_memory", "addresses", "words")
+
+    def __init__(self, maps: Sequence[TensorMap]) -> None:
+        self._memory = ctypes.create_string_buffer(_MAP * len(maps) + 64)
+        start = -ctypes.addressof(self._memory) % 64
+        first = ctypes.addressof(self._memory) + start
+        ctypes.memmove(first, b"".join([x.data for x in maps]), _MAP * len(maps))
+        self.addresses = [first + _MAP * i for i in range(len(maps))]
+        words: Any = (ctypes.c_uint64 * (MAP_WORDS * len(maps))).from_buffer(self._memory, start)
+        self.words = words if all([x.address_first for x in maps]) else _Moved(first)
+
+
+def tensor_map(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0, together: int = 1
+) -> TensorMap:
+    """Of tensors `[B, H, S, D]` read or written in boxes of `rows` tokens of one head, or of each of `together` heads,
     one head after the other.
 
-    address: a multiple of 16. strides: in elements, multiples of 16 bytes (anything along dims of size 1), the last 1.
-    dtype: "bf16", "fp16", "fp32" or "bool". columns: of a block in shared memory, where they may take less than 128
-    bytes (64 at least). What a box has outside of the tensor reads as 0 and is not written.
+    strides: in elements, multiples of 16 bytes (anything along dims of size 1), the last 1. dtype: "bf16", "fp16",
+    "fp32" or "bool". columns: of a block in shared memory, where they may take less than 128 bytes (64 at least). What
+    a box has outside of the tensor reads as 0 and is not written.
     """
     kind, size = _TYPES[dtype]
     row = min(columns * size or _ROW, _ROW)
-    made = Description()
     batch, heads, length, dim = shape
     # Where there is only one of a thing its stride means nothing, but must be a legal one.
     steps = [size * s if n > 1 else 16 for s, n in ((strides[2], length), (strides[1], heads), (strides[0], batch))]
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(made.address),
-        kind,
-        4,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 4)(dim, length, heads, batch),
-        (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(row // size, rows, together, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        0,  # not interleaved
-        _SWIZZLES[row],
-        _PROMOTE_TO_128,
-        0,  # filled with zeros
-    )
-    _check(status, f"describing a tensor of shape {list(shape)} and strides {list(strides)}")
-    return made
+    what = f"a tensor of shape {list(shape)} and strides {list(strides)}"
+    return _encoded(what, kind, (dim, length, heads, batch), steps, (row // size, rows, together, 1), _SWIZZLES[row])
 
 
-def moved(like: Description, address: int) -> Description:
-    """`like`, of a tensor at another address, a multiple of 16. Takes a third of the time of `describe`."""
-    made = Description()
-    ctypes.memmove(made.address, like.address, _DESCRIPTION)
-    status = _driver().cuTensorMapReplaceAddress(ctypes.c_void_p(made.address), ctypes.c_void_p(address))
-    _check(status, "moving the description of a tensor")
-    return made
+def flat_tensor_map(count: int, box: int) -> TensorMap:
+    """Of `count` float32 numbers, read `box` at a time."""
+    # The stride is not read: there is no other dim.
+    return _encoded(f"{count} numbers", _FLOAT32, (count,), (0,), (box,), 0)
 
 
-def describe_flat(address: int, count: int, box: int) -> Description:
-    """`count` float32 numbers, read `box` at a time. address: a multiple of 16."""
-    made = Description()
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(made.address),
-        _FLOAT32,
-        1,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 1)(count),
-        (ctypes.c_uint64 * 1)(0),  # not read: there is no other dim
-        (ctypes.c_uint32 * 1)(box),
-        (ctypes.c_uint32 * 1)(1),
-        0,
-        0,  # not swizzled
-        _PROMOTE_TO_128,
-        0,
-    )
-    _check(status, f"describing {count} numbers")
-    return made
+#: Addresses that a map is made for, to be told the one of a tensor before a launch: every bit differs that may.
+_SOMEWHERE = 0x5555_5555_5550, 0x2AAA_AAAA_AAA0
+
+
+def _encoded(
+    what: str, kind: int, shape: Sequence[int], strides: Sequence[int], box: Sequence[int], swizzle: int
+) -> TensorMap:
+    """The driver's map; sizes from the innermost dim outwards. A CUtensorMap is opaque: whether its first word is the
+    address is seen by comparing two."""
+    rank = len(shape)
+    memory = ctypes.create_string_buffer(_MAP + 64)
+    place = (ctypes.addressof(memory) + 63) // 64 * 64
+    found = []
+    for address in _SOMEWHERE:
+        status = _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(place),
+            kind,
+            rank,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*shape),
+            (ctypes.c_uint64 * len(strides))(*strides),
+            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,  # not interleaved
+            swizzle,
+            _PROMOTE_TO_128,
+            0,  # filled with zeros
+        )
+        _check(status, f"describing {what}")
+        found.append(ctypes.string_at(place, _MAP))
+    first = all([int.from_bytes(x[:8], "little") == address for x, address in zip(found, _SOMEWHERE, strict=True)])
+    return TensorMap(found[0], first and found[0][8:] == found[1][8:])

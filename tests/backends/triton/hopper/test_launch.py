@@ -16,7 +16,6 @@ from torch import Tensor
 import fastattn
 from fastattn import Intervals, Segments
 from fastattn.backends.triton.bounds import Bounds
-from fastattn.backends.triton.hopper import tensors
 from fastattn.call import Call, Problem
 from fastattn.shape_cache import shape_cache
 
@@ -69,15 +68,17 @@ def test_each_call_has_its_own_addresses(gpu: HopperGpu) -> None:
         assert launched.stream == 70 + turn
         if turn == 3:
             shape_cache.clear()
-            tensors._descriptions.clear()
     out, lse = attend(q, k, v, mask="causal", return_lse=True)
     (launched,) = gpu.taken()
     assert check(launched, q, k, v, out)["lse_ptr"] == lse.data_ptr() and lse.is_contiguous()
     assert (lse.shape, lse.dtype) == ((B, H, S), torch.float32)
 
 
-def test_other_addresses_cost_no_new_description(gpu: HopperGpu) -> None:
-    """Of tensors that lie alike the driver encodes one; the others are that one at another address."""
+@pytest.mark.parametrize("address_at", [0, 1])
+def test_other_addresses_cost_no_new_map(address_at: int, gpu: HopperGpu) -> None:
+    """Tensors that lie alike have one map, to which a call writes their addresses; the driver does where these are not
+    the map's first word."""
+    gpu.driver.address_at = address_at
     kept = []
     for turn in range(4):
         q, k, v = inputs()
@@ -88,6 +89,7 @@ def test_other_addresses_cost_no_new_description(gpu: HopperGpu) -> None:
         if not turn:
             encoded = gpu.driver.encoded
     assert gpu.driver.encoded == encoded
+    assert gpu.driver.moved == address_at * 4 * len((q, k, v, out))
 
 
 def piece(memory: Tensor, heads: int, sizes: tuple[int, int], dtype: torch.dtype, token_major: bool) -> Tensor:
@@ -98,7 +100,7 @@ def piece(memory: Tensor, heads: int, sizes: tuple[int, int], dtype: torch.dtype
 
 
 def test_memory_that_is_used_again_for_other_shapes(gpu: HopperGpu) -> None:
-    """The same addresses, other shapes, strides and dtypes: descriptions are not theirs who were there before."""
+    """The same addresses, other shapes, strides and dtypes: maps are not theirs who were there before."""
     memory, dtypes = torch.randn(3, 1 << 14), {BF16: "bf16", torch.float16: "fp16"}
     shapes = (H, HKV, S, D), (H, HKV, 20, 128), (HKV, HKV, S, D), (H, HKV, S, D)
     for (heads, kv_heads, length, dim), dtype, token_major in 2 * list(product(shapes, dtypes, (True, False))):

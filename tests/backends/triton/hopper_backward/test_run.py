@@ -17,7 +17,6 @@ from hopper_launches import HopperGpu, Launched, pretend, side_by_side
 from torch import Tensor
 
 import fastattn
-from fastattn.backends.triton.hopper import tensors
 from fastattn.backends.triton.hopper_backward import schedule
 from fastattn.backends.triton.hopper_backward.launch import Backward
 from fastattn.call import Call, Gradients, Problem, token_major
@@ -127,7 +126,6 @@ def test_each_call_has_its_own_addresses(split: int, ordered: bool, gpu: HopperG
             held.append(torch.empty(bound._memory.total, dtype=torch.uint8))
         if turn == 5:
             shape_cache.clear()
-            tensors._descriptions.clear()
 
 
 def test_layouts_that_alternate(gpu: HopperGpu) -> None:

@@ -19,12 +19,12 @@ from ..binaries import store as binaries
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import flag_sets, prepare
 from ..bounds import Bounds
-from ..cuda_driver import Function
+from ..cuda_driver import MAP_WORDS, Function
 from ..limits import sm_count
 from ..prefill.launch_config import LISTED_KEYS
 from ..prefill.lists import Lists
 from ..representative import representative
-from .arguments import TENSOR, Arguments, Room
+from .arguments import FIRST, FOURTH, SECOND, THIRD, Arguments, Room
 from .binary import (
     ALIGNED,
     BAND,
@@ -40,7 +40,7 @@ from .binary import (
 )
 from .limits import DTYPES, refusals, sides
 from .segments import MOST_ROWS, MOST_SEGMENTS, SegmentTiles
-from .tensors import brought, describe_mask, fits, known, layout_of, once
+from .tensors import brought, brought_mask, fits, layout_of, mask_layout, once
 
 _LOG2_E = math.log2(math.e)
 _OUT, _LSE, _SINKS, _Q_LENGTHS, _KV_LENGTHS, _BOUNDS, _BIAS = range(7)  #: the kernel's pointers
@@ -155,7 +155,7 @@ class Forward:
 
     __slots__ = (
         "_arguments", "_blocks", "_bounds", "_copies", "_device", "_flags", "_function", "_layouts", "_lists", "_local",
-        "_lse", "_of_copies", "_output", "_problem", "_programs", "_reads_more", "_where",
+        "_lse", "_mask_at", "_of_copies", "_output", "_problem", "_programs", "_reads_more", "_where",
     )  # fmt: skip
 
     def __init__(self, problem: Problem, call: Call) -> None:
@@ -207,8 +207,12 @@ class Forward:
         keys = blocks.keys
         boxes = (call.q, ROWS), (call.k, keys), (call.v, keys)
         layouts = [layout_of(x.shape, x.stride(), self._flags.dtype, n) for x, n in boxes]
-        layouts.append(layout_of(self._output.shape, self._output.strides, self._flags.dtype, ROWS))
-        self._layouts = tuple(layouts)  #: of q, k, v and the output
+        if blocks.staged:
+            layouts.append(layout_of(self._output.shape, self._output.strides, self._flags.dtype, ROWS))
+        self._mask_at = MAP_WORDS * len(layouts)
+        if self._flags.tiles:
+            layouts.append(mask_layout(call.mask, self._flags))
+        self._layouts = tuple(layouts)  #: of q, k, v, a staged output, a mask with rows
         #: Whether the kernel reads anything besides q, k and v.
         self._reads_more = bool(
             self._bounds or self._flags.tiles or p.sinks or self._flags.q_lengths or self._flags.kv_lengths
@@ -222,21 +226,15 @@ class Forward:
         if self._copies or (q | k | v) % ALIGNMENT:
             return self._copied(call)
         room: Room = self._local.__dict__.get("room") or self._room()
-        places, pointers = room.places, room.pointers
+        maps, pointers = room.maps, room.pointers
         out, lse = self._output.here(), None
         out_at = pointers[_OUT] = out.data_ptr()
         if self._lse is not None:
             lse = self._lse.here()
             pointers[_LSE] = lse.data_ptr()
-        of_q, of_k, of_v, of_out = self._layouts
-        # Held until the launch: the cache of descriptions may drop them meanwhile.
-        first = known((q, of_q)) or of_q.describe(q)
-        second = known((k, of_k)) or of_k.describe(k)
-        third = known((v, of_v)) or of_v.describe(v)
-        places[0], places[TENSOR], places[2 * TENSOR] = first.address, second.address, third.address
+        maps[FIRST], maps[SECOND], maps[THIRD] = q, k, v
         if self._blocks.staged:
-            fourth = known((out_at, of_out)) or of_out.describe(out_at)
-            places[3 * TENSOR] = fourth.address
+            maps[FOURTH] = out_at
         held = self._put_more(call, room) if self._reads_more else None
         scale = call.scale
         if scale != room.scale:
@@ -247,7 +245,8 @@ class Forward:
 
     def _room(self) -> Room:
         """This thread's."""
-        found = self._arguments.room(self._function, self._programs, self._device)
+        maps = [layout.map() for layout in self._layouts]
+        found = self._arguments.room(self._function, self._programs, self._device, maps)
         self._local.__dict__["room"] = found
         return found
 
@@ -271,8 +270,8 @@ class Forward:
                 held.append(x)
                 pointers[i] = x.data_ptr()
         if self._flags.tiles:
-            held += describe_mask(call.mask, self._flags)
-            room.places[room.described[-1]] = held[-1].address
+            held.append(brought_mask(call.mask))
+            room.maps[self._mask_at] = held[-1].data_ptr()
         if self._lists is not None:
             lists = self._lists(call, scratch(self._where, self._lists.size))
             held.append(lists)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....shape_cache import shape_cache
+from ....shape_cache import cached
 from ... import layout
 from ...layout import ALIGNMENT, copied
 from ..arguments import broadcast_strides
-from ..cuda_driver import Description, describe, describe_flat, moved
+from ..cuda_driver import TensorMap, flat_tensor_map, tensor_map
 from .binary import ROWS, Flags
 
 
@@ -31,65 +31,43 @@ def brought(x: Tensor) -> Tensor:
     return x if readable(x) else copied(x)
 
 
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """What descriptions of tensors have in common that differ in their addresses alone: see `cuda_driver.describe`."""
+    """How tensors lie that share a tensor map but for its address: see `cuda_driver.tensor_map`."""
 
-    __slots__ = ("_first", "columns", "dtype", "rows", "shape", "strides", "together")
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    rows: int
+    columns: int = 0
+    together: int = 1
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-        rows: int,
-        columns: int = 0,
-        together: int = 1,
-    ) -> None:
-        self.shape, self.strides, self.dtype, self.rows, self.columns = shape, strides, dtype, rows, columns
-        self.together = together
-        self._first: Description | None = None  #: which the others are made from
-
-    def describe(self, address: int) -> Description:
-        """A tensor at that address, a multiple of 16."""
-        key = address, self
-        found: Description | None = _descriptions.get(key)
-        if found is None:
-            found = _descriptions[key] = self._described(address)
-        return found
-
-    def _described(self, address: int) -> Description:
-        if self._first is not None:
-            return moved(self._first, address)
-        made = describe(address, self.shape, self.strides, self.dtype, self.rows, self.columns, self.together)
-        self._first = made
-        return made
+    def map(self) -> TensorMap:
+        return _tensor_map(self)
 
 
-#: By address, and a `Layout` or what takes its place: one that was seen before costs one look.
-_descriptions = shape_cache.section("tensor descriptions", 1 << 12)
-_layouts = shape_cache.section("tensor descriptions", 1 << 12)
-#: What is known under such a key, or None: for who would rather call `Layout.describe` for new ones alone.
-known: Callable[[tuple[int, Any]], Description | None] = _descriptions.get
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The same of `count` float32 numbers in a row, in boxes of `columns`."""
+
+    count: int
+    columns: int
+
+    def map(self) -> TensorMap:
+        return _tensor_map(self)
+
+
+@cached(1 << 12, "tensor maps")
+def _tensor_map(x: Layout | Row) -> TensorMap:
+    if isinstance(x, Row):
+        return flat_tensor_map(x.count, x.columns)
+    return tensor_map(x.shape, x.strides, x.dtype, x.rows, x.columns, x.together)
 
 
 def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0, together: int = 1
 ) -> Layout:
-    """One and the same for the same values."""
-    key = tuple(shape), strides, dtype, rows, columns, together
-    found: Layout | None = _layouts.get(key)
-    if found is None:
-        found = _layouts[key] = Layout(*key)
-    return found
-
-
-def describe_row(address: int, count: int, columns: int) -> Description:
-    """Of `count` float32 numbers in a row, in boxes of `columns`."""
-    key = address, (count, columns)
-    found: Description | None = _descriptions.get(key)
-    if found is None:
-        found = _descriptions[key] = describe_flat(address, count, columns)
-    return found
+    return Layout(tuple(shape), strides, dtype, rows, columns, together)
 
 
 def tiles_readable(mask: Tensor) -> bool:
@@ -108,10 +86,15 @@ def once(mask: Any) -> Tensor:
     return mask  # type: ignore[no-any-return]
 
 
-def describe_mask(mask: Any, flags: Flags) -> tuple[Tensor, Description]:
-    """The mask, or a copy that begins where the copy engine can read, and its description."""
+def mask_layout(mask: Any, flags: Flags) -> Layout:
+    """Of the tiles of a mask with rows."""
+    mask = once(mask)
+    return layout_of(mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys)
+
+
+def brought_mask(mask: Any) -> Tensor:
+    """The mask `once`, or a copy that lies as it does and begins where the copy engine can read."""
     mask = once(mask)
     if mask.data_ptr() % ALIGNMENT:
         mask = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device).copy_(mask)
-    layout = layout_of(mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys)
-    return mask, layout.describe(mask.data_ptr())
+    return mask  # type: ignore[no-any-return]

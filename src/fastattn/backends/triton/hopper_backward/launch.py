@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....call import Call, Problem, token_major
 from ...base import BackwardOnly
+from ...layout import TokenMajor
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import flag_sets, launcher_of, prepare
@@ -21,11 +22,11 @@ from ..bounds import Bounds
 from ..cuda_driver import Function
 from ..hopper.arguments import Arguments
 from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
-from ..hopper.tensors import layout_of
+from ..hopper.tensors import Layout, Row, layout_of
 from ..limits import sm_count
 from ..representative import representative
 from . import run
-from .binary import BAND, CAUSAL, DIMS, FULL, INTERVALS, KEYS, ROWS, Flags
+from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, KEYS, ROWS, Flags, key_columns
 from .memory import blocks_of, pieces_of, rows_of, tiles_of
 from .room import Room
 from .schedule import Sizes, choose
@@ -119,8 +120,8 @@ class Backward(BackwardOnly):
     and their gradients may differ from call to call."""
 
     __slots__ = (
-        *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_memory", "_prepares", "_problem"),
-        *("_programs", "_split", "backward", "flags"),
+        *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_layouts", "_memory", "_prepares"),
+        *("_problem", "_programs", "_split", "backward", "flags"),
     )
 
     def __init__(self, problem: Problem, call: Call, loads: bool = True) -> None:
@@ -162,14 +163,26 @@ class Backward(BackwardOnly):
         def with_inputs(other: Call) -> run.Backward:
             return Backward(p, other).backward
 
+        grads = [TokenMajor(x.shape, x) for x in (call.q, call.k, call.v)]
+        #: Of q, k, v, dk and dv.
+        self._layouts = [
+            self._layout(call.q, ROWS),
+            self._layout(call.k, KEYS, key_columns(dim)),
+            self._layout(call.v, KEYS),
+            *[layout_of(x.shape, x.strides, self.flags.dtype, HALF) for x in grads[1:]],
+        ]
         #: See `backends.base.Kernel.backward`.
-        self.backward: run.Backward = run.Run(p, call, self.flags, self._memory, self._bounds, self._room, with_inputs)
+        self.backward: run.Backward = run.Run(p, call, grads, self._memory, self._bounds, self._room, with_inputs)
         if loads:
             if self._bounds is not None:
                 prepare(self._bounds.launches(call))
             out = token_major(call.q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
             prepare(self._launches(call, out))
             self._function = store.shared.function(self.flags, device.index)
+
+    def _layout(self, x: Tensor, rows: int, columns: int = 0) -> Layout:
+        """Of tensors that lie as `x`."""
+        return layout_of(x.shape, x.stride(), self.flags.dtype, rows, columns)
 
     def others(self, call: Call, out: Tensor) -> list[FlagSet]:
         """The binaries beside the main kernel's. out: as the forward returns it."""
@@ -199,7 +212,6 @@ class Backward(BackwardOnly):
         """This thread's, for tensors that lie as these."""
         p, dim, dtype = self._problem, self.flags.dim, self.flags.dtype
         assert self._function is not None
-        main = self._arguments.room(self._function, self._programs, self._device)
         pieces = self._memory.cut(torch.empty(self._memory.total, dtype=torch.uint8, device="meta"))
         sinks = None if call.sinks is None else call.sinks.new_empty(0, device="meta")
         before = self._prepare_tensors(pieces, out, grad_out, lse, grad_lse, sinks, call.q)
@@ -208,22 +220,25 @@ class Backward(BackwardOnly):
         pointers = [(name, 0) for name in ("dq", "dkv", "counters", "bounds", "extents")]
         if self._bounds is not None and self._bounds.keys is not None:
             pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
-        clean = None
         extents = None
+        of_q, of_k, of_v, of_dk, of_dv = self._layouts
+        rows = Row(pieces["rows"].numel(), ROWS)
+        layouts: list[Any] = [of_q, self._layout(grad_out, ROWS), of_k, of_v, rows, of_dk, of_dv]
+        mapped = [("rows", 4)]
         if self._extents is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
-            clean = layout_of(shape, _contiguous(shape), dtype, ROWS)
+            layouts += 2 * [layout_of(shape, _contiguous(shape), dtype, ROWS)]
+            mapped += [("clean_q", 7), ("clean_grad_out", 8)]
             extents = self._extents.room(_extents_tensors(pieces)), _EXTENTS_OF
+        main = self._arguments.room(self._function, self._programs, self._device, [layout.map() for layout in layouts])
         return Room(
             main,
             (launcher.room(before), _present(_BEFORE, before)),
             extents,
             (self._finish.room(after, (call.scale,)), _present(_AFTER, after)),
             pointers,
-            (pieces["rows"].numel(), ROWS),
-            clean,
+            mapped,
             self._memory,
-            run.layout(grad_out, dtype, ROWS),
         )
 
     def _prepare(self, out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, q: Tensor) -> Any:

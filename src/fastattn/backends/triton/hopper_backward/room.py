@@ -8,9 +8,8 @@ from typing import Any
 
 from ...scratch import Pieces
 from ..binaries import launcher
-from ..cuda_driver import Description
+from ..cuda_driver import MAP_WORDS
 from ..hopper import arguments
-from ..hopper.tensors import Layout, describe_row
 
 #: Of a plain kernel: its arguments, and for each of its pointers what it is.
 Plain = tuple[launcher.Room, Sequence[str]]
@@ -19,13 +18,12 @@ Plain = tuple[launcher.Room, Sequence[str]]
 class Room:
     """Arguments of launches for calls whose tensors lie alike.
 
-    A call writes the addresses of its tensors (`places` of `main`, `values` of the others; `slots` says where), `move`
+    A call writes the addresses of its tensors (`maps` of `main`, `values` of the others; `slots` says where), `move`
     those in its memory where that is not the last call's, `scale` the factors where they are others.
     """
 
     __slots__ = (
-        "_descriptions", "_held", "_in_memory", "extents", "finish", "grad_out", "grads", "main", "memory", "prepare",
-        "reads_more", "scale", "slots",
+        "_in_memory", "extents", "finish", "grads", "main", "memory", "prepare", "reads_more", "scale", "slots",
     )  # fmt: skip
 
     def __init__(
@@ -35,14 +33,12 @@ class Room:
         extents: Plain | None,
         finish: Plain,
         pointers: Sequence[tuple[str, int]],
-        rows: tuple[int, int],
-        clean: Layout | None,
+        mapped: Sequence[tuple[str, int]],
         pieces: Pieces,
-        grad_out: Layout,
     ) -> None:
-        """pointers: of the main kernel, each the name of a piece of the memory and a place in it, in bytes. rows: how
-        many numbers "rows" holds, and of one box. clean: of "clean_q" and "clean_grad_out". grad_out: of dO."""
-        self.main, self.prepare, self.finish, self.grad_out = main, prepare[0], finish[0], grad_out
+        """pointers: of the main kernel, each the name of a piece of the memory and a place in it, in bytes.
+        mapped: those that have maps, and which."""
+        self.main, self.prepare, self.finish = main, prepare[0], finish[0]
         self.extents: Any = None if extents is None else extents[0]
         starts = {name: place[0] for name, place in pieces.at.items()}
         #: For each pointer into the memory its array and place there, and where it points to.
@@ -56,24 +52,13 @@ class Room:
                     self._in_memory.append((room.values, i, starts[name]))
                 else:
                     self.slots[name] = i
-        at = main.described
-        self._descriptions: list[tuple[int, int, Any]] = [(at[4], starts["rows"], rows)]
-        if clean is not None:
-            self._descriptions += [(at[7], starts["clean_q"], clean), (at[8], starts["clean_grad_out"], clean)]
+        self._in_memory += [(main.maps, MAP_WORDS * i, starts[name]) for name, i in mapped]
         self.grads = self.slots["grad_q"]  #: of the last kernel: the first of three gradients
         self.reads_more = bool({"grad_lse", "given_sinks", "q"} & self.slots.keys())
         self.memory, self.scale = 0, math.nan
-        self._held: list[Description] = []
 
     def move(self, memory: int) -> None:
         """Writes where the pieces of the memory are. memory: its address."""
         for array, i, start in self._in_memory:
             array[i] = memory + start
-        held = []
-        for i, start, what in self._descriptions:
-            address = memory + start
-            found = what.describe(address) if isinstance(what, Layout) else describe_row(address, *what)
-            self.main.places[i] = found.address
-            held.append(found)
-        self._held = held  # the places hold their addresses
         self.memory = memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
-from ...layout import ALIGNMENT, TokenMajor, readable, realigned
+from ...layout import ALIGNMENT, Fresh, readable, realigned
 from ...scratch import Pieces, scratch
 from ..arguments import score_factors
 from ..bounds import Bounds
-from ..hopper.arguments import TENSOR
-from ..hopper.tensors import Layout, brought, fits, known, layout_of
-from .binary import HALF, KEYS, ROWS, Flags, key_columns
+from ..cuda_driver import MAP_WORDS
+from ..hopper.tensors import brought, fits
 from .room import Room
 
 _LOG2_E = math.log2(math.e)
-_DK, _DV = 4 * TENSOR + 3, 5 * TENSOR + 3  #: arguments; before them is a description of one dim
+#: Of the main kernel's maps, in order: see `Room.maps`.
+_Q, _GRAD_OUT, _K, _V, _, _DK, _DV = range(0, 7 * MAP_WORDS, MAP_WORDS)
 
 #: Of a call, output, log-sum-exp, and gradients of these two.
 Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
@@ -31,11 +31,6 @@ Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
 def _address(x: Tensor) -> int:
     """Where a log-sum-exp's gradient lies; no multiple of 16 where a copy is to be read, whose strides are others."""
     return x.data_ptr() if x.dtype is torch.float32 else 1
-
-
-def layout(x: Tensor, dtype: str, rows: int, columns: int = 0) -> Layout:
-    """Of tensors that lie as `x`."""
-    return layout_of(x.shape, x.stride(), dtype, rows, columns)
 
 
 class _Rooms(threading.local):
@@ -50,22 +45,22 @@ class Run:
     call to call."""
 
     __slots__ = (
-        "_bounds", "_copies", "_device", "_grads", "_layouts", "_make_room", "_memory", "_of_copies", "_problem",
-        "_rooms", "_where", "_with_inputs",
+        "_bounds", "_copies", "_device", "_grads", "_make_room", "_memory", "_of_copies", "_problem", "_rooms",
+        "_where", "_with_inputs",
     )  # fmt: skip
 
     def __init__(
         self,
         problem: Problem,
         call: Call,
-        flags: Flags,
+        grads: Sequence[Fresh],
         memory: Pieces,
         bounds: Bounds | None,
         make_room: Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Room],
         with_inputs: Callable[[Call], Backward],
     ) -> None:
-        """memory: what one call's holds. make_room: for tensors that lie as these, in this thread. with_inputs: the
-        backward of calls whose q, k and v lie as those of this one."""
+        """grads: what makes those of q, k and v. memory: what one call's holds. make_room: for tensors that lie as
+        these, in this thread. with_inputs: the backward of calls whose q, k and v lie as those of this one."""
         self._problem, self._memory, self._bounds = problem, memory, bounds
         self._make_room, self._with_inputs = make_room, with_inputs
         self._where, self._device = call.q.device, call.q.device.index
@@ -73,11 +68,7 @@ class Run:
         self._copies = not all([fits(x) for x in inputs])
         self._of_copies: dict[Any, Backward] = {}
         self._rooms = _Rooms()
-        self._grads = [TokenMajor(x.shape, x) for x in inputs]
-        boxes = (ROWS, 0), (KEYS, key_columns(flags.dim)), (KEYS, 0)
-        of_inputs = [layout(x, flags.dtype, *box) for x, box in zip(inputs, boxes, strict=True)]
-        of_grads = [layout_of(x.shape, x.strides, flags.dtype, HALF) for x in self._grads[1:]]
-        self._layouts = *of_inputs, *of_grads  #: of q, k, v, dk, dv
+        self._grads = grads
 
     def __call__(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """See `backends.base.Kernel.backward`."""
@@ -108,17 +99,8 @@ class Run:
         values = room.prepare.values
         values[0], values[1], values[2] = o, g, r
         room.prepare.launch(stream)
-        of_q, of_k, of_v, of_dk, of_dv = self._layouts
-        of_grad_out, places, a, b = room.grad_out, room.main.places, dk.data_ptr(), dv.data_ptr()
-        # Descriptions are held until the launch: their cache may drop them meanwhile.
-        d0 = known((q, of_q)) or of_q.describe(q)
-        d1 = known((g, of_grad_out)) or of_grad_out.describe(g)
-        d2 = known((k, of_k)) or of_k.describe(k)
-        d3 = known((v, of_v)) or of_v.describe(v)
-        d4 = known((a, of_dk)) or of_dk.describe(a)
-        d5 = known((b, of_dv)) or of_dv.describe(b)
-        places[0], places[TENSOR], places[2 * TENSOR] = d0.address, d1.address, d2.address
-        places[3 * TENSOR], places[_DK], places[_DV] = d3.address, d4.address, d5.address
+        maps, a, b = room.main.maps, dk.data_ptr(), dv.data_ptr()
+        maps[_Q], maps[_GRAD_OUT], maps[_K], maps[_V], maps[_DK], maps[_DV] = q, g, k, v, a, b
         room.main.launch(stream)
         values, i = room.finish.values, room.grads
         values[i], values[i + 1], values[i + 2] = dq.data_ptr(), a, b

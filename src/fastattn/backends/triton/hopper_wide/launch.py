@@ -22,7 +22,7 @@ from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch, flag_sets, prepare
 from ..binaries.policy import mode
 from ..decode.combination import combination
-from ..hopper.arguments import Arguments, Room
+from ..hopper.arguments import FIRST, SECOND, THIRD, Arguments, Room
 from ..hopper.limits import DTYPES, refusals, sides
 from ..hopper.tensors import brought, fits, layout_of
 from ..limits import sm_count
@@ -186,12 +186,8 @@ class Forward:
                 x = x.contiguous()
                 held.append(x)
                 pointers[i] = x.data_ptr()
-        of_q, of_k, of_v = self._layouts
-        described = [of_q.describe(q)] * (1 + self._flags.rest) + [of_k.describe(k)] * (1 + self._flags.rest)
-        if not self._flags.same:
-            described.append(of_v.describe(v))
-        for place, description in zip(room.described, described, strict=True):
-            room.places[place] = description.address
+        maps = room.maps
+        maps[FIRST], maps[SECOND], maps[THIRD] = q, k, v
         if call.scale != room.scale:
             self._put_scale(call.scale, room)
         room.launch(torch_internals.raw_stream(self._device))
@@ -203,7 +199,10 @@ class Forward:
 
     def _room(self) -> Room:
         """This thread's."""
-        found = self._arguments.room(self._function, self._programs, self._device)
+        parts = 1 + self._flags.rest  # of a head dim
+        uses = [0] * parts + [1] * parts + [2] * (not self._flags.same)
+        maps = [layout.map() for layout in self._layouts]
+        found = self._arguments.room(self._function, self._programs, self._device, maps, uses)
         self._local.__dict__["room"] = found
         return found
 
