@@ -458,4 +458,7 @@ def child(program: str, name: str, count: int, seed: int) -> subprocess.Complete
 
 if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the reference would not be deterministic
+    from fastattn.backends.triton.hopper import segments
+
+    segments.LEAST_QUERIES = 0  # short segments have tiles of their own, too: the kind "mask-intervals" has the bounds
     sys.exit(main(__doc__, __file__, KINDS, needed, run_kind))

@@ -222,6 +222,13 @@ MUTATIONS = (
         _LAUNCHES,
     ),
     Mutation(
+        "dQ of a tile that sees nothing is a sum that nobody cleared",
+        "backends/triton/hopper_backward/finish.py",
+        "mask=of_all == 0",
+        "mask=of_all >= 0",
+        _BACKWARD,
+    ),
+    Mutation(
         "a backward takes the scale of the one before",
         "backends/triton/hopper_backward/run.py",
         "if call.scale != room.scale:",

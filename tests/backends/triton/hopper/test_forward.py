@@ -12,9 +12,9 @@ from hopper_masks import ROWS
 
 from fastattn.backends.base import NotReady
 from fastattn.backends.triton.binaries.store import Binaries
-from fastattn.backends.triton.hopper import HopperBackend, launch, tensors
+from fastattn.backends.triton.hopper import HopperBackend, launch, segments, tensors
 from fastattn.backends.triton.hopper.binary import ALIGNED, BAND, BLOCKS, FULL, INTERVALS, SEGMENTS, Flags
-from fastattn.backends.triton.hopper.segments import MOST_SEGMENTS
+from fastattn.backends.triton.hopper.segments import LEAST_QUERIES, MOST_SEGMENTS
 from fastattn.call import Call, Problem
 
 #: Kinds of masks of `Problem`, by the names of `hopper_masks`; the others are Segments.
@@ -141,16 +141,27 @@ def test_segments_share_binaries() -> None:
         for band in ({}, {"right": 0}, {"left": 100, "right": 0}):
             p = problem(mask="segments", mask_shape=(5, count), batch=batch, kv_len=kv_len, q_len=kv_len, **band)
             assert launch.flags(p) == Flags("bf16", (128, 128), SEGMENTS, short=short)
-            assert {x.short for x in launch.all_flags(p)} == {False, True}
-    for count, mask in ((MOST_SEGMENTS, SEGMENTS), (MOST_SEGMENTS + 1, INTERVALS)):
-        p = problem(mask="segments", mask_shape=(5, count), kv_len=8192, q_len=8192)
+            for mask in SEGMENTS, INTERVALS:  # which of them is a matter of lengths, too
+                assert {x.short for x in launch.all_flags(p) if x.mask == mask} == {False, True}
+    wide = problem(mask="segments", mask_shape=(5, 50), q_len=8192, kv_len=8192, head_dim=256, value_dim=256)
+    assert launch.all_flags(wide) == [Flags("bf16", (256, 256), mask) for mask in (SEGMENTS, INTERVALS)]
+
+
+def test_short_segments_and_many_go_by_the_bounds_of_rows() -> None:
+    few = {SEGMENTS, INTERVALS}
+    for batch, q_len, count, mask, masks in (
+        (1, 50 * LEAST_QUERIES, 50, SEGMENTS, few),
+        (1, 50 * LEAST_QUERIES - 1, 50, INTERVALS, few),
+        (2, 25 * LEAST_QUERIES, 50, SEGMENTS, few),
+        (1, MOST_SEGMENTS * LEAST_QUERIES, MOST_SEGMENTS, SEGMENTS, few),
+        (1, 2 * MOST_SEGMENTS * LEAST_QUERIES, MOST_SEGMENTS + 1, INTERVALS, {INTERVALS}),
+    ):
+        p = problem(mask="segments", mask_shape=(5, count), batch=batch, kv_len=q_len, q_len=q_len)
         assert launch.reasons(p) == [] and launch.flags(p).mask == mask
-        assert {x.mask for x in launch.all_flags(p)} == {mask}
+        assert {x.mask for x in launch.all_flags(p)} == masks
         kernels = [getattr(x, "kernel", "") for x in launch.binaries_of(p)]
-        assert any("segment_tiles" in name for name in kernels) == (mask == SEGMENTS)
-        assert any("bounds_kernel:order" in name for name in kernels) == (mask == INTERVALS)
-    wide = problem(mask="segments", mask_shape=(5, 50), head_dim=256, value_dim=256)
-    assert launch.all_flags(wide) == [Flags("bf16", (256, 256), SEGMENTS)]
+        assert any("segment_tiles" in name for name in kernels) == (SEGMENTS in masks)
+        assert any("bounds_kernel:order" in name for name in kernels)
 
 
 def test_rows_of_segments_are_int32() -> None:
@@ -261,8 +272,9 @@ def test_layouts_that_the_copy_engine_reads() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_cases_are_what_their_kind_says(name: str) -> None:
+def test_cases_are_what_their_kind_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the GPU test draws reaches the binary that it is to test."""
+    monkeypatch.setattr(segments, "LEAST_QUERIES", 0)  # as the cases' program does
     kind = KINDS[name]
     for i in range(COUNT):
         case = draw(kind, random.Random(f"{name} {i}"), i)

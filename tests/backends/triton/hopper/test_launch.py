@@ -16,6 +16,7 @@ from torch import Tensor
 import fastattn
 from fastattn import Intervals, Segments
 from fastattn.backends.triton.bounds import Bounds
+from fastattn.backends.triton.hopper import segments
 from fastattn.call import Call, Problem
 from fastattn.shape_cache import shape_cache
 
@@ -162,12 +163,14 @@ def test_what_else_is_read(gpu: HopperGpu) -> None:
 
 
 KERNELS = ("key_bias_kernel", "bounds_kernel", "order_kernel", "segment_tiles_kernel")
-OF_KIND = {"segments": KERNELS[3:], "intervals": KERNELS[1:3]}
+OF_KIND = {"segments": KERNELS[3:], "short segments": KERNELS[1:3], "intervals": KERNELS[1:3]}
 
 
-@pytest.mark.parametrize("kind", ["bool", "bias", "misaligned", "lengths", "segments", "intervals"])
-def test_masks(kind: str, gpu: HopperGpu) -> None:
+@pytest.mark.parametrize("kind", ["bool", "bias", "misaligned", "lengths", "segments", "short segments", "intervals"])
+def test_masks(kind: str, gpu: HopperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels before the main one write to the memory that it reads, from the call's tensors."""
+    if kind == "segments":
+        monkeypatch.setattr(segments, "LEAST_QUERIES", 0)
     held = []
     for turn in range(4):
         q, k, v = inputs()
@@ -181,7 +184,7 @@ def test_masks(kind: str, gpu: HopperGpu) -> None:
             options["mask"] = wanted["mask_ptr"] = torch.randn(B * S + 3)[turn % 3 :][: B * S].view(B, 1, 1, S)
         if kind == "lengths":
             options["kv_lengths"] = wanted["kv_lengths_ptr"] = ints(S, 7)
-        if kind == "segments":
+        if "segments" in kind:
             table = wanted["table_ptr"] = ints(0, 0, 9, 1, 2, 9).view(2, 3).T.contiguous()
             options["mask"] = Segments(table, True)
         if kind == "intervals":

@@ -14,6 +14,7 @@ import naive
 from hopper_masks import MASKS, ROWS, draw, hidden, unseen
 
 from fastattn import Segments
+from fastattn.backends.triton.hopper import segments
 from fastattn.call import Call
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
@@ -119,6 +120,11 @@ def test_a_causal_call_under_a_mask_that_hides_nothing(kv_len: int, seed: int) -
     torch.testing.assert_close(lse.double(), expected.lse, atol=1e-3, rtol=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def short_segments_have_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "LEAST_QUERIES", 0)
+
+
 #: By name: segments one after another, as queries, keys, and room that is in none, of both.
 LENGTHS = {
     "tiny": [(n, n, 0) for n in (1, 2, 3, 1, 3, 129, 2, 1, 0, 127, 3, 128)],
@@ -139,9 +145,7 @@ def test_segments(name: str, window: tuple[int, int], seed: int) -> None:
 @pytest.mark.parametrize("name", LENGTHS)
 def test_more_segments_than_tiles_are_made_for(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the bounds of rows, to the same result."""
-    from fastattn.backends.triton.hopper import launch
-
-    monkeypatch.setattr(launch, "MOST_SEGMENTS", 0)
+    monkeypatch.setattr(segments, "MOST_SEGMENTS", 0)
     check_segments(name, (-1, 0), seed)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,36 @@ def test_few_programs_are_split() -> None:
     assert choose(Sizes(1, 8, 4, 1000, 1000, 128, True)).split > 1
     assert choose(Sizes(64, 16, 1, 257, 257, 64, False)).split == 1
     assert choose(Sizes(16, 8, 4, 1000, 1000, 128, True)).split == 1
+
+
+def _slowest(sizes: Sizes, choice: Choice, lengths: list[int]) -> float:
+    """Steps of the processor that is done last, over an even share, in a left-padded batch of such lengths. A program
+    begins as soon as a processor is free."""
+    heads, tiles = sizes.kv_heads * choice.split, -(-sizes.q_len // 64)
+    done = [0.0] * sizes.processors
+    start, work = 0, 0.0
+    while start < sizes.batch * heads:
+        section = choice.section if start < choice.sections * choice.section else sizes.batch * heads - start
+        for block in range(-(-sizes.kv_len // 128)):
+            for at in range(start, start + section):
+                first = max(block * 128, sizes.kv_len - lengths[at // heads])
+                steps = 0.3  # to find that there is nothing to do
+                if first < block * 128 + 128:
+                    steps = (tiles - first // 64) * sizes.group / choice.split + 3.4
+                work += steps
+                heapq.heappush(done, heapq.heappop(done) + steps)
+        start += section
+    return max(done) / (work / sizes.processors)
+
+
+def test_padded_batches_end_together() -> None:
+    """Also where the longest entries come last: programs of the last section are not all that is left."""
+    sizes = Sizes(8, 8, 4, 2048, 2048, 128, True, ragged=True)
+    lengths = [512 + i * 1536 // 7 for i in range(8)]
+    for given in (lengths, lengths[::-1], [2048] * 8):
+        assert _slowest(sizes, choose(sizes), given) < 1.05
+    even = replace(sizes, ragged=False)
+    assert _slowest(even, choose(even), lengths) > 1.08  # what it is for
 
 
 def test_a_choice_can_be_forced() -> None:

@@ -39,7 +39,7 @@ from .binary import (
     Flags,
 )
 from .limits import DTYPES, refusals, sides
-from .segments import MOST_ROWS, MOST_SEGMENTS, SegmentTiles
+from .segments import LEAST_QUERIES, MOST_ROWS, MOST_SEGMENTS, SegmentTiles, pays
 from .tensors import brought, brought_mask, fits, layout_of, mask_layout, once
 
 _LOG2_E = math.log2(math.e)
@@ -76,7 +76,7 @@ def flags(p: Problem, sinks_dtype: torch.dtype | None = None) -> Flags:
     lengths = p.q_lengths or p.kv_lengths
     rows = p.masked_rows
     short = p.kv_len <= SHORT
-    if p.mask == "segments" and p.mask_shape[1] <= MOST_SEGMENTS:
+    if p.mask == "segments" and pays(p):
         mask = SEGMENTS
         # Or of a segment, where the tensor is full of them; twice as many as the mean: some are longer.
         short = short or 2 * p.batch * p.kv_len <= SHORT * p.mask_shape[1]
@@ -112,8 +112,9 @@ def all_flags(p: Problem) -> list[Flags]:
     lengths = [(p.q_len, p.kv_len), (1, SHORT), (SHORT, SHORT), (1, SHORT + 1), (SHORT + 1, SHORT + 1)]
     if p.masked_rows:
         lengths[1:] = [(2, LISTED_KEYS - 1), (2, LISTED_KEYS)]
-    if p.mask == "segments":  # long ones, however many there are: see `flags`
-        lengths.append((1, SHORT * (p.mask_shape[1] + 1)))
+    if p.mask == "segments" and p.mask_shape[1] <= MOST_SEGMENTS:  # long ones, however many there are: see `flags`
+        many = LEAST_QUERIES * (p.mask_shape[1] + 1)
+        lengths += [(many, SHORT), (many, SHORT * (p.mask_shape[1] + 1))]
     return list(dict.fromkeys([own, *(flags(replace(p, q_len=q, kv_len=kv)) for q, kv in lengths)]))
 
 
@@ -121,11 +122,12 @@ def binaries_of(p: Problem) -> list[FlagSet]:
     """All that calls like this one need, its own main kernel first."""
     own, call = flags(p), representative(p)
     found: list[FlagSet] = [*all_flags(p)]
-    if own.mask == INTERVALS:
+    masks = {x.mask for x in all_flags(p)}
+    if INTERVALS in masks:
         found += flag_sets(Bounds(p, call, TILE, ordered=True).launches(call))
-    elif own.mask == SEGMENTS:
+    if SEGMENTS in masks:
         found += flag_sets(SegmentTiles(p, call, TILE, sides(p)).launches(call))
-    elif own.tiles:
+    if own.tiles:
         found += flag_sets(_lists_of(p, call, own).launches(call))
     return list(dict.fromkeys(found))
 

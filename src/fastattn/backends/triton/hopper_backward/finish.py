@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .prepare import hidden
+
 FINISH_INTEGERS = ["batch", "heads", "kv_heads", "q_len", "kv_len", "tiles", "blocks", "dim8", "value8"]
 
 
@@ -16,6 +18,7 @@ FINISH_INTEGERS = ["batch", "heads", "kv_heads", "q_len", "kv_len", "tiles", "bl
 def finish_kernel(
     dq_sum_ptr,  # float32 [B * Hq * tiles, 64 * DIM]
     dkv_sum_ptr,  # float32 [2, B * Hkv * blocks, 128 * DIM], dV first; or None
+    rows_ptr,  # float32 [B * Hq * tiles, 2, 64], see `prepare.py`; or None, where no query sees nothing
     dq_ptr,  # [B, Sq, Hq, D], contiguous
     dk_ptr,  # [B, Skv, Hkv, D]
     dv_ptr,
@@ -36,7 +39,13 @@ def finish_kernel(
     row = tl.arange(0, 64)
     of_queries = batch * heads * tiles
     if pid < of_queries:
-        x = tl.load(dq_sum_ptr + pid.to(tl.int64) * (64 * DIM) + tl.arange(0, 64 * DIM)) * factor
+        at = dq_sum_ptr + pid.to(tl.int64) * (64 * DIM) + tl.arange(0, 64 * DIM)
+        if rows_ptr is None:
+            x = tl.load(at) * factor
+        else:
+            # Of a tile without keys there is no sum.
+            of_all = hidden(tl.load(rows_ptr + pid.to(tl.int64) * 128 + row)) + tl.zeros([64 * DIM], tl.int32)
+            x = tl.load(at, mask=of_all == 0, other=0.0) * factor
         # Half of the dims, eight columns, warp, row, pair of columns, row + 8, column: see `sums.place`.
         x = tl.reshape(x.to(dq_ptr.dtype.element_ty), [2, DIM // 16, 4, 8, 4, 2, 2])
         x = tl.reshape(tl.permute(x, [2, 5, 3, 0, 1, 4, 6]), [64, DIM])

@@ -80,7 +80,7 @@ def sizes(p: Problem, processors: int = 132) -> Sizes:
     left = p.left if p.left >= 0 else -1
     return Sizes(
         p.batch, p.kv_heads, p.group, p.q_len, p.kv_len, dim, p.causal or p.mask == "segments", left, processors,
-        p.deterministic,
+        p.deterministic, p.mask == "segments" or p.q_lengths or p.kv_lengths,
     )  # fmt: skip
 
 
@@ -282,7 +282,8 @@ def _extents_tensors(pieces: dict[str, Tensor]) -> list[Tensor | None]:
 
 
 def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor | None]:
-    return [pieces["dq"], pieces.get("dkv"), dq, dk, dv]
+    rows = pieces["rows"] if "bounds" in pieces else None
+    return [pieces["dq"], pieces.get("dkv"), rows, dq, dk, dv]
 
 
 #: What the tensors are, the pieces of the memory by their names.
@@ -291,7 +292,7 @@ _BEFORE = (
     "out", "grad_out", "lse", "grad_lse", "given_sinks", "q", "bounds", "extents", "clean_q", "clean_grad_out", "rows",
     "dq", "dkv", "sinks", "counters",
 )  # fmt: skip
-_AFTER = "dq", "dkv", "grad_q", "grad_k", "grad_v"
+_AFTER = "dq", "dkv", "rows", "grad_q", "grad_k", "grad_v"
 
 
 def _present(names: Sequence[str], tensors: Sequence[Tensor | None]) -> list[str]:

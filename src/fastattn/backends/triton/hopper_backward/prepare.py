@@ -2,11 +2,12 @@
 
 - delta = rowsum(dO * O) - dlse and the log-sum-exp in base 2, side by side, `[B * Hq * tiles, 2, ROWS]`: first the
   log-sum-exp. It is +inf in rows past the tensor and in those that see nothing: their P is 0.
-- Zeros where the main kernel adds, and in its counters (`order.py`).
+- Zeros where the main kernel adds, and in its counters (`order.py`). Not in dQ's sums of a tile whose rows all see
+  nothing, which `finish.py` does not read: a padded batch would be written, and read, to its full length.
 - The sinks' gradient, -sum exp(sink - lse) * delta, of each tile.
 - With bounds of rows: copies of the queries and dO of tiles in which some query sees nothing, with 0 in those. What is
   in these rows may be NaN, which a P of 0 does not make 0 in a product. Tiles in which none sees anything are among
-  them: between two tiles that see a block of keys, the main kernel visits them too. A mask of keys may hide all that a
+  them where the main kernel visits them, between two tiles that see a block of keys. A mask of keys may hide all that a
   query has within its bounds: then the log-sum-exp tells, with a sink the output, which is 0.
 """
 
@@ -25,6 +26,25 @@ PREPARE_INTEGERS = [
     "batch", "heads", "q_len", "tiles", "blocks", "zeros", "dim8", "value8", "o_b", "o_h", "o_s", "g_b", "g_h", "g_s",
     "q_b", "q_h", "q_s", "l_b", "l_h", "l_s", "d_b", "d_h", "d_s",
 ]  # fmt: skip
+
+
+@triton.jit
+def hidden(lse):
+    """1 where all of a tile's rows see nothing, else 0. lse: what is stored of them."""
+    return tl.min((lse == float("inf")).to(tl.int32), 0)
+
+
+@triton.jit
+def visited(extents_ptr, b, m, blocks):
+    """1 where the main kernel visits tile m of batch entry b, else 0."""
+    found = 0
+    for start in range(0, blocks, 64):
+        n = start + tl.arange(0, 64)
+        at = extents_ptr + (b.to(tl.int64) * blocks + n) * 4
+        first = tl.load(at, mask=n < blocks, other=0)
+        end = tl.load(at + 1, mask=n < blocks, other=0)
+        found = tl.maximum(found, tl.max(((first <= m) & (m < end)).to(tl.int32), 0))
+    return found
 
 
 @triton.jit(do_not_specialize=PREPARE_INTEGERS)
@@ -82,7 +102,8 @@ def prepare_kernel(
         tl.store(counters_ptr + pid, 0)
         for i in range(pid, zeros // (2 * KEYS * DIM // _ZEROS) + 1, tl.num_programs(0)):
             tl.store(counters_ptr + tl.num_programs(0) + i, 0)
-    tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
+    if bounds_ptr is None:
+        tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
     bh = pid // tiles
     m = pid - bh * tiles
     b = bh // heads
@@ -128,16 +149,22 @@ def prepare_kernel(
     pair = rows_ptr + place * (2 * ROWS) + row
     if BIASED:
         lse = tl.maximum(lse, _LEAST)  # finite in base 2, also where the mask is as low as can be
-    tl.store(pair, tl.where(seeing, lse * _LOG2_E, float("inf")))
+    lse = tl.where(seeing, lse * _LOG2_E, float("inf"))
+    tl.store(pair, lse)
     tl.store(pair + ROWS, tl.where(seeing, delta, 0.0))
     if bounds_ptr is not None:
+        needed = 1
+        if hidden(lse) > 0:
+            needed = visited(extents_ptr, b, m, blocks)
+        else:
+            tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
         some = tl.sum(seeing.to(tl.int32), 0)
         holes = (some < tl.sum(there.to(tl.int32), 0)).to(tl.int32)
         if BIASED:
             tl.store(extents_ptr + batch.to(tl.int64) * (blocks * (4 + KEYS) + tiles) + pid, holes)
         elif h == 0:
             tl.store(extents_ptr + batch.to(tl.int64) * blocks * 4 + b * tiles + m, holes)
-        if holes > 0:
+        if holes * needed > 0:
             copy = place * (ROWS * DIM) + row[:, None] * DIM + c[None, :]
             tl.store(clean_grad_out_ptr + copy, grad_out)
             q_at = b64 * (q_b * 8) + h.to(tl.int64) * (q_h * 8) + i64[:, None] * (q_s * 8) + c[None, :]

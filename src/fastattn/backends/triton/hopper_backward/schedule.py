@@ -24,6 +24,7 @@ _ALONE = 0.67  #: of a step, where no two programs work on the same heads, and a
 _TAIL = 0.14  #: of the longest program: how long processors wait at the end, if the last section is small
 _UNPAIRED = 0.145  #: as well, with one to two of the longest programs to a processor: short ones leave gaps
 _TAIL_OF_EQUAL = 0.5  #: as well, where all programs are as long
+_RAGGED = 3.0  #: times the tail, where batch entries have their own lengths: the longest may be in the last section
 _BEHIND = 1.0  #: steps that a block is behind the one before it, where additions have an order: assumed, not fitted
 
 
@@ -47,6 +48,7 @@ class Sizes:
     left: int = -1  #: of a window
     processors: int = 132
     ordered: bool = False  #: additions have an order: see `order.py`
+    ragged: bool = False  #: which of the tokens are there is data
 
 
 _forced: dict[str, int] = {}
@@ -142,7 +144,8 @@ def _tail(s: Sizes, c: Choice, longest_programs: float) -> float:
     if not s.triangular:
         return _TAIL_OF_EQUAL * min(1.0, s.batch * s.kv_heads * c.split * blocks(s) / s.processors)
     unpaired = max(0.0, 4 * (longest_programs - 1) * (2 - longest_programs))  # 1 in the middle
-    return max(_TAIL / max(1.0, waves / 1.5), _UNPAIRED * unpaired)
+    tail = _TAIL * (_RAGGED if s.ragged else 1.0)
+    return max(tail / max(1.0, waves / 1.5), _UNPAIRED * unpaired)
 
 
 def _together(s: Sizes, c: Choice) -> float:
