@@ -18,7 +18,7 @@ from ..arguments import score_factors
 from ..bounds import Bounds
 from ..hopper.arguments import TENSOR
 from ..hopper.tensors import Layout, brought, fits, known, layout_of
-from .binary import HALF, KEYS, ROWS, Flags, key_columns
+from .binary import HALF, ROWS, Flags, key_columns, keys_of
 from .room import Room
 
 _LOG2_E = math.log2(math.e)
@@ -74,7 +74,8 @@ class Run:
         self._of_copies: dict[Any, Backward] = {}
         self._rooms = _Rooms()
         self._grads = [TokenMajor(x.shape, x) for x in inputs]
-        boxes = (ROWS, 0), (KEYS, key_columns(flags.dim)), (KEYS, 0)
+        keys = keys_of(flags.dim)
+        boxes = (ROWS, 0), (keys, key_columns(flags.dim)), (keys, 0)
         of_inputs = [layout(x, flags.dtype, *box) for x, box in zip(inputs, boxes, strict=True)]
         of_grads = [layout_of(x.shape, x.strides, flags.dtype, HALF) for x in self._grads[1:]]
         self._layouts = *of_inputs, *of_grads  #: of q, k, v, dk, dv
