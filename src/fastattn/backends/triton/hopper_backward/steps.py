@@ -1,7 +1,7 @@
 """A consumer's way through the steps of its program in the Hopper backward: a tile of queries of a head each.
 
-Upwards through the tiles of one head, then of the next; with ORDERED downwards through the tiles, all heads of each: see
-`order.py`.
+Upwards through the tiles of one head, then of the next; with ORDERED downwards through the tiles, all heads of each:
+see `order.py`.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
@@ -13,9 +13,9 @@ from .masking import is_biased
 
 @gluon.jit
 def first_step(first, end, b, head, key, shape, cfg):
-    """Of the first step: the tile m of queries, and its number among all heads' tiles; where the bias of `key` is, with
-    BIASED. And what stays: how many steps there are; where the numbers of the program's heads end, with ORDERED; whether
-    biases say more than the bounds, with BIASED."""
+    """Of the first step: the tile m of queries, and its number among all heads' tiles; with BIASED where the bias of
+    `key` is. And what stays: how many steps there are; with ORDERED where the numbers of the program's heads end; with
+    BIASED not 0 where biases say more than the bounds."""
     m = first
     tile = (b * shape.heads + head) * shape.tiles + first
     steps = gl.maximum(end - first, 0) * shape.share
