@@ -5,9 +5,10 @@
 Times are medians in microseconds of GPU work of the backward alone, captured in CUDA graphs: "cold" with the L2 cache
 flushed before each call, "hot" over many calls in a row; "host" is what one call costs the CPU. Beside a call with a
 mask "dense" is a call with as many scores to compute and no mask; "deterministic" is the backward that serves under
-torch.use_deterministic_algorithms, and "portable" the one that did before it (`prefill`). With --tune each row of
-a grid of lengths is timed with every choice of split and sections (`schedule.py`), beside the choice that the kernel
-makes by itself. Rows that would begin after four minutes (with --tune eight) are left out, with a line.
+torch.use_deterministic_algorithms, and "portable" the one that did before it, and for head dims over 128 (`prefill`).
+With --tune each row of a grid of lengths is timed with every choice of split and sections (`schedule.py`), beside the
+choice that the kernel makes by itself. Rows that would begin after four minutes (with --tune eight) are left out, with
+a line.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ ROWS |= {
     for i, n in enumerate(drawn(20, 300, 8192, seed=b))
     for heads, kv_heads in [((32, 8), (16, 16))[i % 2]]
 }
+#: Head dims over 128.
+WIDE: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "256 causal B1 4096": ((1, 16, 8, 4096, 4096, 256), {"causal": True}),
+    "256 softcap B1 4096": ((1, 8, 4, 4096, 4096, 256), {"causal": True, "softcap": 50.0}),
+    "256 softcap B1 2048": ((1, 8, 4, 2048, 2048, 256), {"causal": True, "softcap": 50.0}),
+    "256 softcap window 4096 B1 8192": ((1, 8, 4, 8192, 8192, 256), {"causal": True, "softcap": 50.0, "left": 4095}),
+    "256 window 1024 B1 4096": ((1, 8, 4, 4096, 4096, 256), {"causal": True, "left": 1023}),
+    "256 full B2 2048": ((2, 16, 8, 2048, 2048, 256), {}),
+}
+ROWS |= WIDE
 DETERMINISTIC = "B1 2048", "B2 2048", "B1 8192", "full 24/24 4608", "D64 causal B2 2048"
 #: Of --tune: batch, query heads, K/V heads, lengths.
 GRID = [
@@ -162,6 +173,7 @@ def _rows(found: dict[str, Any], only: list[str], rounds: int) -> None:
         runs = {"ours": ours(call, out, lse, grad_out)}
         if name in DETERMINISTIC:
             runs["deterministic"] = deterministic(call, out, lse, grad_out)
+        if name in DETERMINISTIC or name in WIDE:
             runs["portable"] = portable(call, out, lse, grad_out)
         if same is not None:
             same_out, same_lse = forward_of(same)

@@ -47,7 +47,7 @@ class BackwardKind(Kind):
     ordered: bool = False  #: bits have to repeat
 
 
-_128, _64 = ((128, 128),), ((64, 64),)
+_128, _64, _256 = ((128, 128),), ((64, 64),), ((256, 256),)
 _KEYS = ("bool", "bias", "edge")
 KINDS = {
     "causal": BackwardKind(_128, "causal"),
@@ -109,6 +109,35 @@ KINDS = {
     "mask-keys-64-full": BackwardKind(_64, "full", torch.float16, masks=_KEYS),
     "mask-keys-64-everything": BackwardKind(
         _64, "window", kv_lengths=True, sinks=torch.bfloat16, softcap=True, masks=_KEYS, split=2, grad_lse=True
+    ),
+    "256": BackwardKind(_256, "causal"),
+    "256-full": BackwardKind(_256, "full", torch.float16),
+    "256-softcap": BackwardKind(_256, "causal", softcap=True),
+    "256-softcap-window": BackwardKind(_256, "window", softcap=True, sinks=torch.bfloat16, grad_lse=True),
+    "256-chunk": BackwardKind(_256, "chunk", torch.float16, softcap=True, grad_lse=True),
+    "256-right": BackwardKind(_256, "right"),
+    "256-padded": BackwardKind(((184, 184), (192, 192), (200, 176), (256, 136), (240, 256)), "chunk"),
+    "256-padded-full": BackwardKind(((184, 184), (192, 192), (224, 224)), "full"),
+    "256-split-1": BackwardKind(_256, "causal", split=1, softcap=True),
+    "256-split-2": BackwardKind(_256, "causal", split=2, softcap=True),
+    "256-split-full": BackwardKind(_256, "full", split=2),
+    "256-lengths": BackwardKind(_256, "chunk", q_lengths=True, kv_lengths=True, grad_lse=True),
+    "256-everything": BackwardKind(
+        _256, "window", torch.float16, q_lengths=True, kv_lengths=True, sinks=torch.float32, softcap=True,
+        grad_lse=True,
+    ),
+    "mask-256": BackwardKind(_256, "any", masks=("packed", "left", "gaps", "wild", "holes"), grad_lse=True),
+    "mask-256-intervals": BackwardKind(_256, "any", masks=("intervals", "entry", "chunks", "rooms"), softcap=True),
+    "mask-256-split": BackwardKind(_256, "any", torch.float16, masks=("packed", "left", "gaps", "holes"), split=2),
+    "mask-keys-256": BackwardKind(_256, "any", masks=_KEYS, grad_lse=True),
+    "mask-keys-256-everything": BackwardKind(
+        _256, "window", torch.float16, kv_lengths=True, sinks=torch.bfloat16, softcap=True, masks=_KEYS, split=2,
+        grad_lse=True,
+    ),
+    "ordered-256": BackwardKind(_256, "causal", ordered=True, softcap=True),
+    "ordered-256-split": BackwardKind(_256, "full", torch.float16, ordered=True, split=2),
+    "ordered-256-mask": BackwardKind(
+        _256, "any", ordered=True, masks=("packed", "gaps", "wild", "rooms", *_KEYS), softcap=True, grad_lse=True
     ),
     "ordered-causal": BackwardKind(_128, "causal", ordered=True),
     "ordered-full": BackwardKind(_128, "full", torch.float16, ordered=True),

@@ -34,6 +34,13 @@ NAMES = {f"{name}-{dim}": Flags("bf16", dim, mask) for name, mask in _MASKS.item
     "ordered-intervals-128": Flags("bf16", 128, INTERVALS, ordered=True),
     "ordered-causal-128-softcap": Flags("bf16", 128, CAUSAL, softcap=True, ordered=True),
     "ordered-biased-128-everything": Flags("fp16", 128, INTERVALS, softcap=True, split=True, biased=True, ordered=True),
+    "full-256": Flags("bf16", 256, FULL),
+    "causal-256-softcap": Flags("bf16", 256, CAUSAL, softcap=True),
+    "band-256-softcap-split": Flags("fp16", 256, BAND, softcap=True, split=True),
+    "intervals-256": Flags("bf16", 256, INTERVALS),
+    "biased-256-everything": Flags("fp16", 256, INTERVALS, softcap=True, split=True, biased=True),
+    "ordered-causal-256-softcap": Flags("bf16", 256, CAUSAL, softcap=True, ordered=True),
+    "ordered-biased-256-everything": Flags("fp16", 256, INTERVALS, softcap=True, split=True, biased=True, ordered=True),
     "ordered-biased-64-everything": Flags("fp16", 64, INTERVALS, softcap=True, split=True, biased=True, ordered=True),
 }
 

@@ -24,7 +24,10 @@ import fastattn
 
 FOLDERS = Path(fastattn.__file__).parent / "backends" / "triton"
 FILES = ("parts", "tiles", "turns", "masking", "softmax", "output", "producer", "consumer", "forward")
-BACKWARD_FILES = ("../hopper/turns", "parts", "tiles", "masking", "sums", "order", "producer", "consumer", "backward")
+BACKWARD_FILES = (
+    "../hopper/turns", "parts", "tiles", "masking", "steps", "sums", "order", "producer", "consumer", "wide_consumer",
+    "backward",
+)  # fmt: skip
 PATIENCE = 20.0  #: seconds; a wait that takes longer never ends
 
 
@@ -669,7 +672,7 @@ def backward(
     from dataclasses import replace
 
     from fastattn.backends.triton.hopper_backward import launch
-    from fastattn.backends.triton.hopper_backward.binary import HALF, INTERVALS, KEYS, ROWS
+    from fastattn.backends.triton.hopper_backward.binary import HALF, INTERVALS, ROWS, keys_of
     from fastattn.call import Problem
 
     p = replace(Problem.of(call), deterministic=ordered)
@@ -712,7 +715,7 @@ def backward(
     inner, scale = (call.scale / p.softcap, p.softcap * log2_e) if p.softcap else (1.0, call.scale * log2_e)
     arguments = {
         "q_desc": described(call.q, ROWS), "grad_out_desc": described(grad_out, ROWS),
-        "k_desc": described(call.k, KEYS), "v_desc": described(call.v, KEYS),
+        "k_desc": described(call.k, keys_of(flags.dim)), "v_desc": described(call.v, keys_of(flags.dim)),
         "rows_desc": FlatDescriptor(pieces["rows"].numpy(), ROWS),
         "dk_desc": described(dk, HALF), "dv_desc": described(dv, HALF),
         "clean_q_desc": clean[0], "clean_grad_out_desc": clean[1], "dq_sum_ptr": numbers("dq"),

@@ -368,7 +368,7 @@ MUTATIONS = (
         "a block does not wait for those before it to add",
         "backends/triton/hopper_backward/order.py",
         "if place > 0:",
-        "if place > KEYS:",
+        "if place > cfg.KEYS:",
         _ORDER,
     ),
     Mutation(
@@ -394,7 +394,7 @@ MUTATIONS = (
         "keys that nobody sees stay in shared memory",
         "backends/triton/hopper_backward/consumer.py",
         "if holes_in_keys(n, b, shape, cfg) != 0:",
-        "if holes_in_keys(n, b, shape, cfg) > KEYS:",
+        "if holes_in_keys(n, b, shape, cfg) > cfg.KEYS:",
         _BACKWARD,
     ),
     Mutation(
@@ -420,7 +420,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tile of the next head is where it was before",
-        "backends/triton/hopper_backward/consumer.py",
+        "backends/triton/hopper_backward/steps.py",
         "tile += shape.tiles - (end - first)",
         "tile += shape.tiles - end",
         _BACKWARD,
@@ -434,9 +434,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the next head's keys have the biases of the head before",
-        "backends/triton/hopper_backward/consumer.py",
-        "                    bias_at += shape.bias_h",
-        "                    bias_at += 0",
+        "backends/triton/hopper_backward/steps.py",
+        "                bias_at += shape.bias_h",
+        "                bias_at += 0",
         _BACKWARD,
     ),
     Mutation(

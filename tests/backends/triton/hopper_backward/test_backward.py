@@ -79,7 +79,9 @@ def test_the_first_thing_that_autograds_thread_does() -> None:
         ({"mask": "additive", "mask_shape": (2, 8, 300, 500), "grads": "qkvm"}, "has no additive mask with a row"),
         ({"mask": "additive", "mask_shape": (2, 8, 1, 500), "grads": "qkvm"}, "has no gradient of a mask"),
         ({"mask": "additive", "mask_shape": (1, 1 << 14, 1, 1), "kv_len": 1 << 17, "batch": 1}, "tokens"),
-        ({"head_dim": 136}, "head dim 136"),
+        ({"head_dim": 136}, "head dim 136 with value dim 128: both must be multiples of 8 up to 256"),
+        ({"head_dim": 192}, "padding must not be more than 30% of the work"),
+        ({"head_dim": 264, "value_dim": 256}, "head dim 264"),
         ({"value_dim": 20}, "value dim 20"),
         ({"kv_len": 0}, "no queries or no keys"),
         ({"kv_len": (1 << 28) + 1}, "tokens"),
@@ -164,6 +166,27 @@ def test_a_call_is_not_bound_before_its_binaries_are_there(monkeypatch: pytest.M
     q = torch.empty(1, 2, 9, 128, dtype=torch.bfloat16)
     with pytest.raises(NotReady, match="FASTATTN_COMPILE=off"):
         launch.bind(problem(batch=1, q_heads=2, kv_heads=2, q_len=9, kv_len=9), Call(q, q, q, grads="qkv"))
+
+
+@pytest.mark.parametrize("dim, keys", [(64, 128), (128, 128), (256, 64)])
+def test_memory_holds_what_the_kernels_write(dim: int, keys: int) -> None:
+    p = problem(head_dim=dim, value_dim=dim, mask="segments", mask_shape=(5, 9), softcap=50.0)
+    assert launch.reasons(p) == [] and launch.flags(p, True).dim == dim
+    blocks = -(-500 // keys)
+    at = launch.pieces_of(p, dim, True, 1000).at
+    sizes = {name: end - begin for name, (begin, end, _) in at.items()}
+    assert sizes["dkv"] == 4 * 2 * 2 * 2 * blocks * keys * dim
+    assert sizes["dq"] == 4 * 2 * 8 * 5 * 64 * dim
+    assert sizes["extents"] == 4 * 2 * (4 * blocks + 5 + keys * blocks)
+
+
+@pytest.mark.parametrize(
+    "dims, padded",
+    [((128, 128), 128), ((64, 8), 64), ((136, 136), None), ((176, 176), None), ((184, 184), 256), ((192, 128), None),
+     ((256, 64), 256), ((256, 56), None), ((200, 176), 256), ((256, 256), 256), ((256, 264), None), ((250, 250), None)],
+)  # fmt: skip
+def test_padded_dims(dims: tuple[int, int], padded: int | None) -> None:
+    assert launch.dim_of(problem(head_dim=dims[0], value_dim=dims[1])) == padded
 
 
 def test_pieces_of_the_memory_are_apart() -> None:

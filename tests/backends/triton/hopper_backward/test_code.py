@@ -14,7 +14,8 @@ from fastattn.backends.triton.hopper_backward.launch import arguments
 _SHARED = 227 << 10  #: bytes that a block of SM 9.0 may have
 #: Spilled registers that a loop may touch at head dim 128: consumers have none to spare. Triton 3.6 needs 0 to 4 under
 #: a causal mask, 3.9 up to 22. Smaller heads and full attention spill none.
-#: With a fixed order of additions consumers have to know more.
+#: With a fixed order of additions consumers have to know more. At head dim 256 full attention spills none, nor does
+#: Triton 3.6; 3.9 loads one number a step under some masks.
 _IN_A_LOOP = {"causal": 24, "band": 26, "intervals": 24, "everything": 24, "softcap": 46, "biased": 30}
 _IN_A_LOOP |= {"ordered": 24, "ordered-causal-128-softcap": 50, "ordered-biased-128-everything": 60}
 
@@ -36,6 +37,8 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     assert code["shared"] <= _SHARED
     assert code["arguments"] == len(arguments(flags, (0,) * (15 if flags.biased else 13)).make()[0])
     allowed = 0
+    if flags.dim == 256:
+        allowed = 12 if flags.biased and flags.ordered else 2
     if flags.dim == 128:
         allowed = max((n for word, n in _IN_A_LOOP.items() if word in name), default=0)
     # Where a program's turn is waited for, the jump back to that wait looks like a loop without the consumers' barrier.
@@ -44,8 +47,9 @@ def test_machine_code(name: str, codes: dict[str, Any]) -> None:
     for loop in loops:
         # S, dP and dQ sum over all dims or keys, dV and dK over the tile's queries. (Of a loop that the compiler has
         # written twice, the second begins behind the first products.)
-        whole = 2 * flags.dim // 16 + 2 * 4 + 8
+        wide = flags.dim == 256
+        whole = 2 * flags.dim // 16 + 2 * 4 + (4 if wide else 8)
         assert loop["products"] in (whole, whole - flags.dim // 16)
-        assert loop["waits"] == 5, "the assembler has put the products one after the other"
-        assert loop["turns"] == 1
+        assert loop["waits"] == (4 if wide else 5), "the assembler has put the products one after the other"
+        assert loop["turns"] == (2 if wide else 1)
         assert loop["stores"] + loop["loads"] <= allowed

@@ -219,6 +219,67 @@ def test_programs_at_a_time(seed: int) -> None:
     equals_the_truth(rng, sizes=(1, 1, 2, 200, 300), residents=4, split=2)
 
 
+_WIDE = (256, 256)
+
+
+def test_wide_heads(seed: int) -> None:
+    """Blocks of 64 keys, whose dims two consumers share: full, causal and banded, of every length, in groups."""
+    rng = random.Random(seed)
+    equals_the_truth(rng, sizes=(1, 1, 1, 130, 200), dims=_WIDE)
+    equals_the_truth(rng, sizes=(2, 1, 2, 65, 129), dims=(200, 176), lse=True)
+    equals_the_truth(rng, sizes=(1, 1, 2, 1, 64), dims=_WIDE)
+    equals_the_truth(rng, sizes=(1, 1, 1, 300, 40), dims=(256, 248), split=1)
+    equals_the_truth(rng, sizes=(1, 1, 2, 200, 200), dims=_WIDE, right=0, sinks=True, lse=True)
+    equals_the_truth(rng, sizes=(1, 2, 1, 100, 170), dims=(184, 256), right=0)
+    for left, right in ((0, 0), (64, 0), (100, 30), (5, -1), (-1, 7)):
+        sizes = (1, 1, 2, 150, 150) if left != 5 else (1, 1, 1, 80, 200)
+        equals_the_truth(rng, sizes=sizes, dims=_WIDE, left=left, right=right, softcap=3.0, sinks=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_wide_heads_that_share_blocks(softcap: float, seed: int) -> None:
+    rng = random.Random(seed)
+    what = {"dims": _WIDE, "softcap": softcap}
+    equals_the_truth(rng, sizes=(1, 2, 4, 100, 100), right=0, split=2, section=3, **what)
+    equals_the_truth(rng, sizes=(1, 1, 4, 70, 150), split=4, section=1, residents=3, **what)
+    equals_the_truth(rng, sizes=(2, 1, 2, 150, 150), right=0, left=70, split=2, lse=True, **what)
+
+
+def test_wide_heads_with_lengths(seed: int) -> None:
+    rng = random.Random(seed)
+    for right in (-1, 0):
+        equals_the_truth(
+            rng, sizes=(2, 1, 2, rng.randint(1, 150), rng.randint(1, 200)), dims=_WIDE, lengths=True, right=right,
+            left=rng.choice((-1, 60)), sinks=rng.random() < 0.5, lse=True, softcap=rng.choice((0.0, 3.0)),
+        )  # fmt: skip
+    equals_the_truth(rng, sizes=(1, 1, 1, 200, 70), dims=_WIDE, right=0)  # rows that see nothing
+
+
+@pytest.mark.parametrize(
+    "mask", ["packed", "left", "chunks", "gaps", "wild", "intervals", "entry", "holes", "rooms", "bool", "bias", "edge"]
+)
+def test_masks_of_wide_heads(mask: str, seed: int) -> None:
+    rng = random.Random(seed)
+    q_len = rng.randint(400, 440) if mask == "rooms" else rng.randint(60, 200)
+    kv_len = q_len if mask in ("packed", "left", "gaps") else rng.randint(60, 200)
+    equals_the_truth(
+        rng, sizes=(1 if mask == "rooms" else 2, 1, 2, q_len, kv_len), dims=_WIDE, mask=mask,
+        right=-1 if mask == "rooms" else rng.choice((-1, 0, 60)), left=-1 if mask == "rooms" else rng.choice((-1, 40)),
+        split=rng.choice((1, 2)), sinks=rng.random() < 0.3, softcap=rng.choice((0.0, 3.0)), lse=rng.random() < 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["", "packed", "wild", "bias"])
+def test_wide_heads_in_order(mask: str, seed: int) -> None:
+    rng = random.Random(seed)
+    for split in (1, 2):
+        n = rng.randint(100, 200)
+        equals_the_truth(
+            rng, ordered=True, sizes=(1, 1, 2, n, n), dims=_WIDE, mask=mask, right=0, left=rng.choice((-1, 70)),
+            split=split, softcap=rng.choice((0.0, 3.0)), lse=True,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("mask", ["full", "causal", "chunk", "window", "right", "padded"])
 def test_in_order(mask: str, seed: int) -> None:
     """Additions come in the order of the blocks, and bits are those of programs that run one after the other."""

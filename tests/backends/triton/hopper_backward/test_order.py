@@ -20,7 +20,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
-from fastattn.backends.triton.hopper_backward.binary import BAND, CAUSAL, FULL, INTERVALS, KEYS, ROWS
+from fastattn.backends.triton.hopper_backward.binary import BAND, CAUSAL, FULL, INTERVALS, ROWS, keys_of
 from fastattn.backends.triton.hopper_backward.schedule import Choice, Sizes, candidates, choose, splits
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon came with Triton 3.6")
@@ -41,14 +41,14 @@ def kernel() -> dict[str, Any]:
 def shape_of(s: Sizes, c: Choice, right: int = OPEN, left: int = OPEN) -> SimpleNamespace:
     return SimpleNamespace(
         batch=s.batch, heads=s.kv_heads * s.group, kv_heads=s.kv_heads, q_len=s.q_len, kv_len=s.kv_len, left=left,
-        right=right, tiles=-(-s.q_len // ROWS), blocks=-(-s.kv_len // KEYS), share=s.group // c.split, split=c.split,
-        section=c.section, sections=c.sections,
+        right=right, tiles=-(-s.q_len // ROWS), blocks=-(-s.kv_len // keys_of(s.dim)), share=s.group // c.split,
+        split=c.split, section=c.section, sections=c.sections, keys=keys_of(s.dim),
     )  # fmt: skip
 
 
 def programs(shape: Any, mask: int) -> Iterator[list[Step]]:
     """What each program adds to, step by step, in the order of tickets; as `order.give_turns` goes through it."""
-    names, cfg = kernel(), SimpleNamespace(MASK=mask)
+    names, cfg = kernel(), SimpleNamespace(MASK=mask, KEYS=shape.keys)
     for ticket in range(shape.blocks * shape.batch * shape.kv_heads * shape.split):
         n, b, kv_head, head = (int(x) for x in names["block_of"](ticket, shape, cfg))
         first, end = (int(x) for x in names["visitors"](n, b, shape, cfg))
@@ -87,16 +87,17 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize("dim", [64, 256])
 @pytest.mark.parametrize("mask, sizes, window", CALLS, ids=str)
 def test_nobody_waits_for_a_later_program(
-    mask: int, sizes: tuple[int, int, int, int, int], window: tuple[int, int]
+    mask: int, sizes: tuple[int, int, int, int, int], window: tuple[int, int], dim: int
 ) -> None:
     """In every split and every order of heads, those too that nobody chooses."""
     left, right = (OPEN if side < 0 else side for side in window)
-    s = Sizes(*sizes, 64, True, processors=7)
+    s = Sizes(*sizes, dim, True, processors=7)
     for choice in candidates(s, splits(s)):
         waits = check(shape_of(s, choice, right, left), mask)
-        assert waits or min(sizes[3:]) <= 128 or choice.split == 1
+        assert waits or min(sizes[3:]) <= keys_of(dim) or choice.split == 1
     heads = s.batch * s.kv_heads * 2
     if s.group % 2 == 0:
         for section in range(1, heads + 1):
@@ -111,7 +112,9 @@ def test_nobody_waits_for_a_later_program_whatever_rows_see(seed: int) -> None:
 
     rng = random.Random(seed)
     for _ in range(40):
-        s = Sizes(rng.randint(1, 2), rng.randint(1, 2), 2, rng.randint(1, 900), rng.randint(1, 1500), 64, True)
+        dim = rng.choice((64, 256))
+        keys = keys_of(dim)
+        s = Sizes(rng.randint(1, 2), rng.randint(1, 2), 2, rng.randint(1, 900), rng.randint(1, 1500), dim, True)
         shape = shape_of(s, rng.choice(candidates(s, splits(s))))
         bounds = np.zeros(HEADER.value + s.batch * shape.tiles * FIELDS.value, np.int32)
         fields = bounds[HEADER.value :].reshape(s.batch, shape.tiles, FIELDS.value)
@@ -123,7 +126,7 @@ def test_nobody_waits_for_a_later_program_whatever_rows_see(seed: int) -> None:
                 fields[b, m, :2] = (hi, lo) if rng.random() < 0.3 else (lo, hi)
             for n in range(shape.blocks):
                 seen = [m for m in range(shape.tiles) if fields[b, m, 0] < fields[b, m, 1]]
-                seen = [m for m in seen if fields[b, m, 1] > n * KEYS and fields[b, m, 0] < n * KEYS + KEYS]
+                seen = [m for m in seen if fields[b, m, 1] > n * keys and fields[b, m, 0] < n * keys + keys]
                 extents[b, n, :2] = (seen[0], seen[-1] + 1) if seen else (0, 0)
                 hits += len(seen)
         shape.bounds, shape.extents = Pointer(bounds), Pointer(extents.reshape(-1))
@@ -155,6 +158,8 @@ def duration(s: Sizes, choice: Choice, mask: int, behind: float) -> float:
         ((2, 8, 4, 1000, 1000, 128), True, 1.15),
         ((1, 24, 1, 4608, 4608, 128), False, 1.1),
         ((2, 24, 1, 1000, 1000, 128), False, 1.1),
+        ((1, 8, 2, 4096, 4096, 256), True, 1.1),
+        ((1, 8, 2, 2048, 2048, 256), False, 1.1),
     ],
     ids=str,
 )

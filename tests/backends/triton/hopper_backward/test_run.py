@@ -128,6 +128,32 @@ def test_each_call_has_its_own_addresses(split: int, ordered: bool, gpu: HopperG
             shape_cache.clear()
 
 
+@pytest.mark.parametrize("dim, keys, columns", [(64, 128, 32), (128, 128, 64), (256, 64, 64)])
+@pytest.mark.parametrize("split", [1, 2])
+def test_blocks_and_boxes(dim: int, keys: int, columns: int, split: int, gpu: HopperGpu) -> None:
+    """A block of keys is what one copy brings, in boxes of swizzled rows; the kernels around count blocks alike."""
+    length = 130
+    call = call_of(q=made(H, length, dim), k=made(HKV, length, dim), v=made(HKV, length, dim))
+    with schedule.forced(split=split):
+        bound = Backward(Problem.of(call), call)
+    assert bound.flags.dim == dim
+    out = made(H, length, dim)
+    bound.backward(call, out, torch.randn(B, H, length), made(H, length, dim), None)
+    first, main, last = gpu.taken()
+    blocks = -(-length // keys)
+    assert main.arguments["blocks"] == first.arguments["blocks"] == last.arguments["blocks"] == blocks
+    assert main.programs[0] == blocks * B * HKV * split
+    boxes = {name: main.arguments[f"{name}_desc"].box for name in ("q", "grad_out", "k", "v", "dk", "dv")}
+    assert boxes == dict.fromkeys(("q", "grad_out", "dk", "dv"), (64, 64, 1, 1)) | {
+        "k": (columns, keys, 1, 1), "v": (64, keys, 1, 1)
+    }  # fmt: skip
+    parts = 2 * B * HKV * blocks * (keys // 64) if split > 1 else 0
+    assert (first.programs[0], last.programs[0]) == (B * H * 3, B * H * 3 + parts)
+    assert first.arguments["zeros"] == (B * HKV * blocks * 2 * keys * dim // 4096 if split > 1 else 0)
+    begin, end, _ = bound._memory.at.get("dkv", (0, 0, None))
+    assert end - begin == 4096 * 4 * first.arguments["zeros"]
+
+
 def test_layouts_that_alternate(gpu: HopperGpu) -> None:
     """Of the output, its gradient and the log-sum-exp: arguments of one layout are not those of another one, whose
     scale and memory were others."""

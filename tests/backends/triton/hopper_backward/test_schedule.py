@@ -24,11 +24,12 @@ SHAPES = [(1, 8, 4), (2, 8, 4), (4, 8, 4), (16, 8, 4), (2, 16, 1), (1, 24, 1), (
 
 @pytest.mark.parametrize("batch, kv_heads, group", SHAPES)
 @pytest.mark.parametrize("triangular", [True, False])
-def test_no_cliffs(batch: int, kv_heads: int, group: int, triangular: bool) -> None:
+@pytest.mark.parametrize("dim", [128, 256])
+def test_no_cliffs(batch: int, kv_heads: int, group: int, triangular: bool, dim: int) -> None:
     """From a length to the next the estimate grows as the work does, within 6%."""
     last = 0.0
     for n in range(512, 6000, 16):
-        sizes = Sizes(batch, kv_heads, group, n, n, 128, triangular)
+        sizes = Sizes(batch, kv_heads, group, n, n, dim, triangular)
         by_work = estimate(sizes, choose(sizes)) / (n * (n + 128))
         assert last == 0 or 0.94 < by_work / last < 1.04, n
         last = by_work
@@ -60,6 +61,9 @@ def test_few_programs_are_split() -> None:
     assert choose(Sizes(1, 8, 4, 1000, 1000, 128, True)).split > 1
     assert choose(Sizes(64, 16, 1, 257, 257, 64, False)).split == 1
     assert choose(Sizes(16, 8, 4, 1000, 1000, 128, True)).split == 1
+    # Wide heads have twice the blocks, of half as many keys.
+    assert choose(Sizes(1, 4, 2, 1000, 1000, 256, True)).split == 2
+    assert choose(Sizes(1, 8, 2, 4096, 4096, 256, True)).split == 1
 
 
 def _slowest(sizes: Sizes, choice: Choice, lengths: list[int]) -> float:

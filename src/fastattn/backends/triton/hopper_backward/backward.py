@@ -17,8 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .consumer import consume
 from .order import count_turns, give_turns, take_ticket
-from .parts import KEYS, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
+from .parts import NARROW, ROWS, STAGES, Config, Loads, Pipe, Results, Shape
 from .producer import produce
+from .wide_consumer import consume_wide
 
 #: Never specialised, and without a known alignment: one binary serves every length.
 INTEGERS = [
@@ -28,6 +29,14 @@ INTEGERS = [
 #: These are there with BIASED alone.
 BIAS_INTEGERS = ["bias_b", "bias_h"]
 _NEVER_SPECIALISED = INTEGERS + BIAS_INTEGERS
+
+
+@gluon.jit
+def _consume(pipe, results, group: gl.constexpr, shape, cfg):
+    if cfg.D > NARROW:
+        consume_wide(pipe, results, group, shape, cfg)
+    else:
+        consume(pipe, results, group, shape, cfg)
 
 
 @gluon.jit(do_not_specialize=_NEVER_SPECIALISED, do_not_specialize_on_alignment=_NEVER_SPECIALISED)
@@ -72,7 +81,8 @@ def backward_kernel(
     BIASED: gl.constexpr,
     ORDERED: gl.constexpr,
 ):
-    cfg = Config(D, MASK, SOFTCAP, SPLIT, BIASED, ORDERED)
+    KEYS: gl.constexpr = 64 if D > NARROW else 128
+    cfg = Config(D, KEYS, MASK, SOFTCAP, SPLIT, BIASED, ORDERED)
     flags: gl.constexpr = mbarrier.MBarrierLayout()
     ticket = None
     turn = None
@@ -93,7 +103,13 @@ def backward_kernel(
     )  # fmt: skip
     loads = Loads(q_desc, grad_out_desc, k_desc, v_desc, rows_desc, clean_q_desc, clean_grad_out_desc)
     results = Results(dk_desc, dv_desc, dq_sum_ptr, dkv_sum_ptr, counters_ptr, inner, scale, factor)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    # With wide heads each consumer writes half of the columns: a part of its own of shared memory.
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=64 if D > NARROW else 128, element_bitwidth=16, rank=2
+    )
+    p = None
+    if D > NARROW:
+        p = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, ROWS], ds_layout)
     pipe = Pipe(
         gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, ROWS, D], q_desc.layout),
         gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, ROWS, D], grad_out_desc.layout),
@@ -101,7 +117,8 @@ def backward_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], rows_desc.layout),
         gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, KEYS, D], k_desc.layout),
         gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, KEYS, D], v_desc.layout),
-        gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, ROWS], ds_layout),
+        p,
+        gl.allocate_shared_memory(q_desc.dtype, [1 if D > NARROW else STAGES, KEYS, ROWS], ds_layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], flags),
@@ -120,8 +137,8 @@ def backward_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (pipe, results, 0, shape, cfg)),
-                (consume, (pipe, results, 1, shape, cfg)),
+                (_consume, (pipe, results, 0, shape, cfg)),
+                (_consume, (pipe, results, 1, shape, cfg)),
                 (produce, (loads, pipe, shape, cfg)),
                 (give_turns, (pipe, results, shape, cfg)),
                 (count_turns, (pipe, results, shape, cfg)),
@@ -132,8 +149,8 @@ def backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (pipe, results, 0, shape, cfg)),
-                (consume, (pipe, results, 1, shape, cfg)),
+                (_consume, (pipe, results, 0, shape, cfg)),
+                (_consume, (pipe, results, 1, shape, cfg)),
                 (produce, (loads, pipe, shape, cfg)),
             ],
             [4, 1],

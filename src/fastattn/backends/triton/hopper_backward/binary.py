@@ -9,9 +9,8 @@ from ..hopper.binary import CAPABILITY, GluonFlags
 
 FULL, CAUSAL, BAND, INTERVALS = 0, 1, 2, 3  #: see `parts.py`, which cannot be imported without triton
 ROWS = 64  #: queries of a tile
-KEYS = 128  #: keys of a block
-HALF = 64  #: of them, which one consumer has
-DIMS = (64, 128)  #: head dim and value dim, padded
+HALF = 64  #: keys whose dK and dV are stored together
+DIMS = (64, 128, 256)  #: head dim and value dim, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,12 @@ class Flags(GluonFlags):
 
 def key_columns(dim: int) -> int:
     """Columns of a box of keys: each consumer multiplies with half of the dims, which must lie together."""
-    return dim // 2
+    return min(dim // 2, 64)
+
+
+def keys_of(dim: int) -> int:
+    """Keys of a block: with 256 dims registers have room for 64."""
+    return 64 if dim > 128 else 128
 
 
 def compile_kernel(flags: Flags) -> Any:
@@ -52,12 +56,13 @@ def compile_kernel(flags: Flags) -> Any:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=4)
         return f"tensordesc<{flags.dtype}{box!r},{layout!r}>"
 
+    keys = keys_of(flags.dim)
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     names = backward_kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     signature |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(("inner", "scale", "factor"), "fp32")
     signature |= dict.fromkeys(("q_desc", "grad_out_desc"), descriptor(ROWS))
-    signature |= {"k_desc": descriptor(KEYS, key_columns(flags.dim)), "v_desc": descriptor(KEYS)}
+    signature |= {"k_desc": descriptor(keys, key_columns(flags.dim)), "v_desc": descriptor(keys)}
     signature |= dict.fromkeys(("dk_desc", "dv_desc"), descriptor(HALF))
     signature |= {"rows_desc": f"tensordesc<fp32{[ROWS]!r},{flat!r}>", "dq_sum_ptr": "*fp32"}
     if flags.split:

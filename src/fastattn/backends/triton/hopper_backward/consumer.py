@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...._compat.gluon import barrier, reinterpret, store_tile
-from .masking import common_range, drop_unseen, is_biased, load_bias, mask, with_bias
-from .parts import HALF, INTERVALS, KEYS, ROWS
+from .masking import common_range, drop_unseen, load_bias, mask, with_bias
+from .parts import HALF, INTERVALS, ROWS
+from .steps import first_step, next_step
 from .sums import add, place
 from .tiles import block_of, holes_in_keys, program, visitors
 
@@ -25,16 +26,17 @@ def meet():
 
 
 @gluon.jit
-def _tanh(x):
+def tanh(x):
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def half_of_dims(k, group: gl.constexpr, cfg):
-    """All keys of the block, half of their dims: these lie together in shared memory."""
+def half_of_dims(x, group: gl.constexpr, cfg):
+    """All rows of [1, 1, rows, D], half of their dims: these lie together in shared memory."""
     DIMS: gl.constexpr = cfg.D // 2
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=DIMS * 2, element_bitwidth=16, rank=2)
-    return reinterpret(k, k.dtype, [2, KEYS, DIMS], layout).index(group)
+    BYTES: gl.constexpr = min(2 * DIMS, 128)
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=BYTES, element_bitwidth=16, rank=2)
+    return reinterpret(x, x.dtype, [2, x.shape[2], DIMS], layout).index(group)
 
 
 @gluon.jit
@@ -51,9 +53,6 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         dV += P^T dO,    dS to shared memory,    dQ = dS K (half of its dims each),    dK += dS^T Q.
 
     No product is under way from one step to the next: the assembler would wait after each.
-
-    Steps go upwards through the tiles of one head, then of the next; with ORDERED downwards through the tiles, all
-    heads of each: see `order.py`.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.D, 16])
@@ -68,23 +67,13 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     zero_dq = gl.zeros([ROWS, cfg.D // 2], gl.float32, dq_layout)
     dk = gl.zeros([HALF, cfg.D], gl.float32, acc_layout)
     dv = gl.zeros([HALF, cfg.D], gl.float32, acc_layout)
-    k_all = pipe.k.index(0).reshape([KEYS, cfg.D])
-    v_all = pipe.v.index(0).reshape([KEYS, cfg.D])
+    k_all = pipe.k.index(0).reshape([cfg.KEYS, cfg.D])
+    v_all = pipe.v.index(0).reshape([cfg.KEYS, cfg.D])
     k = k_all.slice(group * HALF, HALF, 0)
     v = v_all.slice(group * HALF, HALF, 0)
     k_dims = half_of_dims(pipe.k.index(0), group, cfg)
-    key = n * KEYS + group * HALF
-    m = first
-    tile = (b * shape.heads + head) * shape.tiles + first
-    steps = gl.maximum(end - first, 0) * shape.share
-    if cfg.ORDERED:
-        m = end - 1
-        tile += end - 1 - first
-        after = b * shape.heads + head + shape.share  # the program's last head
-        end_of_heads = after * shape.tiles
-    if cfg.BIASED:
-        biased = is_biased(first, b, shape)
-        bias_at = b * shape.bias_b + head * shape.bias_h + key
+    key = n * cfg.KEYS + group * HALF
+    m, tile, bias_at, steps, end_of_heads, biased = first_step(first, end, b, head, key, shape, cfg)
     if steps > 0:
         mbarrier.wait(pipe.keys_full.index(0), 0)
         mbarrier.wait(pipe.keys_full.index(1), 0)
@@ -105,8 +94,8 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         dp = warpgroup_mma(v, grad_out.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         if cfg.SOFTCAP:
-            s = _tanh(s * results.inner)
-        s = mask(s, m, b, key, least, past, shape, cfg)
+            s = tanh(s * results.inner)
+        s = mask(s, m, 0, b, key, least, past, shape, cfg)
         x = s * results.scale - pipe.lse.index(slot).load(columns)[None, :]
         if cfg.BIASED:
             if biased != 0:
@@ -137,23 +126,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
             mbarrier.arrive(pipe.added.index(slot))
         dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
         mbarrier.arrive(pipe.empty.index(slot))
-        if cfg.ORDERED:
-            tile += shape.tiles
-            if cfg.BIASED:
-                bias_at += shape.bias_h
-            if tile >= end_of_heads:  # on to the tile before
-                m -= 1
-                tile -= shape.share * shape.tiles + 1
-                if cfg.BIASED:
-                    bias_at -= shape.share * shape.bias_h
-        else:
-            m += 1
-            tile += 1
-            if m == end:  # on to the next head
-                m = first
-                tile += shape.tiles - (end - first)
-                if cfg.BIASED:
-                    bias_at += shape.bias_h
+        m, tile, bias_at = next_step(m, tile, bias_at, first, end, end_of_heads, shape, cfg)
     dk = dk * results.factor
     if cfg.SPLIT:
         all_blocks = shape.batch * shape.kv_heads * shape.blocks
@@ -162,8 +135,8 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
             inside = group * (HALF * cfg.D) + place(acc_layout, cfg.D)
             if cfg.ORDERED:
                 mbarrier.wait(pipe.turn.index(0), steps & 1)
-            add(results.dkv_sum + block.to(gl.int64) * (KEYS * cfg.D) + inside, dv)
-            add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (KEYS * cfg.D) + inside, dk)
+            add(results.dkv_sum + block.to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dv)
+            add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dk)
             if cfg.ORDERED:
                 barrier()
                 mbarrier.arrive(pipe.added.index(steps & 1))

@@ -17,7 +17,7 @@ FINISH_INTEGERS = ["batch", "heads", "kv_heads", "q_len", "kv_len", "tiles", "bl
 @triton.jit(do_not_specialize=FINISH_INTEGERS)
 def finish_kernel(
     dq_sum_ptr,  # float32 [B * Hq * tiles, 64 * DIM]
-    dkv_sum_ptr,  # float32 [2, B * Hkv * blocks, 128 * DIM], dV first; or None
+    dkv_sum_ptr,  # float32 [2, B * Hkv * blocks, KEYS * DIM], dV first; or None
     rows_ptr,  # float32 [B * Hq * tiles, 2, 64], see `prepare.py`; or None, where no query sees nothing
     dq_ptr,  # [B, Sq, Hq, D], contiguous
     dk_ptr,  # [B, Skv, Hkv, D]
@@ -33,6 +33,7 @@ def finish_kernel(
     value8,
     factor,  # of dQ
     DIM: tl.constexpr,
+    KEYS: tl.constexpr,  # of a block
 ):
     pid = tl.program_id(0)
     c = tl.arange(0, DIM)
@@ -60,12 +61,12 @@ def finish_kernel(
         x = tl.load(dkv_sum_ptr + part.to(tl.int64) * (64 * DIM) + tl.arange(0, 64 * DIM))
         x = tl.reshape(x.to(dk_ptr.dtype.element_ty), [DIM // 8, 4, 8, 4, 2, 2])
         x = tl.reshape(tl.permute(x, [1, 4, 2, 0, 3, 5]), [64, DIM])
-        block = part // 2
+        block = part // (KEYS // 64)
         of_dv = batch * kv_heads * blocks
         is_dk = block >= of_dv
         block = tl.where(is_dk, block - of_dv, block)
         bh = block // blocks
-        j = (block - bh * blocks) * 128 + (part % 2) * 64 + row
+        j = (block - bh * blocks) * KEYS + (part % (KEYS // 64)) * 64 + row
         b = bh // kv_heads
         h = bh - b * kv_heads
         at = (b.to(tl.int64) * kv_len + j) * kv_heads + h

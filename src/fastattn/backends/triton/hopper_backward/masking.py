@@ -6,7 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..bounds_kernel import FIELDS, HEADER
-from .parts import BAND, CAUSAL, HALF, INTERVALS, ROWS
+from ..hopper.turns import here
+from .parts import BAND, CAUSAL, HALF, INTERVALS, NARROW, ROWS
 from .tiles import seen_at
 
 _WIDE = gl.constexpr(64)  # columns that `drop_unseen` takes at a time
@@ -25,24 +26,36 @@ def common_range(m, b, shape, cfg):
 
 
 @gluon.jit
-def mask(s, m, b, key, least, end, shape, cfg):
-    """s `[HALF, ROWS]` with -inf where a query does not see a key. key: the first of the consumer's. Queries that are
-    not there, or see nothing, have a log-sum-exp of +inf and are no matter here."""
+def _seldom(rows, cfg):
+    """The same, of which nothing is computed earlier. The compiler would keep what few steps need in registers all
+    through the loop, and with wide heads there are none left."""
+    if cfg.D > NARROW:
+        return rows + here(0)
+    else:
+        return rows
+
+
+@gluon.jit
+def mask(s, m, row: gl.constexpr, b, key, least, end, shape, cfg):
+    """s `[HALF, queries]` with -inf where a query does not see a key. m, row: the tile, and which of its queries is the
+    first. key: the first one's. Queries that are not there, or see nothing, have a log-sum-exp of +inf and are no
+    matter here."""
+    QUERIES: gl.constexpr = s.shape[1]
     rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, s.type.layout))
-    cols = gl.arange(0, ROWS, layout=gl.SliceLayout(0, s.type.layout))
-    position = m * ROWS + (shape.kv_len - shape.q_len) - key  # of the tile's first query, counted from the first key
+    cols = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s.type.layout))
+    position = m * ROWS + row + (shape.kv_len - shape.q_len) - key  # of the first query, counted from the first key
     if cfg.MASK == CAUSAL:
         if position < HALF - 1:
-            s = gl.where(rows[:, None] <= (cols + position)[None, :], s, float("-inf"))
+            s = gl.where(_seldom(rows, cfg)[:, None] <= (cols + position)[None, :], s, float("-inf"))
     elif cfg.MASK == BAND:
-        if (position + shape.right < HALF - 1) | (position + (ROWS - 1) - shape.left > 0):
-            inside = rows[:, None] - (cols + (position - shape.left))[None, :]
+        if (position + shape.right < HALF - 1) | (position + (QUERIES - 1) - shape.left > 0):
+            inside = _seldom(rows, cfg)[:, None] - (cols + (position - shape.left))[None, :]
             s = gl.where((inside >= 0) & (inside <= shape.left + shape.right), s, float("-inf"))
         if key + HALF > shape.kv_len:
             s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))
     elif cfg.MASK == INTERVALS:
         if (least > key) | (end < key + HALF):
-            at = HEADER + shape.batch * shape.tiles * FIELDS + (b * shape.tiles + m) * ROWS
+            at = HEADER + shape.batch * shape.tiles * FIELDS + (b * shape.tiles + m) * ROWS + row
             lo = gl.load(shape.bounds + at + cols) - key
             hi = gl.load(shape.bounds + at + shape.batch * shape.tiles * ROWS + cols) - key
             s = gl.where((rows[:, None] >= lo[None, :]) & (rows[:, None] < hi[None, :]), s, float("-inf"))
@@ -79,7 +92,7 @@ def drop_unseen(keys, n, b, group: gl.constexpr, shape, cfg):
     the dS that is 0. keys: [KEYS, D] in shared memory. Others see it after a fence and a barrier."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-    seen = gl.load(seen_at(n, b, shape) + group * HALF + rows) != 0
+    seen = gl.load(seen_at(n, b, shape, cfg) + group * HALF + rows) != 0
     own = keys.slice(group * HALF, HALF, dim=0)
     for column in gl.static_range(0, cfg.D, _WIDE):
         part = own.slice(column, _WIDE, dim=1)

@@ -34,7 +34,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..bounds_kernel import FIELDS, HEADER
-from .parts import BAND, INTERVALS, KEYS, ROWS
+from .parts import BAND, INTERVALS, ROWS
 from .tiles import block_of, program, visitors
 
 
@@ -52,13 +52,13 @@ def place_in_order(n, m, b, shape, cfg):
     """How many blocks add to tile m before block n, which visits it. Less than 0: block n adds nothing but zeros."""
     first = n * 0  # the block of the first key that the tile sees
     if cfg.MASK == BAND:
-        first = gl.maximum(m * ROWS + (shape.kv_len - shape.q_len) - shape.left, 0) // KEYS
+        first = gl.maximum(m * ROWS + (shape.kv_len - shape.q_len) - shape.left, 0) // cfg.KEYS
     elif cfg.MASK == INTERVALS:
         at = shape.bounds + HEADER + (b * shape.tiles + m) * FIELDS
         lo = gl.load(at)
         hi = gl.load(at + 1)
-        sees = (lo < hi) & (hi > n * KEYS) & (lo < n * KEYS + KEYS)  # as `extents.py` has it
-        first = gl.where(sees, gl.maximum(lo, 0) // KEYS, n + 1)
+        sees = (lo < hi) & (hi > n * cfg.KEYS) & (lo < n * cfg.KEYS + cfg.KEYS)  # as `extents.py` has it
+        first = gl.where(sees, gl.maximum(lo, 0) // cfg.KEYS, n + 1)
     return n - first
 
 

@@ -17,8 +17,8 @@ BAND = gl.constexpr(2)
 INTERVALS = gl.constexpr(3)
 
 ROWS = gl.constexpr(64)  # queries of a tile
-KEYS = gl.constexpr(128)  # keys of a block, which one program has
-HALF = gl.constexpr(64)  # of them, which one consumer has
+HALF = gl.constexpr(64)  # keys, or queries, whose products one consumer has in its registers: rows of a product
+NARROW = gl.constexpr(128)  # the largest head dim of `consumer.py`; above it is `wide_consumer.py`
 STAGES = gl.constexpr(2)  # tiles of queries in shared memory
 
 
@@ -27,6 +27,7 @@ class Config:
     """What a binary is made for."""
 
     D: gl.constexpr  # head dim and value dim, padded
+    KEYS: gl.constexpr  # keys of a block, which one program has: 64 with wide heads, else 128
     MASK: gl.constexpr
     SOFTCAP: gl.constexpr
     SPLIT: gl.constexpr  # several programs share a block of keys, and add their dK and dV up in memory
@@ -82,7 +83,8 @@ class Pipe:
     delta: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor  # [1, 1, 1, KEYS, D]
     v: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # [STAGES, KEYS, ROWS]
+    p: gl.shared_memory_descriptor | gl.constexpr  # with wide heads: [STAGES, KEYS, ROWS]
+    ds: gl.shared_memory_descriptor  # [STAGES, KEYS, ROWS], with wide heads [1, KEYS, ROWS]
     q_full: gl.shared_memory_descriptor
     grad_out_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor

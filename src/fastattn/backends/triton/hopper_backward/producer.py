@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ...._compat.gluon import load_tile
 from ..hopper.turns import next_slot
-from .parts import INTERVALS, KEYS, ROWS, STAGES
+from .parts import INTERVALS, ROWS, STAGES
 from .tiles import block_of, holes_in_queries, program, visitors
 
 
@@ -15,10 +15,10 @@ def produce(loads, pipe, shape, cfg):
     n, b, kv_head, head = block_of(program(shape, cfg), shape, cfg)
     first, end = visitors(n, b, shape, cfg)
     if first < end:
-        mbarrier.expect(pipe.keys_full.index(0), KEYS * cfg.D * 2)
-        load_tile(loads.k, [b, kv_head, n * KEYS, 0], pipe.keys_full.index(0), pipe.k.index(0))
-        mbarrier.expect(pipe.keys_full.index(1), KEYS * cfg.D * 2)
-        load_tile(loads.v, [b, kv_head, n * KEYS, 0], pipe.keys_full.index(1), pipe.v.index(0))
+        mbarrier.expect(pipe.keys_full.index(0), cfg.KEYS * cfg.D * 2)
+        load_tile(loads.k, [b, kv_head, n * cfg.KEYS, 0], pipe.keys_full.index(0), pipe.k.index(0))
+        mbarrier.expect(pipe.keys_full.index(1), cfg.KEYS * cfg.D * 2)
+        load_tile(loads.v, [b, kv_head, n * cfg.KEYS, 0], pipe.keys_full.index(1), pipe.v.index(0))
     slot = 0
     phase = 1
     if cfg.ORDERED:

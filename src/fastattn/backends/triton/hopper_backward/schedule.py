@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ....shape_cache import cached
-from .binary import KEYS, ROWS
+from .binary import ROWS, keys_of
 
 # Fitted to times on an H200, where a step takes 2.2 us: benchmarks/results/h200/hopper_backward_tune.json.
+_FITTED = 128  #: the head dim of these times
 L2 = 32 << 20  #: bytes that stay in the cache until they are read again
 _OF_A_PROGRAM = 3.4  #: steps that its keys, its start and its end cost
 _OF_A_BLOCK = 0.054  #: steps that clearing, adding to and rounding a block's sums takes, where programs share it
@@ -103,14 +104,14 @@ def candidates(s: Sizes, parts: tuple[int, ...]) -> list[Choice]:
 
 
 def blocks(s: Sizes) -> float:
-    return max(1.0, s.kv_len / KEYS)
+    return max(1.0, s.kv_len / keys_of(s.dim))
 
 
 def longest(s: Sizes) -> float:
     """Steps of the longest program, for one query head."""
     tiles = s.q_len / ROWS
     if s.left >= 0:
-        tiles = min(tiles, (s.left + KEYS) / ROWS + 1)
+        tiles = min(tiles, (s.left + keys_of(s.dim)) / ROWS + 1)
     return max(1.0, tiles)
 
 
@@ -121,7 +122,7 @@ def mean(s: Sizes) -> float:
         return top
     # Keys before the first query are seen by all; from there on each key by one query less.
     square = min(1.0, s.q_len / s.kv_len)
-    return max(1.0, top * (1 - square) + (top / 2 + 1) * square)
+    return max(1.0, top * (1 - square) + (top / 2 + keys_of(s.dim) / ROWS / 2) * square)
 
 
 def estimate(s: Sizes, c: Choice) -> float:
@@ -169,4 +170,5 @@ def _missed(s: Sizes, c: Choice) -> float:
     before = c.sections * c.section
     rest = heads - before
     squares = (before * alone(c.section) ** 2 + (rest * alone(rest) ** 2 if rest else 0.0)) / heads
-    return _APART * apart + _ALONE * squares
+    # A step has as many scores times dims with wide heads as with others, but twice the queries' bytes for them.
+    return (_APART * apart + _ALONE * squares) * (keys_of(_FITTED) / keys_of(s.dim))

@@ -8,7 +8,7 @@ of them it visits the tiles of ROWS queries that may see a key of the block.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .parts import BAND, CAUSAL, INTERVALS, KEYS, ROWS
+from .parts import BAND, CAUSAL, INTERVALS, ROWS
 
 _FIELDS = gl.constexpr(4)  # of a block in `extents.py`
 
@@ -53,10 +53,10 @@ def visitors(n, b, shape, cfg):
     first = n * 0
     end = first + shape.tiles
     if cfg.MASK == CAUSAL:
-        first = gl.maximum(n * KEYS - ahead, 0) // ROWS
+        first = gl.maximum(n * cfg.KEYS - ahead, 0) // ROWS
     elif cfg.MASK == BAND:
-        first = gl.maximum(n * KEYS - shape.right - ahead, 0) // ROWS
-        last = n * KEYS + KEYS - 1 + shape.left - ahead  # the last query
+        first = gl.maximum(n * cfg.KEYS - shape.right - ahead, 0) // ROWS
+        last = n * cfg.KEYS + cfg.KEYS - 1 + shape.left - ahead  # the last query
         end = gl.minimum(end, (gl.maximum(last, -1) + ROWS) // ROWS)
     elif cfg.MASK == INTERVALS:
         at = shape.extents + (b * shape.blocks + n) * _FIELDS
@@ -72,16 +72,16 @@ def holes_in_keys(n, b, shape, cfg):
 
 
 @gluon.jit
-def seen_at(n, b, shape):
+def seen_at(n, b, shape, cfg):
     """Where the extents say of the block's keys which of them is seen."""
-    return shape.extents + shape.batch * (shape.blocks * _FIELDS + shape.tiles) + (b * shape.blocks + n) * KEYS
+    return shape.extents + shape.batch * (shape.blocks * _FIELDS + shape.tiles) + (b * shape.blocks + n) * cfg.KEYS
 
 
 @gluon.jit
 def holes_in_queries(m, b, h, shape, cfg):
     """Not 0 where the tile's queries come from a copy, without those that see nothing. Only with INTERVALS."""
     if cfg.BIASED:
-        before = shape.batch * (shape.blocks * (_FIELDS + KEYS) + shape.tiles)
+        before = shape.batch * (shape.blocks * (_FIELDS + cfg.KEYS) + shape.tiles)
         return gl.load(shape.extents + before + (b * shape.heads + h) * shape.tiles + m)
     else:
         return gl.load(shape.extents + shape.batch * shape.blocks * _FIELDS + b * shape.tiles + m)
