@@ -219,12 +219,17 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def times(run: Run, plan: Plan) -> dict[str, Any]:
-    """Milliseconds of a run each way, in turns."""
+    """Milliseconds of a run each way, in turns.
+
+    The first run of a turn does not count: nobody goes from one way to the other and back, and a CPU whose caches hold
+    the other way's code takes tenths of a millisecond more for each layer.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     count = 1
     for turn in range(plan.rounds + 1):
         for name in WAYS if turn % 2 else WAYS[::-1]:
             with way(name):
+                _sample(run, 1)
                 one = _sample(run, count if turn else 2)
             if turn:
                 seconds[name].append(one)
@@ -251,13 +256,14 @@ def _sample(run: Run, count: int, inputs: Inputs | None = None) -> float:
 
 
 @uncollected()
-def fresh(run: Run, sizes: Sequence[Inputs]) -> dict[str, Any]:
+def fresh(run: Run, sizes: Sequence[Inputs], cudnn: bool) -> dict[str, Any]:
     """Inputs whose size nobody has met: milliseconds of the first run and of the second.
 
     First the rest of the model meets the size, with a kernel of torch's that none of the ways is asked to use: its
-    matrix products and the allocator are to be ready for all alike.
+    matrix products and the allocator are to be ready for all alike. cudnn: whether "torch-cudnn" runs, too; not where
+    torch chooses its kernel anyway, of whose plans the first of the two would leave none to build for the second.
     """
-    ways = [*WAYS, "torch-cudnn"] if run.device.type == "cuda" else [*WAYS]
+    ways = [*WAYS, "torch-cudnn"] if cudnn else [*WAYS]
     firsts: dict[str, list[float]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     before = fastattn.stats()["plans"]["builds"]
