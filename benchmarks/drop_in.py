@@ -3,12 +3,13 @@
     python -m benchmarks.drop_in [MODEL ...] [--quick] [--json FILE]
 
 One model at a time, with random weights, both ways in one process and in turns: in each round each runs for some time
-(the first run is not counted), who goes first changes, and a round's ratio is fastattn's time over torch's. Printed are medians of milliseconds, the
-median of the ratios with their quartiles, what served fastattn's calls, which kernel torch's function chose for its
-own, and both relative errors against a run in the next larger dtype. A training step is forward, backward and AdamW
-with a learning rate of 0. Models whose sizes always change ("fresh") run each size once and once more: "first" is what
-a user waits. The rest of the model has met the size before, so that a first time is the attention's; "torch-cudnn" is
-torch's function with its kernels in the order that begins with cuDNN's, where that is not its own order.
+(the first run is not counted), who goes first changes, and a round's ratio is fastattn's time over torch's. Printed are
+medians of milliseconds, the median of the ratios with their quartiles, what served fastattn's calls, which kernel
+torch's function chose for its own, and both relative errors against a run in the next larger dtype. A training step is
+forward, backward and AdamW with a learning rate of 0. Models whose sizes always change ("fresh") run each size once and
+once more: "first" is what a user waits. The rest of the model has met the size before, so that a first time is the
+attention's; "torch-cudnn" is torch's function with its kernels in the order that begins with cuDNN's, where that is not
+its own order.
 
 Tiny models on a CPU; the status is 1 where something failed or is wrong, not where it is slow.
 """

@@ -272,7 +272,7 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
     )  # fmt: skip
     problem = replace(Problem.of(call), deterministic=kind.ordered)
     assert not launch.reasons(problem), launch.reasons(problem)
-    _poison(run)
+    _poison(run, launch)
     with schedule.forced(split=kind.split):
         bound = launch.bind(problem, call)
     beside, stream = torch.randn(OTHER_WORK, OTHER_WORK, device=DEVICE), torch.cuda.Stream()
@@ -309,12 +309,12 @@ def _named(found: Any) -> list[torch.Tensor]:
     return [x for x in (found.q, found.k, found.v, found.sinks) if x is not None]
 
 
-def _poison(run: Any) -> None:
+def _poison(run: Any, launch: Any) -> None:
     """What the kernels are given to write to holds NaN."""
     from fastattn.backends import layout, scratch
 
-    def memory(device: torch.device, size: int) -> torch.Tensor:
-        found = scratch.scratch(device, size)
+    def memory(device: torch.device, size: int, stream: int | None = None) -> torch.Tensor:
+        found = scratch.scratch(device, size, stream)
         return found.fill_(0xFF)
 
     class Gradient(layout.TokenMajor):
@@ -323,7 +323,7 @@ def _poison(run: Any) -> None:
             make = self.here
             self.here = lambda: make().fill_(torch.nan)
 
-    run.scratch, run.TokenMajor = memory, Gradient
+    run.scratch, launch.TokenMajor = memory, Gradient
 
 
 def run_kind(name: str, count: int, start: int) -> int:

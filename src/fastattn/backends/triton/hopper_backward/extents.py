@@ -46,7 +46,8 @@ def extents_kernel(
     first = _FAR
     end = 0
     seen = tl.zeros([KEYS], tl.int32)
-    possible = tl.zeros([KEYS], tl.int32)
+    least = _FAR  # of the keys that these tiles see
+    most = 0
     for start in range(0, tiles, CHUNK):
         t = start + tl.arange(0, CHUNK)
         at = fields + t * FIELDS
@@ -60,13 +61,12 @@ def extents_kernel(
         common_hi = tl.load(at + 3, mask=t < tiles, other=0)
         by = hit[:, None] & (key[None, :] >= common_lo[:, None]) & (key[None, :] < common_hi[:, None])
         seen = tl.maximum(seen, tl.max(by.to(tl.int32), 0))
-        # A key outside of what a tile's queries see together is seen by none of them.
-        by = hit[:, None] & (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
-        possible = tl.maximum(possible, tl.max(by.to(tl.int32), 0))
+        least = tl.minimum(least, tl.min(tl.where(hit, lo, _FAR), 0))
+        most = tl.maximum(most, tl.max(tl.where(hit, hi, 0), 0))
     first = tl.minimum(first, end)
-    # Of the rest, query by query, whether one sees it.
-    there = (key < kv_len).to(tl.int32)
-    left = tl.sum(possible * there * (1 - seen), 0)
+    # Of the rest, query by query, whether one sees it. (Padding, beside all that they see, need not be asked for.)
+    possible = ((key >= least) & (key < most)).to(tl.int32)
+    left = tl.sum(possible * (1 - seen), 0)
     lo_rows = bounds_ptr + HEADER + batch.to(tl.int64) * tiles * FIELDS + b.to(tl.int64) * tiles * ROWS
     hi_rows = lo_rows + batch.to(tl.int64) * tiles * ROWS
     t = end - 1
@@ -76,11 +76,11 @@ def extents_kernel(
         hi = tl.load(hi_rows + i)
         by = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
         seen = tl.maximum(seen, tl.max(by.to(tl.int32), 0))
-        left = tl.sum(possible * there * (1 - seen), 0)
+        left = tl.sum(possible * (1 - seen), 0)
         t -= 1
     block = b.to(tl.int64) * blocks + n
     tl.store(extents_ptr + block * 4, first)
     tl.store(extents_ptr + block * 4 + 1, end)
-    tl.store(extents_ptr + block * 4 + 2, tl.sum(there * (1 - seen), 0))
+    tl.store(extents_ptr + block * 4 + 2, tl.sum((key < kv_len).to(tl.int32) * (1 - seen), 0))
     keys_ptr = extents_ptr + batch.to(tl.int64) * (blocks * 4 + tiles)
     tl.store(keys_ptr + block * KEYS + tl.arange(0, KEYS), seen)
