@@ -131,7 +131,7 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
                 barrier()
                 mbarrier.arrive(pipe.added.index(steps & 1))
     else:
-        # Since the last meeting the other consumer has read nothing of keys and values but its own half of the keys' dims.
+        # Since the last meeting the other consumer reads only its own half of the keys' dims.
         half_of_dims(pipe.v.index(0), group, cfg).store(dv.to(dtype))
         half_of_dims(pipe.k.index(0), group, cfg).store(dk.to(dtype))
         fence_async_shared()
