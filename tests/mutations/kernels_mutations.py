@@ -11,6 +11,7 @@ _STEPS = ("tests/backends/triton/decode/test_launch.py",)
 _BINARIES = ("tests/backends/triton/binaries", "-m", "not slow")
 _HOPPER = ("tests/backends/triton/hopper/test_model.py",)
 _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
+_WIDE_BACKWARD = (*_BACKWARD, "-k", "wide")
 _ORDER = (*_BACKWARD, "-k", "test_in_order")
 _HOPPER_WIDE = ("tests/backends/triton/hopper_wide/test_model.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
@@ -417,6 +418,41 @@ MUTATIONS = (
         "        fence_async_shared()\n        meet()\n        dq",
         "        fence_async_shared()\n        dq",
         _BACKWARD,
+    ),
+    Mutation(
+        "consumers of wide heads do not meet before they multiply P",
+        "backends/triton/hopper_backward/wide_consumer.py",
+        "        meet()\n        dv = ",
+        "        dv = ",
+        _WIDE_BACKWARD,
+    ),
+    Mutation(
+        "consumers of wide heads write P where the other one may still read",
+        "backends/triton/hopper_backward/wide_consumer.py",
+        "pipe.p.index(slot)",
+        "pipe.p.index(0)",
+        _WIDE_BACKWARD,
+    ),
+    Mutation(
+        "consumers of wide heads store what the other one has not written",
+        "backends/triton/hopper_backward/wide_consumer.py",
+        "        meet()\n        if group == 0:\n            store_tile",
+        "        if group == 0:\n            store_tile",
+        _WIDE_BACKWARD,
+    ),
+    Mutation(
+        "the second half of a tile's queries is hidden as the first",
+        "backends/triton/hopper_backward/wide_consumer.py",
+        "mask(s, m, own,",
+        "mask(s, m, 0,",
+        _WIDE_BACKWARD,
+    ),
+    Mutation(
+        "a window's lower end is looked for in the first half of the queries alone",
+        "backends/triton/hopper_backward/masking.py",
+        "(position + (QUERIES - 1) - shape.left > 0)",
+        "(position + (QUERIES // 2 - 1) - shape.left > 0)",
+        _WIDE_BACKWARD,
     ),
     Mutation(
         "a tile of the next head is where it was before",

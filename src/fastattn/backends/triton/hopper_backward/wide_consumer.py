@@ -36,8 +36,8 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
 
     No product is under way from one step to the next: the assembler would wait after each.
 
-    The consumers meet twice a step, when P is there, and when dS is. So each P has two places and dS one: who writes P
-    again has met the other one twice since, who writes dS once, where that one had read all of the step before.
+    The consumers meet twice a step, when P is there, and when dS is. Who writes dS has met the other one over P, which
+    had done all of the step before then: one place is enough. Who writes P may find it at the step before: P has two.
     """
     DIMS: gl.constexpr = cfg.D // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _QUERIES, 16])
@@ -131,7 +131,7 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
                 barrier()
                 mbarrier.arrive(pipe.added.index(steps & 1))
     else:
-        meet()  # the other consumer has read keys and values
+        # Since the last meeting the other consumer reads only its own half of the keys' dims.
         half_of_dims(pipe.v.index(0), group, cfg).store(dv.to(dtype))
         half_of_dims(pipe.k.index(0), group, cfg).store(dk.to(dtype))
         fence_async_shared()
