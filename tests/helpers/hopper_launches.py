@@ -122,6 +122,7 @@ class HopperDriver(Driver):
         self.encoded = 0  #: maps that were made
         self.moved = 0  #: and told an address by the driver
         self.address_at = 0  #: which word of a map is the address
+        self.with_context: set[int] = set()  #: threads that were given one
         self.before: Any = None  #: called before each launch
         self.after: Any = None  #: called with each launch, before who launched goes on
 
@@ -130,6 +131,8 @@ class HopperDriver(Driver):
         return 0
 
     def cuTensorMapEncodeTiled(self, made: Any, kind: int, rank: int, address: Any, *rest: Any) -> int:
+        if threading.get_ident() not in self.with_context:
+            return 201  # CUDA_ERROR_INVALID_CONTEXT
         shape, strides, box = (tuple(x) for x in rest[:3])
         self.encoded += 1
         ctypes.memset(made.value, 0xA5, 128)
@@ -138,6 +141,11 @@ class HopperDriver(Driver):
         if of not in _contents:
             _contents.append(of)
         words[self.address_at], words[1 - self.address_at] = address.value, _contents.index(of)
+        return 0
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        self.with_context.add(threading.get_ident())
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 1
         return 0
 
     def cuTensorMapReplaceAddress(self, made: Any, address: Any) -> int:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ..cuda_driver import MAP_WORDS, BoundLaunch, Function, TensorMap, TensorMaps, make_current
 
 #: Of the maps of a launch's tensors: the word of `Room.maps` that is the address of the first one, the second one, ...
 FIRST, SECOND, THIRD, FOURTH = range(0, 4 * MAP_WORDS, MAP_WORDS)
 _UNUSED = 2  #: arguments that Triton adds to each kernel: scratch memory, of which ours have none
+
+
+class Mapped(Protocol):
+    """What tensors have in common that share a map but for its address: see `tensors.Layout`."""
+
+    def map(self) -> TensorMap: ...
 
 
 class Arguments:
@@ -32,16 +38,16 @@ class Arguments:
         function: Function,
         programs: int,
         device: int,
-        maps: Sequence[TensorMap],
+        layouts: Sequence[Mapped],
         uses: Sequence[int] | None = None,
     ) -> Room:
-        """For one thread's launches of so many programs. uses: which of the maps each tensor has; default: its own. The
-        device must be the current one."""
+        """For one thread's launches of so many programs. uses: which of the layouts each tensor has; default: its own.
+        The device must be the current one."""
         make_current(device)
         places, numbers, pointers = self.make()
-        tensors = TensorMaps(maps)
+        tensors = TensorMaps([x.map() for x in layouts])  # a thread without a context could not make one
         at = 0
-        for rank, i in zip(self._ranks, range(len(maps)) if uses is None else uses, strict=True):
+        for rank, i in zip(self._ranks, range(len(layouts)) if uses is None else uses, strict=True):
             places[at] = tensors.addresses[i]
             at += 1 + 2 * rank
         pack = struct.Struct(f"{len(self.integers)}i")

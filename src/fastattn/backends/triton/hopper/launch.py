@@ -247,8 +247,7 @@ class Forward:
 
     def _room(self) -> Room:
         """This thread's."""
-        maps = [layout.map() for layout in self._layouts]
-        found = self._arguments.room(self._function, self._programs, self._device, maps)
+        found = self._arguments.room(self._function, self._programs, self._device, self._layouts)
         self._local.__dict__["room"] = found
         return found
 

@@ -241,7 +241,7 @@ class Backward(BackwardOnly):
             layouts += 2 * [layout_of(shape, _contiguous(shape), dtype, ROWS)]
             mapped += [("clean_q", 7), ("clean_grad_out", 8)]
             extents = self._extents.room(_extents_tensors(pieces)), _EXTENTS_OF
-        main = self._arguments.room(self._function, self._programs, self._device, [layout.map() for layout in layouts])
+        main = self._arguments.room(self._function, self._programs, self._device, layouts)
         return Room(
             main,
             (launcher.room(before), _present(_BEFORE, before)),

@@ -201,8 +201,7 @@ class Forward:
         """This thread's."""
         parts = 1 + self._flags.rest  # of a head dim
         uses = [0] * parts + [1] * parts + [2] * (not self._flags.same)
-        maps = [layout.map() for layout in self._layouts]
-        found = self._arguments.room(self._function, self._programs, self._device, maps, uses)
+        found = self._arguments.room(self._function, self._programs, self._device, self._layouts, uses)
         self._local.__dict__["room"] = found
         return found
 
