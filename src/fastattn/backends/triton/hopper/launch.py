@@ -247,7 +247,8 @@ class Forward:
 
     def _room(self) -> Room:
         """This thread's."""
-        found = self._arguments.room(self._function, self._programs, self._device, self._layouts)
+        overlaps = self._flags.prepared  # then it waits for the kernels before by itself
+        found = self._arguments.room(self._function, self._programs, self._device, self._layouts, overlaps=overlaps)
         self._local.__dict__["room"] = found
         return found
 
