@@ -508,8 +508,6 @@ class Model:
             return Value(int(arguments[0]).bit_count())
         elif operation == "mov.u32":
             return arguments[0]
-        elif operation == "griddepcontrol.wait;":
-            return 0
         else:
             assert "nanosleep" in asm, asm
 

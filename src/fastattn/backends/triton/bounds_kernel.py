@@ -97,7 +97,6 @@ def bounds_kernel(
     """One tile of one batch entry."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0)
     b = tl.program_id(1)
     tiles = tl.num_programs(0)
@@ -163,7 +162,6 @@ def order_kernel(memory_ptr, tiles, tile, BLOCK: tl.constexpr, PDL: tl.constexpr
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     header = memory_ptr.to(tl.pointer_type(tl.int32))
     order = header + HEADER + tiles.to(tl.int64) * (FIELDS + 2 * tile)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -33,7 +33,6 @@ def key_bias_kernel(
     """One row of the mask: its biases, and between which keys there is one that it lets be seen."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     h = tl.program_id(0)
     b = tl.program_id(1)
     row = b.to(tl.int64) * heads + h

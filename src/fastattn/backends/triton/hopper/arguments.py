@@ -40,10 +40,9 @@ class Arguments:
         device: int,
         layouts: Sequence[Mapped],
         uses: Sequence[int] | None = None,
-        overlaps: bool = False,
     ) -> Room:
         """For one thread's launches of so many programs. uses: which of the layouts each tensor has; default: its own.
-        overlaps: see `BoundLaunch`. The device must be the current one."""
+        The device must be the current one."""
         make_current(device)
         places, numbers, pointers = self.make()
         tensors = TensorMaps([x.map() for x in layouts])  # a thread without a context could not make one
@@ -53,8 +52,7 @@ class Arguments:
             at += 1 + 2 * rank
         pack = struct.Struct(f"{len(self.integers)}i")
         pack.pack_into(numbers, 0, *self.integers)
-        held = numbers, pointers, tensors
-        launch = BoundLaunch(function, (programs, 1, 1), device, places, held, overlaps)
+        launch = BoundLaunch(function, (programs, 1, 1), device, places, (numbers, pointers, tensors))
         return Room(launch, tensors.words, pointers, numbers, pack.size, self._floats)
 
     def make(self) -> tuple[Any, Any, Any]:

@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .consumer import consume
 from .parts import NO_TILES, ROWS, SEGMENTS, Config, Pipe, Results, Shape
 from .producer import produce
-from .turns import kernels_before
 
 #: Never specialised, and without a known alignment: one binary serves every length.
 INTEGERS = [
@@ -105,6 +104,10 @@ def forward_kernel(
         LSE,
         TURNS,
     )
+    shape = Shape(
+        q_lengths_ptr, kv_lengths_ptr, bounds_ptr, bias_ptr, batch, heads, group, q_len, kv_len, left, right, rows,
+        section, bias_b, bias_h, list_b, list_h, list_m,
+    )  # fmt: skip
     flags: gl.constexpr = mbarrier.MBarrierLayout()
     bias = None
     if KEYS:
@@ -150,12 +153,6 @@ def forward_kernel(
         mbarrier.init(pipe.v_full.index(i), count=1)
         mbarrier.init(pipe.empty.index(i), count=2)
     fence_async_shared()
-    if bounds_ptr is not None:
-        bounds_ptr += kernels_before()
-    shape = Shape(
-        q_lengths_ptr, kv_lengths_ptr, bounds_ptr, bias_ptr, batch, heads, group, q_len, kv_len, left, right, rows,
-        section, bias_b, bias_h, list_b, list_h, list_m,
-    )  # fmt: skip
     gl.warp_specialize(
         [
             (consume, (pipe, results, inner, scale, 0, shape, cfg)),

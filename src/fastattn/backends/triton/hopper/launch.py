@@ -247,8 +247,7 @@ class Forward:
 
     def _room(self) -> Room:
         """This thread's."""
-        overlaps = self._flags.prepared  # then it waits for the kernels before by itself
-        found = self._arguments.room(self._function, self._programs, self._device, self._layouts, overlaps=overlaps)
+        found = self._arguments.room(self._function, self._programs, self._device, self._layouts)
         self._local.__dict__["room"] = found
         return found
 

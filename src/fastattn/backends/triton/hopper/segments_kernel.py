@@ -127,7 +127,6 @@ def segment_tiles_kernel(
     once for which tiles are its own, once for how many others see more keys."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     numbers = memory_ptr.to(tl.pointer_type(tl.int32))
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     none = slot * 0

@@ -57,15 +57,6 @@ def stay_below(n):
 
 
 @gluon.jit
-def kernels_before():
-    """0, once the kernels before this one in the stream are done, and what they wrote is there: this one may start
-    while they run (programmatic dependent launch). Addresses of what they wrote are to depend on it."""
-    return gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def here(x):
     """The integer x, of which nothing can be computed earlier: what a rare branch needs is not to be kept in registers
     all through a loop."""

@@ -55,7 +55,6 @@ def list_kernel(
     """Writes the list of one block of rows."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     entry = program // row_blocks
     b = entry // list_heads

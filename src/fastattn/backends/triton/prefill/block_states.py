@@ -216,7 +216,6 @@ def classify_kernel(
     """Classifies some blocks of keys of one block of rows. Programs go along the rows, as the mask lies in memory."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
     pieces = (key_blocks + BLOCKS - 1) // BLOCKS
     program = tl.program_id(0) // pieces
