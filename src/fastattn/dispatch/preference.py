@@ -77,19 +77,6 @@ def _gradients_with_a_mask(p: Problem) -> bool:
     return p.backward and p.dense_mask
 
 
-#: Of head dims over 128, up to 256, without a softcap, which cuDNN does not have: who is asked for gradients on SM 9.0.
-#: The Hopper backward has not been measured beside cuDNN's there.
-_WIDE_GRADIENTS = ("cudnn", "hopper")
-
-
-def _wide_gradients(p: Problem) -> bool:
-    return p.backward and p.softcap == 0 and p.dtype != torch.float32 and 128 < max(p.head_dim, p.value_dim) <= 256
-
-
-def _wide_gradients_of_bounds(p: Problem) -> bool:
-    return _wide_gradients(p) and _needs_dense_mask(p)
-
-
 _CHUNK = Rule(
     _chunk,
     ("decode", "hopper", "cudnn", "prefill"),
@@ -112,12 +99,6 @@ RULES: dict[tuple[int, int] | None, tuple[Rule, ...]] = {
             ("hopper", "prefill", "torch"),
             "cuDNN's backward takes a tensor mask only through passes over all scores, and a plan for each shape",
         ),
-        Rule(
-            _wide_gradients_of_bounds,
-            (*_WIDE_GRADIENTS, "prefill"),
-            "for head dims over 128 cuDNN's backward is known to be fast, torch needs a mask of all queries and keys",
-        ),
-        Rule(_wide_gradients, _WIDE_GRADIENTS, "for head dims over 128 cuDNN's backward is known to be fast"),
         Rule(
             _few_scores_with_masked_keys,
             ("decode", "prefill", "hopper", "torch"),
