@@ -14,6 +14,7 @@ _BACKWARD = ("tests/backends/triton/hopper_backward/test_model.py",)
 _WIDE_BACKWARD = (*_BACKWARD, "-k", "wide")
 _ORDER = (*_BACKWARD, "-k", "test_in_order")
 _HOPPER_WIDE = ("tests/backends/triton/hopper_wide/test_model.py",)
+_ROOMS = ("tests/backends/triton/backward/test_rooms.py",)
 _BOUNDS = ("tests/backends/triton/test_bounds.py",)
 _LAUNCHES = ("tests/backends/triton/hopper/test_launch.py", "tests/backends/triton/hopper_backward/test_run.py")
 
@@ -228,6 +229,20 @@ MUTATIONS = (
         "mask=of_all == 0",
         "mask=of_all >= 0",
         _BACKWARD,
+    ),
+    Mutation(
+        "a portable backward takes the scale of the one before",
+        "backends/triton/backward/rooms.py",
+        "if call.scale != rooms.scale:",
+        "if rooms.scale != rooms.scale:",
+        _ROOMS,
+    ),
+    Mutation(
+        "a misaligned tensor is read by a binary that takes it for aligned",
+        "backends/triton/backward/rooms.py",
+        "        if bits % ALIGNMENT:\n            return None",
+        "        if bits < 0:\n            return None",
+        _ROOMS,
     ),
     Mutation(
         "a backward takes the scale of the one before",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from ....call import Call, Gradients, Problem, as_token_major, token_major
 from ...base import BackwardOnly
 from ...layout import TokenMajor
 from ...scratch import scratch
-from ..arguments import broadcast_strides, score_factors
+from ..arguments import broadcast_strides
 from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, flag_sets, prepare
 from ..binaries.launcher import Launch as Prepared
-from ..binaries.launcher import flag_sets, prepare
 from ..binding import TILE, readable, with_bounds, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
@@ -23,9 +22,9 @@ from ..representative import representative, stand_in
 from .before import Before
 from .launch_config import Launch, choose, variants
 from .passes import Passes
+from .rooms import Quick, floats_of
 from .sizes import Sizes
 
-_LOG2_E = math.log2(math.e)
 _MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
 
 
@@ -64,7 +63,7 @@ class _Upstream(NamedTuple):
 class BackwardKernel(BackwardOnly):
     """The passes bound to one problem and one set of strides of the call's tensors."""
 
-    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_sizes")
+    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_quick", "_sizes")
 
     def __init__(
         self, problem: Problem, call: Call, launch: Launch | None = None, group_parts: int | None = None
@@ -80,7 +79,12 @@ class BackwardKernel(BackwardOnly):
         self._call_layout = Passes.layout(p, bounded)
         self._passes: dict[object, Passes] = {}
         self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
-        prepare(self.launches(call))
+        launches = self.launches(call)
+        prepare(launches)
+        binaries = all(isinstance(launcher, BinaryLauncher) and launcher.launches for launcher, _, _ in launches)
+        self._quick: Quick | None = None
+        if binaries and self._bounds is None:
+            self._quick = Quick(p, call, self._sizes, self._outputs)
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a backward launches, for upstream tensors as they usually are."""
@@ -98,15 +102,16 @@ class BackwardKernel(BackwardOnly):
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """The gradients that `problem.grads` names."""
-        p, device, scale = self._problem, call.q.device, call.scale
+        if self._quick is not None:
+            quick = self._quick(call, (out, lse, grad_out, grad_lse))
+            if quick is not None:
+                return quick
+        p, device = self._problem, call.q.device
         memory = scratch(device, self._sizes.pieces.total)
         if self._bounds is not None:
             self._bounds(call, memory)
             call = self._bounded(call, memory)
         up = _Upstream(_rows_of(out), lse, _rows_of(grad_out), grad_lse)
-        inner, factor = score_factors(scale, p.softcap)
-        if p.mask != "additive":
-            factor *= _LOG2_E
         grads = Gradients(
             q=self._outputs["q"]() if "q" in p.grads else None,
             k=self._outputs["k"]() if "k" in p.grads else None,
@@ -116,7 +121,10 @@ class BackwardKernel(BackwardOnly):
         )
         pieces = self._sizes.pieces.cut(memory)
         self._before(call, pieces)
-        self._passes_for(up, device)(call, up, pieces, grads, (inner, factor, scale))
+        passes = self._passes_for(up, device)
+        passes(call, up, pieces, grads, floats_of(p, call.scale))
+        if self._quick is not None and up.out is out and up.grad_out is grad_out:
+            self._quick.remember(call, up, pieces, grads, passes.in_order)
         return grads
 
     def _passes_for(self, up: _Upstream, device: torch.device) -> Passes:

@@ -15,6 +15,7 @@ from ..representative import stand_in
 from . import launch_config
 from .launch_config import RANGE_FIELDS, Launch
 
+FILLED = "lists", "key_lists", "ranges"  #: pieces of the memory
 _KEY_LIST, _RANGE = (NamedKernel(f"{__package__}.ranges", f"{name}_kernel") for name in ("key_list", "range"))
 
 

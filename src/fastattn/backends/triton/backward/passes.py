@@ -164,7 +164,7 @@ class Passes:
         sinks = stand_in(call.sinks.dtype) if call.sinks is not None and "s" in p.grads else None
         grads = Gradients(like["q"], like["k"], like["v"], mask, sinks)
         upstream = row, number, row, number if grad_lse else None
-        return self._all(
+        return self.in_order(
             call,
             upstream,
             {name: stand_in(dtype) for name, (_, _, dtype) in self._sizes.pieces.at.items()},
@@ -176,10 +176,10 @@ class Passes:
         self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
     ) -> None:
         """Fills the gradients. upstream: out, lse, grad_out, grad_lse."""
-        for launcher, tensors, numbers in self._all(call, upstream, pieces, grads, floats):
+        for launcher, tensors, numbers in self.in_order(call, upstream, pieces, grads, floats):
             launcher(tensors, numbers)
 
-    def _all(
+    def in_order(
         self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
     ) -> list[Prepared]:
         """The launches in order."""
