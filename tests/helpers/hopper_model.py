@@ -421,7 +421,7 @@ class Model:
             self.together.changed.notify_all()
 
     def _names(self) -> dict[str, Any]:
-        from fastattn.backends.triton.bounds_kernel import CONSTANT, FIELDS, HEADER, LOOSE
+        from fastattn.backends.triton.bounds_kernel import FIELDS, HEADER
         from fastattn.backends.triton.hopper.segments import HEADER_NUMBERS, TILE_NUMBERS
         from fastattn.backends.triton.prefill.block_lists import HEADER as LIST_HEADER
 
@@ -468,7 +468,7 @@ class Model:
         nothing = lambda *_: None  # noqa: E731
         return {
             "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
-            "HEADER": HEADER.value, "FIELDS": FIELDS.value, "CONSTANT": CONSTANT.value, "LOOSE": LOOSE.value,
+            "HEADER": HEADER.value, "FIELDS": FIELDS.value,
             "LIST_HEADER": LIST_HEADER.value,
             "TILE_HEADER": HEADER_NUMBERS, "TILE_FIELDS": TILE_NUMBERS,
             "mbarrier": SimpleNamespace(

@@ -14,9 +14,7 @@ The memory that `Bounds` fills, in int32 numbers; T tiles of `tile` rows in each
                           3  the least hi: each of the rows sees all keys of [2, 3), if 2 < 3
                           4  1 where a key between 0 and 1 may be seen by none of the rows; 0: each is seen by one
                           5  1 where a tensor mask's biases are to be added; 0: the bounds say all of it
-                          6  how the rows' bounds follow each other, where all have the same lo: `CONSTANT`, all have
-                             the same hi; else hi - row of each, where that is one number; `LOOSE`: neither is true
-                          7  unused
+                          6..7  unused
                           All 0 in a tile without keys.
     lo_at   [B, T * tile] per row its lo
     hi_at   [B, T * tile] per row its hi; lo = hi = 0 in rows that see no key, and in those past Sq
@@ -47,7 +45,6 @@ from .representative import stand_in
 
 HEADER_NUMBERS = 4  #: before the tiles
 TILE_NUMBERS = 8  #: of a tile
-CONSTANT, LOOSE = 1 << 30, -(1 << 30)  #: no row's hi - row, see `MOST_TOKENS`
 MOST_TOKENS = 1 << 30  #: positions and sums of two lengths are int32
 
 _READ = "segments", "lo", "hi", "q_lengths", "kv_lengths"  #: of a call, by the kernel of bounds, after the memory

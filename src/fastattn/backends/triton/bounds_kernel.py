@@ -11,8 +11,6 @@ from .masking import visible_keys
 
 HEADER = tl.constexpr(bounds.HEADER_NUMBERS)
 FIELDS = tl.constexpr(bounds.TILE_NUMBERS)
-CONSTANT = tl.constexpr(bounds.CONSTANT)
-LOOSE = tl.constexpr(bounds.LOOSE)
 _UNIT = tl.constexpr(64)  # keys; tiles whose numbers of keys differ by less keep their order, and so their keys in L2
 
 _INTEGERS = [
@@ -146,12 +144,6 @@ def bounds_kernel(
     tl.store(at + 3, tl.where(some, least_hi, 0))
     tl.store(at + 4, gaps)
     tl.store(at + 5, tl.where(some, biased, 0))
-    least_line = tl.min(tl.where(seeing, hi - row, most), 0)
-    greatest_line = tl.max(tl.where(seeing, hi - row, -most), 0)
-    line = tl.where(least_line == greatest_line, least_line, LOOSE)
-    line = tl.where(least_hi == greatest_hi, CONSTANT, line)
-    line = tl.where(least_lo == greatest_lo, line, LOOSE)
-    tl.store(at + 6, tl.where(some, line, 0))
 
 
 @triton.jit(do_not_specialize=["tiles", "tile"])

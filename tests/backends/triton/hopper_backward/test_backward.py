@@ -149,13 +149,41 @@ def test_a_problem_of_every_mask_knows_its_binaries() -> None:
         found = launch.binaries(problem(**changes))
         assert len(set(found)) == len(found)
         kernels = [x.kernel.rpartition(":")[2] for x in found if hasattr(x, "kernel")]
-        assert kernels.count("finish_kernel") == 1
-        assert kernels.count("prepare_kernel") == (2 if changes.get("return_lse") else 1)
+        # Where programs share blocks of keys there are sums of dK and dV besides.
+        assert kernels.count("finish_kernel") == 2
+        assert kernels.count("prepare_kernel") == (4 if changes.get("return_lse") else 2)
         assert ("bounds_kernel" in kernels, "extents_kernel" in kernels) == ("mask" in changes,) * 2
         assert ("key_bias_kernel" in kernels) == (changes is keys)
         main = [x for x in found if not hasattr(x, "kernel")]
         own = main[0].split
         assert main == [launch.flags(problem(**changes), split) for split in (own, not own)]
+
+
+@pytest.mark.parametrize("batch, q_heads, kv_heads, head_dim", [(2, 8, 4, 256), (2, 16, 8, 128), (8, 32, 8, 128)])
+@pytest.mark.parametrize("mask", ["causal", "segments", "keys"])
+def test_binaries_of_a_problem_are_those_of_other_lengths(
+    batch: int, q_heads: int, kv_heads: int, head_dim: int, mask: str
+) -> None:
+    """As few lengths as `warmup` tries must do for all."""
+    pytest.importorskip("triton")
+
+    def of(length: int) -> Problem:
+        masks = {
+            "causal": {"right": 0},
+            "segments": {"right": 0, "mask": "segments", "mask_shape": (5, batch)},
+            "keys": {"mask": "bool", "mask_shape": (batch, 1, 1, length), "mask_dtype": torch.bool},
+        }
+        sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "q_len": length, "kv_len": length}
+        return problem(**sizes, head_dim=head_dim, value_dim=head_dim, **masks[mask])
+
+    ready, splits = set(launch.binaries(of(513))), set[bool]()
+    for length in (1, 60, 200, 700, 1500, 4000, 9000):
+        call = launch.representative(of(length))
+        bound = launch.Backward(of(length), call, loads=False)
+        out = launch.token_major(call.q, batch, q_heads, length, head_dim)
+        assert {bound.flags, *bound.others(call, out)} <= ready, length
+        splits.add(bound.flags.split)
+    assert splits == {True, False}
 
 
 def test_a_call_is_not_bound_before_its_binaries_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

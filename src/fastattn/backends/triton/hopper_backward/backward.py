@@ -2,12 +2,14 @@
 
 A program has a block of 128 keys of one head and visits the tiles of 64 queries that see it, for each query head of the
 group. Its warps are those of the forward: a producer has the copy engine bring keys and values once, and per tile the
-queries, dO, log-sum-exp and delta; two consumers have 64 keys each. dK and dV stay in registers. dQ is a sum over
-blocks of keys: each step adds a tile of it to float32 numbers in memory (`sums.py`), which `finish.py` rounds. With
-ORDERED two more warps see to it that these additions have a fixed order (`order.py`).
+queries, dO, log-sum-exp and delta; two consumers have 64 keys each. (Of head dims over 128 a block has 64 keys, and
+each consumer half of the dims: `wide_consumer.py`.) dK and dV stay in registers. dQ is a sum over blocks of keys: each
+step adds a tile of it to float32 numbers in memory (`sums.py`), which `finish.py` rounds. With ORDERED two more warps
+see to it that these additions have a fixed order (`order.py`).
 
-The files, from the whole to its parts: `producer.py` and `consumer.py`; of a consumer `masking.py` and `sums.py`; of
-both `tiles.py`. Before the kernel runs `prepare.py`, with bounds of rows also `extents.py`; after it `finish.py`.
+The files, from the whole to its parts: `producer.py`, `consumer.py` and `wide_consumer.py`; of a consumer `steps.py`,
+`masking.py` and `sums.py`; of all `tiles.py`. Before the kernel runs `prepare.py`, with bounds of rows also
+`extents.py`; after it `finish.py`.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations as objects.

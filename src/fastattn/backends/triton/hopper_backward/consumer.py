@@ -85,7 +85,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
     for i in range(steps):
         slot = i & 1
         phase = (i >> 1) & 1
-        least, past, line = common_range(m, b, shape, cfg)
+        least, past = common_range(m, b, shape, cfg)
         mbarrier.wait(pipe.q_full.index(slot), phase)
         q = pipe.q.index(slot).reshape([ROWS, cfg.D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -95,7 +95,7 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         s = warpgroup_mma_wait(1, deps=[s])
         if cfg.SOFTCAP:
             s = tanh(s * results.inner)
-        s = mask(s, m, 0, b, key, least, past, line, shape, cfg)
+        s = mask(s, m, 0, b, key, least, past, shape, cfg)
         x = s * results.scale - pipe.lse.index(slot).load(columns)[None, :]
         if cfg.BIASED:
             if biased != 0:

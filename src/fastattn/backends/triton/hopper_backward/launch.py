@@ -102,14 +102,17 @@ def flags(p: Problem, split: bool) -> Flags:
 
 
 def binaries(problem: Problem) -> list[FlagSet]:
-    """All that calls like this one need: its own main kernel first."""
+    """All that calls like this one need: its own main kernel first. At other lengths programs may share blocks of keys
+    where they do not here, or the other way round."""
     call = representative(problem)
-    bound = Backward(problem, call, loads=False)
-    found: list[FlagSet] = [bound.flags]
+    own = Backward(problem, call, loads=False)
+    kinds = [own]
     if problem.group > 1:
-        found += [flags(problem, True), flags(problem, False)]
+        kinds.append(Backward(problem, call, loads=False, split=1 if own.flags.split else problem.group))
     out = token_major(call.q, problem.batch, problem.q_heads, problem.q_len, problem.value_dim)
-    found += bound.others(call, out)
+    found: list[FlagSet] = [kind.flags for kind in kinds]
+    for kind in kinds:
+        found += kind.others(call, out)
     return list(dict.fromkeys(found))
 
 
@@ -134,12 +137,14 @@ class Backward(BackwardOnly):
         *("_problem", "_programs", "_split", "backward", "flags"),
     )
 
-    def __init__(self, problem: Problem, call: Call, loads: bool = True) -> None:
-        """loads: find the binaries."""
+    def __init__(self, problem: Problem, call: Call, loads: bool = True, split: int = 0) -> None:
+        """loads: find the binaries. split: how many programs share a block of keys, if not as `schedule.choose` says;
+        then only binaries are asked for."""
         p = self._problem = problem
         device = call.q.device
         self._device = device.index
         choice = choose(sizes(p, sm_count(device.index) if device.type == "cuda" else 132))
+        choice = choice._replace(split=split or choice.split)
         self._split = choice.split > 1
         self.flags = flags(p, self._split)
         dim = self.flags.dim

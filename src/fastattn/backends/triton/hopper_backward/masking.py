@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from ..bounds_kernel import CONSTANT, FIELDS, HEADER, LOOSE
+from ..bounds_kernel import FIELDS, HEADER
 from ..hopper.turns import here
 from .parts import BAND, CAUSAL, HALF, INTERVALS, NARROW, ROWS
 from .tiles import seen_at
@@ -15,17 +15,14 @@ _WIDE = gl.constexpr(64)  # columns that `drop_unseen` takes at a time
 
 @gluon.jit
 def common_range(m, b, shape, cfg):
-    """The keys [least, end) that each query of a tile sees that sees any, and how their bounds follow each other (see
-    `bounds.py`). Only with INTERVALS."""
+    """The keys [least, end) that each query of a tile sees that sees any. Only with INTERVALS."""
     least = 0
     end = 0
-    line = 0
     if cfg.MASK == INTERVALS:
         at = shape.bounds + HEADER + (b * shape.tiles + m) * FIELDS
         least = gl.load(at + 2)
         end = gl.load(at + 3)
-        line = gl.load(at + 6)
-    return least, end, line
+    return least, end
 
 
 @gluon.jit
@@ -39,7 +36,7 @@ def _seldom(rows, cfg):
 
 
 @gluon.jit
-def mask(s, m, row: gl.constexpr, b, key, least, end, line, shape, cfg):
+def mask(s, m, row: gl.constexpr, b, key, least, end, shape, cfg):
     """s `[HALF, queries]` with -inf where a query does not see a key. m, row: the tile, and which of its queries is the
     first. key: the first one's. Queries that are not there, or see nothing, have a log-sum-exp of +inf and are no
     matter here."""
@@ -57,15 +54,17 @@ def mask(s, m, row: gl.constexpr, b, key, least, end, line, shape, cfg):
         if key + HALF > shape.kv_len:
             s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))
     elif cfg.MASK == INTERVALS:
-        if (least > key) | (end < key + HALF):
-            if line == LOOSE:
-                at = HEADER + shape.batch * shape.tiles * FIELDS + (b * shape.tiles + m) * ROWS + row
+        tile = b * shape.tiles + m
+        at = HEADER + shape.batch * shape.tiles * FIELDS + tile * ROWS + row
+        if least > key:
+            if gl.load(shape.bounds + HEADER + tile * FIELDS) == least:  # the same for all, as behind padding
+                s = gl.where((rows >= least - key)[:, None], s, float("-inf"))
+            else:
                 lo = gl.load(shape.bounds + at + cols) - key
-                hi = gl.load(shape.bounds + at + shape.batch * shape.tiles * ROWS + cols) - key
-                s = gl.where((rows[:, None] >= lo[None, :]) & (rows[:, None] < hi[None, :]), s, float("-inf"))
-            else:  # as one sequence under a causal mask, or none: nothing need be read, which would take a while
-                hi = gl.where(line == CONSTANT, end, line + row + cols) - key
-                s = gl.where((rows >= least - key)[:, None] & (rows[:, None] < hi[None, :]), s, float("-inf"))
+                s = gl.where(rows[:, None] >= lo[None, :], s, float("-inf"))
+        if end < key + HALF:
+            hi = gl.load(shape.bounds + at + shape.batch * shape.tiles * ROWS + cols) - key
+            s = gl.where(rows[:, None] < hi[None, :], s, float("-inf"))
     else:
         if key + HALF > shape.kv_len:
             s = gl.where((rows < shape.kv_len - key)[:, None], s, float("-inf"))

@@ -67,7 +67,7 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
     for i in range(steps):
         slot = i & 1
         phase = (i >> 1) & 1
-        least, past, line = common_range(m, b, shape, cfg)
+        least, past = common_range(m, b, shape, cfg)
         # The compiler would keep the addresses of all operands in registers all through the loop, and spill them.
         none = here(i * 0)
         k = pipe.k.index(none).reshape([HALF, cfg.D])
@@ -83,7 +83,7 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
         s = warpgroup_mma_wait(1, deps=[s])
         if cfg.SOFTCAP:
             s = tanh(s * results.inner)
-        s = mask(s, m, own, b, key, least, past, line, shape, cfg)
+        s = mask(s, m, own, b, key, least, past, shape, cfg)
         x = s * results.scale - pipe.lse.index(slot).slice(own, _QUERIES, 0).load(columns)[None, :]
         if cfg.BIASED:
             if biased != 0:
