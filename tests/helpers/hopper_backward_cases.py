@@ -288,9 +288,8 @@ def check(kind: BackwardKind, case: dict[str, Any], seed: int) -> tuple[bool, st
         fine &= first.shape == true.shape
         if name == "s":
             error = ((first.double() - true).norm() / true.norm().clamp(min=1e-2)).item()
-            fine &= (
-                error < WORST[torch.bfloat16 if kind.sinks is torch.bfloat16 else kind.dtype]
-            )  # it is rounded to that
+            rounded = torch.bfloat16 if kind.sinks is torch.bfloat16 else kind.dtype
+            fine &= error < WORST[rounded]
             texts.append(f"ds {error:.1e}")
         else:  # a row at a time too, so that a wrong one does not drown in many right ones
             error, row = gradient_bounds.errors(first, true, floors[name], kind.dtype)

@@ -468,8 +468,7 @@ class Model:
         nothing = lambda *_: None  # noqa: E731
         return {
             "gl": gl, "gluon": SimpleNamespace(jit=jit), "aggregate": aggregate, "base_value": Value,
-            "HEADER": HEADER.value, "FIELDS": FIELDS.value,
-            "LIST_HEADER": LIST_HEADER.value,
+            "HEADER": HEADER.value, "FIELDS": FIELDS.value, "LIST_HEADER": LIST_HEADER.value,
             "TILE_HEADER": HEADER_NUMBERS, "TILE_FIELDS": TILE_NUMBERS,
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, expect=self._expect,
@@ -724,8 +723,8 @@ def backward(
         "extents_ptr": numbers("extents"), "bias_ptr": bias_ptr, "bias_b": None, "bias_h": None,
         **{name: Value(x) for name, x in integers.items()}, "inner": Value(np.float32(inner)),
         "scale": Value(np.float32(scale)), "factor": Value(np.float32(call.scale)), "D": flags.dim,
-        "MASK": flags.mask, "SOFTCAP": flags.softcap, "SPLIT": flags.split, "BIASED": flags.biased,
-        "ORDERED": flags.ordered,
+        "KEYS": keys_of(flags.dim), "MASK": flags.mask, "SOFTCAP": flags.softcap, "SPLIT": flags.split,
+        "BIASED": flags.biased, "ORDERED": flags.ordered,
     }  # fmt: skip
     model = Model("hopper_backward", BACKWARD_FILES)
     together = model.launch(bound._programs, rng, arguments, "backward_kernel", residents)

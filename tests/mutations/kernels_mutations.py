@@ -397,13 +397,8 @@ MUTATIONS = (
     Mutation(
         "consumers say that they have added before they have",
         "backends/triton/hopper_backward/consumer.py",
-        "        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n"
-        "        if cfg.ORDERED:\n"
-        "            barrier()  # all four warps have added\n"
-        "            mbarrier.arrive(pipe.added.index(slot))\n",
-        "        if cfg.ORDERED:\n"
-        "            mbarrier.arrive(pipe.added.index(slot))\n"
-        "        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n",
+        "        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n        count_on(pipe, slot, cfg)\n",
+        "        count_on(pipe, slot, cfg)\n        add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)\n",
         _ORDER,
     ),
     Mutation(

@@ -84,6 +84,17 @@ class TokenMajor(Fresh):
         super().__init__(shape, strides, like.dtype, like.device)
 
 
+class Contiguous(Fresh):
+    """The same for contiguous tensors."""
+
+    __slots__ = ()
+
+    def __init__(self, like: Tensor) -> None:
+        """like: says shape, dtype and device."""
+        strides = torch.empty(like.shape, device="meta").stride()
+        super().__init__(like.shape, strides, like.dtype, like.device)
+
+
 class Output(TokenMajor):
     """The same for the outputs of calls of one problem."""
 

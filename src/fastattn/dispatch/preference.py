@@ -79,9 +79,10 @@ def _gradients_with_a_mask(p: Problem) -> bool:
 
 def _padded_gradients(p: Problem) -> bool:
     """Gradients of head dims that the Hopper backward pads to 256, where cuDNN, which does not, is the quicker one by
-    estimate: hopper takes 0.88 of its time with 256 dims. Three of five GEMMs have the head dim, two the value dim."""
-    largest, work = max(p.head_dim, p.value_dim), 3 * p.head_dim + 2 * p.value_dim
-    return p.backward and p.softcap == 0 and 128 < largest <= 256 and work < 0.88 * 5 * 256
+    estimate: hopper takes 0.88 of its time with 256 dims."""
+    from ..backends.triton.hopper_backward.launch import work_of
+
+    return p.backward and p.softcap == 0 and 128 < max(p.head_dim, p.value_dim) <= 256 and work_of(p) < 0.88
 
 
 _CHUNK = Rule(

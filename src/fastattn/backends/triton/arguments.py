@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ...call import Call, Problem
 
+_LOG2_E = math.log2(math.e)
 _STEEPEST = 1e38  #: that float32 holds; where a cap is so much smaller than the scale, all scores but 0 are at the cap
 
 
@@ -19,6 +22,12 @@ def band(p: Problem) -> tuple[int, int]:
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
     """What a product of q and k is multiplied with before the softcap, and what the result of that with."""
     return (min(scale / softcap, _STEEPEST), softcap) if softcap else (1.0, scale)
+
+
+def exponent_factors(p: Problem, scale: float) -> tuple[float, float]:
+    """`score_factors` of the kernels in plain Triton: without an additive mask the second one is for base 2."""
+    inner, outer = score_factors(scale, p.softcap)
+    return inner, outer if p.mask == "additive" else outer * _LOG2_E
 
 
 def strides_in_units(call: Call) -> tuple[int, tuple[int, ...]]:

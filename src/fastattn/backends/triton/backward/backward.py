@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....call import Call, Gradients, Problem, as_token_major, token_major
 from ...base import BackwardOnly
-from ...layout import TokenMajor
+from ...layout import Contiguous, TokenMajor
 from ...scratch import scratch
 from ..arguments import broadcast_strides
 from ..binaries.flag_set import FlagSet
@@ -22,10 +22,8 @@ from ..representative import representative, stand_in
 from .before import Before
 from .launch_config import Launch, choose, variants
 from .passes import Passes
-from .rooms import Quick, floats_of
+from .rooms import MOST_LAYOUTS, Quick, floats_of
 from .sizes import Sizes
-
-_MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
 
 
 def bind(problem: Problem, call: Call, launch: Launch | None = None) -> BackwardKernel | WithCopies:
@@ -63,7 +61,7 @@ class _Upstream(NamedTuple):
 class BackwardKernel(BackwardOnly):
     """The passes bound to one problem and one set of strides of the call's tensors."""
 
-    __slots__ = ("_before", "_bounds", "_call_layout", "_outputs", "_passes", "_problem", "_quick", "_sizes")
+    __slots__ = ("_before", "_bounds", "_call_layout", "_grads", "_passes", "_problem", "_quick", "_sizes")
 
     def __init__(
         self, problem: Problem, call: Call, launch: Launch | None = None, group_parts: int | None = None
@@ -78,13 +76,16 @@ class BackwardKernel(BackwardOnly):
         self._sizes = Sizes(p, launch, before, self._before, group_parts)
         self._call_layout = Passes.layout(p, bounded)
         self._passes: dict[object, Passes] = {}
-        self._outputs = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
+        makers = {name: TokenMajor(x.shape, x) for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
+        others = {name[0]: Contiguous(x) for name, x in (("mask", call.mask), ("sinks", call.sinks)) if x is not None}
+        #: What makes each of `Gradients`, None where it is not asked for.
+        self._grads = [(makers | others)[name[0]] if name[0] in p.grads else None for name in Gradients._fields]
         launches = self.launches(call)
         prepare(launches)
         binaries = all(isinstance(launcher, BinaryLauncher) and launcher.launches for launcher, _, _ in launches)
         self._quick: Quick | None = None
         if binaries and self._bounds is None:
-            self._quick = Quick(p, call, self._sizes, self._outputs)
+            self._quick = Quick(p, call, self._sizes, self._grads)
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a backward launches, for upstream tensors as they usually are."""
@@ -112,13 +113,7 @@ class BackwardKernel(BackwardOnly):
             self._bounds(call, memory)
             call = self._bounded(call, memory)
         up = _Upstream(_rows_of(out), lse, _rows_of(grad_out), grad_lse)
-        grads = Gradients(
-            q=self._outputs["q"]() if "q" in p.grads else None,
-            k=self._outputs["k"]() if "k" in p.grads else None,
-            v=self._outputs["v"]() if "v" in p.grads else None,
-            mask=_packed(call.mask) if "m" in p.grads else None,
-            sinks=_packed(call.sinks) if "s" in p.grads else None,
-        )
+        grads = Gradients(*[None if make is None else make() for make in self._grads])
         pieces = self._sizes.pieces.cut(memory)
         self._before(call, pieces)
         passes = self._passes_for(up, device)
@@ -131,7 +126,7 @@ class BackwardKernel(BackwardOnly):
         key = *up.layouts(), precision_of(self._problem)
         found = self._passes.get(key)
         if found is None:
-            if len(self._passes) >= _MOST_LAYOUTS:
+            if len(self._passes) >= MOST_LAYOUTS:
                 self._passes.clear()
             found = Passes(self._problem, self._call_layout, self._sizes, up.layouts(), device)
             self._passes[key] = found
@@ -166,8 +161,3 @@ def _rows_of(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 or strides[3] != 1 or any(n % 8 for n in strides[:3]):
         return token_major(x, *x.shape).copy_(x)
     return x
-
-
-def _packed(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +19,13 @@ from ...._compat import torch as torch_internals
 from ....call import Call, Gradients, Problem
 from ...layout import ALIGNMENT, Fresh
 from ...scratch import scratch
-from ..arguments import score_factors
+from ..arguments import exponent_factors
 from ..binaries.launcher import BinaryLauncher, Room
 from ..binaries.launcher import Launch as Prepared
 from ..prefill.forward import precision_of
 from .before import FILLED
 from .sizes import Sizes
 
-_LOG2_E = math.log2(math.e)
 #: What a backward is given besides the call: output, log-sum-exp, and their gradients (the last may be None).
 Upstream = tuple[Tensor, Tensor, Tensor, Tensor | None]
 #: Of a call, `Upstream`, pieces of the memory, gradients, and floats: the launches in order, see `Passes.in_order`.
@@ -34,9 +33,7 @@ Launches = Callable[[Call, Any, dict[str, Any], Gradients, tuple[float, ...]], l
 
 #: Tensors of a call that the kernels may read.
 _OF_CALLS = "q", "k", "v", "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths"
-
-
-_MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches a thread keeps
+MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
 
 
 class _Slot:
@@ -76,16 +73,11 @@ class Quick:
 
     __slots__ = ("_before", "_device", "_grads", "_local", "_names", "_problem", "_sizes", "_starts")
 
-    def __init__(self, p: Problem, call: Call, sizes: Sizes, outputs: Mapping[str, Fresh]) -> None:
-        """outputs: what makes the gradients of q, k and v."""
+    def __init__(self, p: Problem, call: Call, sizes: Sizes, grads: Sequence[Fresh | None]) -> None:
+        """grads: what makes each of `Gradients`."""
         self._problem, self._sizes, self._device = p, sizes, call.q.device
         self._local = _Local()
-        makers: dict[str, Fresh] = {name: outputs[name] for name in "qkv" if name in p.grads}
-        for name, letter in (("mask", "m"), ("sinks", "s")):
-            if letter in p.grads:
-                x = getattr(call, name)
-                makers[name] = Fresh(x.shape, _contiguous(x.shape), x.dtype, x.device)
-        self._grads = [makers.get(name) for name in Gradients._fields]
+        self._grads = grads
         self._names = [name for name in _OF_CALLS if getattr(call, name) is not None]
         self._starts = {name: start for name, (start, _, _) in sizes.pieces.at.items()}
         #: What `Before` fills: name, first byte, one past the last, dtype.
@@ -154,7 +146,7 @@ class Quick:
             room = launcher.room(tensors, own)
             found.append(_Launch(room, tuple([x.i for x in places if x is not None]), len(own)))  # type: ignore[attr-defined]
         kept = self._local.by_strides
-        if len(kept) >= _MOST_LAYOUTS:
+        if len(kept) >= MOST_LAYOUTS:
             kept.clear()
         kept[self._key(upstream)] = rooms = _Rooms(found)
         rooms.scale = call.scale
@@ -167,9 +159,4 @@ class Quick:
 
 def floats_of(p: Problem, scale: float) -> tuple[float, float, float]:
     """What the kernels multiply scores by, before the softcap's tanh and after it, and dQ and dK."""
-    inner, factor = score_factors(scale, p.softcap)
-    return inner, factor if p.mask == "additive" else factor * _LOG2_E, scale
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
+    return *exponent_factors(p, scale), scale

@@ -40,7 +40,7 @@ from .binary import (
 )
 from .limits import DTYPES, refusals, sides
 from .segments import LEAST_QUERIES, MOST_ROWS, MOST_SEGMENTS, SegmentTiles, pays
-from .tensors import brought, brought_mask, fits, layout_of, mask_layout, once
+from .tensors import Layout, brought, brought_mask, fits, layout_of, once, tiles_layout
 
 _LOG2_E = math.log2(math.e)
 _OUT, _LSE, _SINKS, _Q_LENGTHS, _KV_LENGTHS, _BOUNDS, _BIAS = range(7)  #: the kernel's pointers
@@ -121,8 +121,9 @@ def all_flags(p: Problem) -> list[Flags]:
 def binaries_of(p: Problem) -> list[FlagSet]:
     """All that calls like this one need, its own main kernel first."""
     own, call = flags(p), representative(p)
-    found: list[FlagSet] = [*all_flags(p)]
-    masks = {x.mask for x in all_flags(p)}
+    kinds = all_flags(p)
+    found: list[FlagSet] = [*kinds]
+    masks = {x.mask for x in kinds}
     if INTERVALS in masks:
         found += flag_sets(Bounds(p, call, TILE, ordered=True).launches(call))
     if SEGMENTS in masks:
@@ -208,12 +209,12 @@ class Forward:
         self._of_copies: dict[Any, Forward] = {}
         keys = blocks.keys
         boxes = (call.q, ROWS), (call.k, keys), (call.v, keys)
-        layouts = [layout_of(x.shape, x.stride(), self._flags.dtype, n) for x, n in boxes]
+        layouts = [layout_of(x, self._flags.dtype, n) for x, n in boxes]
         if blocks.staged:
-            layouts.append(layout_of(self._output.shape, self._output.strides, self._flags.dtype, ROWS))
+            layouts.append(Layout(self._output.shape, self._output.strides, self._flags.dtype, ROWS))
         self._mask_at = MAP_WORDS * len(layouts)
         if self._flags.tiles:
-            layouts.append(mask_layout(call.mask, self._flags))
+            layouts.append(tiles_layout(call.mask, self._flags))
         self._layouts = tuple(layouts)  #: of q, k, v, a staged output, a mask with rows
         #: Whether the kernel reads anything besides q, k and v.
         self._reads_more = bool(

@@ -64,10 +64,9 @@ def _tensor_map(x: Layout | Row) -> TensorMap:
     return tensor_map(x.shape, x.strides, x.dtype, x.rows, x.columns, x.together)
 
 
-def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, columns: int = 0, together: int = 1
-) -> Layout:
-    return Layout(tuple(shape), strides, dtype, rows, columns, together)
+def layout_of(x: Tensor, dtype: str, rows: int, columns: int = 0, together: int = 1) -> Layout:
+    """Of tensors that lie as `x`."""
+    return Layout(tuple(x.shape), x.stride(), dtype, rows, columns, together)
 
 
 def tiles_readable(mask: Tensor) -> bool:
@@ -86,10 +85,9 @@ def once(mask: Any) -> Tensor:
     return mask  # type: ignore[no-any-return]
 
 
-def mask_layout(mask: Any, flags: Flags) -> Layout:
-    """Of the tiles of a mask with rows."""
-    mask = once(mask)
-    return layout_of(mask.shape, mask.stride(), flags.tiles, ROWS, flags.blocks.keys)
+def tiles_layout(mask: Any, flags: Flags) -> Layout:
+    """Of a mask with rows, of which tiles are read."""
+    return layout_of(once(mask), flags.tiles, ROWS, flags.blocks.keys)
 
 
 def brought_mask(mask: Any) -> Tensor:

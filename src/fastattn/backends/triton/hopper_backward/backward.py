@@ -77,13 +77,13 @@ def backward_kernel(
     scale,
     factor,
     D: gl.constexpr,
+    KEYS: gl.constexpr,
     MASK: gl.constexpr,
     SOFTCAP: gl.constexpr,
     SPLIT: gl.constexpr,
     BIASED: gl.constexpr,
     ORDERED: gl.constexpr,
 ):
-    KEYS: gl.constexpr = 64 if D > NARROW else 128
     cfg = Config(D, KEYS, MASK, SOFTCAP, SPLIT, BIASED, ORDERED)
     flags: gl.constexpr = mbarrier.MBarrierLayout()
     ticket = None

@@ -76,6 +76,7 @@ def compile_kernel(flags: Flags) -> Any:
         signature |= dict.fromkeys(BIAS_INTEGERS, "i32") | {"bias_ptr": "*fp32"}
     values = {
         "D": flags.dim,
+        "KEYS": keys,
         "MASK": flags.mask,
         "SOFTCAP": flags.softcap,
         "SPLIT": flags.split,

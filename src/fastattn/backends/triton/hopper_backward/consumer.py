@@ -15,7 +15,7 @@ from ...._compat.gluon import barrier, reinterpret, store_tile
 from .masking import common_range, drop_unseen, load_bias, mask, with_bias
 from .parts import HALF, INTERVALS, ROWS
 from .steps import first_step, next_step
-from .sums import add, place
+from .sums import add, add_to_block, count_on, place
 from .tiles import block_of, holes_in_keys, program, visitors
 
 
@@ -121,25 +121,15 @@ def consume(pipe, results, group: gl.constexpr, shape, cfg):
         dq = warpgroup_mma_wait(1, deps=[dq])
         at = tile.to(gl.int64) * (ROWS * cfg.D) + group * (ROWS * (cfg.D // 2))
         add(results.dq_sum + at + place(dq_layout, cfg.D // 2), dq)
-        if cfg.ORDERED:
-            barrier()  # all four warps have added
-            mbarrier.arrive(pipe.added.index(slot))
+        count_on(pipe, slot, cfg)
         dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
         mbarrier.arrive(pipe.empty.index(slot))
         m, tile, bias_at = next_step(m, tile, bias_at, first, end, end_of_heads, shape, cfg)
     dk = dk * results.factor
     if cfg.SPLIT:
-        all_blocks = shape.batch * shape.kv_heads * shape.blocks
-        block = (b * shape.kv_heads + kv_head) * shape.blocks + n
         if steps > 0:
             inside = group * (HALF * cfg.D) + place(acc_layout, cfg.D)
-            if cfg.ORDERED:
-                mbarrier.wait(pipe.turn.index(0), steps & 1)
-            add(results.dkv_sum + block.to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dv)
-            add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dk)
-            if cfg.ORDERED:
-                barrier()
-                mbarrier.arrive(pipe.added.index(steps & 1))
+            add_to_block(results, pipe, dk, dv, n, b, kv_head, inside, steps & 1, shape, cfg)
     else:
         meet()  # the other consumer has read its keys and values
         _store(results.dv, rows_of(pipe.v.index(0), group, cfg), dv.to(dtype), b, kv_head, key, cfg)

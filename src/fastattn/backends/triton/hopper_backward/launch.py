@@ -20,7 +20,7 @@ from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..bounds import Bounds
 from ..cuda_driver import Function
-from ..hopper.arguments import Arguments
+from ..hopper.arguments import Arguments, Mapped
 from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
 from ..hopper.tensors import Layout, Row, layout_of
 from ..limits import sm_count
@@ -35,8 +35,7 @@ _PREPARE = NamedKernel(f"{__package__}.prepare", "prepare_kernel")
 _EXTENTS = NamedKernel(f"{__package__}.extents", "extents_kernel")
 _FINISH = NamedKernel(f"{__package__}.finish", "finish_kernel")
 _INT32 = 1 << 31
-#: Of the work of wide heads, what is not padding: three of five GEMMs have the head dim, two the value dim. With less,
-#: such as 192 with 128 (0.65), the portable backward, which pads less, may be as fast.
+#: See `work_of`. With less, such as 192 with 128 (0.65), the portable backward, which pads less, may be as fast.
 _LEAST_WORK = 0.7
 
 
@@ -65,9 +64,12 @@ def dim_of(p: Problem) -> int | None:
     if p.head_dim % 8 or p.value_dim % 8:
         return None
     found = min((d for d in DIMS if max(p.head_dim, p.value_dim) <= d), default=None)
-    if found == DIMS[-1] and 3 * p.head_dim + 2 * p.value_dim < _LEAST_WORK * 5 * found:
-        return None
-    return found
+    return None if found == DIMS[-1] and work_of(p) < _LEAST_WORK else found
+
+
+def work_of(p: Problem) -> float:
+    """How much of the work of wide heads is not padding: three of five GEMMs have the head dim, two the value dim."""
+    return (3 * p.head_dim + 2 * p.value_dim) / (5 * DIMS[-1])
 
 
 def mask_of(p: Problem) -> int:
@@ -180,13 +182,15 @@ class Backward(BackwardOnly):
             return Backward(p, other).backward
 
         grads = [TokenMajor(x.shape, x) for x in (call.q, call.k, call.v)]
-        #: Of q, k, v, dk and dv.
-        self._layouts = [
-            self._layout(call.q, ROWS),
-            self._layout(call.k, keys, key_columns(dim)),
-            self._layout(call.v, keys),
-            *[layout_of(x.shape, x.strides, self.flags.dtype, HALF) for x in grads[1:]],
-        ]
+        dtype = self.flags.dtype
+        #: Of the main kernel's tensors that lie in one way at every call.
+        self._layouts = {
+            "q": layout_of(call.q, dtype, ROWS),
+            "k": layout_of(call.k, dtype, keys, key_columns(dim)),
+            "v": layout_of(call.v, dtype, keys),
+            "dk": Layout(grads[1].shape, grads[1].strides, dtype, HALF),
+            "dv": Layout(grads[2].shape, grads[2].strides, dtype, HALF),
+        }
         #: See `backends.base.Kernel.backward`.
         self.backward: run.Backward = run.Run(p, call, grads, self._memory, self._bounds, self._room, with_inputs)
         if loads:
@@ -195,10 +199,6 @@ class Backward(BackwardOnly):
             out = token_major(call.q.new_empty(0, device="meta"), p.batch, p.q_heads, p.q_len, p.value_dim)
             prepare(self._launches(call, out))
             self._function = store.shared.function(self.flags, device.index)
-
-    def _layout(self, x: Tensor, rows: int, columns: int = 0) -> Layout:
-        """Of tensors that lie as `x`."""
-        return layout_of(x.shape, x.stride(), self.flags.dtype, rows, columns)
 
     def others(self, call: Call, out: Tensor) -> list[FlagSet]:
         """The binaries beside the main kernel's. out: as the forward returns it."""
@@ -237,16 +237,15 @@ class Backward(BackwardOnly):
         if self._bounds is not None and self._bounds.keys is not None:
             pointers.append(("bounds", 4 * self._bounds.keys.bias_at))
         extents = None
-        of_q, of_k, of_v, of_dk, of_dv = self._layouts
-        rows = Row(pieces["rows"].numel(), ROWS)
-        layouts: list[Any] = [of_q, self._layout(grad_out, ROWS), of_k, of_v, rows, of_dk, of_dv]
-        mapped = [("rows", 4)]
+        layouts: dict[str, Mapped] = {
+            **self._layouts, "grad_out": layout_of(grad_out, dtype, ROWS), "rows": Row(pieces["rows"].numel(), ROWS)
+        }  # fmt: skip
         if self._extents is not None:
             shape = p.batch, p.q_heads, tiles_of(p) * ROWS, dim
-            layouts += 2 * [layout_of(shape, _contiguous(shape), dtype, ROWS)]
-            mapped += [("clean_q", 7), ("clean_grad_out", 8)]
+            layouts["clean_q"] = layouts["clean_grad_out"] = Layout(shape, _contiguous(shape), dtype, ROWS)
             extents = self._extents.room(_extents_tensors(pieces)), _EXTENTS_OF
-        main = self._arguments.room(self._function, self._programs, self._device, layouts)
+        mapped = [name for name in run.MAPPED if name in layouts]
+        main = self._arguments.room(self._function, self._programs, self._device, [layouts[name] for name in mapped])
         return Room(
             main,
             (launcher.room(before), _present(_BEFORE, before)),

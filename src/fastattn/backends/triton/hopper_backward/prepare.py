@@ -29,6 +29,12 @@ PREPARE_INTEGERS = [
 
 
 @triton.jit
+def _clear(sums_ptr, i, COUNT: tl.constexpr):
+    """The i-th part of as many sums. i: int64."""
+    tl.store(sums_ptr + i * COUNT + tl.arange(0, COUNT), tl.zeros([COUNT], tl.float32))
+
+
+@triton.jit
 def hidden(lse):
     """1 where all of a tile's rows see nothing, else 0. lse: what is stored of them."""
     return tl.min((lse == float("inf")).to(tl.int32), 0)
@@ -95,15 +101,14 @@ def prepare_kernel(
     pid = tl.program_id(0)
     place = pid.to(tl.int64)
     if dkv_sum_ptr is not None:
-        nothing = tl.zeros([_ZEROS], tl.float32)
         for chunk in range(pid, zeros, tl.num_programs(0)):
-            tl.store(dkv_sum_ptr + (place * 0 + chunk) * _ZEROS + tl.arange(0, _ZEROS), nothing)
+            _clear(dkv_sum_ptr, place * 0 + chunk, _ZEROS)
     if counters_ptr is not None:
         tl.store(counters_ptr + pid, 0)
         for i in range(pid, zeros // (2 * KEYS * DIM // _ZEROS) + 1, tl.num_programs(0)):
             tl.store(counters_ptr + tl.num_programs(0) + i, 0)
     if bounds_ptr is None:
-        tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
+        _clear(dq_sum_ptr, place, ROWS * DIM)
     bh = pid // tiles
     m = pid - bh * tiles
     b = bh // heads
@@ -157,7 +162,7 @@ def prepare_kernel(
         if hidden(lse) > 0:
             needed = visited(extents_ptr, b, m, blocks)
         else:
-            tl.store(dq_sum_ptr + place * (ROWS * DIM) + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], tl.float32))
+            _clear(dq_sum_ptr, place, ROWS * DIM)
         some = tl.sum(seeing.to(tl.int32), 0)
         holes = (some < tl.sum(there.to(tl.int32), 0)).to(tl.int32)
         if BIASED:

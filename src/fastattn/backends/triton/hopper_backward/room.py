@@ -33,11 +33,11 @@ class Room:
         extents: Plain | None,
         finish: Plain,
         pointers: Sequence[tuple[str, int]],
-        mapped: Sequence[tuple[str, int]],
+        mapped: Sequence[str],
         pieces: Pieces,
     ) -> None:
         """pointers: of the main kernel, each the name of a piece of the memory and a place in it, in bytes.
-        mapped: those that have maps, and which."""
+        mapped: what has maps, in order."""
         self.main, self.prepare, self.finish = main, prepare[0], finish[0]
         self.extents: Any = None if extents is None else extents[0]
         starts = {name: place[0] for name, place in pieces.at.items()}
@@ -52,7 +52,7 @@ class Room:
                     self._in_memory.append((room.values, i, starts[name]))
                 else:
                     self.slots[name] = i
-        self._in_memory += [(main.maps, MAP_WORDS * i, starts[name]) for name, i in mapped]
+        self._in_memory += [(main.maps, MAP_WORDS * i, starts[name]) for i, name in enumerate(mapped) if name in starts]
         self.grads = self.slots["grad_q"]  #: of the last kernel: the first of three gradients
         self.reads_more = bool({"grad_lse", "given_sinks", "q"} & self.slots.keys())
         self.memory, self.scale = 0, math.nan

@@ -21,8 +21,10 @@ from ..hopper.tensors import brought, fits
 from .room import Room
 
 _LOG2_E = math.log2(math.e)
-#: Of the main kernel's maps, in order: see `Room.maps`.
-_Q, _GRAD_OUT, _K, _V, _, _DK, _DV = range(0, 7 * MAP_WORDS, MAP_WORDS)
+#: The main kernel's tensors that have maps, in order; the last two with bounds alone.
+MAPPED = "q", "grad_out", "k", "v", "rows", "dk", "dv", "clean_q", "clean_grad_out"
+#: Where a call writes the addresses of its own: see `Room.maps`.
+_Q, _GRAD_OUT, _K, _V, _DK, _DV = [MAP_WORDS * MAPPED.index(x) for x in ("q", "grad_out", "k", "v", "dk", "dv")]
 
 #: Of a call, output, log-sum-exp, and gradients of these two.
 Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]

@@ -8,6 +8,9 @@ number (row, column) lies at `place`. `finish.py` brings rows and columns back.
 # No `from __future__ import annotations`: Triton reads the annotations as objects.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ...._compat.gluon import barrier
 
 
 @gluon.jit
@@ -33,3 +36,24 @@ def add(pointers, x):
         is_pure=False,
         pack=4,
     )
+
+
+@gluon.jit
+def add_to_block(results, pipe, dk, dv, n, b, kv_head, inside, slot, shape, cfg):
+    """Adds a consumer's dK and dV to those of its block, which programs share. inside: where they lie in the block.
+    slot: of the step after the last one."""
+    all_blocks = shape.batch * shape.kv_heads * shape.blocks
+    block = (b * shape.kv_heads + kv_head) * shape.blocks + n
+    if cfg.ORDERED:
+        mbarrier.wait(pipe.turn.index(0), slot)
+    add(results.dkv_sum + block.to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dv)
+    add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (cfg.KEYS * cfg.D) + inside, dk)
+    count_on(pipe, slot, cfg)
+
+
+@gluon.jit
+def count_on(pipe, slot, cfg):
+    """With ORDERED: tells the warps of `order.py` that a consumer has added."""
+    if cfg.ORDERED:
+        barrier()  # all four warps have
+        mbarrier.arrive(pipe.added.index(slot))

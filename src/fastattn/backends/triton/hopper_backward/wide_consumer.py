@@ -15,13 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...._compat.gluon import barrier, store_tile
+from ...._compat.gluon import store_tile
 from ..hopper.turns import here
 from .consumer import half_of_dims, meet, tanh
 from .masking import common_range, drop_unseen, load_bias, mask, with_bias
 from .parts import HALF, INTERVALS, ROWS
 from .steps import first_step, next_step
-from .sums import add, place
+from .sums import add, add_to_block, count_on, place
 from .tiles import block_of, holes_in_keys, program, visitors
 
 _QUERIES = gl.constexpr(ROWS // 2)  # of a tile, whose scores a consumer computes
@@ -111,25 +111,15 @@ def consume_wide(pipe, results, group: gl.constexpr, shape, cfg):
         if cfg.ORDERED:
             mbarrier.wait(pipe.turn.index(0), i & 1)
         add(results.dq_sum + at + place(acc_layout, DIMS), dq)
-        if cfg.ORDERED:
-            barrier()  # all four warps have added
-            mbarrier.arrive(pipe.added.index(slot))
+        count_on(pipe, slot, cfg)
         dk = warpgroup_mma_wait(0, deps=[dk])
         mbarrier.arrive(pipe.empty.index(slot))
         m, tile, bias_at = next_step(m, tile, bias_at, first, end, end_of_heads, shape, cfg)
     dk = dk * results.factor
     if cfg.SPLIT:
-        all_blocks = shape.batch * shape.kv_heads * shape.blocks
-        block = (b * shape.kv_heads + kv_head) * shape.blocks + n
         if steps > 0:
             inside = group * (HALF * DIMS) + place(acc_layout, DIMS)
-            if cfg.ORDERED:
-                mbarrier.wait(pipe.turn.index(0), steps & 1)
-            add(results.dkv_sum + block.to(gl.int64) * (HALF * cfg.D) + inside, dv)
-            add(results.dkv_sum + (block + all_blocks).to(gl.int64) * (HALF * cfg.D) + inside, dk)
-            if cfg.ORDERED:
-                barrier()
-                mbarrier.arrive(pipe.added.index(steps & 1))
+            add_to_block(results, pipe, dk, dv, n, b, kv_head, inside, steps & 1, shape, cfg)
     else:
         # Since the last meeting the other consumer reads only its own half of the keys' dims.
         half_of_dims(pipe.v.index(0), group, cfg).store(dv.to(dtype))

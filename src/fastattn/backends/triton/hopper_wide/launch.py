@@ -231,8 +231,8 @@ def scales(p: Problem, scale: float) -> tuple[float, float]:
 def layouts(p: Problem, call: Call, grid: Grid) -> tuple[Any, Any, Any]:
     """Of q, k and v, as the copy engine reads them."""
     kind = DTYPES[p.dtype]
-    of_q = layout_of(call.q.shape, call.q.stride(), kind, grid.queries, together=ROWS // grid.queries)
-    of_k, of_v = [layout_of(x.shape, x.stride(), kind, KEYS) for x in (call.k, call.v)]
+    of_q = layout_of(call.q, kind, grid.queries, together=ROWS // grid.queries)
+    of_k, of_v = [layout_of(x, kind, KEYS) for x in (call.k, call.v)]
     return of_q, of_k, of_v
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import Output, RowNumbers
 from ...scratch import scratch
-from ..arguments import band, broadcast_strides, same_strides, score_factors, strides_in_units
+from ..arguments import band, broadcast_strides, exponent_factors, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.launcher import flag_sets, launcher_of, prepare
@@ -26,7 +25,6 @@ from .launch_config import Launch, by_head, choose, listed
 from .lists import Lists, mask_layout
 
 _FORWARD = NamedKernel(f"{__package__}.kernel", "forward_kernel")
-_LOG2_E = math.log2(math.e)
 _FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
 
 
@@ -97,15 +95,13 @@ class PrefillKernel(ForwardOnly):
         return (True, precision) in self._forward and call.v.data_ptr() == call.k.data_ptr()
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        p, q, scale = self._problem, call.q, call.scale
+        p, q = self._problem, call.q
         out = self._output()
         lse = None if self._lse is None else self._lse()
         lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
-        inner, factor = score_factors(scale, p.softcap)
-        if p.mask != "additive":
-            factor *= _LOG2_E
         precision = precision_of(p)
-        self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), (inner, factor))
+        factors = exponent_factors(p, call.scale)
+        self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), factors)
         return out, lse
 
 
