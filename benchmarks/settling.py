@@ -15,6 +15,7 @@ def settle(run: Callable[[], Any], device: torch.device, calm: int = 3, most: in
     """Runs it until no kernel is compiled and no plan is built for it: `calm` times in a row, `most` in all."""
     from fastattn.backends.cudnn.plans import shared as plans
     from fastattn.backends.triton.binaries.store import shared as binaries
+    from fastattn.dispatch.native import calls as native
 
     quiet = 0
     for _ in range(most):
@@ -23,11 +24,14 @@ def settle(run: Callable[[], Any], device: torch.device, calm: int = 3, most: in
         synchronize(device)
         binaries.wait(120.0)
         plans.wait(30.0)
+        native.wait(120.0)
         quiet = quiet + 1 if _made() == before else 0
         if quiet == calm:
             break
 
 
 def _made() -> tuple[Any, ...]:
+    from fastattn.dispatch.native import calls as native
+
     now = fastattn.stats()
-    return now["binaries"]["binaries"], now["binaries"]["failures"], now["plans"]["plans"]
+    return now["binaries"]["binaries"], now["binaries"]["failures"], now["plans"]["plans"], native.module is None

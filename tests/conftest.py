@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported, and torch.compile imports it too: whichever test comes first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
+    os.environ.setdefault("FASTATTN_NATIVE", "0")  # 20 s in each process with caches of its own; those that want it ask
     os.environ.setdefault("FASTATTN_COMPILE", "wait")  # else which backend serves depends on when a compiler ends
 
 _NO_GPU = "no GPU here"

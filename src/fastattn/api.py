@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .call import Problem
 from .dispatch import fast_path, operators, preference, registry, routes
+from .dispatch.native import calls
 from .validation import Arguments, Mask, validated
 
 
@@ -70,8 +71,11 @@ def scaled_dot_product_attention(
         TypeError: an argument that must be a tensor is none.
     """
     arguments = q, k, v, mask, sinks, window, softcap, q_lengths, kv_lengths, return_lse
+    place = calls.place(backend)
+    if place is not None and (served := calls.module.attention(arguments, scale, *place)) is not None:
+        return served  # type: ignore[no-any-return]
     key = fast_path.key_of(arguments, scale, backend)
-    found = None if key is None else fast_path.attention(key, arguments, scale)
+    found = None if key is None else fast_path.attention(key, arguments, scale, place=place)
     if found is None and (cast := fast_path.cast(arguments)) is not None:
         arguments = cast
         key = fast_path.key_of(arguments, scale, backend)

@@ -23,7 +23,7 @@ def stats() -> dict[str, Any]:
     from .backends.cudnn.plans import shared
     from .backends.triton.binaries.store import shared as binaries
     from .dispatch.handed_over import handed_over
-    from .dispatch.serve import calls_served
+    from .dispatch.native.calls import calls_served
 
     return {
         "calls": calls_served(),

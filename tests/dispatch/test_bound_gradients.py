@@ -22,6 +22,8 @@ from fastattn.backends.base import OutOfMemory, Refusal, Setback
 from fastattn.dispatch import eager, fast_path, routes, serve
 from fastattn.dispatch import operators as ops
 
+pytestmark = pytest.mark.usefixtures("way")
+
 attend = fastattn.scaled_dot_product_attention
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import naive
+import native_emulation
 import pytest
 import torch
 from cases import BF16, FP32, Case, Inputs, Watcher, make
@@ -26,28 +27,39 @@ import fastattn
 from fastattn import reference
 from fastattn.dispatch import fast_path, registry
 from fastattn.dispatch import operators as ops
+from fastattn.dispatch.native import calls as native
 from fastattn.validation import Arguments, validated
 
 attend = fastattn.scaled_dot_product_attention
 EAGER, OPERATOR = "_AttentionBackward", "GeneratedBackwardFor_fastattn_attention_defaultBackward"
+NATIVE = "CppFunction"  #: `FastattnBackward`, as Python sees it
 
 
-@pytest.fixture(autouse=True, params=["first", "again"])
-def turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> str:
+@pytest.fixture(autouse=True, params=["first", "again", "native"])
+def turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> Iterator[str]:
     """No settings of the machine's. "first": every call takes the full path; "again": even the first one of a kind goes
-    the way of those that come after it."""
+    the way of those that come after it; "native": without Python, as far as that goes."""
     for name in ("FASTATTN_BACKENDS", "FASTATTN_CUDNN", "FASTATTN_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     served = fast_path.attention
 
-    def again(key: Any, arguments: Any, scale: float | None) -> Any:
+    def again(key: Any, arguments: Any, scale: float | None, *, place: Any = None) -> Any:
         if key not in fast_path._cached:
             call = validated(Arguments(*arguments), scale)
             fast_path.remember(key, arguments, call, registry.names_for(key[-2]))
+        bound = fast_path._cached.get(key)
+        if place is not None and bound is not None and bound.offers:
+            call = validated(Arguments(*arguments), scale)
+            native.offer(bound, call, arguments, scale, place)
+            found = native.module.attention(arguments, scale, *place)
+            if found is not None:
+                return found, None
         return served(key, arguments, scale)
 
-    monkeypatch.setattr(fast_path, "attention", again if request.param == "again" else lambda *args: None)
-    return str(request.param)
+    emulation = native_emulation.take(monkeypatch) if request.param == "native" else None
+    monkeypatch.setattr(fast_path, "attention", (lambda *_, **__: None) if request.param == "first" else again)
+    yield str(request.param)
+    assert emulation is None or not emulation.errors
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference", **options: Any) -> Any:
@@ -68,7 +80,7 @@ def results(inputs: Inputs, function: Callable[..., Any], backend: str, with_lse
     """Outputs, whether they are differentiable, and the gradients; with_lse: also through the log-sum-exp."""
     found = function(inputs.q, inputs.k, inputs.v, **inputs.options, backend=backend)
     out, lse = found if isinstance(found, tuple) else (found, None)
-    assert node(out) == (EAGER if function is attend else OPERATOR)
+    assert node(out) in ((EAGER, NATIVE) if function is attend else (OPERATOR,))
     outputs, upstream = [out], [inputs.grad_out]
     if lse is not None and with_lse:
         outputs, upstream = [out, lse], [inputs.grad_out, inputs.grad_lse.to(lse.dtype)]
@@ -265,7 +277,11 @@ def test_a_change_in_place_before_the_backward_is_noticed(which: str) -> None:
     tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "out": out} | inputs.options
     with torch.no_grad():
         tensors[which].add_(1)
-    text = "modified by an inplace operation" if which != "out" else "Output 0 of _Attention .* modified inplace"
+    text = (
+        "modified by an inplace operation"
+        if which != "out"
+        else "Output 0 of _Attention .* modified inplace|output 0 of Fastattn, is at version 1"
+    )
     with pytest.raises(RuntimeError, match=text):
         out.sum().backward()
 
@@ -383,12 +399,14 @@ def test_forward_mode_is_refused(name: str, trained: bool, backend: str) -> None
     torch.testing.assert_close(attend(**(arguments | {name: x}), backend=backend), want)
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in _Attention")
+@pytest.mark.filterwarnings(
+    "ignore:Anomaly Detection has been enabled", "ignore:Error detected in (_Attention|Fastattn)"
+)
 def test_anomaly_detection_names_the_function() -> None:
     q, k, v = qkv()
     with torch.autograd.detect_anomaly():
         out = attend(q, k, v, backend="reference")
-        with pytest.raises(RuntimeError, match="'_AttentionBackward' returned nan values"):
+        with pytest.raises(RuntimeError, match=r"(_Attention|Fastattn)Backward' returned nan values"):
             out.backward(torch.full_like(out, torch.nan))
 
 

@@ -32,8 +32,11 @@ from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 from fastattn.dispatch import fast_path, registry, routes
 from fastattn.dispatch import operators as ops
+from fastattn.dispatch.native import calls as native
 from fastattn.shape_cache import Section
 from fastattn.validation import Arguments
+
+pytestmark = pytest.mark.usefixtures("way")
 
 attend = fastattn.scaled_dot_product_attention
 #: The op's arguments in order.
@@ -58,6 +61,8 @@ def full_paths(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def forget() -> None:
     fast_path._cached.clear()
+    if native.module is not None:
+        native.module.clear()
     routes._routes.clear()
 
 
@@ -298,7 +303,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 def _facts(x: Tensor) -> Any:
     data = x.is_meta or x.detach().double().nan_to_num(1e30).flatten().tolist()
-    node = None if x.grad_fn is None else type(x.grad_fn).__name__
+    node = None if x.grad_fn is None else type(x.grad_fn).__name__.replace("CppFunction", "_AttentionBackward")
     return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, node, x.is_inference(), data
 
 

@@ -14,6 +14,8 @@ import fastattn
 from fastattn.backends import torch as torch_sdpa
 from fastattn.backends.base import Refusal
 
+pytestmark = pytest.mark.usefixtures("way")
+
 attend = fastattn.scaled_dot_product_attention
 
 

@@ -24,6 +24,8 @@ from training_model import IGNORED, VOCABULARY, TinyLM, loss, next_tokens, plain
 import fastattn
 from fastattn import Intervals, Segments
 
+pytestmark = pytest.mark.usefixtures("way")
+
 attend = fastattn.scaled_dot_product_attention
 Moved = dict[str, Tensor]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..call import Call, Gradients, Problem
 from ..shape_cache import Reason, shape_cache
 from .triton.binaries.flag_set import FlagSet
+from .triton.program import Program
 
 
 class Refusal(RuntimeError):
@@ -72,6 +73,25 @@ class KeepsGraph(Protocol):
         """The output, as `Kernel.forward`, and a function for one use: the gradients for that of the output. It is
         given the call anew, as saved. Not where hooks see what is saved: a checkpoint computes all of its function
         again for each graph that asks for a saved tensor."""
+        ...
+
+
+@runtime_checkable
+class HasProgram(Protocol):
+    """A kernel for the forward whose launches differ in addresses alone, for calls of one kind and of one scale."""
+
+    def program(self, call: Call) -> Program | None:
+        """The launches as data; None where there is more to calls like this one, of which the kernel has served
+        one."""
+        ...
+
+
+@runtime_checkable
+class HasBackwardProgram(Protocol):
+    """The same for the backward."""
+
+    def backward_program(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Program | None:
+        """As `HasProgram.program`, for tensors that lie as these."""
         ...
 
 

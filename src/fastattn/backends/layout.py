@@ -57,10 +57,10 @@ class Fresh:
     here: makes one; a GPU must be the current one.
     """
 
-    __slots__ = ("_index", "here", "shape", "strides")
+    __slots__ = ("_index", "dtype", "here", "shape", "strides")
 
     def __init__(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.strides = tuple(shape), tuple(strides)
+        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
         self._index = device.index if device.type == "cuda" else None
         self.here: Callable[[], Tensor] = partial(torch_internals.allocator(device), self.shape, self.strides, dtype)
 

@@ -56,6 +56,7 @@ def examine() -> list[Finding]:
     for name in own_probes.names():
         findings += _guard(f"backend {name}", partial(own_probes.backend, name))
     findings += _guard("kernels", own_probes.kernels)
+    findings += _guard("native calls", own_probes.native)
     findings += _guard("plans on disk", own_probes.plans)
     return findings + _guard("switches", own_probes.switches)
 

@@ -1,4 +1,5 @@
-"""What was compiled, kept on disk for later processes: cuDNN's plans and binaries of our own kernels, in one folder.
+"""What was compiled, kept on disk for later processes: cuDNN's plans, binaries of our own kernels, the native module of
+`dispatch/native`, in one folder.
 
 A file is only ever used when it is whole, was written by this user in this folder (`folder.py`), and says of itself
 exactly what is looked for; anything else is skipped with a debug line (logger "fastattn") and made anew. Nothing that
@@ -41,7 +42,7 @@ _log = logging.getLogger("fastattn")
 _DIGEST = sha256().digest_size
 #: What `store` and `claimed` make, and what `store` leaves behind when it is killed. No other file is ever removed.
 _OURS = re.compile(
-    rf"[0-9a-f]{{64}}\.(?:plan|kernel|lock)|(?:[0-9a-f]{{64}}\.(?:plan|kernel)|{re.escape(folders.KEY)})"
+    rf"[0-9a-f]{{64}}\.(?:plan|kernel|module|lock)|(?:[0-9a-f]{{64}}\.(?:plan|kernel|module)|{re.escape(folders.KEY)})"
     r"\.[0-9a-f]{16}\.tmp"
 )
 
@@ -89,7 +90,7 @@ class Files:
     """Files of one kind. A label is everything that can make one invalid, as text: it names the file and stands in
     it."""
 
-    kind: str  #: "plan", "kernel": what the files' names end in
+    kind: str  #: "plan", "kernel", "module": what the files' names end in
     max_file: int  #: bytes; what is larger is not one of ours
 
     @property

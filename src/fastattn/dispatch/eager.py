@@ -7,6 +7,7 @@ hands over no tensors but those that may have a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .._compat import torch as torch_internals
 from .._compat.torch import plain as plain
-from ..backends.base import KeepsGraph, OutOfMemory
+from ..backends.base import HasProgram, KeepsGraph, OutOfMemory
 from ..call import CALL, Call, Gradients, in_dtypes, work_dtype
 from ..validation import default_scale
 from . import routes, serve
@@ -29,7 +30,7 @@ class Bound:
 
     __slots__ = (
         "alike", "backward", "device", "device_type", "dtype", "extras", "generation", "keeps", "kernel", "lse_dtype",
-        "name", "names", "names_for_backward", "route", "scale", "static", "strides",
+        "name", "names", "names_for_backward", "offers", "programs", "route", "scale", "static", "strides",
     )  # fmt: skip
 
     def __init__(self, call: Call, names: tuple[str, ...], route: routes.Route) -> None:
@@ -53,6 +54,8 @@ class Bound:
         #: is no autocast to ask for on the device "meta".)
         self.generation = routes.generation() if route.lasts and self.device_type != "meta" else -1
         self.alike: int | None = None  #: how torch dispatches a gradient that has nothing unusual about it
+        #: Whether `native` can serve calls like this one, and the programs that it has of them: see `native/calls.py`.
+        self.offers, self.programs = self.generation >= 0 and isinstance(route.kernel, HasProgram), dict[Any, Any]()
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -124,32 +127,7 @@ class _Attention(torch.autograd.Function):
         else:
             *tensors, out, lse = ctx.saved_tensors
             call = CALL.join(tensors, (scale, *bound.static))
-        found = None
-        if grad_out is None and grad_lse is None:
-            found = Gradients()
-        elif grad_out is not None and _still_holds(bound, call, grad_out, out, lse):
-            given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
-            route = bound.backward
-            if route is None or route.problem.deterministic != torch.are_deterministic_algorithms_enabled():
-                route = _backward_route(bound, call)
-            autocast = torch.is_autocast_enabled(bound.device_type)
-            try:
-                if autocast:  # (torch.autocast takes 4 us to say so)
-                    torch.set_autocast_enabled(bound.device_type, False)
-                if gradients is not None and route.backend is bound.route.backend:
-                    found = gradients(call, grad_out)
-                else:
-                    found = route.kernel.backward(call, out, given, grad_out, grad_lse)
-            except Exception as error:
-                if not serve.refused(route, error, but_for=(OutOfMemory,)):
-                    raise
-            else:
-                serve.count(route.backend.name, backward=True)
-            finally:
-                if autocast:
-                    torch.set_autocast_enabled(bound.device_type, True)
-        if found is None:
-            found = _backward(bound, call, out, lse, grad_out, grad_lse)
+        found = gradients_of(bound, call, (out, lse, grad_out, grad_lse), gradients)
         if call.grads in _FEW:
             return None, found.q, found.k, found.v
         return None, *found
@@ -158,7 +136,44 @@ class _Attention(torch.autograd.Function):
 _apply: Any = torch_internals.quick_apply(_Attention)
 
 
-def _still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor, lse: Tensor | None) -> bool:
+def gradients_of(
+    bound: Bound,
+    call: Call,
+    upstream: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    kept: Callable[[Call, Tensor], Gradients] | None = None,
+) -> Gradients:
+    """The gradients of a call of a bound kind. upstream: the output and the log-sum-exp as they were saved, and their
+    gradients. kept: see `KeepsGraph`."""
+    out, lse, grad_out, grad_lse = upstream
+    if grad_out is None and grad_lse is None:
+        return Gradients()
+    if grad_out is None or not still_holds(bound, call, grad_out, out, lse):
+        return _backward(bound, call, out, lse, grad_out, grad_lse)
+    given = out.new_empty(0) if lse is None else lse  # where there is none the kernel does not read it
+    route = bound.backward
+    if route is None or route.problem.deterministic != torch.are_deterministic_algorithms_enabled():
+        route = _backward_route(bound, call)
+    found = None
+    autocast = torch.is_autocast_enabled(bound.device_type)
+    try:
+        if autocast:  # (torch.autocast takes 4 us to say so)
+            torch.set_autocast_enabled(bound.device_type, False)
+        if kept is not None and route.backend is bound.route.backend:
+            found = kept(call, grad_out)
+        else:
+            found = route.kernel.backward(call, out, given, grad_out, grad_lse)
+    except Exception as error:
+        if not serve.refused(route, error, but_for=(OutOfMemory,)):
+            raise
+    else:
+        serve.count(route.backend.name, backward=True)
+    finally:
+        if autocast:
+            torch.set_autocast_enabled(bound.device_type, True)
+    return _backward(bound, call, out, lse, grad_out, grad_lse) if found is None else found
+
+
+def still_holds(bound: Bound, call: Call, grad_out: Tensor, out: Tensor, lse: Tensor | None) -> bool:
     """Whether what was bound in the forward may run the backward as it is: no backend has refused anything since,
     nobody watches or wants a graph of the gradients, and what was saved came back as it was (hooks may change its
     layout and its dtype)."""

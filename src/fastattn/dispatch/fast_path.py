@@ -23,6 +23,7 @@ from ..shape_cache import Reason, shape_cache
 from ..validation import FLOATING, PLAIN_SCALES
 from . import eager, registry, routes, serve
 from .eager import Bound
+from .native import calls
 
 #: `Bound`s by key
 _cached = shape_cache.section("calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
@@ -95,19 +96,22 @@ def bound(key: Any) -> Bound | None:
 
 
 def attention(
-    key: Any, arguments: tuple[Any, ...], scale: float | None, bound: Bound | None = None
+    key: Any, arguments: tuple[Any, ...], scale: float | None, bound: Bound | None = None, place: Any = None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The output and log-sum-exp of a call; None when it is to take the full path. bound: what was kept of `bound`."""
+    """The output and log-sum-exp of a call; None when it is to take the full path. bound: what was kept of `bound`.
+    place: see
+    `native.calls.place`; there the next call like this one is served without Python, if it can be."""
     if bound is None:
         bound = _cached.get(key)
         if bound is None:
             return None
-    if scale is None:
-        scale = bound.scale
+    factor = bound.scale if scale is None else scale
     if bound.extras is None:
-        call = CALL.of((arguments[0], arguments[1], arguments[2], *eager.NO_MORE, scale, *bound.static))
+        call = CALL.of((arguments[0], arguments[1], arguments[2], *eager.NO_MORE, factor, *bound.static))
     else:
-        call = _call(arguments, scale, bound.static)
+        call = _call(arguments, factor, bound.static)
+    if bound.offers and calls.module is not None:
+        calls.offer(bound, call, arguments, scale, place)
     device = bound.device_type
     if not torch.is_autocast_enabled(device):
         return _run(bound, call)
@@ -144,6 +148,8 @@ def remember(key: Any, arguments: tuple[Any, ...], call: Call, names: tuple[str,
     bound = Bound(call, names, routes.route(call, names))
     if bound.generation >= 0:
         _cached[key] = bound
+        if bound.offers and calls.module is None and bound.device_type == "cuda":
+            calls.start()
 
 
 #: The order in which `_call` gives the fields of `Call`. (By keyword it would take twice as long.)

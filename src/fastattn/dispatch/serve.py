@@ -163,6 +163,7 @@ def count(name: str, backward: bool = False) -> None:
 
 
 def calls_served() -> dict[str, int]:
-    """Calls served in this process: forward calls by backend, backward calls as "<backend>.backward"."""
+    """Calls served in this process by way of Python: forward calls by backend, backward calls as
+    "<backend>.backward"."""
     with _lock:
         return _calls | {f"{name}.backward": calls for name, calls in _backwards.items()}

@@ -23,6 +23,7 @@ from ..backends.triton.binaries.flag_set import FlagSet
 from ..backends.triton.binaries.policy import waiting
 from ..counters import stats
 from ..dispatch import registry, routes
+from ..dispatch.native import calls as native
 from ..masks import Intervals, Segments
 from ..validation import check_flag
 from .kinds import LAYOUTS, Attention, Kind, Trial, check_positive, check_sequence, kinds_of
@@ -116,6 +117,8 @@ def warm(
     check_flag("progress", progress)
     kinds = [kind for attention in attentions for kind in kinds_of(attention, batches, max_length, _has_plans(on))]
     start, before = time.perf_counter(), stats()["binaries"]
+    if on.type == "cuda":
+        native.start()
     failed = _compile(kinds, on, progress)
     with waiting():
         families = tuple(_warm_kind(kind, on) for kind in track(kinds, str, progress))
@@ -123,7 +126,7 @@ def warm(
     return Warmth(
         str(on),
         families,
-        tuple(notes),
+        (*notes, *_native(on)),
         (time.perf_counter() - start) * 1e3,
         sum(int(after[name] - before[name]) for name in ("compiles", "background_compiles")),
         int(after["disk_loads"] - before["disk_loads"]),
@@ -158,6 +161,15 @@ def _flag_sets(kinds: Sequence[Kind], device: torch.device) -> list[FlagSet]:
                 if isinstance(first, Compiled):
                     found |= dict.fromkeys(first.binaries(one))
     return list(found)
+
+
+def _native(device: torch.device) -> tuple[str, ...]:
+    """Waits for the native module. Returns what is to be said of it, where it was wanted and is not there."""
+    if device.type != "cuda":
+        return ()
+    native.wait()
+    why = native.builder.why
+    return (f"calls that come back go through Python, there is no native module: {why}",) if why else ()
 
 
 def _has_plans(device: torch.device) -> bool:

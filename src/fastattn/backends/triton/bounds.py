@@ -41,6 +41,7 @@ from .binaries.launcher import BinaryLauncher, Launch, Room, launcher_of
 from .binaries.triton_kernel import NamedKernel
 from .key_bias import RANGE_NUMBERS, KeyBias
 from .launcher import Launcher, overlaps
+from .program import Named, Program
 from .representative import stand_in
 
 HEADER_NUMBERS = 4  #: before the tiles
@@ -175,6 +176,15 @@ class Bounds:
             tensors = [None if getattr(call, name) is None else stand_in(getattr(call, name).dtype) for name in names]
             found.append((launcher.room((memory, *tensors)), list(enumerate(fields, 1))))
         return found
+
+    def add_to(self, program: Program, call: Call) -> bool:
+        """Its launches, over memory that the program's begins with. False where there is more to such calls."""
+        found = self._found(call)
+        for room, fields in found or ():
+            names = [CALL.names[field] for _, field in fields]
+            program.add(room, [Named("memory"), *map(Named, names)])
+            program.aligned |= set(names)
+        return bool(found)
 
     def _fill(self, call: Call, memory: Tensor) -> None:
         """`__call__`, for tensors of any alignment, and where it has not run before."""

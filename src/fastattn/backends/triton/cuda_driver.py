@@ -46,6 +46,21 @@ def make_current(device: int) -> None:
         _check(driver.cuCtxSetCurrent(context), "setting a context")
 
 
+def functions() -> tuple[int, int, int]:
+    """For code that is not Python: the addresses of cuLaunchKernelEx, cuCtxGetCurrent and cuCtxSetCurrent."""
+    driver = _driver()
+    found = driver.cuLaunchKernelEx, driver.cuCtxGetCurrent, driver.cuCtxSetCurrent
+    launch, get, set_ = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
+    return launch, get, set_
+
+
+def context() -> int:
+    """This thread's, 0: none."""
+    found = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(found)), "asking for a context")
+    return found.value or 0
+
+
 def use_device(device: int) -> None:
     """Makes the context that torch uses on a device this thread's, whichever it had: for threads of our own."""
     driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
@@ -146,6 +161,14 @@ class BoundLaunch:
         self._handle = function.load(device)
         self._run = _driver().cuLaunchKernelEx
         self._stream = 0
+
+    @property
+    def parts(self) -> tuple[int, int, int, int]:
+        """Addresses, of what cuLaunchKernelEx is given: the config, where that has the stream, the function, and the
+        arguments' places. They hold as long as this object."""
+        config = ctypes.addressof(self._config)
+        function, places = self._handle.value or 0, ctypes.addressof(self.places)
+        return config, config + _Config.stream.offset, function, places
 
     def __call__(self, stream: int) -> None:
         """On that stream, of which this is the address."""

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from ..._compat import sdpa as torchs
 from ...dispatch import fast_path, routes
 from ...dispatch.eager import Bound
+from ...dispatch.native import calls
 from ...shape_cache import Reason, shape_cache
 from .decide import Decision, autocast_dtype
 
@@ -27,16 +28,31 @@ def kind_of(
 ) -> tuple[Any, bool] | None:
     """Everything of a call but its data; None for one that is to take the long way. arguments: of the op, in its
     order, if the call is to mean the same to it."""
-    if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool or (is_causal and mask is not None):
-        return None
-    if mask is not None and mask.__class__ is not Tensor and mask.__class__ is not Parameter:
-        return None  # what else the op takes as a mask is none for torch
-    if dropout_p.__class__ not in _NUMBERS or dropout_p:
-        return None
-    if torchs.insists_on_torch() or torchs.traced_by_jit():
+    if not is_usual(mask, dropout_p, is_causal, enable_gqa):
         return None
     key = fast_path.key_of(arguments, scale, None)
     return None if key is None else (key, enable_gqa)
+
+
+def place(mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> tuple[Any, Any] | None:
+    """See `native.calls.place`."""
+    if calls.module is None or not is_usual(mask, dropout_p, is_causal, enable_gqa):
+        return None
+    return calls.place(None, _GROUPED if enable_gqa else _NOT_GROUPED)
+
+
+_GROUPED, _NOT_GROUPED = "torch's function, grouped", "torch's function"
+
+
+def is_usual(mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> bool:
+    """Whether a call may be known, as far as its tensors do not matter."""
+    if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool or (is_causal and mask is not None):
+        return False
+    if mask is not None and mask.__class__ is not Tensor and mask.__class__ is not Parameter:
+        return False  # what else the op takes as a mask is none for torch
+    if dropout_p.__class__ not in _NUMBERS or dropout_p:
+        return False
+    return not (torchs.insists_on_torch() or torchs.traced_by_jit())
 
 
 _NUMBERS = frozenset([float, int])

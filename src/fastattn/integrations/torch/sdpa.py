@@ -17,6 +17,7 @@ from torch.nn import functional
 from ... import api
 from ..._compat import sdpa as torchs
 from ...dispatch import fast_path, handed_over, routes
+from ...dispatch.native import calls
 from . import known
 from .decide import (
     CLASS,
@@ -67,12 +68,15 @@ def scaled_dot_product_attention(
     why = at_once(query)
     if not why:
         arguments = query, key, value, "causal" if is_causal is True else attn_mask, None, None, None, None, None, False
+        place = known.place(attn_mask, dropout_p, is_causal, enable_gqa)
+        if place is not None and (out := calls.module.attention(arguments, scale, *place)) is not None:
+            return out  # type: ignore[no-any-return]
         kind = known.kind_of(arguments, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         before = None if kind is None else known.find(kind, query)
         if before.__class__ is str:
             why = before  # type: ignore[assignment]
         else:
-            served = None if before is None else fast_path.attention(None, arguments, scale, before)  # type: ignore[arg-type]
+            served = None if before is None else fast_path.attention(None, arguments, scale, before, place)  # type: ignore[arg-type]
             if served is not None:
                 return served[0]
             why, out = _decided(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, kind)

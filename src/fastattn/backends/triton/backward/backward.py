@@ -18,6 +18,7 @@ from ..binaries.launcher import Launch as Prepared
 from ..binding import TILE, readable, with_bounds, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
+from ..program import Program
 from ..representative import representative, stand_in
 from .before import Before
 from .launch_config import Launch, choose, variants
@@ -121,6 +122,13 @@ class BackwardKernel(BackwardOnly):
         if self._quick is not None and up.out is out and up.grad_out is grad_out:
             self._quick.remember(call, up, pieces, grads, passes.in_order)
         return grads
+
+    def backward_program(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Program | None:
+        """See `backends.base.HasBackwardProgram`."""
+        if self._quick is None or _rows_of(out) is not out or _rows_of(grad_out) is not grad_out:
+            return None
+        up = _Upstream(out, lse, grad_out, None)
+        return self._quick.program(call, up, self._passes_for(up, call.q.device).in_order)
 
     def _passes_for(self, up: _Upstream, device: torch.device) -> Passes:
         key = *up.layouts(), precision_of(self._problem)

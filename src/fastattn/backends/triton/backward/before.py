@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,17 @@ class Before:
 
     def __call__(self, call: Call, pieces: dict[str, Tensor]) -> None:
         """Fills its pieces of the memory."""
+        for launcher, tensors, floats in self.in_order(call, pieces):
+            launcher(tensors, floats)
+
+    def in_order(self, call: Call, pieces: dict[str, Any]) -> list[Prepared]:
+        """The launches that fill the pieces, in order."""
+        found: list[Prepared] = []
         if self.lists is not None:
-            self.lists(call, pieces["lists"])
+            found += self.lists.in_order(call, pieces["lists"])
             if self._key_lists is not None:
-                self._key_lists((self.lists.states(pieces["lists"]), pieces["key_lists"]))
+                found.append((self._key_lists, (self.lists.states(pieces["lists"]), pieces["key_lists"]), ()))
         if self._ranges is not None:
-            self._ranges((pieces["ranges"], call.lo, call.hi, call.q_lengths, call.kv_lengths))
+            lengths = call.q_lengths, call.kv_lengths
+            found.append((self._ranges, (pieces["ranges"], call.lo, call.hi, *lengths), ()))
+        return found

@@ -7,6 +7,7 @@ and which of a call's tensors each pointer is.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from ..arguments import exponent_factors
 from ..binaries.launcher import BinaryLauncher, Room
 from ..binaries.launcher import Launch as Prepared
 from ..prefill.forward import precision_of
+from ..program import Named, Program
 from .before import FILLED
 from .sizes import Sizes
 
@@ -127,8 +129,20 @@ class Quick:
         given += [pieces[name] for name in self._starts] + [x for x in grads if x is not None]
         if any(x.data_ptr() % ALIGNMENT for x in given) or self._device.index != torch_internals.current_device():
             return
+        found = self._launches(call, upstream, pieces, grads, in_order)
+        kept = self._local.by_strides
+        if len(kept) >= MOST_LAYOUTS:
+            kept.clear()
+        kept[self._key(upstream)] = rooms = _Rooms(found)
+        rooms.scale = call.scale
+
+    def _launches(
+        self, call: Call, upstream: Upstream, pieces: dict[str, Tensor], grads: Gradients, in_order: Launches
+    ) -> list[_Launch]:
+        """Of a call, with memory of their own. A pointer's slot counts the tensors of the call, of `upstream`, the
+        pieces and the gradients, as far as there are such."""
         floats = floats_of(self._problem, call.scale)
-        numbers = iter(range(len(given)))
+        numbers = itertools.count()
 
         def slot(x: Any) -> Any:
             return None if x is None else _Slot(next(numbers))
@@ -145,11 +159,33 @@ class Quick:
             assert isinstance(launcher, BinaryLauncher)
             room = launcher.room(tensors, own)
             found.append(_Launch(room, tuple([x.i for x in places if x is not None]), len(own)))  # type: ignore[attr-defined]
-        kept = self._local.by_strides
-        if len(kept) >= MOST_LAYOUTS:
-            kept.clear()
-        kept[self._key(upstream)] = rooms = _Rooms(found)
-        rooms.scale = call.scale
+        return found
+
+    def program(self, call: Call, upstream: Upstream, in_order: Launches) -> Program | None:
+        """See `backends.base.HasBackwardProgram`. in_order: as `remember`."""
+        names = [*self._names, "out", "lse", "grad_out"]
+        if self._problem.dtype == torch.float32:  # torch may be told to use TF32
+            return None
+        if any([x.data_ptr() % ALIGNMENT for x in (*[getattr(call, name) for name in self._names], *upstream[:3])]):
+            return None
+        made = {f"grad_{name}": make for name, make in zip(Gradients._fields, self._grads, strict=True) if make}
+        program = Program(made, self._sizes.pieces.total, aligned=names)
+        memory = torch.empty(self._sizes.pieces.total, dtype=torch.uint8, device="meta")
+
+        def launches(call: Call, upstream: Any, pieces: dict[str, Any], grads: Gradients) -> list[Prepared]:
+            before = self._sizes.before.in_order(call, pieces)
+            return before + in_order(call, upstream, pieces, grads, floats_of(self._problem, call.scale))
+
+        grads = Gradients(*[None if make is None else make() for make in self._grads])
+        own = launches(call, (*upstream[:3], None), self._sizes.pieces.cut(memory), grads)
+        of_call = call._replace(**{name: Named(name) for name in self._names})  # type: ignore[arg-type]
+        pieces = {name: Named("memory", start) for name, start in self._starts.items()}
+        of_grads = [None if make is None else Named(f"grad_{x}") for x, make in zip(Gradients._fields, self._grads)]
+        named = launches(of_call, (*map(Named, names[-3:]), None), pieces, Gradients(*of_grads))  # type: ignore[arg-type]
+        for (launcher, tensors, floats), (_, pointers, _) in zip(own, named, strict=True):
+            assert isinstance(launcher, BinaryLauncher)
+            program.add(launcher.room(tensors, floats), pointers)  # type: ignore[arg-type]
+        return program
 
     def _key(self, upstream: Upstream) -> Any:
         out, lse, grad_out, grad_lse = upstream

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...._compat import torch as torch_internals
 from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import ALIGNMENT, Output, RowNumbers, aligned
+from ...layout import ALIGNMENT, Fresh, Output, RowNumbers, aligned
 from ...scratch import counted, scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
@@ -22,6 +22,7 @@ from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed,
 from ..bounds import Bounds
 from ..launcher import Launcher
 from ..limits import shared_memory, sm_count
+from ..program import Named, Program
 from ..representative import representative, stand_in
 from .chunks import is_chunk
 from .combination import combination
@@ -100,6 +101,15 @@ class _ValuesInKeys(ForwardOnly):
         if call.k.data_ptr() == call.v.data_ptr():
             return self._same.forward(call)
         return self._apart.forward(call)
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`: of values that lie apart."""
+        if call.k.data_ptr() == call.v.data_ptr():
+            return None
+        program = self._apart.program(call)
+        if program is not None:
+            program.apart = True
+        return program
 
 
 @dataclass(slots=True)
@@ -235,13 +245,45 @@ class DecodeKernel(ForwardOnly):
                 memory = scratch(self._where, self._scratch, stream)
             parts = memory.view(torch.float32)
         tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
-        floats = call.scale, self._softcap
+        floats = self._floats(call)
         attend[precision](tensors, floats)
         if parts is not None and attend is self._attend:
             self._combine((parts, out, lse, call.sinks))
         if self._binary and aligned(*[x for x in tensors[:_ATTEND_ALIGNED] if x is not None]):
             self._rooms.of[precision] = self._made(precision, tensors, floats)
         return out, lse
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`."""
+        if self._precision is None or not self._binary or not aligned(call.q, call.k, call.v):
+            return None  # (no precision: torch may be told to use TF32)
+        attend, combine = (self._alone if self._combines else self._attend)[self._precision], self._combine
+        assert isinstance(attend, BinaryLauncher)
+        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
+        program = Program(made, self._scratch, ("q", "k", "v"))
+        if self._combines:
+            program.counters = torch.zeros(self._tiles, dtype=torch.int32, device=self._where)
+        out, lse = stand_in(self._output.dtype), None if self._lse is None else stand_in(torch.float32)
+        parts, counters = stand_in(torch.float32) if self._scratch else None, program.counters
+        first = attend.room((call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)), self._floats(call))
+        memory = [Named("memory")] if self._scratch else []
+        results = [Named(name) for name in made]
+        before = [Named("q"), Named("k"), Named("v"), *results, *memory]
+        program.add(first, before)
+        at = len(before)
+        if counters is not None:
+            first.values[at] = counters.data_ptr()  # which stay
+            at += 1
+        for i, name in enumerate([name for name in _MASKING if getattr(call, name) is not None], at):
+            program.write(first.values, i, name)
+        if self._scratch and counters is None:
+            assert isinstance(combine, BinaryLauncher)
+            sinks = None if call.sinks is None else Named("sinks")
+            program.add(combine.room((parts, out, lse, call.sinks)), [*memory, *results, sinks])
+        return program
+
+    def _floats(self, call: Call) -> tuple[float, float | None]:
+        return call.scale, self._softcap
 
     def _made(self, precision: str, tensors: tuple[Tensor | None, ...], floats: tuple[float | None, ...]) -> _Launches:
         """This thread's, for tensors that begin where 16 bytes do, as these. The second kernel finds its pointers where

@@ -68,7 +68,8 @@ def _wide() -> ModuleType:
 
 
 class _HopperKernel(ForwardOnly):
-    __slots__ = ("forward",)
+    __slots__ = ("forward", "program")
 
     def __init__(self, forward: launch.Forward) -> None:
         self.forward = forward  #: of a call: its output and log-sum-exp
+        self.program = forward.program

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ...layout import ALIGNMENT, Output, RowNumbers
+from ...layout import ALIGNMENT, Fresh, Output, RowNumbers
 from ...scratch import scratch
 from ..arguments import score_factors
 from ..binaries import store as binaries
@@ -23,6 +23,7 @@ from ..cuda_driver import MAP_WORDS, Function
 from ..limits import sm_count
 from ..prefill.launch_config import LISTED_KEYS
 from ..prefill.lists import Lists
+from ..program import Program
 from ..representative import representative
 from .arguments import FIRST, FOURTH, SECOND, THIRD, Arguments, Room
 from .binary import (
@@ -251,6 +252,34 @@ class Forward:
         found = self._arguments.room(self._function, self._programs, self._device, self._layouts)
         self._local.__dict__["room"] = found
         return found
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`."""
+        given = {name: getattr(call, name) for name in ("sinks", "q_lengths", "kv_lengths")}
+        present = [name for name, x in given.items() if x is not None]
+        if self._copies or not all([given[name].is_contiguous() for name in present]):
+            return None
+        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
+        before = self._lists or self._bounds
+        mapped = {"q": FIRST, "k": SECOND, "v": THIRD, **({"mask": self._mask_at} if self._flags.tiles else {})}
+        program = Program(made, before.size if before else 0, aligned=mapped)
+        if before and not before.add_to(program, call):
+            return None
+        room = self._arguments.room(self._function, self._programs, self._device, self._layouts)
+        self._put_scale(call.scale, room)
+        if self._blocks.staged:
+            mapped["out"] = FOURTH
+        for name, word in mapped.items():
+            program.write(room.maps, word, name)
+        for i, name in enumerate(("out", "lse", "sinks", "q_lengths", "kv_lengths")):
+            if name in made or name in present:
+                program.write(room.pointers, i, name)
+        if before:
+            program.write(room.pointers, _BOUNDS, "memory")
+        if self._bounds is not None and self._bounds.keys is not None:
+            program.write(room.pointers, _BIAS, "memory", 4 * self._bounds.keys.bias_at)
+        program.launches.append(room.launch)
+        return program
 
     def _put_scale(self, scale: float, room: Room) -> None:
         """scale: > 0, see `validation`."""

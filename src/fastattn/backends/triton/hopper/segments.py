@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from ....call import Call, Problem
-from ..binaries.launcher import Launch, launcher_of
+from ...layout import aligned
+from ..binaries.launcher import BinaryLauncher, Launch, launcher_of
 from ..binaries.triton_kernel import NamedKernel
 from ..launcher import overlaps
+from ..program import Named, Program
 from ..representative import stand_in
 
 HEADER_NUMBERS = 8  #: before the tiles
@@ -93,3 +95,12 @@ class SegmentTiles:
         """Fills the memory: uint8, contiguous, at least `size` bytes on the call's device, its address a multiple of 16
         (`scratch`), on the current stream."""
         self._launch((memory, call.segments))
+
+    def add_to(self, program: Program, call: Call) -> bool:
+        """See `Bounds.add_to`."""
+        assert call.segments is not None
+        if not isinstance(self._launch, BinaryLauncher) or not self._launch.launches or not aligned(call.segments):
+            return False
+        program.add(self._launch.room((stand_in(torch.uint8), call.segments)), [Named("memory"), Named("segments")])
+        program.aligned.add("segments")
+        return True

@@ -136,7 +136,7 @@ class Backward(BackwardOnly):
 
     __slots__ = (
         *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_layouts", "_memory", "_prepares"),
-        *("_problem", "_programs", "_split", "backward", "flags"),
+        *("_problem", "_programs", "_split", "backward", "backward_program", "flags"),
     )
 
     def __init__(self, problem: Problem, call: Call, loads: bool = True, split: int = 0) -> None:
@@ -192,7 +192,9 @@ class Backward(BackwardOnly):
             "dv": Layout(grads[2].shape, grads[2].strides, dtype, HALF),
         }
         #: See `backends.base.Kernel.backward`.
-        self.backward: run.Backward = run.Run(p, call, grads, self._memory, self._bounds, self._room, with_inputs)
+        self.backward: run.Backward
+        running = run.Run(p, call, grads, self._memory, self._bounds, self._room, with_inputs)
+        self.backward, self.backward_program = running, running.program
         if loads:
             if self._bounds is not None:
                 prepare(self._bounds.launches(call))

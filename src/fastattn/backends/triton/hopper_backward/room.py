@@ -23,7 +23,7 @@ class Room:
     """
 
     __slots__ = (
-        "_in_memory", "extents", "finish", "grads", "main", "memory", "prepare", "reads_more", "scale", "slots",
+        "extents", "finish", "grads", "in_memory", "main", "memory", "prepare", "reads_more", "scale", "slots",
     )  # fmt: skip
 
     def __init__(
@@ -42,23 +42,23 @@ class Room:
         self.extents: Any = None if extents is None else extents[0]
         starts = {name: place[0] for name, place in pieces.at.items()}
         #: For each pointer into the memory its array and place there, and where it points to.
-        self._in_memory = [
+        self.in_memory = [
             (main.pointers, i, starts[name] + more) for i, (name, more) in enumerate(pointers) if name in starts
         ]
         self.slots: dict[str, int] = {}  #: of the other pointers: in the kernels before, and after the main one
         for room, names in (prepare, finish, *([] if extents is None else [extents])):
             for i, name in enumerate(names):
                 if name in starts:
-                    self._in_memory.append((room.values, i, starts[name]))
+                    self.in_memory.append((room.values, i, starts[name]))
                 else:
                     self.slots[name] = i
-        self._in_memory += [(main.maps, MAP_WORDS * i, starts[name]) for i, name in enumerate(mapped) if name in starts]
+        self.in_memory += [(main.maps, MAP_WORDS * i, starts[name]) for i, name in enumerate(mapped) if name in starts]
         self.grads = self.slots["grad_q"]  #: of the last kernel: the first of three gradients
         self.reads_more = bool({"grad_lse", "given_sinks", "q"} & self.slots.keys())
         self.memory, self.scale = 0, math.nan
 
     def move(self, memory: int) -> None:
         """Writes where the pieces of the memory are. memory: its address."""
-        for array, i, start in self._in_memory:
+        for array, i, start in self.in_memory:
             array[i] = memory + start
         self.memory = memory

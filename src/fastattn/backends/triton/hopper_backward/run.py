@@ -18,6 +18,7 @@ from ..arguments import score_factors
 from ..bounds import Bounds
 from ..cuda_driver import MAP_WORDS
 from ..hopper.tensors import brought, fits
+from ..program import Program
 from .room import Room
 
 _LOG2_E = math.log2(math.e)
@@ -33,6 +34,11 @@ Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Gradients]
 def _address(x: Tensor) -> int:
     """Where a log-sum-exp's gradient lies; no multiple of 16 where a copy is to be read, whose strides are others."""
     return x.data_ptr() if x.dtype is torch.float32 else 1
+
+
+def _lie_well(out: Tensor, lse: Tensor, grad_out: Tensor) -> bool:
+    """Whether the kernels can read them where they are."""
+    return readable(out) is out and realigned(lse) is lse and brought(grad_out) is grad_out
 
 
 class _Rooms(threading.local):
@@ -140,6 +146,36 @@ class Run:
                 rooms.clear()
             rooms[given] = self._make_room(call, out, lse, grad_out, grad_lse)
         return self(call, out, lse, grad_out, grad_lse)
+
+    def program(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Program | None:
+        """See `backends.base.HasBackwardProgram`."""
+        sinks = call.sinks
+        if self._copies or "s" in self._problem.grads:  # (what sums the gradient of sinks is torch's)
+            return None
+        if not _lie_well(out, lse, grad_out) or (sinks is not None and not sinks.is_contiguous()):
+            return None
+        given = ["q", "k", "v", "out", "lse", "grad_out", *(["sinks"] if sinks is not None else [])]
+        makers = {f"grad_{name}": make for name, make in zip("qkv", self._grads, strict=True)}
+        program = Program(makers, self._memory.total, aligned=given)
+        room = self._make_room(call, out, lse, grad_out, None)
+        self._put_scale(call.scale, room)
+        if self._bounds is not None:
+            if not self._bounds.add_to(program, call):
+                return None
+            program.launches.append(room.extents.launch)
+        for array, i, start in room.in_memory:
+            program.write(array, i, "memory", start)
+        for i, name in enumerate(("out", "grad_out", "lse")):
+            program.write(room.prepare.values, i, name)
+        for name in {"given_sinks", "q"} & room.slots.keys():
+            program.write(room.prepare.values, room.slots[name], name.removeprefix("given_"))
+        mapped = {_Q: "q", _GRAD_OUT: "grad_out", _K: "k", _V: "v", _DK: "grad_k", _DV: "grad_v"}
+        for word, name in mapped.items():
+            program.write(room.main.maps, word, name)
+        for i, name in enumerate("qkv", room.grads):
+            program.write(room.finish.values, i, f"grad_{name}")
+        program.launches += room.prepare.launch, room.main.launch, room.finish.launch
+        return program
 
     def _put_scale(self, scale: float, room: Room) -> None:
         inner, outer = score_factors(scale, self._problem.softcap)

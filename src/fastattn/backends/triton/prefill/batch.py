@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ....call import Call, Problem
 from ...base import ForwardOnly
-from ...layout import Output, RowNumbers
+from ...layout import Fresh, Output, RowNumbers, aligned
 from ..arguments import band, broadcast_strides, strides_in_units
+from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
-from ..binaries.launcher import launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..limits import sm_count
+from ..program import Named, Program
 from ..representative import stand_in
 from ..tile_parts import parts
 from .launch_config import Launch, walking_options, walks_batch
@@ -69,3 +70,16 @@ class BatchKernel(ForwardOnly):
         lse = None if self._lse is None else self._lse()
         self._forward((call.q, call.k, call.v, out, lse, call.mask), (call.scale,))
         return out, lse
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`."""
+        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
+        names = [name for name in ("q", "k", "v", "mask") if getattr(call, name) is not None]
+        launcher, given = self._forward, [getattr(call, name) for name in names]
+        if not isinstance(launcher, BinaryLauncher) or not launcher.launches or not aligned(*given):
+            return None
+        program = Program(made, aligned=names)
+        out, lse = stand_in(self._output.dtype), stand_in(torch.float32) if self._lse else None
+        room = launcher.room((call.q, call.k, call.v, out, lse, call.mask), (call.scale,))
+        program.add(room, [Named(name) for name in (*names[:3], *made, *names[3:])])
+        return program

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....call import Call, Problem
+from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import Output, RowNumbers
+from ...layout import Fresh, Output, RowNumbers, aligned
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, exponent_factors, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
+from ..binaries.launcher import BinaryLauncher, flag_sets, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
-from ..binaries.launcher import flag_sets, launcher_of, prepare
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
+from ..program import Named, Program
 from ..representative import representative, stand_in
 from ..tile_parts import parts
 from .batch import BatchKernel, serves
@@ -103,6 +105,31 @@ class PrefillKernel(ForwardOnly):
         factors = exponent_factors(p, call.scale)
         self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), factors)
         return out, lse
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`."""
+        precision = precision_of(self._problem)
+        launcher = self._forward[False, precision]
+        if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
+            return None
+        if self._problem.dtype == torch.float32 or self._in_k(call, precision):
+            return None  # (torch may be told to use TF32)
+        names = [name for name in CALL.tensor_names if getattr(call, name) is not None]
+        if not aligned(*[getattr(call, name) for name in names]):
+            return None
+        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
+        program = Program(made, 0 if self._lists is None else self._lists.size, aligned=names)
+        program.apart = (True, precision) in self._forward
+        if self._lists is not None and not self._lists.add_to(program, call):
+            return None
+        out, lse = (stand_in(x.dtype) for x in (self._output, self._lse or self._output))
+        lists = None if self._lists is None else stand_in(torch.int32)
+        tensors = _tensors(call, out, lse if self._lse else None, lists)
+        of_call = call._replace(**{name: Named(name) for name in names})  # type: ignore[arg-type]
+        named: Any = Named("out"), Named("lse") if self._lse else None, Named("memory") if self._lists else None
+        room = launcher.room(tensors, exponent_factors(self._problem, call.scale))
+        program.add(room, _tensors(of_call, *named))  # type: ignore[arg-type]
+        return program
 
 
 def _tensors(call: Call, out: Tensor, lse: Tensor | None, lists: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ....call import Call, Problem
+from ...layout import aligned
 from ..arguments import band, broadcast_strides
 from ..binaries.launcher import BinaryLauncher, Launch, launcher_of
 from ..binaries.triton_kernel import ALIGNMENT, NamedKernel
 from ..launcher import Launcher, overlaps
+from ..program import Named, Program
 from ..representative import stand_in
 from .launch_config import LIST_HEADER
 
@@ -89,12 +93,32 @@ class Lists:
 
     def __call__(self, call: Call, memory: Tensor) -> Tensor:
         """memory: at least `size` bytes, uint8, its address a multiple of 16."""
-        lists = memory[: self._lists].view(torch.int32)
+        for launcher, tensors, floats in self.in_order(call, memory):
+            launcher(tensors, floats)
+        return memory[: self._lists].view(torch.int32)
+
+    def in_order(self, call: Call, memory: Any) -> list[Launch]:
+        """The launches that fill the memory, in order."""
+        lists, lengths = memory[: self._lists].view(torch.int32), (call.q_lengths, call.kv_lengths)
         states = self.states(memory) if self._states else None
+        found: list[Launch] = []
         if states is not None:
-            self._classifier(call)((call.mask, states, call.q_lengths, call.kv_lengths))
-        self._list((call.mask, states, lists, call.q_lengths, call.kv_lengths))
-        return lists
+            found.append((self._classifier(call), (call.mask, states, *lengths), ()))
+        return [*found, (self._list, (call.mask, states, lists, *lengths), ())]
+
+    def add_to(self, program: Program, call: Call) -> bool:
+        """See `Bounds.add_to`."""
+        given = [name for name in ("mask", "q_lengths", "kv_lengths") if getattr(call, name) is not None]
+        if not aligned(*[getattr(call, name) for name in given]):
+            return False
+        own = self.in_order(call, torch.empty(self.size, dtype=torch.uint8, device="meta"))
+        named = self.in_order(call._replace(**{name: Named(name) for name in given}), Named("memory"))  # type: ignore[arg-type]
+        for (launcher, tensors, floats), (_, pointers, _) in zip(own, named, strict=True):
+            if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
+                return False
+            program.add(launcher.room(tensors, floats), pointers)  # type: ignore[arg-type]
+        program.aligned |= set(given)
+        return True
 
 
 def mask_layout(mask: Tensor | None) -> tuple[int, tuple[int, ...], bool]:

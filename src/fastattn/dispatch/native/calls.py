@@ -1,0 +1,195 @@
+"""What `attention.cpp` is told: which calls run which programs, and the way through Python of a backward without one.
+
+A call that Python has served before, by a kernel whose launches differ in addresses alone, is offered: its program
+serves the next one. So does the program of a backward, for gradients that lie alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import debug
+from ...backends.base import HasBackwardProgram
+from ...backends.triton import cuda_driver
+from ...backends.triton.binaries.policy import mode
+from ...backends.triton.program import SOURCES, Program
+from ...call import CALL, Call, Gradients
+from ...config import is_on, setting
+from ...masks import Intervals, Segments
+from ...shape_cache import Reason, Size, shape_cache
+from .. import eager, registry, routes, serve
+from ..eager import Bound
+from . import library
+
+module: Any = None  #: `attention.cpp`, once it is there
+builder = library.Builder()
+
+_names: dict[Any, Any] = {}  #: lists of backends, and arguments `backend`, each by itself
+_MOST = 1 << 12  #: kinds of calls; where there are more, all are forgotten
+_MOST_OFFERS = 16  #: of one kind: scales, and layouts of gradients
+_MOST_TIMES = 8  #: of one of these
+
+_log = logging.getLogger("fastattn")
+
+
+def place(backend: Any, kind: Any = None) -> tuple[Any, Any] | None:
+    """What decides about a call besides its arguments: which backends may serve it, and which function was called (an
+    object that lives for ever). None where only Python may serve it; else `module.attention(arguments, scale, *place)`
+    is the output of a call that is known, or None."""
+    if torch.compiler.is_compiling() or module is None or debug.ENABLED:
+        return None
+    names = registry.allowed() if backend is None else backend
+    if names is not registry.NAMES:  # equal ones have to be one object
+        if type(names) is not tuple and type(names) is not str:
+            return None
+        names = _names.setdefault(names, names)
+    return names, kind
+
+
+def start() -> None:
+    """Has the module made, or found on disk, in the background. It is waited for with FASTATTN_COMPILE=wait alone."""
+    if is_on("FASTATTN_NATIVE", True) and mode() != "off":
+        builder.start(_take)
+        if setting("FASTATTN_COMPILE").strip().lower() == "wait":
+            wait()
+
+
+def wait(timeout: float = 600.0) -> bool:
+    """Waits until the module is there, or will not be. False if that takes longer than `timeout` seconds."""
+    return builder.wait(timeout)
+
+
+def state() -> str:
+    """What is to be said of the module."""
+    if module is not None:
+        return "ready"
+    if not is_on("FASTATTN_NATIVE", True):
+        return "off (FASTATTN_NATIVE)"
+    return f"none: {builder.why}" if builder.why else "made with the first calls on a GPU"
+
+
+def _take(made: Any) -> None:
+    global module
+    made.setup(*cuda_driver.functions(), _gradients, Intervals, Segments)
+    shape_cache.register(_holder)  # later than the routes, which are dropped before it: see `_holds`
+    module = made
+
+
+class _Holder:
+    """The table, as a holder of `shape_cache`."""
+
+    name = "native calls"
+    dropped_for = frozenset([Reason.BACKEND_REFUSED, Reason.BINARY_READY])
+
+    def clear(self) -> None:
+        if module is not None:
+            module.clear()
+
+    def size(self) -> Size:
+        return Size(0 if module is None else module.size(), 0, _MOST)
+
+
+_holder = _Holder()
+
+
+def calls_served() -> dict[str, int]:
+    """Calls served in this process: forward calls by backend, backward calls as "<backend>.backward"."""
+    found = serve.calls_served()
+    for name, served in () if module is None else module.served().items():
+        found[name] = found.get(name, 0) + served
+    return {name: served for name, served in found.items() if served}
+
+
+def _holds(bound: Bound) -> bool:
+    """Whether the routes are those by which it was bound. Whoever drops them clears the table after that; so what is
+    added to it while this is true is dropped with them."""
+    return bound.generation == routes.generation()
+
+
+def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, where: tuple[Any, Any] | None) -> None:
+    """The next call like this one is served by a program, if the kernel has one. arguments, scale: as they came."""
+    if where is None or arguments[9] or torch.are_deterministic_algorithms_enabled():
+        return
+    # More than once: what torch dispatches otherwise (an inference tensor) is another kind of call there.
+    programs, offered = bound.programs, (*where, scale)
+    times = programs.get(offered, 0)
+    if times >= _MOST_TIMES or len(programs) >= _MOST_OFFERS or not _holds(bound):
+        return
+    programs[offered] = times + 1
+    try:
+        made = programs.get(("forward", call.scale))
+        if made is None:
+            program = bound.kernel.program(call)
+            if program is None:
+                bound.offers = False
+                return
+            given = [(name, None) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
+            made = programs["forward", call.scale] = _made(program, bound.name, given, call.q)
+        if module.size() >= _MOST:
+            module.clear()
+        module.remember(arguments, scale, *where, made, bound, call.scale)
+    except Exception as error:  # Python serves such calls
+        bound.offers = False
+        _log.debug("no program: %s", error)
+
+
+def _made(program: Program, name: str, given: Sequence[tuple[str, Tensor | None]], q: Tensor) -> Any:
+    """The program as the module keeps it. name: what its calls count as. given: what a call comes with, and tensors
+    that lie as those, where the module is to compare them."""
+    index = SOURCES.index
+    return module.program(
+        name,
+        cuda_driver.context() if q.is_cuda else 0,
+        program.memory,
+        program.apart,
+        program.counters is not None,
+        tuple([(index(name), name in program.aligned, x) for name, x in given]),
+        tuple(
+            [
+                (index(name), make.shape, make.strides, torch.empty(0, dtype=make.dtype, device=q.device))
+                for name, make in program.made.items()
+            ]
+        ),
+        tuple(program.writes),
+        tuple([launch.parts for launch in program.launches]),
+        program,
+    )
+
+
+def _gradients(
+    bound: Bound, scale: float, inputs: tuple[Any, ...], out: Tensor, lse: Tensor | None, grad_out: Tensor, link: Any
+) -> Gradients:
+    """The gradients of a call that a program served, for a backward that none can. link: what the call shares with
+    others like it."""
+    call: Call = CALL.join(inputs, (scale, *bound.static))
+    found = eager.gradients_of(bound, call, (out, lse, grad_out, None))
+    if module.backwards(link) < _MOST_OFFERS and not torch.are_deterministic_algorithms_enabled():
+        try:
+            _offer_backward(bound, call, out, lse, grad_out, link)
+        except Exception as error:
+            _log.debug("no program of a backward: %s", error)
+    return found
+
+
+def _offer_backward(bound: Bound, call: Call, out: Tensor, lse: Tensor | None, grad_out: Tensor, link: Any) -> None:
+    route = bound.backward
+    if route is None or lse is None or not isinstance(route.kernel, HasBackwardProgram):
+        return
+    programs, offered = bound.programs, ("backward", out.stride(), lse.stride(), grad_out.stride(), call.scale)
+    if offered not in programs:
+        if len(programs) >= 3 * _MOST_OFFERS or not eager.still_holds(bound, call, grad_out, out, lse):
+            return
+        programs[offered] = None
+        program = route.kernel.backward_program(call, out, lse, grad_out)
+        if program is None:
+            return
+        given = [(name, x) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
+        given += [("out", out), ("lse", lse), ("grad_out", grad_out)]
+        programs[offered] = _made(program, f"{route.backend.name}.backward", given, call.q)
+    if programs[offered] is not None:
+        module.remember_backward(link, programs[offered])
