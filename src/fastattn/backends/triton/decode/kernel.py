@@ -87,11 +87,17 @@ def attend_kernel(
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
     LARGE: tl.constexpr,  # tiles of wide heads or many rows: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
+    LATE: tl.constexpr,  # q comes with the keys of each step: see the loop
+    MEANWHILE: tl.constexpr,  # this kernel is launched while the one before it still runs, and waits for its end
+    AHEAD: tl.constexpr,  # the kernel that combines is launched while this one runs, and waits for its end
     COMBINED_ROWS: tl.constexpr,  # that the last program combines at a time
     COMBINED_COLUMNS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products
 ):
+    BOUNDS: tl.constexpr = lo_ptr is not None or q_lengths_ptr is not None or kv_lengths_ptr is not None
+    if MEANWHILE and BOUNDS:  # they are the first that is read
+        tl.extra.cuda.gdc_wait()
     # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf; and
     # tiles of wide heads would spill.)
     BASE_2: tl.constexpr = LARGE and mask_ptr is None and FIRST + REST <= 256 and FIRST_V + REST_V <= 256
@@ -138,8 +144,13 @@ def attend_kernel(
     else:
         end = stop
 
+    if MEANWHILE and not BOUNDS:
+        tl.extra.cuda.gdc_wait()
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
     q_at = (b64 * q_sb + head.to(tl.int64) * q_sh + i.to(tl.int64) * q_si) * UNIT
-    q, q_rest = load_rows(q_ptr, q_at, valid, D, FIRST, REST)
+    if not LATE:
+        q, q_rest = load_rows(q_ptr, q_at, valid, D, FIRST, REST)
     k_ptr += (b64 * k_sb + kv_head.to(tl.int64) * k_sh) * UNIT
     v_ptr += (b64 * v_sb + kv_head.to(tl.int64) * v_sh) * UNIT
     if mask_ptr is not None:
@@ -165,6 +176,11 @@ def attend_kernel(
     for step in range(start, end, BLOCK_N):
         j = step + tl.arange(0, BLOCK_N)
         j64 = j.to(tl.int64)
+        if LATE:
+            # A copy under way like that of the keys, before theirs. Loaded ahead of the loop q would have to be there
+            # before the first key is asked for. (A step is never below 0, but the compiler, which would move the load
+            # out of the loop, does not know.)
+            q, q_rest = load_rows(q_ptr, q_at + tl.minimum(step, 0) * UNIT, valid, D, FIRST, REST)
         # Columns padded in D hold 0 in q and k both: 0 in q alone would make NaN of an infinite key.
         k, k_rest = load_rows(k_ptr, j64 * k_sj * UNIT, j < stop, D, FIRST, REST)
         if LARGE:  # two products that do not meet before their end: see below

@@ -7,7 +7,7 @@ CUDA graph that holds it, must be good for every length up to the capacity.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,6 +77,10 @@ class Launch:
     warps: int
     stages: int
     near: bool = False  #: the blocks of rows of a K/V head are neighbours in the grid, and may have splits
+    late: bool = False  #: q is loaded with each step's keys, not before the first of them
+    meanwhile: bool = False  #: the kernel is launched while the one before it in the stream ends, and waits for it
+    ahead: bool = False  #: the second kernel, which combines, is launched when this one begins, and waits for it
+    columns: int = 0  #: of a program of the second kernel: see `combination.py`
 
 
 def fits(problem: Problem) -> bool:
@@ -113,7 +117,8 @@ def choose(problem: Problem, sm_count: int, shared: int | None = None, same: boo
         keys, stages = _wide_steps(p, block_m, usual_shared_memory(p.capability) if shared is None else shared, same)
         near = rows(p) > block_m and (_few(p) or is_chunk(p))
         count = _wide_splits(p, block_m, keys, sm_count, same)
-        return Launch(count, block_m, keys, head, value, warps=8, stages=stages, near=near)
+        found = Launch(count, block_m, keys, head, value, warps=8, stages=stages, near=near)
+        return _overlapped(found, p, sm_count, same) if _few_rows(p, block_m) else found
     if block_m == MANY_ROWS:
         keys, stages = steps_of(p)
         return Launch(divided(p, sm_count), block_m, keys, head, value, warps=8, stages=stages, near=True)
@@ -179,7 +184,7 @@ def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int,
     head, value, size = sum(parts(p.head_dim)), sum(_value_parts(p, block_m)), p.dtype.itemsize
     for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
         held = stages if asynchronous else max(1, stages - 1)
-        numbers = block_m * head + held * keys * (head + (0 if same else value)) + block_m * keys
+        numbers = block_m * head * (held if _few_rows(p, block_m) else 1) + held * keys * (head + (0 if same else value)) + block_m * keys
         if gaps(p) and size > 2:  # values that pass through registers to be cleared are stored again
             numbers += keys * value
         mask = 8 * block_m * keys if p.dense_mask else 0
@@ -217,6 +222,27 @@ def _wide_splits(p: Problem, block_m: int, keys: int, sm_count: int, same: bool)
     found = max(1, min(most, math.isqrt(steps * step // split), steps, MAX_SPLITS))
     found = -(-steps // -(-steps // found))  # as few as have the same number of steps
     return max(2, found) if most >= 2 else 1  # two even of one step: see `splits`
+
+
+def _few_rows(p: Problem, block_m: int) -> bool:
+    """True where reading takes so little that what waits for something else counts: one tile of 16 rows, on Hopper."""
+    return block_m == MIN_DOT and p.dtype.itemsize == 2 and p.capability[0] == 9 and not gaps(p)
+
+
+def _overlapped(launch: Launch, p: Problem, sm_count: int, same: bool) -> Launch:
+    """As few things as can be wait for one another.
+
+    Four warps: each reads q from the shared memory for its keys, and with eight two of them read the same 8 keys. The
+    scores of 512 columns are two chains of 16 products, not one of 32. (Not measured yet, but reckoned.)
+    """
+    head = (256, 256) if launch.head == (512, 0) and not same else launch.head
+    columns = _COLUMNS_OF_MANY if sm_count // (p.batch * p.kv_heads) > _MANY_SPLITS else _COLUMNS
+    return replace(launch, head=head, warps=4, late=True, meanwhile=True, ahead=True, columns=columns)
+
+
+#: Columns of a program of the second kernel; with many splits fewer, so that it reads all that they left at once.
+_COLUMNS, _COLUMNS_OF_MANY = 128, 32
+_MANY_SPLITS = 32  #: as many as can be read at once with `_COLUMNS`
 
 
 def _few(p: Problem) -> bool:
