@@ -24,19 +24,20 @@ def combination(p: Problem, splits: int, device: torch.device, columns: int = 0)
     columns: of a program of the kernel for wide heads, a power of two; 0: the other kernel.
     """
     pdl = overlaps(p.capability)
+    constants: tuple[int, ...]
     if columns:
-        kernel, constants = _WIDE, (columns, _AT_ONCE // columns, pdl)
+        kernel, constants = _WIDE, (columns, _AT_ONCE // columns)
     else:
         columns = block_of(p.value_dim)
         columns = columns if columns <= _MOST_COLUMNS else _FEWER
-        kernel, constants = _COMBINE, (columns, MAX_SPLITS, _AT_ONCE // columns, pdl)
+        kernel, constants = _COMBINE, (columns, MAX_SPLITS, _AT_ONCE // columns)
     return launcher_of(
         kernel,
         (p.batch * p.kv_heads, rows(p), -(-p.value_dim // columns)),
         device,
         p.capability,
         (p.q_len, splits),
-        (p.kv_heads, p.group, p.value_dim, *constants),
+        (p.kv_heads, p.group, p.value_dim, *constants, pdl),
         _ALIGNED,
         num_warps=4,
         **({"launch_pdl": True} if pdl else {}),

@@ -53,9 +53,7 @@ def combine_wide_kernel(
         c = begin + tl.arange(0, CHUNK)
         there = c < splits
         at = part + c * count
-        acc = tl.load(
-            scratch_ptr + at[:, None] * DV + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
-        )
+        acc = tl.load(scratch_ptr + at[:, None] * DV + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         # Without it ptxas has all wait for the scores before it asks for the last of the values.
         tl.debug_barrier()
         m_c = tl.load(m_ptr + at, mask=there, other=float("-inf"))

@@ -3,7 +3,8 @@
 Decode is bound by the reading of K and V, so each key is read once: the queries of all heads that share a K/V head are
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
 ("splits"); each leaves its unfinished softmax and output. A second kernel (`combine.py`) combines them, or the last of
-these programs to be done (`last.py`).
+these programs to be done (`last.py`). Few rows of wide heads leave so much that one program would read it for longer
+than a second launch takes: theirs has more programs (`combine_wide.py`), and launches overlap (`MEANWHILE`, `AHEAD`).
 
 More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
 (absorbed MLA: 128 heads to a K/V head), and those of chunks (`chunks.py`), run side by side and find their keys in the
@@ -146,7 +147,7 @@ def attend_kernel(
 
     if MEANWHILE and not BOUNDS:
         tl.extra.cuda.gdc_wait()
-    if AHEAD:
+    if AHEAD:  # each program of this kernel is there by then: those that wait take no place from them
         tl.extra.cuda.gdc_launch_dependents()
     q_at = (b64 * q_sb + head.to(tl.int64) * q_sh + i.to(tl.int64) * q_si) * UNIT
     if not LATE:

@@ -184,7 +184,11 @@ def _wide_steps(p: Problem, block_m: int, shared: int, same: bool) -> tuple[int,
     head, value, size = sum(parts(p.head_dim)), sum(_value_parts(p, block_m)), p.dtype.itemsize
     for keys, stages in _WIDE_FLOAT if size > 2 else _WIDE_SAME if same and asynchronous else _WIDE_STEPS:
         held = stages if asynchronous else max(1, stages - 1)
-        numbers = block_m * head * (held if _few_rows(p, block_m) else 1) + held * keys * (head + (0 if same else value)) + block_m * keys
+        numbers = (
+            block_m * head * (held if _few_rows(p, block_m) else 1)
+            + held * keys * (head + (0 if same else value))
+            + block_m * keys
+        )
         if gaps(p) and size > 2:  # values that pass through registers to be cleared are stored again
             numbers += keys * value
         mask = 8 * block_m * keys if p.dense_mask else 0
@@ -236,8 +240,9 @@ def _overlapped(launch: Launch, p: Problem, sm_count: int, same: bool) -> Launch
     scores of 512 columns are two chains of 16 products, not one of 32. (Not measured yet, but reckoned.)
     """
     head = (256, 256) if launch.head == (512, 0) and not same else launch.head
+    warps = 8 if sum(head) > 512 and not same else 4  # 576 and 512 would spill
     columns = _COLUMNS_OF_MANY if sm_count // (p.batch * p.kv_heads) > _MANY_SPLITS else _COLUMNS
-    return replace(launch, head=head, warps=4, late=True, meanwhile=True, ahead=True, columns=columns)
+    return replace(launch, head=head, warps=warps, late=True, meanwhile=True, ahead=True, columns=columns)
 
 
 #: Columns of a program of the second kernel; with many splits fewer, so that it reads all that they left at once.
