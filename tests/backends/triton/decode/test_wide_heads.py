@@ -60,6 +60,13 @@ def test_as_few_rows_are_launched(
     check(FEATURES[name].but(head_dim=512, value_dim=512), "decode", device)
 
 
+@pytest.mark.parametrize("splits", [9, 13, 20])
+def test_more_splits_with_work_than_are_read_at_once(splits: int, device: str, force: Callable[..., None]) -> None:
+    """13 at the most, 8 at once: what the first ones left counts less when a greater score comes."""
+    force(splits=splits, block_n=16, late=True, columns=512)
+    check(FEATURES["plain"].but(head_dim=512, value_dim=512, kv_len=200), "decode", device)
+
+
 def test_late_queries_of_two_parts(device: str, force: Callable[..., None]) -> None:
     force(splits=3, block_n=16, late=True, columns=64)
     check(FEATURES["lengths"].but(head_dim=576, value_dim=320), "decode", device)
