@@ -18,6 +18,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before triton is imported
 
 import hopper_launches
+import native_driver
 from counted import Counts, counted, without_gradients
 from pretended_gpu import pretend
 from torch import Tensor
@@ -126,22 +127,22 @@ def cache_step() -> Callable[[], Any]:
 #: Over a backend that allocates its results (out; log-sum-exp where there are gradients; a gradient for each input)
 #: and computes nothing. Python 3.11; later versions need fewer calls.
 CASES: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(forward, "causal"), Counts(9, 16, 0)),
-    "forward, scaled": (partial(forward, "scaled"), Counts(9, 16, 0)),
-    "forward, lengths": (partial(forward, "lengths"), Counts(13, 19, 0)),
-    "forward, mask": (partial(forward, "mask"), Counts(12, 20, 0)),
-    "forward, segments": (partial(forward, "segments"), Counts(13, 19, 0)),
-    "forward, intervals": (partial(forward, "intervals"), Counts(18, 22, 0)),
-    "both": (partial(both, "causal"), Counts(22, 31, 0)),
-    "both, lengths": (partial(both, "lengths"), Counts(29, 38, 0)),
-    "both, mask": (partial(both, "mask"), Counts(28, 39, 0)),
-    "both, sinks": (partial(both, "sinks"), Counts(29, 39, 1)),
-    "varlen": (partial(packed, False), Counts(27, 50, 0)),
-    "varlen, both": (partial(packed, True), Counts(44, 64, 17)),
+    "forward": (partial(forward, "causal"), Counts(10, 16, 0)),
+    "forward, scaled": (partial(forward, "scaled"), Counts(10, 16, 0)),
+    "forward, lengths": (partial(forward, "lengths"), Counts(14, 19, 0)),
+    "forward, mask": (partial(forward, "mask"), Counts(13, 20, 0)),
+    "forward, segments": (partial(forward, "segments"), Counts(14, 19, 0)),
+    "forward, intervals": (partial(forward, "intervals"), Counts(19, 22, 0)),
+    "both": (partial(both, "causal"), Counts(24, 31, 0)),
+    "both, lengths": (partial(both, "lengths"), Counts(31, 38, 0)),
+    "both, mask": (partial(both, "mask"), Counts(30, 39, 0)),
+    "both, sinks": (partial(both, "sinks"), Counts(31, 39, 1)),
+    "varlen": (partial(packed, False), Counts(28, 50, 0)),
+    "varlen, both": (partial(packed, True), Counts(46, 64, 17)),
     "operator": (operator, Counts(18, 13, 1)),
-    "layer": (partial(layer, False), Counts(14, 27, 1)),
-    "layer, mask": (partial(layer, True), Counts(15, 27, 1)),
-    "cache": (cache_step, Counts(51, 47, 30)),
+    "layer": (partial(layer, False), Counts(15, 27, 1)),
+    "layer, mask": (partial(layer, True), Counts(16, 27, 1)),
+    "cache": (cache_step, Counts(52, 47, 30)),
 }
 
 
@@ -167,12 +168,12 @@ def test_the_way_to_a_backend_and_back(name: str, nothing_computed: None) -> Non
 BF16 = torch.bfloat16
 #: Over cuDNN's kernels bound to plans that execute nothing; the offsets of lengths are given.
 CUDNN: dict[str, tuple[Callable[[], Callable[[], Any]], bool, Counts]] = {
-    "dynamic": (partial(forward, "causal", BF16), False, Counts(15, 18, 7)),
-    "static": (partial(forward, "causal", BF16), True, Counts(15, 18, 0)),
-    "dynamic, both": (partial(both, "causal", BF16), False, Counts(40, 46, 21)),
-    "static, both": (partial(both, "causal", BF16), True, Counts(41, 45, 1)),
-    "lengths, both": (partial(both, "lengths", BF16), False, Counts(47, 59, 27)),
-    "mask, both": (partial(both, "mask", BF16), False, Counts(103, 120, 38)),
+    "dynamic": (partial(forward, "causal", BF16), False, Counts(16, 18, 7)),
+    "static": (partial(forward, "causal", BF16), True, Counts(16, 18, 0)),
+    "dynamic, both": (partial(both, "causal", BF16), False, Counts(42, 46, 21)),
+    "static, both": (partial(both, "causal", BF16), True, Counts(43, 45, 1)),
+    "lengths, both": (partial(both, "lengths", BF16), False, Counts(49, 59, 27)),
+    "mask, both": (partial(both, "mask", BF16), False, Counts(105, 120, 38)),
 }
 
 
@@ -187,14 +188,14 @@ def test_cudnns_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: Over Hopper's kernels, which a driver takes that runs nothing. Allocations are calls of a built-in function.
 HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(forward, "causal", BF16), Counts(11, 27, 0)),
-    "forward, lengths": (partial(forward, "lengths", BF16), Counts(16, 33, 0)),
-    "forward, keys": (partial(forward, "keys", BF16), Counts(25, 38, 0)),
-    "forward, segments": (partial(forward, "segments", BF16), Counts(22, 36, 0)),
-    "both": (partial(both, "causal", BF16), Counts(30, 64, 0)),
-    "both, lengths": (partial(both, "lengths", BF16), Counts(46, 79, 0)),
-    "both, segments": (partial(both, "segments", BF16), Counts(52, 82, 0)),
-    "both, sinks": (partial(both, "sinks", BF16), Counts(40, 83, 5)),
+    "forward": (partial(forward, "causal", BF16), Counts(12, 27, 0)),
+    "forward, lengths": (partial(forward, "lengths", BF16), Counts(17, 33, 0)),
+    "forward, keys": (partial(forward, "keys", BF16), Counts(26, 38, 0)),
+    "forward, segments": (partial(forward, "segments", BF16), Counts(23, 36, 0)),
+    "both": (partial(both, "causal", BF16), Counts(32, 64, 0)),
+    "both, lengths": (partial(both, "lengths", BF16), Counts(48, 79, 0)),
+    "both, segments": (partial(both, "segments", BF16), Counts(54, 82, 0)),
+    "both, sinks": (partial(both, "sinks", BF16), Counts(42, 83, 5)),
 }
 
 
@@ -244,12 +245,12 @@ def step_options(name: str) -> dict[str, Any]:
 
 #: Over the kernels for few queries, as Hopper's. With splits and without there is one launch.
 DECODE: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "plain": (partial(step, "plain"), Counts(12, 24, 0)),
-    "lengths": (partial(step, "lengths"), Counts(16, 28, 0)),
-    "mask": (partial(step, "mask"), Counts(15, 29, 0)),
-    "sinks": (partial(step, "sinks"), Counts(16, 28, 0)),
-    "log-sum-exp": (partial(step, "plain", return_lse=True), Counts(12, 25, 0)),
-    "segments": (partial(step, "segments"), Counts(26, 35, 4)),
+    "plain": (partial(step, "plain"), Counts(13, 24, 0)),
+    "lengths": (partial(step, "lengths"), Counts(17, 28, 0)),
+    "mask": (partial(step, "mask"), Counts(16, 29, 0)),
+    "sinks": (partial(step, "sinks"), Counts(17, 28, 0)),
+    "log-sum-exp": (partial(step, "plain", return_lse=True), Counts(13, 25, 0)),
+    "segments": (partial(step, "segments"), Counts(27, 35, 4)),
 }
 
 
@@ -276,11 +277,11 @@ def three_dims() -> Callable[[], Any]:
 
 #: torch's function while it is patched. Of each forward the op itself is 9, 16, 0 (with a mask 12, 20, 0).
 DROP_IN: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
-    "forward": (partial(dropped_in, False, is_causal=True), Counts(19, 27, 0)),
-    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(22, 31, 0)),
-    "both": (partial(dropped_in, True, is_causal=True), Counts(32, 42, 0)),
-    "three dims": (three_dims, Counts(43, 81, 4)),
-    "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(13, 8, 1)),
+    "forward": (partial(dropped_in, False, is_causal=True), Counts(20, 27, 0)),
+    "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 31, 0)),
+    "both": (partial(dropped_in, True, is_causal=True), Counts(34, 42, 0)),
+    "three dims": (three_dims, Counts(45, 81, 4)),
+    "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(14, 8, 1)),
 }
 
 
@@ -298,11 +299,36 @@ def test_the_drop_ins_way(name: str, nothing_computed: None, as_on_a_gpu: None) 
     check(counted(make()), recorded)
 
 
+#: The same where the native module serves, of which no Python sees more: whether it is there, which backends may serve.
+NATIVE: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
+    "forward": (partial(forward, "causal", BF16), Counts(4, 4, 0)),
+    "forward, lengths": (partial(forward, "lengths", BF16), Counts(4, 4, 0)),
+    "forward, sinks": (partial(forward, "sinks", BF16), Counts(4, 4, 0)),
+    "both": (partial(both, "causal", BF16), Counts(4, 4, 0)),
+    "both, lengths": (partial(both, "lengths", BF16), Counts(4, 4, 0)),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, recorded = NATIVE[name]
+    gpu = hopper_launches.pretend(monkeypatch)
+    driver = native_driver.take(monkeypatch, gpu)
+    run = make()
+    for _ in range(4):
+        run()
+    driver.quiet = True
+    before = driver.launches
+    found = counted(run, warmups=0)
+    assert driver.launches > before
+    check(found._replace(operators=0), recorded)  # (it allocates with torch's, which the profiler does not count)
+
+
 def test_the_drop_ins_way_to_torch(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind that torch's kernels are known to serve: without a GPU no backend before them can."""
     with fastattn.use_backend("cudnn", "torch"):
         run = dropped_in(False, is_causal=True)
-        check(counted(run), Counts(13, 22, 1))
+        check(counted(run), Counts(14, 22, 1))
         monkeypatch.setattr(decide, "_decided", None)  # nothing is decided again
         run()
 

@@ -56,6 +56,27 @@ MUTATIONS = (
         _DECODE,
     ),
     Mutation(
+        "the sink is forgotten when splits of wide heads are combined",
+        "backends/triton/decode/combine_wide.py",
+        'l = tl.where(m > float("-inf"), 1.0, 0.0)',
+        "l = 0.0",
+        (*_WIDE, "-k", "few_rows_are_launched and lengths"),
+    ),
+    Mutation(
+        "what splits of wide heads without work did not write is combined",
+        "backends/triton/decode/combine_wide.py",
+        "tl.where((l_c != 0.0)[:, None], weight[:, None] * acc, 0.0)",
+        "weight[:, None] * acc",
+        (*_WIDE, "-k", "few_rows_are_launched and lengths"),
+    ),
+    Mutation(
+        "chunks of splits of wide heads are added as if they had the same greatest score",
+        "backends/triton/decode/combine_wide.py",
+        "out = out * decay + ",
+        "out = out + ",
+        (*_WIDE, "-k", "more_splits_with_work"),
+    ),
+    Mutation(
         "the last program leaves its counter where it is",
         "backends/triton/decode/last.py",
         "tl.store(counter_ptr, 0)",

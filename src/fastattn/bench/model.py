@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..backends.triton.binaries.store import shared as binaries
+from ..dispatch.native import calls as native
 from ..lm import Loaded, set_attention
 from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
@@ -223,6 +224,7 @@ def _settle(run: Callable[[], object]) -> None:
         before = binaries.stats()["binaries"]
         run()
         binaries.wait()
+        native.wait()
         if binaries.stats()["binaries"] == before:
             break
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from ...call import CALL, Gradients
 from ..layout import Fresh
 from .cuda_driver import BoundLaunch
 
-if TYPE_CHECKING:
-    from .binaries.launcher import Room
-
 #: What has an address: the tensors of a call, in order; what a forward makes; what a backward gets and makes; its
 #: working memory. (`Source` in attention.cpp.)
 SOURCES = (*CALL.tensor_names, "out", "lse", "grad_out", *[f"grad_{name}" for name in Gradients._fields], "memory")
+
+
+class Room(Protocol):
+    """A plain kernel's launch and the memory of its arguments: see `binaries.launcher.Room`."""
+
+    values: Any
+    launch: BoundLaunch
 
 
 class Named:

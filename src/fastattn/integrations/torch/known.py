@@ -36,7 +36,7 @@ def kind_of(
 
 def place(mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> tuple[Any, Any] | None:
     """See `native.calls.place`."""
-    if calls.module is None or not is_usual(mask, dropout_p, is_causal, enable_gqa):
+    if not is_usual(mask, dropout_p, is_causal, enable_gqa):
         return None
     return calls.place(None, _GROUPED if enable_gqa else _NOT_GROUPED)
 

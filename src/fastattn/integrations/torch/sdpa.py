@@ -68,7 +68,7 @@ def scaled_dot_product_attention(
     why = at_once(query)
     if not why:
         arguments = query, key, value, "causal" if is_causal is True else attn_mask, None, None, None, None, None, False
-        place = known.place(attn_mask, dropout_p, is_causal, enable_gqa)
+        place = None if calls.module is None else known.place(attn_mask, dropout_p, is_causal, enable_gqa)
         if place is not None and (out := calls.module.attention(arguments, scale, *place)) is not None:
             return out  # type: ignore[no-any-return]
         kind = known.kind_of(arguments, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -3,9 +3,9 @@
     python compile_decode.py MAJOR MINOR [--wide | --every]
 
 Compiles the flag sets that launches name, as the process that compiles does. Prints one line of JSON per kernel: what
-it is, its registers, the bytes of shared memory that it takes and of registers that it spills, Hopper's products and
-whether they wait for one another. --every: all launches of wide heads that the rules can choose, which takes minutes;
---wide: some of them; else also those of other heads.
+it is, its registers, the bytes of shared memory that it takes and of registers that it spills, what it loads before it
+waits for anything, Hopper's products and whether they wait for one another. --every: all launches of wide heads that
+the rules can choose, which takes minutes; --wide: some of them; else also those of other heads.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def code(binary: Binary) -> dict[str, Any]:
             return done.stdout.decode()
 
         usage, lines = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c").splitlines()
+    loads = [i for i, line in enumerate(lines) if re.search(r"\bLDG\.\S*128", line)]
+    copies, shuffles = ([i for i, line in enumerate(lines) if word in line] for word in ("LDGSTS", "SHFL"))
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
     products, waits = (sum(word in line for line in lines) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
     return {
@@ -141,6 +143,7 @@ def code(binary: Binary) -> dict[str, Any]:
         "registers": numbers["REG"],
         "spilled": numbers["STACK"],
         "products": products,
+        "ahead": sum(i < shuffles[0] for i in loads) if shuffles else 0,  # loads before threads exchange anything
         "serial": products > 0 and waits >= products,
     }
 

@@ -6,6 +6,7 @@ On the CPU through Triton's interpreter, on a GPU natively. The truth is `naive.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import naive
 import pytest
@@ -15,7 +16,10 @@ from torch import Tensor
 
 import fastattn
 from fastattn import Intervals
+from fastattn.backends.triton.binaries.triton_kernel import NamedKernel
 from fastattn.backends.triton.decode import launch_config as launch
+from fastattn.backends.triton.decode.forward import DecodeKernel
+from fastattn.backends.triton.representative import representative
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -42,6 +46,42 @@ def test_features(name: str, dims: tuple[int, int], device: str, force: Callable
     """Without splits where the index is even, with more than there are steps for the shortest rows where it is odd."""
     force(splits=1 + 2 * ((list(FEATURES).index(name) + DIMS.index(dims)) % 2), block_n=16)
     check(FEATURES[name].but(head_dim=dims[0], value_dim=dims[1]), "decode", device)
+
+
+@pytest.mark.parametrize("columns", [32, 128, 512])
+@pytest.mark.parametrize("splits", [2, 20])
+@pytest.mark.parametrize("name", ["plain", "causal", "lengths", "window", "intervals", "intervals-shared"])
+def test_as_few_rows_are_launched(
+    name: str, splits: int, columns: int, device: str, force: Callable[..., None]
+) -> None:
+    """q with the keys of each step, scores in two parts, and the kernel that reads 128, 32 or 8 splits at once. Of 20
+    there are 5 with work at the most; what the others leave is whatever the memory held."""
+    force(splits=splits, block_n=16, head=(256, 256), columns=columns)
+    check(FEATURES[name].but(head_dim=512, value_dim=512), "decode", device)
+
+
+@pytest.mark.parametrize("splits", [9, 13, 20])
+def test_more_splits_with_work_than_are_read_at_once(splits: int, device: str, force: Callable[..., None]) -> None:
+    """13 at the most, 8 at once: what the first ones left counts less when a greater score comes."""
+    force(splits=splits, block_n=16, columns=512)
+    check(FEATURES["plain"].but(head_dim=512, value_dim=512, kv_len=200), "decode", device)
+
+
+def test_late_queries_of_two_parts(device: str, force: Callable[..., None]) -> None:
+    force(splits=3, block_n=16, columns=64)
+    check(FEATURES["lengths"].but(head_dim=576, value_dim=320), "decode", device)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_rows_that_see_none_of_a_split_s_keys(value: float, device: str, force: Callable[..., None]) -> None:
+    """What is hidden from them alone is not theirs, in whichever split."""
+    force(splits=5, block_n=16, head=(256, 256), columns=128)
+    q, k, v = (torch.randn(1, heads, n, 512, device=device).to(FP16) for heads, n in ((4, 2), (1, 75), (1, 75)))
+    lengths = torch.tensor([60], dtype=torch.int32, device=device)
+    k[..., 60:, :] = v[..., 60:, :] = value
+    out = fastattn.scaled_dot_product_attention(q, k, v, mask="causal", kv_lengths=lengths, backend="decode")
+    want = naive.attention(q.double(), k[..., :60, :].double(), v[..., :60, :].double(), mask="causal")
+    assert relative_error(out, want.out) < TOLERANCE[FP16][0]
 
 
 @pytest.mark.parametrize("dims", [(512, 512), (576, 512), (320, 256)], ids=str)
@@ -222,6 +262,49 @@ def test_splits_of_wide_heads() -> None:
     assert launch.choose(a_problem(**MLA, q_len=300, softcap=1.0, kv_len=8192), 132).splits == 1
 
 
+GLOBAL = {"q_heads": 8, "kv_heads": 1, "head_dim": 512, "value_dim": 512}  #: as the global layers of Gemma 4
+
+
+def test_few_rows_of_wide_heads_overlap() -> None:
+    for heads, batch, columns in (((8, 1), 1, 32), ((16, 2), 1, 32), ((32, 4), 1, 32), ((8, 1), 8, 128)):
+        p = a_problem(**GLOBAL | {"q_heads": heads[0], "kv_heads": heads[1]}, batch=batch)
+        found = launch.choose(p, 132)
+        assert (found.block_m, found.block_n, found.stages, found.warps, found.head) == (16, 32, 3, 4, (256, 256))
+        assert found.meanwhile and found.columns == columns
+    assert launch.choose(a_problem(**GLOBAL), 132, None, True).head == (512, 0), "the values are whole, and the keys'"
+    assert launch.choose(a_problem(**MLA | {"q_heads": 8}), 132).warps == 8, "four would spill"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"dtype": FP32},
+        {"q_heads": 32},
+        {"mask": "bool", "mask_shape": (1, 1, 1, 8192), "mask_dtype": torch.bool},
+    ],
+    ids=["8.0", "10.0", "float32", "32 rows", "gaps"],
+)
+def test_others_do_not(changes: dict[str, Any]) -> None:
+    found = launch.choose(a_problem(**GLOBAL | changes), 132)
+    assert not (found.meanwhile or found.columns) and found.warps == 8
+
+
+def test_what_may_start_meanwhile_waits() -> None:
+    """Both kernels, where there are two."""
+    call = representative(a_problem(**GLOBAL))
+    for batch in (1, 200):
+        p = a_problem(**GLOBAL, batch=batch)
+        found = launch.choose(p, 132)
+        kernel = DecodeKernel(p, call, found)
+        first, *others = (x.flags(tensors, floats) for x, tensors, floats in kernel.launches(call))
+        names = NamedKernel(*first.kernel.rpartition(":")[::2]).load().arg_names
+        constants = {names[i]: value for i, value in first.constants}
+        assert (found.splits > 1) == bool(others) == (batch == 1)
+        assert constants["MEANWHILE"] and all(dict(x.options)["launch_pdl"] for x in (first, *others))
+
+
 @pytest.mark.parametrize("same", [False, True])
 def test_a_growing_cache_needs_no_other_kernel(same: bool) -> None:
     for capability in ((9, 0), (8, 0), (8, 6), (10, 0)):
@@ -230,7 +313,7 @@ def test_a_growing_cache_needs_no_other_kernel(same: bool) -> None:
             for length in (*range(1, 200), 500, 2000, 4095, 4096, 5000, 10**5):
                 problem = a_problem(**MLA, kv_len=length, batch=batch, capability=capability)
                 found = launch.choose(problem, 132, None, same)
-                compiled.add((found.splits > 1, found.block_m, found.block_n, found.warps, found.stages))
+                compiled.add((found.splits > 1, found.block_m, found.block_n, found.warps, found.stages, found.columns))
             assert len(compiled) == 1, (capability, batch)
 
 
@@ -287,3 +370,47 @@ def test_one_graph_serves_every_length_of_absorbed_mla(kinds: list[bool]) -> Non
         graph.replay()
         want = naive.attention(q.double(), k.double(), k[..., :512].double(), kv_lengths=lengths).out
         assert relative_error(out, want) < TOLERANCE[BF16][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before", ["kernel", "copy", "fill", "join", "nothing"])
+def test_a_captured_launch_waits_for_whatever_was_before(before: str) -> None:
+    """The kernel may begin before what precedes it has ended, which writes what it reads; and the next call before this
+    one has ended, whose splits' memory it takes."""
+    q, k, v = (torch.randn(1, n, m, 512, device="cuda", dtype=BF16) for n, m in ((8, 1), (1, 8192), (1, 8192)))
+    source, other = torch.randn_like(v), torch.cuda.Stream()
+
+    def attend() -> list[Tensor]:
+        found = []
+        for _ in range(3):
+            if before == "kernel":
+                torch.add(source, 1, out=v)
+            elif before == "copy":
+                v.copy_(source)
+            elif before == "fill":
+                v.zero_()
+            elif before == "join":
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    torch.mul(source, 2, out=v)
+                torch.cuda.current_stream().wait_stream(other)
+            found.append(fastattn.scaled_dot_product_attention(q, k, v, backend="decode"))
+            v.mul_(0 if before != "nothing" else 1)
+        return found
+
+    first = v.clone()
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    values = {"kernel": source + 1, "copy": source, "fill": source * 0, "join": source * 2, "nothing": first}[before]
+    want = naive.attention(q.double(), k.double(), values.double()).out
+    for _ in range(20):
+        v.copy_(first)
+        graph.replay()
+        eager = attend() if before != "nothing" else []
+        for out in (*captured, *eager):
+            if before == "fill":
+                assert not out.any()
+            else:
+                assert relative_error(out, want) < TOLERANCE[BF16][0]

@@ -22,7 +22,8 @@ def counts(p: Problem, launch: Launch, large: bool) -> bool:
     """Whether there is another binary, that counts the programs that are done and combines. large: as the kernel's
     `LARGE`, whose products the assembler orders by what comes after them.
 
-    (Follows from what picks the binary anyway; not from lengths or the batch.)
+    (Wide heads have none: 128 splits of 8 rows of 512 numbers leave 2 MiB, for one multiprocessor to read. Follows
+    from what picks the binary anyway; not from lengths or the batch.)
     """
     return launch.splits > 1 and not (launch.near or large or is_wide(p))
 

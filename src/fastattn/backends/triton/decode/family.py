@@ -25,7 +25,8 @@ def family(problem: Problem, sm_count: int) -> Iterator[Problem]:
     yield p
     yield from _chunks(p)
     even = sm_count // p.kv_heads  #: entries that fill the SMs once
-    some = [max(1, even * part // 4) for part in (4, 5, 6, 8)]  # some more do not even out, and are divided
+    some = [max(1, even // 8)]  # as many as leave each entry few splits
+    some += [max(1, even * part // 4) for part in (4, 5, 6, 8)]  # some more do not even out, and are divided
     batches = dict.fromkeys([p.batch, 1, 2, *some, even + 1, _MANY * sm_count + 1])
     for q_len in _numbers_of_queries(p):
         if q_len == p.q_len or fits(replace(p, q_len=q_len)):

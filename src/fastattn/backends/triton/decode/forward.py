@@ -150,6 +150,7 @@ class DecodeKernel(ForwardOnly):
         def attending(read_at_once: tuple[int, int, int]) -> dict[str, BinaryLauncher | Launcher]:
             """By the precision of products. read_at_once: by the last program of a tile; zeros: it does not combine."""
             constants = (*_constants(p, launch, call, large, same), *read_at_once)
+            options = {"launch_pdl": True} if launch.meanwhile else {}
             return {
                 precision: launcher_of(
                     _ATTEND,
@@ -161,6 +162,7 @@ class DecodeKernel(ForwardOnly):
                     _ATTEND_ALIGNED,
                     num_warps=launch.warps,
                     num_stages=launch.stages,
+                    **options,
                 )
                 for precision in (("ieee", "tf32") if p.dtype == torch.float32 else ("ieee",))
             }
@@ -171,7 +173,7 @@ class DecodeKernel(ForwardOnly):
         self._combines = bool(self._alone) and combines(p, launch)
         self._tiles = tiles
         self._scratch = 4 * tiles * launch.splits * count * (p.value_dim + 2) if launch.splits > 1 else 0  #: bytes
-        self._combine = combination(p, launch.splits, device)
+        self._combine = combination(p, launch.splits, device, launch.columns)
         self._where = device
         attend = next(iter(self._attend.values()))
         #: Whether the kernels are launched by their binaries, and on which GPU.
@@ -325,7 +327,8 @@ def _constants(p: Problem, launch: Launch, call: Call, large: bool, same: bool) 
     """The kernel's, but for those of the combination."""
     unit, _ = strides_in_units(call)
     blocks = (launch.block_m, launch.block_n, *launch.head, *launch.value)
-    return p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps(p), launch.near, large, same
+    how = launch.near, large, same, launch.meanwhile
+    return p.kv_heads, p.group, p.head_dim, p.value_dim, *blocks, unit, gaps(p), *how
 
 
 def _is_large(p: Problem, launch: Launch) -> bool:

@@ -3,7 +3,8 @@
 Decode is bound by the reading of K and V, so each key is read once: the queries of all heads that share a K/V head are
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
 ("splits"); each leaves its unfinished softmax and output. A second kernel (`combine.py`) combines them, or the last of
-these programs to be done (`last.py`).
+these programs to be done (`last.py`). Few rows of wide heads leave so much that one program would read it for longer
+than a second launch takes: theirs has more programs (`combine_wide.py`), and the launch overlaps with what comes before it (`MEANWHILE`).
 
 More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
 (absorbed MLA: 128 heads to a K/V head), and those of chunks (`chunks.py`), run side by side and find their keys in the
@@ -87,11 +88,15 @@ def attend_kernel(
     NEAR: tl.constexpr,  # blocks of rows come one after the other in the grid, else last
     LARGE: tl.constexpr,  # tiles of wide heads or many rows: see the loop
     SAME: tl.constexpr,  # v is k's first columns: v_ptr and its strides are not looked at
+    MEANWHILE: tl.constexpr,  # this kernel is launched while the one before it still runs, and waits for its end
     COMBINED_ROWS: tl.constexpr,  # that the last program combines at a time
     COMBINED_COLUMNS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products
 ):
+    BOUNDS: tl.constexpr = lo_ptr is not None or q_lengths_ptr is not None or kv_lengths_ptr is not None
+    if MEANWHILE and BOUNDS:  # they are the first that is read
+        tl.extra.cuda.gdc_wait()
     # Exponents of 2 spare one product of three a score. (Times log2(e) a bias of the least float32 would be -inf; and
     # tiles of wide heads would spill.)
     BASE_2: tl.constexpr = LARGE and mask_ptr is None and FIRST + REST <= 256 and FIRST_V + REST_V <= 256
@@ -138,6 +143,8 @@ def attend_kernel(
     else:
         end = stop
 
+    if MEANWHILE and not BOUNDS:
+        tl.extra.cuda.gdc_wait()
     q_at = (b64 * q_sb + head.to(tl.int64) * q_sh + i.to(tl.int64) * q_si) * UNIT
     q, q_rest = load_rows(q_ptr, q_at, valid, D, FIRST, REST)
     k_ptr += (b64 * k_sb + kv_head.to(tl.int64) * k_sh) * UNIT

@@ -9,6 +9,7 @@ from ....call import Call, Problem
 from ...base import ForwardOnly, Kernel
 from .. import prefill
 from ..binaries.flag_set import FlagSet
+from ..program import Program
 from ..representative import representative
 from . import launch, tensors
 from .limits import is_wide
@@ -68,8 +69,11 @@ def _wide() -> ModuleType:
 
 
 class _HopperKernel(ForwardOnly):
-    __slots__ = ("forward", "program")
+    __slots__ = ("forward",)
 
     def __init__(self, forward: launch.Forward) -> None:
         self.forward = forward  #: of a call: its output and log-sum-exp
-        self.program = forward.program
+
+    def program(self, call: Call) -> Program | None:
+        """See `backends.base.HasProgram`."""
+        return self.forward.program(call)
