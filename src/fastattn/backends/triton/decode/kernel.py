@@ -4,7 +4,8 @@ Decode is bound by the reading of K and V, so each key is read once: the queries
 the rows of one tensor-core tile. Few rows are few programs, so the keys of a tile are divided among several programs
 ("splits"); each leaves its unfinished softmax and output. A second kernel (`combine.py`) combines them, or the last of
 these programs to be done (`last.py`). Few rows of wide heads leave so much that one program would read it for longer
-than a second launch takes: theirs has more programs (`combine_wide.py`), and the launch overlaps with what comes before it (`MEANWHILE`).
+than a second launch takes: theirs has more programs (`combine_wide.py`), and the launch overlaps with what comes
+before it (`MEANWHILE`).
 
 More rows than one tile has room for are several blocks of rows. Those of few queries, whose heads alone fill a block
 (absorbed MLA: 128 heads to a K/V head), and those of chunks (`chunks.py`), run side by side and find their keys in the
