@@ -171,8 +171,7 @@ def _loaded(data: bytes) -> Any:
         path = f"/proc/self/fd/{'./' * next(_loads)}{handle}"  # Python knows a module that it has loaded by its path
         loader = ExtensionFileLoader(NAME, path)
         spec = importlib.util.spec_from_loader(NAME, loader, origin=path)
-        if spec is None:
-            raise ImportError("no spec")
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
         return module
