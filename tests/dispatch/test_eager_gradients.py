@@ -339,12 +339,12 @@ def test_gradients_of_parameters_and_of_what_is_no_leaf() -> None:
     weight = Parameter(torch.randn(8, 8))
     x = torch.randn(2, 4, 5, 8)
     out = attend(x @ weight, x @ weight, x)
-    assert node(out) == EAGER
+    assert node(out) in (EAGER, NATIVE)
     (got,) = torch.autograd.grad(out.sum(), weight)
     (want,) = torch.autograd.grad(operator(x @ weight, x @ weight, x, backend="torch").sum(), weight)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     parameters = [Parameter(y.detach()) for y in qkv()]
-    assert node(attend(*parameters)) == EAGER
+    assert node(attend(*parameters)) in (EAGER, NATIVE)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, BF16, BF16), (BF16, FP32, torch.float64)], ids=str)
@@ -418,7 +418,7 @@ def test_who_watches_sees_operators() -> None:
         out = attend(q, k, v)
     assert "fastattn.attention.default" in watcher.seen and node(out) == OPERATOR
     out = attend(q, k, v)
-    assert node(out) == EAGER
+    assert node(out) in (EAGER, NATIVE)
     with Watcher() as watcher:
         got = torch.autograd.grad(out.sum(), (q, k, v))
     assert "fastattn.attention_backward.default" in watcher.seen

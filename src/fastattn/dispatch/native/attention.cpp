@@ -30,6 +30,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -73,6 +74,23 @@ struct KeyHash {
   }
 };
 
+// Whether objects of Python's may still be given up: a thread that asks an interpreter which ends for its lock is ended,
+// in a destructor with the whole process.
+bool python_runs() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsInitialized() && !Py_IsFinalizing();
+#else
+  return Py_IsInitialized() && !_Py_IsFinalizing();
+#endif
+}
+
+// Python's error, to go on as an exception. The interpreter's lock must be held.
+[[noreturn]] void throw_as_it_is() {
+  python_error error;
+  error.persist();  // or what runs until it is caught finds an error that is not its own
+  throw error;
+}
+
 // A reference to an object of Python's that may be given up by a thread without the interpreter's lock.
 struct Held {
   PyObject* object;
@@ -80,7 +98,7 @@ struct Held {
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
   ~Held() {
-    if (!Py_IsInitialized()) return;
+    if (!python_runs()) return;
     const auto state = PyGILState_Ensure();
     Py_XDECREF(object);
     PyGILState_Release(state);
@@ -143,16 +161,17 @@ struct Program {
 
   bool fits(const Tensors& tensors) const {
     thread_local Key found;
-    if (apart && address_of(tensors[kK]) == address_of(tensors[kV])) return false;
     for (const auto& x : given) {
       const auto& tensor = tensors[x.source];
-      if (!tensor.defined() || (x.aligned && address_of(tensor) % kAlignment)) return false;
-      if (x.layout.empty()) continue;
-      found.clear();
-      append(found, tensor, false);
-      if (found != x.layout) return false;
+      if (!tensor.defined()) return false;
+      if (!x.layout.empty()) {  // first: what lies otherwise may have no address
+        found.clear();
+        append(found, tensor, false);
+        if (found != x.layout) return false;
+      }
+      if (x.aligned && address_of(tensor) % kAlignment) return false;
     }
-    return true;
+    return !apart || address_of(tensors[kK]) != address_of(tensors[kV]);
   }
 
   // Allocates and launches. False where it did not, or may not.
@@ -170,7 +189,7 @@ struct Program {
     std::unique_lock<std::mutex> held(lock, std::defer_lock);
     if (waits) {
       held.lock();
-    } else if (!held.try_lock()) {  // not with the interpreter's lock
+    } else if (!held.try_lock()) {
       return false;
     }
     at::AutoDispatchBelowADInplaceOrView below;
@@ -193,7 +212,10 @@ struct Program {
 };
 
 // What all calls of one key share.
+std::atomic<uint64_t> bounds{0};
+
 struct Bound {
+  const uint64_t number = ++bounds;  // no other's, ever: an address may come back
   std::shared_ptr<Program> forward;
   std::vector<int> inputs;  // sources
   std::vector<int> wanted;  // of these with a gradient
@@ -258,7 +280,7 @@ struct FastattnBackward : torch::autograd::Node {
 
   // For a backward that torch's compiler traces ("compiled autograd"): Python shows it an operator.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(uint64_t(reinterpret_cast<uintptr_t>(bound.get())));
+    args.collect(uint64_t(bound->number));
     for (size_t i = 0; i < saved.size(); ++i) args.collect(saved[i], i == bound->inputs.size());
   }
 
@@ -282,8 +304,7 @@ struct FastattnBackward : torch::autograd::Node {
     }
     tensors[kGradOut] = grads[0];
     if (bound->generation == generation.load() && !c10::GradMode::is_enabled() && unwatched()) {
-      const auto program = bound->backward(tensors);
-      if (program != nullptr && launched(*program, tensors)) {
+      if (launched(tensors)) {
         for (size_t i = 0; i < found.size(); ++i) found[i] = tensors[gradient_of(bound->wanted[i])];
         return found;
       }
@@ -292,18 +313,20 @@ struct FastattnBackward : torch::autograd::Node {
     return found;
   }
 
-  static bool launched(Program& program, Tensors& tensors) {
+  bool launched(Tensors& tensors) const {
     try {
-      return program.run(tensors, true);
-    } catch (const c10::Error&) {  // no memory: Python knows what to do
-      return false;
+      const auto program = bound->backward(tensors);
+      if (program != nullptr && program->run(tensors, true)) return true;
+    } catch (const c10::Error&) {  // no memory, a sparse gradient: Python knows what to do
     }
+    for (int i = kGradOut + 1; i < kSources; ++i) tensors[i].reset();  // Python makes its own, and may lack the room
+    return false;
   }
 
   void through_python(const Tensors& tensors, variable_list& found) const {
     const pybind11::gil_scoped_acquire held;
     auto inputs = THPObjectPtr(PyTuple_New(kInputs));
-    if (!inputs) throw python_error();
+    if (!inputs) throw_as_it_is();
     for (int i = 0; i < kInputs; ++i) PyTuple_SET_ITEM(inputs.get(), i, wrapped(tensors[i]));
     auto capsule = THPObjectPtr(PyCapsule_New(new std::shared_ptr<Bound>(bound), "fastattn.bound", [](PyObject* x) {
       delete static_cast<std::shared_ptr<Bound>*>(PyCapsule_GetPointer(x, "fastattn.bound"));
@@ -311,10 +334,10 @@ struct FastattnBackward : torch::autograd::Node {
     auto result = THPObjectPtr(PyObject_CallFunction(
         gradients_of, "OdONNNN", bound->of.object, bound->scale, inputs.get(), wrapped(tensors[kOut]),
         wrapped(tensors[kLse]), wrapped(tensors[kGradOut]), capsule.release()));
-    if (!result) throw python_error();
+    if (!result) throw_as_it_is();
     for (size_t i = 0; i < found.size(); ++i) {
       auto* x = PyTuple_GetItem(result.get(), bound->wanted[i] == kSinks ? 4 : bound->wanted[i]);
-      if (x == nullptr) throw python_error();
+      if (x == nullptr) throw_as_it_is();
       if (x != Py_None) found[i] = THPVariable_Unpack(x);
     }
   }
@@ -338,8 +361,9 @@ void link(const std::shared_ptr<Bound>& bound, Tensors& tensors) {
 
 // ---- What Python calls ----------------------------------------------------------------------------------------------
 
-std::unordered_map<Key, std::shared_ptr<Bound>, KeyHash> table;  // under the interpreter's lock
-std::map<std::string, std::unique_ptr<std::atomic<int64_t>>> counters;
+// Both live for ever: threads of torch's may be at work while the process ends.
+auto& table = *new std::unordered_map<Key, std::shared_ptr<Bound>, KeyHash>();  // under the interpreter's lock
+auto& counters = *new std::map<std::string, std::unique_ptr<std::atomic<int64_t>>>();
 
 bool is_tensor(PyObject* x) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
@@ -368,10 +392,11 @@ bool take_mask(PyObject* x, Tensors& tensors, Key& key, bool grads) {
   }
   if (type == intervals_type) {
     key.push_back(2);
-    return take(PyTuple_GET_ITEM(x, 0), tensors, kLo, key, grads) &&
+    return PyTuple_GET_SIZE(x) == 2 && take(PyTuple_GET_ITEM(x, 0), tensors, kLo, key, grads) &&
         take(PyTuple_GET_ITEM(x, 1), tensors, kHi, key, grads);
   }
   if (type == segments_type) {
+    if (PyTuple_GET_SIZE(x) != 2) return false;
     auto* causal = PyTuple_GET_ITEM(x, 1);
     key.push_back(causal == Py_True ? 3 : 4);
     return PyBool_Check(causal) && take(PyTuple_GET_ITEM(x, 0), tensors, kSegments, key, grads);
@@ -436,7 +461,16 @@ PyObject* served(PyObject* const* arguments) {
   const auto at = table.find(key);
   if (at == table.end() || would_be_cast(tensors)) Py_RETURN_NONE;
   const auto bound = at->second;  // a copy: what is allocated may run Python, which may clear the table
-  if (!bound->forward->fits(tensors) || !bound->forward->run(tensors, false)) Py_RETURN_NONE;
+  // A launch waits where the GPU has enough to do, an allocation for memory; what the GPU then waits for may be another
+  // thread of Python. So, as in torch, not with the interpreter's lock.
+  bool ran = false;
+  auto* const state = PyEval_SaveThread();
+  try {
+    ran = bound->forward->fits(tensors) && bound->forward->run(tensors, false);
+  } catch (const std::exception&) {  // no memory: Python knows what to do
+  }
+  PyEval_RestoreThread(state);
+  if (!ran) Py_RETURN_NONE;
   if (!bound->wanted.empty()) link(bound, tensors);
   return THPVariable_Wrap(tensors[kOut]);
 }
@@ -546,10 +580,11 @@ PyObject* py_remember(PyObject*, PyObject* arguments) {
   const bool grads = c10::GradMode::is_enabled();
   for (int i = 0; i < kInputs; ++i) {
     if (!tensors[i].defined()) continue;
+    if (tensors[i]._is_zerotensor()) Py_RETURN_FALSE;  // it has no memory
     entry->inputs.push_back(i);
     if (grads && tensors[i].requires_grad()) entry->wanted.push_back(i);
   }
-  table[std::move(key)] = std::move(entry);
+  std::swap(table[std::move(key)], entry);  // the one before may run Python when it is dropped, which is here
   Py_RETURN_TRUE;
 }
 
@@ -576,7 +611,7 @@ PyObject* py_backwards(PyObject*, PyObject* capsule) {
 
 PyObject* py_clear(PyObject*, PyObject*) {
   ++generation;
-  decltype(table) dropped;
+  std::remove_reference_t<decltype(table)> dropped;
   dropped.swap(table);  // what is dropped may run Python
   Py_RETURN_NONE;
 }

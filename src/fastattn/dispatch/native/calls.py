@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ... import debug
+from ..._compat import torch as torch_internals
 from ...backends.base import HasBackwardProgram
+from ...backends.scratch import may_keep
 from ...backends.triton import cuda_driver
 from ...backends.triton.binaries.policy import mode
 from ...backends.triton.program import SOURCES, Program
@@ -43,10 +45,12 @@ def place(backend: Any, kind: Any = None) -> tuple[Any, Any] | None:
     is the output of a call that is known, or None."""
     if torch.compiler.is_compiling() or module is None or debug.ENABLED:
         return None
-    names = registry.allowed() if backend is None else backend
+    names: Any = backend
+    if backend is None:
+        names = registry.allowed()
+    elif type(backend) is not str or backend not in registry.NAMES:  # a tuple is none, whatever it holds
+        return None
     if names is not registry.NAMES:  # equal ones have to be one object
-        if type(names) is not tuple and type(names) is not str:
-            return None
         names = _names.setdefault(names, names)
     return names, kind
 
@@ -105,6 +109,15 @@ def calls_served() -> dict[str, int]:
     return {name: served for name, served in found.items() if served}
 
 
+def _may_make(device: torch.device) -> bool:
+    """Whether programs may be made here and now: what kernels allocate and clear for them stays, so it must be no
+    graph's that is being captured; and contexts and binaries are those of the current device."""
+    if device.type != "cuda":
+        return True
+    index = device.index
+    return index == torch_internals.current_device() and may_keep(torch_internals.raw_stream(index))
+
+
 def _holds(bound: Bound) -> bool:
     """Whether the routes are those by which it was bound. Whoever drops them clears the table after that; so what is
     added to it while this is true is dropped with them."""
@@ -120,6 +133,8 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
     times = programs.get(offered, 0)
     if times >= _MOST_TIMES or len(programs) >= _MOST_OFFERS or not _holds(bound):
         return
+    if not _may_make(bound.device):
+        return
     programs[offered] = times + 1
     try:
         made = programs.get(("forward", call.scale))
@@ -133,6 +148,8 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         if module.size() >= _MOST:
             module.clear()
         module.remember(arguments, scale, *where, made, bound, call.scale)
+        if not _holds(bound):  # dropped since we asked: the table may have been cleared before this was in it
+            module.clear()
     except Exception as error:  # Python serves such calls
         bound.offers = False
         _log.debug("no program: %s", error)
@@ -183,6 +200,8 @@ def _offer_backward(bound: Bound, call: Call, out: Tensor, lse: Tensor | None, g
     programs, offered = bound.programs, ("backward", out.stride(), lse.stride(), grad_out.stride(), call.scale)
     if offered not in programs:
         if len(programs) >= 3 * _MOST_OFFERS or not eager.still_holds(bound, call, grad_out, out, lse):
+            return
+        if not _may_make(bound.device):
             return
         programs[offered] = None
         program = route.kernel.backward_program(call, out, lse, grad_out)

@@ -45,7 +45,8 @@ class NoLibrary(Exception):
 def compiler() -> str | None:
     """The C++ compiler: $CXX, or one of the usual names."""
     names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    found = next((found for name in names if name and (found := shutil.which(name))), None)
+    return None if found is None else os.path.abspath(found)  # it does not run in the current directory
 
 
 def label() -> bytes:
@@ -145,6 +146,8 @@ def _run(command: list[str], folder: str) -> str:
         return process.communicate(timeout=TIMEOUT)[0]
     except subprocess.TimeoutExpired as error:
         _kill(process)
+        if process.stdout is not None:
+            process.stdout.close()
         raise NoLibrary(f"{command[0]} took more than {TIMEOUT:.0f} s") from error
     finally:
         _running.discard(process)
