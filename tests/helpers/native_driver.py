@@ -57,7 +57,7 @@ def take(monkeypatch: pytest.MonkeyPatch, gpu: HopperGpu) -> NativeDriver:
 
     monkeypatch.setattr(cuda_driver.BoundLaunch, "parts", property(seen))
     address = ctypes.cast(driver.function, ctypes.c_void_p).value or 0
-    monkeypatch.setattr(cuda_driver, "functions", lambda: (address, 0, 0))
+    monkeypatch.setattr(cuda_driver, "functions", lambda: (address, 0, 0, 0))
     monkeypatch.setattr(calls, "module", None)
     calls._take(compiled())
     calls.module.clear()

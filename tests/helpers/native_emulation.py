@@ -146,7 +146,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     for kernel in (reference._ReferenceKernel, torchs._TorchKernel):
         give_programs(monkeypatch, emulation, kernel)
     address = ctypes.cast(emulation.function, ctypes.c_void_p).value or 0
-    monkeypatch.setattr(cuda_driver, "functions", lambda: (address, 0, 0))
+    monkeypatch.setattr(cuda_driver, "functions", lambda: (address, 0, 0, 0))
     monkeypatch.setattr(calls, "module", None)
     calls._take(compiled())
     fastattn.clear_plans()  # what was bound before has programs of another emulation

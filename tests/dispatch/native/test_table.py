@@ -301,7 +301,7 @@ with pytest.MonkeyPatch.context() as patch:
     own.sem_init(semaphore, 0, 0)
     parts = native_emulation._Launch.parts.fget
     native_emulation._Launch.parts = property(lambda self: (ctypes.addressof(semaphore), *parts(self)[1:]))
-    calls.module.setup(ctypes.cast(own.sem_wait, ctypes.c_void_p).value, 0, 0, calls._gradients, Intervals, Segments)
+    calls.module.setup(ctypes.cast(own.sem_wait, ctypes.c_void_p).value, 0, 0, 0, calls._gradients, Intervals, Segments)
     for _ in range(2):
         fastattn.scaled_dot_product_attention(*inputs, backend="reference")
     other = threading.Thread(target=lambda: (time.sleep(0.2), own.sem_post(semaphore)))

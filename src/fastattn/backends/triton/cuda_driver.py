@@ -46,12 +46,11 @@ def make_current(device: int) -> None:
         _check(driver.cuCtxSetCurrent(context), "setting a context")
 
 
-def functions() -> tuple[int, int, int]:
-    """For code that is not Python: the addresses of cuLaunchKernelEx, cuCtxGetCurrent and cuCtxSetCurrent."""
-    driver = _driver()
-    found = driver.cuLaunchKernelEx, driver.cuCtxGetCurrent, driver.cuCtxSetCurrent
-    launch, get, set_ = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
-    return launch, get, set_
+def functions() -> tuple[int, ...]:
+    """For code that is not Python: the addresses of cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent and
+    cuStreamIsCapturing."""
+    names = "cuLaunchKernelEx", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuStreamIsCapturing"
+    return tuple([ctypes.cast(getattr(_driver(), name), ctypes.c_void_p).value or 0 for name in names])
 
 
 def context() -> int:

@@ -55,8 +55,8 @@ class Program:
 
     made: the tensors that a call allocates, by their names in `SOURCES`. memory: bytes of working memory. aligned: of
     the tensors that it is given, those that must begin where 16-byte pieces do. apart: the values must not begin where
-    the keys do. counters: what a kernel counts with, which allows one thread and the default stream alone (see
-    `scratch.counted`).
+    the keys do. counters: what a kernel counts with, of the thread and the stream that made them and of no
+    captured graph (see `scratch.counted`).
     """
 
     __slots__ = ("aligned", "apart", "counters", "launches", "made", "memory", "writes")

@@ -110,10 +110,12 @@ struct Held {
 using LaunchFunction = int (*)(const void*, void*, void**, void**);
 using GetContext = int (*)(void**);
 using SetContext = int (*)(void*);
+using IsCapturing = int (*)(void*, int*);
 
 LaunchFunction launch_kernel = nullptr;
 GetContext get_context = nullptr;
 SetContext set_context = nullptr;
+IsCapturing is_capturing = nullptr;
 PyObject* gradients_of = nullptr;  // the way through Python: see calls.py
 PyObject *intervals_type = nullptr, *segments_type = nullptr;  // of masks
 
@@ -149,8 +151,9 @@ struct Program {
   void* context = nullptr;
   int64_t memory = 0;  // bytes
   bool apart = false;  // the values must not begin where the keys do
-  bool counts = false;  // it has counters: for one thread, and for a stream that is never captured
+  bool counts = false;  // it has counters: for one thread and one stream, and no graph that is captured
   unsigned long thread = 0;
+  void* stream = nullptr;
   std::vector<Given> given;
   std::vector<Made> made;
   std::vector<Write> writes;
@@ -174,6 +177,11 @@ struct Program {
     return !apart || address_of(tensors[kK]) != address_of(tensors[kV]);
   }
 
+  static bool captured(void* stream) {
+    int status = 0;
+    return stream != nullptr && (is_capturing(stream, &status) || status);  // (the default stream never is)
+  }
+
   // Allocates and launches. False where it did not, or may not.
   bool run(Tensors& tensors, bool waits) {
     if (at::globalContext().deterministicAlgorithms()) return false;  // torch would fill what is allocated
@@ -185,7 +193,7 @@ struct Program {
       void* current = nullptr;
       if (get_context(&current) || (current == nullptr && set_context(context))) return false;
     }
-    if (counts && (stream != nullptr || PyThread_get_thread_ident() != thread)) return false;
+    if (counts && (stream != this->stream || PyThread_get_thread_ident() != thread || captured(stream))) return false;
     std::unique_lock<std::mutex> held(lock, std::defer_lock);
     if (waits) {
       held.lock();
@@ -505,17 +513,17 @@ void delete_program(PyObject* x) {
   delete static_cast<std::shared_ptr<Program>*>(PyCapsule_GetPointer(x, "fastattn.program"));
 }
 
-// program(name, context, memory, apart, counts, given, made, writes, launches, held) -> capsule
+// program(name, context, memory, apart, counts, stream, given, made, writes, launches, held) -> capsule
 // given: (source, aligned, tensor or None) each; made: (source, tensor of that layout); writes: (address, source,
 // offset); launches: (config, address of the stream, function, arguments).
 PyObject* py_program(PyObject*, PyObject* arguments) {
   const char* name = nullptr;
-  unsigned long long context = 0;
+  unsigned long long context = 0, stream = 0;
   long long memory = 0;
   int apart = 0, counts = 0;
   PyObject *given, *made, *writes, *launches, *held;
   if (!PyArg_ParseTuple(
-          arguments, "sKLppO!O!O!O!O", &name, &context, &memory, &apart, &counts, &PyTuple_Type, &given, &PyTuple_Type, &made,
+          arguments, "sKLppKO!O!O!O!O", &name, &context, &memory, &apart, &counts, &stream, &PyTuple_Type, &given, &PyTuple_Type, &made,
           &PyTuple_Type, &writes, &PyTuple_Type, &launches, &held)) {
     return nullptr;
   }
@@ -525,6 +533,7 @@ PyObject* py_program(PyObject*, PyObject* arguments) {
   found->apart = apart;
   found->counts = counts;
   found->thread = PyThread_get_thread_ident();
+  found->stream = reinterpret_cast<void*>(stream);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
     int source = 0, aligned = 0;
     PyObject* tensor = nullptr;
@@ -630,15 +639,16 @@ PyObject* py_served(PyObject*, PyObject*) {
   return found.release();
 }
 
-// setup(launch, get context, set context, gradients, Intervals, Segments): addresses of the driver's functions, the way
+// setup(launch, get context, set context, is capturing, gradients, Intervals, Segments): addresses of the driver's functions, the way
 // through Python, classes of masks.
 PyObject* py_setup(PyObject*, PyObject* arguments) {
-  unsigned long long launch, get, set;
+  unsigned long long launch, get, set, capturing;
   PyObject *gradients, *intervals, *segments;
-  if (!PyArg_ParseTuple(arguments, "KKKOOO", &launch, &get, &set, &gradients, &intervals, &segments)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "KKKKOOO", &launch, &get, &set, &capturing, &gradients, &intervals, &segments)) return nullptr;
   launch_kernel = reinterpret_cast<LaunchFunction>(launch);
   get_context = reinterpret_cast<GetContext>(get);
   set_context = reinterpret_cast<SetContext>(set);
+  is_capturing = reinterpret_cast<IsCapturing>(capturing);
   Py_XSETREF(gradients_of, Py_NewRef(gradients));
   Py_XSETREF(intervals_type, Py_NewRef(intervals));
   Py_XSETREF(segments_type, Py_NewRef(segments));

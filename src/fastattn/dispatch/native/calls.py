@@ -7,6 +7,7 @@ serves the next one. So does the program of a backward, for gradients that lie a
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,14 +138,17 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         return
     programs[offered] = times + 1
     try:
-        made = programs.get(("forward", call.scale))
+        # (What counts is for one thread and one stream.)
+        stream = torch_internals.raw_stream(bound.device.index) if bound.device_type == "cuda" else 0
+        own = "forward", call.scale, threading.get_ident(), stream
+        made = programs.get(own)
         if made is None:
             program = bound.kernel.program(call)
             if program is None:
                 bound.offers = False
                 return
             given = [(name, None) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
-            made = programs["forward", call.scale] = _made(program, bound.name, given, call.q)
+            made = programs[own] = _made(program, bound.name, given, call.q)
         if module.size() >= _MOST:
             module.clear()
         module.remember(arguments, scale, *where, made, bound, call.scale)
@@ -165,6 +169,7 @@ def _made(program: Program, name: str, given: Sequence[tuple[str, Tensor | None]
         program.memory,
         program.apart,
         program.counters is not None,
+        torch_internals.raw_stream(q.device.index) if q.is_cuda else 0,
         tuple([(index(name), name in program.aligned, x) for name, x in given]),
         tuple(
             [

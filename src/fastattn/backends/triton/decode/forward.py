@@ -259,13 +259,11 @@ class DecodeKernel(ForwardOnly):
         """See `backends.base.HasProgram`."""
         if self._precision is None or not self._binary or not aligned(call.q, call.k, call.v):
             return None  # (no precision: torch may be told to use TF32)
-        # On another stream the counters might be cleared later than a call on the default one counts with them.
-        counts = self._combines and not torch_internals.raw_stream(self._device)  # type: ignore[arg-type]
-        attend, combine = (self._alone if counts else self._attend)[self._precision], self._combine
+        attend, combine = (self._alone if self._combines else self._attend)[self._precision], self._combine
         assert isinstance(attend, BinaryLauncher)
         made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
         program = Program(made, self._scratch, ("q", "k", "v"))
-        if counts:
+        if self._combines:
             program.counters = torch.zeros(self._tiles, dtype=torch.int32, device=self._where)
         out, lse = stand_in(self._output.dtype), None if self._lse is None else stand_in(torch.float32)
         parts, counters = stand_in(torch.float32) if self._scratch else None, program.counters
