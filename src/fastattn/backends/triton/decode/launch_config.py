@@ -231,10 +231,10 @@ def _overlapped(launch: Launch, p: Problem, sm_count: int, same: bool) -> Launch
     """As few things as can be wait for one another.
 
     Measured on an H200 (8 heads of 512 dims to one K/V head, 8192 keys): the second kernel of more programs takes 4.4
-    us less, four warps and two chains together 0.7 to 0.9. Four warps: each reads q from the shared memory for its keys,
-    and with eight two of them read the same 8 keys. The scores of 512 columns are two chains of 16 products, not one of
-    32. What costs time, too: to copy q with the keys of each step (1.2 us), and to launch the second kernel when the
-    first one begins (1.3 us).
+    us less, four warps and two chains together 0.7 to 0.9. Four warps: each reads q from the shared memory for its
+    keys, and with eight two of them read the same 8 keys. The scores of 512 columns are two chains of 16 products, not
+    one of 32. What costs time, too: to copy q with the keys of each step (1.2 us), and to launch the second kernel when
+    the first one begins (1.3 us).
     """
     head = (256, 256) if launch.head == (512, 0) and not same else launch.head
     warps = 8 if sum(head) > 512 and not same else 4  # 576 and 512 would spill
