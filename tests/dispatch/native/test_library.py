@@ -120,7 +120,9 @@ def test_everything_that_it_depends_on_is_in_its_label(monkeypatch: pytest.Monke
         other.write_text(library.SOURCE.read_text() + "\n")
         patch.setattr(library, "SOURCE", other)
         seen.add(library.label())
-    assert len(seen) == 4
+        (tmp_path / "program.h").write_text("// what it includes")
+        seen.add(library.label())
+    assert len(seen) == 5
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

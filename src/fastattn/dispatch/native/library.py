@@ -52,7 +52,8 @@ def compiler() -> str | None:
 def label() -> bytes:
     """Everything that the module depends on."""
     parts = [torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI"))]
-    parts += [platform.machine(), *_OPTIONS, SOURCE.read_text(encoding="utf-8")]
+    parts += [platform.machine(), *_OPTIONS]
+    parts += [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     return "\n".join(parts).encode()
 
 
