@@ -203,6 +203,24 @@ def test_what_is_not_data_is_in_the_key(label: str) -> None:
     hash(other)
 
 
+@pytest.mark.parametrize(
+    "label", [label for label in CHANGES if label not in ("return_lse: off", "backend: reference")]
+)
+def test_what_is_not_data_is_in_the_native_key(label: str, way: str) -> None:
+    """A call is not served as one that it is like but for one thing: it gives what it gives where that one is not
+    known."""
+    base = full() | {"return_lse": False, "backend": "reference"}
+    other = base | CHANGES[label]
+    want = outcome(lambda: attend(**other))
+    forget()
+    for _ in range(3):
+        attend(**base)
+    module = native.module if way == "native" else None
+    before = module.served() if module else None
+    assert outcome(lambda: attend(**other)) == want
+    assert module is None or (module.size() and module.served() == before)
+
+
 @pytest.mark.parametrize("absent", [(), ("mask",), ("sinks", "window", "softcap", "q_lengths", "kv_lengths")], ids=str)
 def test_data_is_not_in_the_name(absent: tuple[str, ...]) -> None:
     without = dict.fromkeys(absent)

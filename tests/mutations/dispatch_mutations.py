@@ -10,7 +10,37 @@ _EMULATED = ("tests/differential/test_emulated.py",)
 _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _NOT_READY = ("tests/dispatch/test_not_ready.py",)
 
+_NATIVE = ("tests/dispatch/test_fast_path.py", "-k", "in_the_native_key and native")
+
 MUTATIONS = (
+    Mutation(
+        "the native key forgets the strides",
+        "dispatch/native/program.h",
+        "  for (const auto n : impl->strides()) key.push_back(n);\n",
+        "",
+        _NATIVE,
+    ),
+    Mutation(
+        "the native key forgets the softcap",
+        "dispatch/native/attention.cpp",
+        "return number(argument(6), key) && take(",
+        "return take(",
+        _NATIVE,
+    ),
+    Mutation(
+        "the native module launches over addresses that a kernel cannot read",
+        "dispatch/native/program.h",
+        "if (x.aligned && address_of(tensor) % kAlignment) return false;",
+        "",
+        ("tests/dispatch/native/test_launches.py", "-k", "cannot_read"),
+    ),
+    Mutation(
+        "programs are made within a capture",
+        "dispatch/native/calls.py",
+        "return index == torch_internals.current_device() and may_keep(torch_internals.raw_stream(index))",
+        "return True",
+        ("tests/dispatch/native/test_table.py", "-k", "in_a_capture"),
+    ),
     Mutation(
         "the kind of a call forgets the strides",
         "call.py",
@@ -70,8 +100,8 @@ MUTATIONS = (
     Mutation(
         "a cached call takes the scale of the first one",
         "dispatch/fast_path.py",
-        "if scale is None:",
-        "if bound is not None:",
+        "factor = bound.scale if scale is None else scale",
+        "factor = bound.scale",
         _FAST,
     ),
     Mutation(

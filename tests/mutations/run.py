@@ -71,7 +71,8 @@ def verdict(mutation: Mutation) -> tuple[str, str]:
         if changed is None:
             return "DOES NOT APPLY", ""
         path.write_text(changed)
-        compile(changed, str(path), "exec")
+        if path.suffix == ".py":
+            compile(changed, str(path), "exec")
         status, output = pytest(folder, mutation.tests)
     if status == 0:
         return SURVIVED, output

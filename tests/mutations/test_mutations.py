@@ -17,7 +17,8 @@ def test_a_mistake_can_still_be_made(mutation: Mutation) -> None:
     changed = applied(mutation, text)
     assert changed is not None, f"{mutation.file} holds the text {text.count(mutation.old)} times, not once"
     assert changed != text
-    compile(changed, mutation.file, "exec")
+    if mutation.file.endswith(".py"):
+        compile(changed, mutation.file, "exec")
     for name in mutation.tests:
         assert not name.startswith("tests/") or (ROOT / name).exists(), name
 
