@@ -102,6 +102,21 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls.module.size() <= 3
 
 
+def test_what_was_forgotten_for_want_of_room_comes_back(monkeypatch: pytest.MonkeyPatch, emulation: Emulation) -> None:
+    monkeypatch.setattr(calls, "_MOST", 2)
+    inputs = qkv()
+    for _ in range(3 * calls._MOST_TIMES):
+        for length in (3, 4):  # two other kinds: there is no room for a third
+            for _ in range(2):
+                attend(*[x[:, :, :length] for x in qkv()])
+        attend(*inputs)
+        attend(*inputs)
+    before = emulation.launches
+    for _ in range(3):
+        attend(*inputs)
+    assert emulation.launches > before
+
+
 def test_many_scales_are_not_kept(emulation: Emulation) -> None:
     inputs = known()
     for i in range(100):

@@ -90,6 +90,12 @@ class _Holder:
 
     name = "native calls"
     dropped_for = frozenset([Reason.BACKEND_REFUSED, Reason.BINARY_READY])
+    forgotten = 0  #: how often it was full: what came before may be offered again
+
+    def forget(self) -> None:
+        """For want of room."""
+        self.forgotten += 1
+        self.clear()
 
     def clear(self) -> None:
         if module is not None:
@@ -131,12 +137,14 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         return
     # More than once: what torch dispatches otherwise (an inference tensor) is another kind of call there.
     programs, offered = bound.programs, (*where, scale)
-    times = programs.get(offered, 0)
-    if times >= _MOST_TIMES or len(programs) >= _MOST_OFFERS or not _holds(bound):
+    times, forgotten = programs.get(offered, (0, 0))
+    if forgotten != _holder.forgotten:
+        times = 0
+    if times >= _MOST_TIMES or (offered not in programs and len(programs) >= _MOST_OFFERS):
         return
-    if not _may_make(bound.device):
+    if not _holds(bound) or not _may_make(bound.device):
         return
-    programs[offered] = times + 1
+    programs[offered] = times + 1, _holder.forgotten
     try:
         # (What counts is for one thread and one stream.)
         stream = torch_internals.raw_stream(bound.device.index) if bound.device_type == "cuda" else 0
@@ -144,13 +152,13 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         made = programs.get(own)
         if made is None:
             program = bound.kernel.program(call)
-            if program is None:
+            if program is None or len(programs) >= 3 * _MOST_OFFERS:
                 bound.offers = False
                 return
             given = [(name, None) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
             made = programs[own] = _made(program, bound.name, given, call.q)
         if module.size() >= _MOST:
-            module.clear()
+            _holder.forget()
         module.remember(arguments, scale, *where, made, bound, call.scale)
         if not _holds(bound):  # dropped since we asked: the table may have been cleared before this was in it
             module.clear()
