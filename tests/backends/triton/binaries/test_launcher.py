@@ -137,7 +137,7 @@ def test_a_kernel_takes_what_its_launcher_gives() -> None:
     attend = flags_of(
         SimpleNamespace(__module__=f"{decode}.kernel", __name__="attend_kernel"), (9, 0),
         [("bfloat16", True)] * 4 + [None] * 9, [1] * 18 + [WIDE], [0.5, None],
-        [8, 4, 64, 64, 16, 64, 64, 0, 64, 0, 8, *[False] * 4, 0, 0, 0, "ieee"], {"num_warps": 4, "num_stages": 2},
+        [8, 4, 64, 64, 16, 64, 64, 0, 64, 0, 8, *[False] * 5, 0, 0, 0, "ieee"], {"num_warps": 4, "num_stages": 2},
     )  # fmt: skip
     assert parameters(child.compile(combine).cubin) == [8, 8, 4, 4, 8, 8]
     assert parameters(child.compile(attend).cubin) == [8] * 4 + [4] * 18 + [8, 4, 8, 8]
