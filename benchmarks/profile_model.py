@@ -32,7 +32,16 @@ from .turns import kernel_times
 #: What a kernel does -> parts of the names of those that do it; the first group that fits counts.
 GROUPS: dict[str, tuple[str, ...]] = {
     "GEMMs": ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas"),
-    "attention": ("attend_kernel", "combine_kernel", "offsets_kernel", "sdpa", "flash", "fmha", "cudnn"),
+    "attention": (
+        "attend_kernel",
+        "combine_kernel",
+        "combine_wide_kernel",
+        "offsets_kernel",
+        "sdpa",
+        "flash",
+        "fmha",
+        "cudnn",
+    ),
     "norms": ("layer_norm", "rms_norm", "reduce_kernel"),
     "positions and cache": ("rotary_kernel", "catarray", "sin", "cos"),
     "gate": ("gate_kernel", "silu"),
