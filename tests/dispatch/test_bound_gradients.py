@@ -3,7 +3,6 @@ again, unless something has changed between the two."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from cases import BF16, FP16, FP32, make
 from features import FEATURES
 from served import Served
+from threads import side_by_side
 from torch import Tensor
 
 import fastattn
@@ -355,11 +355,7 @@ def test_threads() -> None:
             if not all(torch.equal(x, y) for x, y in zip(found, want[i], strict=True)):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(4, work)
     assert wrong == []
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from native_driver import compiled
+from threads import side_by_side
 from torch import Tensor
 
 import fastattn
@@ -150,9 +150,5 @@ def test_threads_train_side_by_side(module: Any) -> None:
                 if not ((x - y).float().norm() / y.float().norm()).item() < 4e-3:
                     wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(4, run)
     assert wrong == []

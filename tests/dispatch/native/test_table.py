@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from native_emulation import Emulation
 from served import Served
+from threads import side_by_side
 from torch import Tensor
 
 import fastattn
@@ -208,11 +208,7 @@ def test_threads() -> None:
             if not all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, wants[i], strict=True)):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(4, run)
     assert wrong == []
 
 
