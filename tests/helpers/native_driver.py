@@ -17,11 +17,12 @@ _module: Any = None
 
 
 def compiled() -> Any:
-    """The module, compiled once for this process. Skips where there is no compiler."""
+    """The module, compiled once for this process. Skips where it cannot be."""
     global _module
     if _module is None:
-        if library.compiler() is None:
-            pytest.skip("there is no C++ compiler")
+        why = library.hindrance()
+        if why:
+            pytest.skip(why)
         _module = library.made()
     return _module
 

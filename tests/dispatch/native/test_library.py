@@ -19,7 +19,10 @@ from fastattn.cli import own_probes
 from fastattn.dispatch.native import calls, library
 from fastattn.dispatch.native.library import Builder, NoLibrary
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the module is for Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not all(path.is_dir() for path in library._headers()),
+    reason="the module is for Linux, and needs the headers of torch and of Python",
+)
 
 
 @pytest.fixture(autouse=True)
