@@ -12,6 +12,31 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def located(splits, KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """What this program's row is: its batch entry, its query, its head; where its first split is among all rows of all
+    splits; how many these are."""
+    tile = tl.program_id(0)
+    r = tl.program_id(1)
+    count = tl.num_programs(1)
+    b = (tile // KV_HEADS).to(tl.int64)
+    i = r // GROUP
+    head = (tile % KV_HEADS) * GROUP + r % GROUP
+    part = tile.to(tl.int64) * splits * count + r
+    every = tl.num_programs(0).to(tl.int64) * splits * count
+    return b, i, head, part, every
+
+
+@triton.jit
+def store_row(out_ptr, lse_ptr, out, m, total, dv, b, i, head, q_len, HEADS: tl.constexpr, DV: tl.constexpr):
+    """Columns of a row of the output, and by one program its log-sum-exp. total: of exp(score - m), not 0."""
+    out_at = ((b * q_len + i) * HEADS + head) * DV
+    tl.store(out_ptr + out_at + dv, (out / total).to(out_ptr.dtype.element_ty), mask=dv < DV)
+    if lse_ptr is not None:
+        lse_at = lse_ptr + (b * HEADS + head) * q_len + i
+        tl.store(lse_at, m + tl.log(total), mask=tl.program_id(2) == 0)
+
+
 @triton.jit(do_not_specialize=["q_len", "splits"])
 def combine_kernel(
     scratch_ptr,  # float32: acc [B * Hkv, splits, rows, Dv], then m and l [B * Hkv, splits, rows] each
@@ -37,16 +62,11 @@ def combine_kernel(
     if PDL:  # waits for the first kernel's end; then the one after this one may get ready, to wait for this one's end
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
-    r = tl.program_id(1)
+    b, i, head, part, every = located(splits, KV_HEADS, GROUP)
     count = tl.num_programs(1)
-    b = (tile // KV_HEADS).to(tl.int64)
-    i = r // GROUP
-    head = (tile % KV_HEADS) * GROUP + r % GROUP
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    part = tile.to(tl.int64) * splits * count + r
-    m_ptr = scratch_ptr + tl.num_programs(0).to(tl.int64) * splits * count * DV + part
-    l_ptr = m_ptr + tl.num_programs(0).to(tl.int64) * splits * count
+    m_ptr = scratch_ptr + every * DV + part
+    l_ptr = m_ptr + every
 
     s = tl.arange(0, MAX_SPLITS)
     m_s = tl.load(m_ptr + s * count, mask=s < splits, other=float("-inf"))
@@ -74,8 +94,4 @@ def combine_kernel(
         )
         out += tl.sum(weight[:, None] * acc, 0)
 
-    out_at = ((b * q_len + i) * (KV_HEADS * GROUP) + head) * DV
-    tl.store(out_ptr + out_at + dv, (out / total).to(out_ptr.dtype.element_ty), mask=dv < DV)
-    if lse_ptr is not None:
-        lse_at = lse_ptr + (b * (KV_HEADS * GROUP) + head) * q_len + i
-        tl.store(lse_at, m + tl.log(total), mask=tl.program_id(2) == 0)
+    store_row(out_ptr, lse_ptr, out, m, total, dv, b, i, head, q_len, KV_HEADS * GROUP, DV)

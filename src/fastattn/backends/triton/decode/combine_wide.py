@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .combine import located, store_row
+
 
 @triton.jit(do_not_specialize=["q_len", "splits"])
 def combine_wide_kernel(
@@ -29,16 +31,11 @@ def combine_wide_kernel(
     PDL: tl.constexpr,
 ):
     """Columns of one row of one tile, by a running softmax over chunks of splits."""
-    tile = tl.program_id(0)
-    r = tl.program_id(1)
+    b, i, head, part, every = located(splits, KV_HEADS, GROUP)
     count = tl.num_programs(1)
-    b = (tile // KV_HEADS).to(tl.int64)
-    i = r // GROUP
-    head = (tile % KV_HEADS) * GROUP + r % GROUP
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    part = tile.to(tl.int64) * splits * count + r
-    m_ptr = scratch_ptr + tl.num_programs(0).to(tl.int64) * splits * count * DV
-    l_ptr = m_ptr + tl.num_programs(0).to(tl.int64) * splits * count
+    m_ptr = scratch_ptr + every * DV
+    l_ptr = m_ptr + every
     if PDL:  # waits for the first kernel's end; then the one after this one may get ready, to wait for this one's end
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -68,8 +65,4 @@ def combine_wide_kernel(
         out = out * decay + tl.sum(tl.where((l_c != 0.0)[:, None], weight[:, None] * acc, 0.0), 0)
 
     total = tl.where(l == 0.0, 1.0, l)
-    out_at = ((b * q_len + i) * (KV_HEADS * GROUP) + head) * DV
-    tl.store(out_ptr + out_at + dv, (out / total).to(out_ptr.dtype.element_ty), mask=dv < DV)
-    if lse_ptr is not None:
-        lse_at = lse_ptr + (b * (KV_HEADS * GROUP) + head) * q_len + i
-        tl.store(lse_at, m + tl.log(total), mask=tl.program_id(2) == 0)
+    store_row(out_ptr, lse_ptr, out, m, total, dv, b, i, head, q_len, KV_HEADS * GROUP, DV)
