@@ -127,7 +127,7 @@ def native() -> Iterator[Finding]:
     why = library.hindrance()
     where = "on disk" if library.FILES.load(library.label()) else "compiled with the first calls on a GPU"
     if why:
-        advice = "a C++ compiler (Debian: g++) saves 10 to 90 us of host time in each call"
+        advice = "with a C++ compiler (Debian: g++) small calls cost the host less time"
         yield Finding(
             "native calls", "missing" if has_gpu() else "none", f"each call goes through Python: {why}", advice
         )

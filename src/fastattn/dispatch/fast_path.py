@@ -99,8 +99,7 @@ def attention(
     key: Any, arguments: tuple[Any, ...], scale: float | None, bound: Bound | None = None, place: Any = None
 ) -> tuple[Tensor, Tensor | None] | None:
     """The output and log-sum-exp of a call; None when it is to take the full path. bound: what was kept of `bound`.
-    place: see
-    `native.calls.place`; there the next call like this one is served without Python, if it can be."""
+    place: see `native.calls.place`; there the next call like this one is served without Python, if it can be."""
     if bound is None:
         bound = _cached.get(key)
         if bound is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -126,6 +128,12 @@ def test_everything_that_it_depends_on_is_in_its_label(monkeypatch: pytest.Monke
         (tmp_path / "program.h").write_text("// what it includes")
         seen.add(library.label())
     assert len(seen) == 5
+
+
+def test_nothing_hinders_where_there_is_a_compiler() -> None:
+    """Else all tests of the native module would be skipped."""
+    if shutil.which("g++") and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        assert library.hindrance() == ""
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
