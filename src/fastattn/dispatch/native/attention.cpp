@@ -147,11 +147,6 @@ PyObject* py_attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   }
 }
 
-template <class T>
-T* pointer(PyObject* x) {
-  return reinterpret_cast<T*>(PyLong_AsUnsignedLongLong(x));
-}
-
 std::vector<int64_t> integers(PyObject* x) {
   std::vector<int64_t> found(PyTuple_Size(x));
   for (size_t i = 0; i < found.size(); ++i) found[i] = PyLong_AsLongLong(PyTuple_GetItem(x, i));
@@ -163,7 +158,7 @@ void delete_program(PyObject* x) {
 }
 
 // program(name, context, memory, apart, counts, stream, given, made, writes, launches, held) -> capsule
-// given: (source, aligned, tensor or None) each; made: (source, tensor of that layout); writes: (address, source,
+// given: (source, aligned, tensor or None) each; made: (source, sizes, strides, tensor of that dtype); writes: (address, source,
 // offset); launches: (config, address of the stream, function, arguments).
 PyObject* py_program(PyObject*, PyObject* arguments) {
   const char* name = nullptr;
