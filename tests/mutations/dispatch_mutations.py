@@ -11,6 +11,7 @@ _FAST = ("tests/differential/test_problems.py", "-k", "outputs-0")
 _NOT_READY = ("tests/dispatch/test_not_ready.py",)
 
 _NATIVE = ("tests/dispatch/test_fast_path.py", "-k", "in_the_native_key and native")
+_GRAPHS = ("tests/dispatch/native/test_graphs.py", "-k", "TestTable")
 
 MUTATIONS = (
     Mutation(
@@ -33,6 +34,34 @@ MUTATIONS = (
         "if (x.aligned && address_of(tensor) % kAlignment) return false;",
         "",
         ("tests/dispatch/native/test_launches.py", "-k", "cannot_read"),
+    ),
+    Mutation(
+        "the key of a graph's operator forgets whole numbers",
+        "dispatch/native/operators.h",
+        "      key.push_back(x.toInt());\n",
+        "",
+        _GRAPHS,
+    ),
+    Mutation(
+        "the key of a graph's operator forgets the backends",
+        "dispatch/native/operators.h",
+        "      append(key, x.toStringRef());\n",
+        "",
+        _GRAPHS,
+    ),
+    Mutation(
+        "an operator is served where autograd has to know of it",
+        "dispatch/native/operators.h",
+        " || (autograd && links(tensors))) return false;",
+        ") return false;",
+        _GRAPHS,
+    ),
+    Mutation(
+        "a program with numbers that stay is a graph's",
+        "backends/triton/decode/forward.py",
+        "alone = self._combines and may_keep(self._stream())",
+        "alone = self._combines",
+        ("tests/dispatch/native/test_graphs.py", "-k", "decode"),
     ),
     Mutation(
         "programs are made within a capture",

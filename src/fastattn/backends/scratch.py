@@ -123,10 +123,11 @@ def counted(device: torch.device, size: int, count: int, stream: int) -> tuple[T
     was destroyed, and another one at its address: what the first one was given has to be done by then, as for memory of
     torch's own allocator, which tells streams apart in the same way.)
     """
-    if device.type != "cuda":  # Triton's interpreter
-        return torch.empty(size, dtype=torch.uint8, device=device), torch.zeros(count, dtype=torch.int32, device=device)
-    if size > _KEPT or not may_keep(stream):
+    interpreted = device.type != "cuda"
+    if size > _KEPT or not may_keep(0 if interpreted else stream):
         return None
+    if interpreted:
+        return torch.empty(size, dtype=torch.uint8, device=device), torch.zeros(count, dtype=torch.int32, device=device)
     kept, key = _local.pieces, (device.index, stream)
     counters = kept.counters.get(key)
     if counters is None or counters.shape[0] < count:

@@ -7,6 +7,7 @@ reads is real. The operators' arguments are the fields of `Call`, in order, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .._compat import sdpa as torchs
 from ..backends.scratch import inside_operator
 from ..call import CALL, LETTERS, Call, Gradients, dtypes_of, in_dtypes, token_major, work_dtype
 from . import double_backward, eager, routes, serve
+from .native import calls, graphs
 
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 
@@ -52,18 +54,27 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
             lse = reference.forward(route.problem, call)[1]
         if lse is None or not (call.return_lse or call.grads):  # one that needs it itself may return it unasked
             lse = call.q.new_zeros(_lse_shape(call), dtype=work_dtype(call.q.dtype))
-        return out, lse.contiguous()  # as a tracer was told
+        results = out, lse.contiguous()  # as a tracer was told
+        if calls.module is not None:
+            graphs.offer(graphs.FORWARD, arguments, call, names, results)
+        elif call.q.is_cuda and not calls.builder.begun:
+            calls.start()
+    return results
 
 
-def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
-    call, names = _unpack(arguments)
+def _attention_backward(*arguments: Any) -> Any:
+    grad_out, grad_lse, out, lse, *rest = arguments
+    call, names = _unpack(rest)
     names = routes.names_for_a_graph(call, names)
     with inside_operator(), eager.no_autocast(call.q):
         found = serve.backward(call, names, out, lse, grad_out, grad_lse)
-    return tuple([call.q.new_empty(0) if gradient is None else gradient for gradient in found])
+        results = tuple([call.q.new_empty(0) if gradient is None else gradient for gradient in found])
+        if calls.module is not None:
+            graphs.offer(graphs.BACKWARD, arguments, call, names, results)
+    return results
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[Call, tuple[str, ...]]:
+def _unpack(arguments: Sequence[Any]) -> tuple[Call, tuple[str, ...]]:
     call, (names,) = CALL.unpack(arguments)
     return call, tuple(names.split(",")) if names else ()
 

@@ -4,6 +4,7 @@
 // is None, and Python serves the call.
 
 #include "link.h"
+#include "operators.h"
 
 #include <ATen/autocast_mode.h>
 
@@ -77,8 +78,9 @@ bool number(PyObject* x, Key& key) {  // a float or None
 bool read(PyObject* arguments, PyObject* scale, PyObject* names, PyObject* kind, Tensors& tensors, Key& key) {
   if (!PyTuple_CheckExact(arguments) || PyTuple_GET_SIZE(arguments) != 10) return false;
   const auto argument = [&](int i) { return PyTuple_GET_ITEM(arguments, i); };
-  if (argument(9) != Py_False) return false;  // the log-sum-exp
+  if (!PyBool_Check(argument(9))) return false;
   const bool grads = c10::GradMode::is_enabled();
+  key.push_back(argument(9) == Py_True);
   key.push_back(reinterpret_cast<int64_t>(names));
   key.push_back(reinterpret_cast<int64_t>(kind));
   for (int i = 0; i < 3; ++i) {
@@ -129,7 +131,9 @@ PyObject* served(PyObject* const* arguments) {
   PyEval_RestoreThread(state);
   if (!ran) Py_RETURN_NONE;
   if (!bound->wanted.empty()) link(bound, tensors);
-  return THPVariable_Wrap(tensors[kOut]);
+  if (!bound->returns_lse) return THPVariable_Wrap(tensors[kOut]);
+  auto out = THPObjectPtr(THPVariable_Wrap(tensors[kOut])), lse = THPObjectPtr(THPVariable_Wrap(tensors[kLse]));
+  return out && lse ? PyTuple_Pack(2, out.get(), lse.get()) : nullptr;
 }
 
 PyObject* py_attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -158,8 +162,8 @@ void delete_program(PyObject* x) {
 }
 
 // program(name, context, memory, apart, counts, stream, given, made, writes, launches, held) -> capsule
-// given: (source, aligned, tensor or None) each; made: (source, sizes, strides, tensor of that dtype); writes: (address, source,
-// offset); launches: (config, address of the stream, function, arguments).
+// given: (source, aligned, tensor or None) each; made: (source, sizes, strides, tensor of that dtype); writes:
+// (address, source, offset); launches: (config, address of the stream, function, arguments).
 PyObject* py_program(PyObject*, PyObject* arguments) {
   const char* name = nullptr;
   unsigned long long context = 0, stream = 0;
@@ -167,8 +171,8 @@ PyObject* py_program(PyObject*, PyObject* arguments) {
   int apart = 0, counts = 0;
   PyObject *given, *made, *writes, *launches, *held;
   if (!PyArg_ParseTuple(
-          arguments, "sKLppKO!O!O!O!O", &name, &context, &memory, &apart, &counts, &stream, &PyTuple_Type, &given, &PyTuple_Type, &made,
-          &PyTuple_Type, &writes, &PyTuple_Type, &launches, &held)) {
+          arguments, "sKLppKO!O!O!O!O", &name, &context, &memory, &apart, &counts, &stream, &PyTuple_Type, &given,
+          &PyTuple_Type, &made, &PyTuple_Type, &writes, &PyTuple_Type, &launches, &held)) {
     return nullptr;
   }
   auto found = std::make_shared<Program>();
@@ -237,6 +241,8 @@ PyObject* py_remember(PyObject*, PyObject* arguments) {
     entry->inputs.push_back(i);
     if (grads && tensors[i].requires_grad()) entry->wanted.push_back(i);
   }
+  entry->returns_lse = PyTuple_GET_ITEM(of, 9) == Py_True;
+  if (entry->returns_lse && !entry->wanted.empty()) Py_RETURN_FALSE;  // the link knows one output
   std::swap(table[std::move(key)], entry);  // the one before may run Python when it is dropped, which is here
   Py_RETURN_TRUE;
 }
@@ -262,15 +268,64 @@ PyObject* py_backwards(PyObject*, PyObject* capsule) {
   return PyLong_FromSize_t((*bound)->backwards.size());
 }
 
+// One of an operator's arguments.
+c10::IValue value_of(PyObject* x) {
+  if (x == Py_None) return {};
+  if (is_tensor(x)) return THPVariable_Unpack(x);
+  if (PyBool_Check(x)) return x == Py_True;
+  if (PyLong_CheckExact(x)) return int64_t(PyLong_AsLongLong(x));
+  if (PyFloat_CheckExact(x)) return PyFloat_AS_DOUBLE(x);
+  if (PyUnicode_CheckExact(x)) return std::string(PyUnicode_AsUTF8(x));
+  throw std::invalid_argument("an argument of another type");
+}
+
+// remember_operator(number, arguments, program, empty): the calls of that operator that are like this one run the
+// program. empty: (source, tensor like it) of each result that has no elements.
+PyObject* py_remember_operator(PyObject*, PyObject* arguments) {
+  int number = 0;
+  PyObject *of, *program, *empty;
+  if (!PyArg_ParseTuple(arguments, "iO!OO!", &number, &PyTuple_Type, &of, &program, &PyTuple_Type, &empty)) {
+    return nullptr;
+  }
+  auto* found = static_cast<std::shared_ptr<Program>*>(PyCapsule_GetPointer(program, "fastattn.program"));
+  if (found == nullptr) return nullptr;
+  auto entry = std::make_shared<Entry>(Entry{*found, {}});
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i) {
+    int source = 0;
+    PyObject* like = nullptr;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(empty, i), "iO", &source, &like)) return nullptr;
+    const auto& tensor = THPVariable_Unpack(like);
+    entry->empty.push_back(Made{source, tensor.sizes().vec(), {}, tensor.scalar_type()});
+  }
+  Key key;
+  Tensors tensors;
+  try {
+    std::vector<c10::IValue> values;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(of); ++i) values.push_back(value_of(PyTuple_GET_ITEM(of, i)));
+    if (!read(*operators[number], values, tensors, key)) Py_RETURN_FALSE;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+    return nullptr;
+  }
+  for (const auto& x : tensors) {
+    if (x.defined() && x._is_zerotensor()) Py_RETURN_FALSE;  // it has no memory
+  }
+  operators[number]->remember(std::move(key), std::move(entry));
+  Py_RETURN_TRUE;
+}
+
 PyObject* py_clear(PyObject*, PyObject*) {
   ++generation;
+  for (auto* x : operators) x->clear();
   std::remove_reference_t<decltype(table)> dropped;
   dropped.swap(table);  // what is dropped may run Python
   Py_RETURN_NONE;
 }
 
 PyObject* py_size(PyObject*, PyObject*) {
-  return PyLong_FromSize_t(table.size());
+  size_t found = table.size();
+  for (const auto* x : operators) found += x->size;
+  return PyLong_FromSize_t(found);
 }
 
 PyObject* py_served(PyObject*, PyObject*) {
@@ -283,12 +338,15 @@ PyObject* py_served(PyObject*, PyObject*) {
   return found.release();
 }
 
-// setup(launch, get context, set context, is capturing, gradients, Intervals, Segments): addresses of the driver's functions, the way
-// through Python, classes of masks.
+// setup(launch, get context, set context, is capturing, gradients, Intervals, Segments): addresses of the driver's
+// functions, the way through Python, classes of masks.
 PyObject* py_setup(PyObject*, PyObject* arguments) {
   unsigned long long launch, get, set, capturing;
   PyObject *gradients, *intervals, *segments;
-  if (!PyArg_ParseTuple(arguments, "KKKKOOO", &launch, &get, &set, &capturing, &gradients, &intervals, &segments)) return nullptr;
+  if (!PyArg_ParseTuple(
+          arguments, "KKKKOOO", &launch, &get, &set, &capturing, &gradients, &intervals, &segments)) {
+    return nullptr;
+  }
   launch_kernel = reinterpret_cast<LaunchFunction>(launch);
   get_context = reinterpret_cast<GetContext>(get);
   set_context = reinterpret_cast<SetContext>(set);
@@ -296,6 +354,12 @@ PyObject* py_setup(PyObject*, PyObject* arguments) {
   Py_XSETREF(gradients_of, Py_NewRef(gradients));
   Py_XSETREF(intervals_type, Py_NewRef(intervals));
   Py_XSETREF(segments_type, Py_NewRef(segments));
+  try {
+    enter_operators();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
   Py_RETURN_NONE;
 }
 
@@ -304,6 +368,7 @@ PyMethodDef methods[] = {
     {"program", py_program, METH_VARARGS, nullptr},
     {"remember", py_remember, METH_VARARGS, nullptr},
     {"remember_backward", py_remember_backward, METH_VARARGS, nullptr},
+    {"remember_operator", py_remember_operator, METH_VARARGS, nullptr},
     {"backwards", py_backwards, METH_O, nullptr},
     {"clear", py_clear, METH_NOARGS, nullptr},
     {"size", py_size, METH_NOARGS, nullptr},

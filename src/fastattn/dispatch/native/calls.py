@@ -43,7 +43,7 @@ _log = logging.getLogger("fastattn")
 def place(backend: Any, kind: Any = None) -> tuple[Any, Any] | None:
     """What decides about a call besides its arguments: which backends may serve it, and which function was called (an
     object that lives for ever). None where only Python may serve it; else `module.attention(arguments, scale, *place)`
-    is the output of a call that is known, or None."""
+    is what a call returns that is known, or None."""
     if torch.compiler.is_compiling() or module is None or debug.ENABLED:
         return None
     names: Any = backend
@@ -80,6 +80,8 @@ def state() -> str:
 
 def _take(made: Any) -> None:
     global module
+    from .. import operators  # noqa: F401 (which the module enters)
+
     made.setup(*cuda_driver.functions(), _gradients, Intervals, Segments)
     shape_cache.register(_holder)  # later than the routes, which are dropped before it: see `_holds`
     module = made
@@ -108,6 +110,17 @@ class _Holder:
 _holder = _Holder()
 
 
+def make_room() -> None:
+    """For one more kind of calls: forgets all where there are too many."""
+    if module.size() >= _MOST:
+        _holder.forget()
+
+
+def times_forgotten() -> int:
+    """What was offered before another number was here may be offered again."""
+    return _holder.forgotten
+
+
 def calls_served() -> dict[str, int]:
     """Calls served in this process: forward calls by backend, backward calls as "<backend>.backward"."""
     found = serve.calls_served()
@@ -133,7 +146,7 @@ def _holds(bound: Bound) -> bool:
 
 def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, where: tuple[Any, Any] | None) -> None:
     """The next call like this one is served by a program, if the kernel has one. arguments, scale: as they came."""
-    if where is None or arguments[9] or torch.are_deterministic_algorithms_enabled():
+    if where is None or (call.return_lse and call.grads) or torch.are_deterministic_algorithms_enabled():
         return
     # More than once: what torch dispatches otherwise (an inference tensor) is another kind of call there.
     programs, offered = bound.programs, (*where, scale)
@@ -152,13 +165,15 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         made = programs.get(own)
         if made is None:
             program = bound.kernel.program(call)
-            if program is None or len(programs) >= 3 * _MOST_OFFERS:
+            if program is None or (call.return_lse and "lse" not in program.made):
+                bound.offers = False
+                return
+            if len(programs) >= 3 * _MOST_OFFERS:
                 bound.offers = False
                 return
             given = [(name, None) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
-            made = programs[own] = _made(program, bound.name, given, call.q)
-        if module.size() >= _MOST:
-            _holder.forget()
+            made = programs[own] = packed(program, bound.name, given, call.q)
+        make_room()
         module.remember(arguments, scale, *where, made, bound, call.scale)
         if not _holds(bound):  # dropped since we asked: the table may have been cleared before this was in it
             module.clear()
@@ -167,7 +182,7 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         _log.debug("no program: %s", error)
 
 
-def _made(program: Program, name: str, given: Sequence[tuple[str, Tensor | None]], q: Tensor) -> Any:
+def packed(program: Program, name: str, given: Sequence[tuple[str, Tensor | None]], q: Tensor) -> Any:
     """The program as the module keeps it. name: what its calls count as. given: what a call comes with, and tensors
     that lie as those, where the module is to compare them."""
     index = SOURCES.index
@@ -222,6 +237,6 @@ def _offer_backward(bound: Bound, call: Call, out: Tensor, lse: Tensor | None, g
             return
         given = [(name, x) for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
         given += [("out", out), ("lse", lse), ("grad_out", grad_out)]
-        programs[offered] = _made(program, f"{route.backend.name}.backward", given, call.q)
+        programs[offered] = packed(program, f"{route.backend.name}.backward", given, call.q)
     if programs[offered] is not None:
         module.remember_backward(link, programs[offered])

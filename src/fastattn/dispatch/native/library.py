@@ -191,6 +191,11 @@ class Builder:
         self.why = ""  #: there is none
         self._lock = threading.Lock()
 
+    @property
+    def begun(self) -> bool:
+        """Whether it was started."""
+        return self._thread is not None
+
     def start(self, done: Callable[[Any], None]) -> None:
         """`done(module)` once it is there. Only the first call starts anything."""
         with self._lock:

@@ -6,7 +6,6 @@
 
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -32,6 +31,7 @@ struct Bound {
   std::vector<int> wanted;  // of these with a gradient
   Held of, names, kind;  // eager.Bound; what the key has the addresses of
   double scale;
+  bool returns_lse = false;
   int64_t generation;
   std::mutex lock;
   std::vector<std::shared_ptr<Program>> backwards;  // by the layout of the output's gradient
@@ -50,11 +50,6 @@ struct Bound {
 
 inline int gradient_of(int source) {
   return source == kMask ? kGradMask : source == kSinks ? kGradSinks : kGradQ + source;
-}
-
-// Whether nobody sees what torch does with tensors: no mode, no transform, no tracer.
-inline bool unwatched() {
-  return (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
 }
 
 // Whether autograd is where it usually is: not within an operator's implementation. (In torch 2.11 its engine excludes

@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 #include <atomic>
@@ -35,6 +36,11 @@ using Key = std::vector<int64_t>;
 
 inline uintptr_t address_of(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr());
+}
+
+// Whether nobody sees what torch does with tensors: no mode, no transform, no tracer.
+inline bool unwatched() {
+  return (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
 }
 
 // Everything of a tensor that is not data.

@@ -12,7 +12,7 @@ from ...._compat import torch as torch_internals
 from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
 from ...layout import ALIGNMENT, Fresh, Output, RowNumbers, aligned
-from ...scratch import counted, scratch
+from ...scratch import counted, may_keep, scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import BinaryLauncher, Room, flag_sets, launcher_of, prepare
@@ -240,7 +240,7 @@ class DecodeKernel(ForwardOnly):
         out, lse = self._output(), None if self._lse is None else self._lse()
         attend, parts, counters = self._attend, None, None
         if self._scratch:
-            stream = 0 if self._device is None else torch_internals.raw_stream(self._device)
+            stream = self._stream()
             if self._combines and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
                 attend, (memory, counters) = self._alone, held
             else:
@@ -259,11 +259,13 @@ class DecodeKernel(ForwardOnly):
         """See `backends.base.HasProgram`."""
         if self._precision is None or not self._binary or not aligned(call.q, call.k, call.v):
             return None  # (no precision: torch may be told to use TF32)
-        attend, combine = (self._alone if self._combines else self._attend)[self._precision], self._combine
+        # Numbers to count with stay allocated, which what belongs to a graph must not.
+        alone = self._combines and may_keep(self._stream())
+        attend, combine = (self._alone if alone else self._attend)[self._precision], self._combine
         assert isinstance(attend, BinaryLauncher)
         made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
         program = Program(made, self._scratch, ("q", "k", "v"))
-        if self._combines:
+        if alone:
             program.counters = torch.zeros(self._tiles, dtype=torch.int32, device=self._where)
         out, lse = stand_in(self._output.dtype), None if self._lse is None else stand_in(torch.float32)
         parts, counters = stand_in(torch.float32) if self._scratch else None, program.counters
@@ -283,6 +285,9 @@ class DecodeKernel(ForwardOnly):
             sinks = None if call.sinks is None else Named("sinks")
             program.add(combine.room((parts, out, lse, call.sinks)), [*memory, *results, sinks])
         return program
+
+    def _stream(self) -> int:
+        return 0 if self._device is None else torch_internals.raw_stream(self._device)
 
     def _floats(self, call: Call) -> tuple[float, float | None]:
         return call.scale, self._softcap
