@@ -8,23 +8,20 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.bench.timing import synchronize
+from fastattn.bench.timing import synchronize, wait_for_compilers
 
 
 def settle(run: Callable[[], Any], device: torch.device, calm: int = 3, most: int = 12) -> None:
     """Runs it until no kernel is compiled and no plan is built for it: `calm` times in a row, `most` in all."""
     from fastattn.backends.cudnn.plans import shared as plans
-    from fastattn.backends.triton.binaries.store import shared as binaries
-    from fastattn.dispatch.native import calls as native
 
     quiet = 0
     for _ in range(most):
         before = _made()
         run()
         synchronize(device)
-        binaries.wait(120.0)
+        wait_for_compilers(120.0)
         plans.wait(30.0)
-        native.wait(120.0)
         quiet = quiet + 1 if _made() == before else 0
         if quiet == calm:
             break

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from fastattn._compat.transformers import enable_checkpointing
-from fastattn.backends.triton.binaries.store import shared as binaries
 from fastattn.bench import output, results
 from fastattn.bench.loaded import (
     CommonSettings,
@@ -42,9 +41,9 @@ from fastattn.bench.loaded import (
     release,
     served_by,
 )  # fmt: skip
+from fastattn.bench.timing import wait_for_compilers
 from fastattn.cli.arguments import DTYPES, add_dtype_and_device, add_trust_remote_code, numbers
 from fastattn.cli.generate import FUSED_OPS, add_fused_ops
-from fastattn.dispatch.native import calls as native
 from fastattn.lm import Loaded, set_attention
 from fastattn.lm.fused_ops import FusedOps, find_fused_ops
 from fastattn.lm.loading.device import pick_device
@@ -168,8 +167,7 @@ def _measure(
     for i, length in enumerate(lengths):
         number = i - settings.warmup_steps + 1  # of the timed steps, from 1
         if i == 1:  # what the first step has asked for serves the others
-            binaries.wait()
-            native.wait()
+            wait_for_compilers()
         if number == 1:
             shown.say(_announcement(settings))
         first = i % len(results)

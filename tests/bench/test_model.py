@@ -300,7 +300,7 @@ def test_no_trial_changes_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = {1: 2, 2: 1}  # after so many runs, so many kernels
     held = [5]
     monkeypatch.setattr(bench.binaries, "stats", lambda: {"binaries": held[0]})
-    monkeypatch.setattr(bench.binaries, "wait", lambda: held.append(held.pop() + compiled.get(len(runs), 0)))
+    monkeypatch.setattr(bench.binaries, "wait", lambda timeout: held.append(held.pop() + compiled.get(len(runs), 0)))
     bench._settle(lambda: runs.append(1))
     assert len(runs) == 3
     runs[:] = [1] * 5

@@ -281,7 +281,7 @@ DROP_IN: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "mask": (partial(dropped_in, False, attn_mask=torch.ones(B, 1, 1, S, dtype=torch.bool)), Counts(23, 31, 0)),
     "both": (partial(dropped_in, True, is_causal=True), Counts(34, 42, 0)),
     "three dims": (three_dims, Counts(45, 81, 4)),
-    "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(14, 8, 1)),
+    "dropout": (partial(dropped_in, False, dropout_p=0.5), Counts(13, 8, 1)),
 }
 
 

@@ -59,8 +59,8 @@ MUTATIONS = (
     Mutation(
         "a program with numbers that stay is a graph's",
         "backends/triton/decode/forward.py",
-        "alone = self._combines and may_keep(self._stream())",
-        "alone = self._combines",
+        "if self._combines and may_keep(self._stream()):",
+        "if self._combines:",
         ("tests/dispatch/native/test_graphs.py", "-k", "decode"),
     ),
     Mutation(

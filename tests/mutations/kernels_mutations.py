@@ -259,6 +259,20 @@ MUTATIONS = (
         _ROOMS,
     ),
     Mutation(
+        "a repeated backward takes all pieces of the memory for its beginning",
+        "backends/triton/backward/rooms.py",
+        "[at + start for start in rooms.starts]",
+        "[at for start in rooms.starts]",
+        _ROOMS,
+    ),
+    Mutation(
+        "a program takes all pieces of the memory for its beginning",
+        "backends/triton/program.py",
+        "self.write(room.values, i, x.source, x.offset)",
+        "self.write(room.values, i, x.source)",
+        _ROOMS,
+    ),
+    Mutation(
         "a misaligned tensor is read by a binary that takes it for aligned",
         "backends/triton/backward/rooms.py",
         "        if bits % ALIGNMENT:\n            return None",

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from ..backends.triton.binaries.store import shared as binaries
-from ..dispatch.native import calls as native
 from ..lm import Loaded, set_attention
 from ..lm.loading.loaded import max_length as longest_of
 from ..lm.parallel import Ranks
@@ -44,6 +43,7 @@ from .loaded import (
 )  # fmt: skip
 from .model_report import KEYS, FreshLength, Report, Result, Trial
 from .model_runners import STATIC, Runner, attention_of, make_runner, timed
+from .timing import wait_for_compilers
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,7 @@ def _settle(run: Callable[[], object]) -> None:
     for _ in range(3):
         before = binaries.stats()["binaries"]
         run()
-        binaries.wait()
-        native.wait()
+        wait_for_compilers()
         if binaries.stats()["binaries"] == before:
             break
 

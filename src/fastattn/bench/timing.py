@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from .._compat import torch as torch_internals
+from ..backends.triton.binaries.store import shared as binaries
+from ..dispatch.native import calls as native
 
 ROUNDS = 9
 REPLAY_US = 3000.0  #: GPU time that one replay should take at the least: the gap before its first kernel is some us
@@ -109,6 +111,13 @@ def once(call: Call, device: torch.device) -> tuple[Any, float]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Of some milliseconds the median and the worst."""
     return {"median_ms": statistics.median(values), "worst_ms": max(values)}
+
+
+def wait_for_compilers(timeout: float = 600.0) -> None:
+    """Waits until none of our kernels is being compiled, nor the native module: for each of the two up to so many
+    seconds."""
+    binaries.wait(timeout)
+    native.wait(timeout)
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,6 +24,15 @@ SWITCHES = {
     "TRITON_INTERPRET": "1 runs Triton's kernels in Python: right, and very slow",
 }
 
+#: Of these, those that are on or off.
+ON_OR_OFF = (
+    "FASTATTN_CUDNN",
+    "FASTATTN_DEBUG",
+    "FASTATTN_INTERPRET",
+    "FASTATTN_NATIVE",
+    "FASTATTN_UNTESTED_TRITON",
+)
+
 #: Largest relative error of a working backend, by the dtype in which it is tried.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 
@@ -118,21 +127,11 @@ def kernels() -> Iterator[Finding]:
 
 def native() -> Iterator[Finding]:
     """Whether calls that came back are served without Python."""
-    from ..config import is_on
-    from ..dispatch.native import library
+    from ..dispatch.native import calls
 
-    if not is_on("FASTATTN_NATIVE", True):
-        yield Finding("native calls", "off", "FASTATTN_NATIVE")
-        return
-    why = library.hindrance()
-    where = "on disk" if library.FILES.load(library.label()) else "compiled with the first calls on a GPU"
-    if why:
-        advice = "with a C++ compiler (Debian: g++) small calls cost the host less time"
-        yield Finding(
-            "native calls", "missing" if has_gpu() else "none", f"each call goes through Python: {why}", advice
-        )
-    else:
-        yield Finding("native calls", "ok", where)
+    state, text = calls.state()
+    advice = "with a C++ compiler (Debian: g++) small calls cost the host less time" if state == "none" else ""
+    yield Finding("native calls", "missing" if state == "none" and has_gpu() else state, text, advice)
 
 
 def plans() -> Iterator[Finding]:
@@ -154,13 +153,9 @@ def switches() -> Iterator[Finding]:
     from ..config import complaint, is_on
     from ..dispatch.registry import listed
 
-    checks: dict[str, Callable[[], object]] = {"FASTATTN_BACKENDS": listed, "FASTATTN_PLANS": policy}
-    checks["FASTATTN_COMPILE"] = mode
-    on_or_off = (
-        *("FASTATTN_CUDNN", "FASTATTN_DEBUG", "FASTATTN_INTERPRET", "FASTATTN_NATIVE"),
-        "FASTATTN_UNTESTED_TRITON",
-    )
-    checks |= {name: partial(is_on, name, False) for name in on_or_off}
+    checks: dict[str, Callable[[], object]]
+    checks = {"FASTATTN_BACKENDS": listed, "FASTATTN_COMPILE": mode, "FASTATTN_PLANS": policy}
+    checks |= {name: partial(is_on, name, False) for name in ON_OR_OFF}
     for name, value in switches_set().items():
         text = SWITCHES.get(name, "")
         wrong = complaint(checks[name]) if name in checks else ""

@@ -232,7 +232,9 @@ def test_a_builder_says_why_not(error: Exception, monkeypatch: pytest.MonkeyPatc
     assert builder.wait(10) and builder.why
     monkeypatch.setattr(calls, "builder", builder)
     monkeypatch.setattr(calls, "module", None)
-    assert builder.why in calls.state()
+    assert calls.state() == ("none", f"each call goes through Python: {builder.why}")
+    (finding,) = own_probes.native()
+    assert builder.why in finding.text
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,11 +37,11 @@ from ..._compat import torch as torch_internals
 from ...call import CALL, Call, Problem
 from ..layout import ALIGNMENT, aligned
 from .arguments import band, broadcast_strides
-from .binaries.launcher import BinaryLauncher, Launch, Room, launcher_of
+from .binaries.launcher import Launch, Room, launcher_of, rooms_of
 from .binaries.triton_kernel import NamedKernel
 from .key_bias import RANGE_NUMBERS, KeyBias
-from .launcher import Launcher, overlaps
-from .program import Named, Program
+from .launcher import overlaps
+from .program import Named, Program, named
 from .representative import stand_in
 
 HEADER_NUMBERS = 4  #: before the tiles
@@ -124,13 +124,14 @@ class Bounds:
 
     def launches(self, call: Call) -> list[Launch]:
         """What `binaries.launcher.prepare` takes."""
-        memory = stand_in(torch.uint8)
-        tensors = memory, *[getattr(call, name) for name in _READ]
-        found: list[Launch] = [(self._bounds, tensors, ())]
+        return self.in_order(call, stand_in(torch.uint8))
+
+    def in_order(self, call: Call, memory: Any) -> list[Launch]:
+        """The launches that fill the memory, in order. Takes `Named` in the place of tensors, too."""
+        found = [] if self.keys is None else self.keys.in_order(call, memory)
+        found.append((self._bounds, (memory, *[getattr(call, name) for name in _READ]), ()))
         if self._order is not None:
             found.append((self._order, (memory,), ()))
-        if self.keys is not None:
-            found += self.keys.launches(call)
         return found
 
     def __call__(self, call: Call, memory: Tensor) -> None:
@@ -155,36 +156,32 @@ class Bounds:
             self._rooms.found = self._found(call)
 
     def _found(self, call: Call) -> _Found | None:
+        """What `__call__` keeps. Nothing, or None: see `_made`."""
+        rooms = self._made(call)
+        if not rooms:
+            return None if rooms is None else ()
+        found = []
+        for room, (_, pointers, _) in zip(rooms, self.in_order(named(call), Named("memory")), strict=True):
+            sources = [cast("Named", x).source for x in pointers[1:] if x is not None]
+            found.append((room, list(enumerate([CALL.names.index(source) for source in sources], 1))))
+        return found
+
+    def _made(self, call: Call) -> Sequence[Room] | None:
         """This thread's arguments of all launches. Nothing where tensors have to be copied first, or nothing is
         launched on a GPU; None where the call does not say: its launches were not those for aligned tensors."""
         lengths = call.q_lengths, call.kv_lengths
         if self._strided or not all([x is None or x.is_contiguous() for x in lengths]):
             return ()
-        launches: list[tuple[BinaryLauncher | Launcher, tuple[str, ...]]] = [(self._bounds, _READ)]
-        if self.keys is not None:
-            launches.insert(0, (self.keys.launch, ("mask",)))
-        if self._order is not None:
-            launches.append((self._order, ()))
-        given = [x for name in (*_READ, "mask") if (x := getattr(call, name)) is not None]
-        if not aligned(*given):
+        if not aligned(*[x for name in (*_READ, "mask") if (x := getattr(call, name)) is not None]):
             return None
-        found, memory = [], stand_in(torch.uint8)
-        for launcher, names in launches:
-            if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
-                return ()
-            fields = [CALL.names.index(name) for name in names if getattr(call, name) is not None]
-            tensors = [None if getattr(call, name) is None else stand_in(getattr(call, name).dtype) for name in names]
-            found.append((launcher.room((memory, *tensors)), list(enumerate(fields, 1))))
-        return found
+        return rooms_of(self.launches(call)) or ()
 
     def add_to(self, program: Program, call: Call) -> bool:
         """Its launches, over memory that the program's begins with. False where there is more to such calls."""
-        found = self._found(call)
-        for room, fields in found or ():
-            names = [CALL.names[field] for _, field in fields]
-            program.add(room, [Named("memory"), *map(Named, names)])
-            program.aligned |= set(names)
-        return bool(found)
+        rooms = self._made(call)
+        if rooms:
+            program.add_all(rooms, self.in_order(named(call), Named("memory")), aligned=True)
+        return bool(rooms)
 
     def _fill(self, call: Call, memory: Tensor) -> None:
         """`__call__`, for tensors of any alignment, and where it has not run before."""
@@ -196,8 +193,6 @@ class Bounds:
             q_lengths = q_lengths.contiguous()
         if kv_lengths is not None and not kv_lengths.is_contiguous():
             kv_lengths = kv_lengths.contiguous()
-        if self.keys is not None:
-            self.keys(call, memory)
-        self._bounds((memory, call.segments, lo, hi, q_lengths, kv_lengths))
-        if self._order is not None:
-            self._order((memory,))
+        call = call._replace(lo=lo, hi=hi, q_lengths=q_lengths, kv_lengths=kv_lengths)
+        for launcher, tensors, _ in self.in_order(call, memory):
+            launcher(tensors)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ...call import Call, Problem
 from .arguments import broadcast_strides
 from .binaries.launcher import Launch, launcher_of
 from .binaries.triton_kernel import NamedKernel
 from .launcher import overlaps
-from .representative import stand_in
 
 RANGE_NUMBERS = 4  #: of a row's range
 SLACK = 128  #: numbers before the first bias, so that a block that begins before key 0 can be read whole
@@ -51,9 +48,6 @@ class KeyBias:
             **({"launch_pdl": True} if pdl else {}),
         )
 
-    def launches(self, call: Call) -> list[Launch]:
-        """See `Bounds.launches`."""
-        return [(self.launch, (stand_in(torch.uint8), call.mask), ())]
-
-    def __call__(self, call: Call, memory: Any) -> None:
-        self.launch((memory, call.mask))
+    def in_order(self, call: Call, memory: Any) -> list[Launch]:
+        """See `Bounds.in_order`."""
+        return [(self.launch, (memory, call.mask), ())]

@@ -69,13 +69,14 @@ def wait(timeout: float = 600.0) -> bool:
     return builder.wait(timeout)
 
 
-def state() -> str:
-    """What is to be said of the module."""
-    if module is not None:
-        return "ready"
+def state() -> tuple[str, str]:
+    """What is to be said of the module: "ok", "off" or "none", and a sentence. `fastattn doctor` shows it."""
     if not is_on("FASTATTN_NATIVE", True):
-        return "off (FASTATTN_NATIVE)"
-    return f"none: {builder.why}" if builder.why else "made with the first calls on a GPU"
+        return "off", "FASTATTN_NATIVE"
+    why = "" if module is not None else builder.why or library.hindrance()
+    if why:
+        return "none", f"each call goes through Python: {why}"
+    return "ok", "on disk" if library.FILES.load(library.label()) else "compiled with the first calls on a GPU"
 
 
 def _take(made: Any) -> None:

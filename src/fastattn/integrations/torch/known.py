@@ -23,21 +23,15 @@ from .decide import Decision, autocast_dtype
 _known = shape_cache.section("drop-in calls", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 
 
-def kind_of(
-    arguments: tuple[Any, ...], mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
-) -> tuple[Any, bool] | None:
-    """Everything of a call but its data; None for one that is to take the long way. arguments: of the op, in its
+def kind_of(arguments: tuple[Any, ...], scale: Any, enable_gqa: bool) -> tuple[Any, bool] | None:
+    """Everything of a usual call but its data; None for one that is to take the long way. arguments: of the op, in its
     order, if the call is to mean the same to it."""
-    if not is_usual(mask, dropout_p, is_causal, enable_gqa):
-        return None
     key = fast_path.key_of(arguments, scale, None)
     return None if key is None else (key, enable_gqa)
 
 
-def place(mask: Any, dropout_p: Any, is_causal: Any, enable_gqa: Any) -> tuple[Any, Any] | None:
-    """See `native.calls.place`."""
-    if not is_usual(mask, dropout_p, is_causal, enable_gqa):
-        return None
+def place(enable_gqa: bool) -> tuple[Any, Any] | None:
+    """See `native.calls.place`: of a usual call."""
     return calls.place(None, _GROUPED if enable_gqa else _NOT_GROUPED)
 
 

@@ -68,10 +68,11 @@ def scaled_dot_product_attention(
     why = at_once(query)
     if not why:
         arguments = query, key, value, "causal" if is_causal is True else attn_mask, None, None, None, None, None, False
-        place = None if calls.module is None else known.place(attn_mask, dropout_p, is_causal, enable_gqa)
+        usual = known.is_usual(attn_mask, dropout_p, is_causal, enable_gqa)
+        place = known.place(enable_gqa) if usual and calls.module is not None else None
         if place is not None and (out := calls.module.attention(arguments, scale, *place)) is not None:
             return out  # type: ignore[no-any-return]
-        kind = known.kind_of(arguments, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        kind = known.kind_of(arguments, scale, enable_gqa) if usual else None
         before = None if kind is None else known.find(kind, query)
         if before.__class__ is str:
             why = before  # type: ignore[assignment]

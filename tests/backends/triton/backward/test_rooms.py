@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastattn.backends.triton.backward import backward, before, passes, rooms
 from fastattn.backends.triton.binaries import launcher
 from fastattn.backends.triton.prefill import lists
+from fastattn.backends.triton.program import SOURCES
 from fastattn.call import Call, Gradients, Problem
 
 BF16 = torch.bfloat16
@@ -137,6 +139,31 @@ def test_repeated_calls(kind: str, gpu: HopperGpu, monkeypatch: pytest.MonkeyPat
             assert x is None or (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)  # type: ignore[union-attr]
         held.append((call, upstream, grads))
         assert len(taken) == 1, "only the first call took the long way"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_programs(kind: str, gpu: HopperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the addresses of a call's tensors in it, a program launches what Python launches."""
+    memory = torch.empty(1 << 25, dtype=torch.uint8)
+    for module in (backward, rooms):
+        monkeypatch.setattr(module, "scratch", lambda device, size, stream=None: memory[:size])
+    call, _ = call_of(kind)
+    kernel = backward.bind(Problem.of(call, True), call)
+    upstream = made(H, call.q.shape[2]), torch.randn(B, H, call.q.shape[2]), made(H, call.q.shape[2])
+    wanted, _ = run(kernel, gpu, call, (*upstream, None), memory)
+    program = kernel.backward_program(call, *upstream)
+    assert program is not None and program.memory <= len(memory)
+    given = call._asdict() | dict(zip(NEW, upstream))
+    found = {name: make() for name, make in program.made.items()}
+    at = {name: x for name, x in (given | found | {"memory": memory}).items() if isinstance(x, Tensor)}
+    assert program.aligned == at.keys() - found.keys() - {"memory"}
+    for address, source, offset in program.writes:
+        ctypes.c_uint64.from_address(address).value = at[SOURCES[source]].data_ptr() + offset
+    for launch in program.launches:
+        launch(gpu.stream)
+    named = {name.replace("grad_", "d") if name in found else name: x.data_ptr() for name, x in at.items()}
+    del named["memory"]
+    assert told(gpu.taken(), named, (memory.data_ptr(), memory.data_ptr() + len(memory))) == wanted
 
 
 def _counted(function: Any, calls: list[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from ...layout import Contiguous, TokenMajor
 from ...scratch import scratch
 from ..arguments import broadcast_strides
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, flag_sets, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import flag_sets, launches_binary, prepare
 from ..binding import TILE, readable, with_bounds, with_intervals
 from ..bounds import Bounds
 from ..prefill.forward import precision_of
@@ -23,7 +23,7 @@ from ..representative import representative, stand_in
 from .before import Before
 from .launch_config import Launch, choose, variants
 from .passes import Passes
-from .rooms import MOST_LAYOUTS, Quick, floats_of
+from .rooms import MOST_LAYOUTS, Launches, Quick, floats_of
 from .sizes import Sizes
 
 
@@ -83,10 +83,10 @@ class BackwardKernel(BackwardOnly):
         self._grads = [(makers | others)[name[0]] if name[0] in p.grads else None for name in Gradients._fields]
         launches = self.launches(call)
         prepare(launches)
-        binaries = all(isinstance(launcher, BinaryLauncher) and launcher.launches for launcher, _, _ in launches)
+        binaries = all(launches_binary(launcher) for launcher, _, _ in launches)
         self._quick: Quick | None = None
         if binaries and self._bounds is None:
-            self._quick = Quick(p, call, self._sizes, self._grads)
+            self._quick = Quick(p, call, self._sizes.pieces, self._grads)
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a backward launches, for upstream tensors as they usually are."""
@@ -108,7 +108,7 @@ class BackwardKernel(BackwardOnly):
             quick = self._quick(call, (out, lse, grad_out, grad_lse))
             if quick is not None:
                 return quick
-        p, device = self._problem, call.q.device
+        device = call.q.device
         memory = scratch(device, self._sizes.pieces.total)
         if self._bounds is not None:
             self._bounds(call, memory)
@@ -116,11 +116,11 @@ class BackwardKernel(BackwardOnly):
         up = _Upstream(_rows_of(out), lse, _rows_of(grad_out), grad_lse)
         grads = Gradients(*[None if make is None else make() for make in self._grads])
         pieces = self._sizes.pieces.cut(memory)
-        self._before(call, pieces)
-        passes = self._passes_for(up, device)
-        passes(call, up, pieces, grads, floats_of(p, call.scale))
+        in_order = self._in_order(up, device)
+        for launcher, tensors, floats in in_order(call, up, pieces, grads):
+            launcher(tensors, floats)
         if self._quick is not None and up.out is out and up.grad_out is grad_out:
-            self._quick.remember(call, up, pieces, grads, passes.in_order)
+            self._quick.remember(call, up, pieces, grads, in_order)
         return grads
 
     def backward_program(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Program | None:
@@ -128,7 +128,17 @@ class BackwardKernel(BackwardOnly):
         if self._quick is None or _rows_of(out) is not out or _rows_of(grad_out) is not grad_out:
             return None
         up = _Upstream(out, lse, grad_out, None)
-        return self._quick.program(call, up, self._passes_for(up, call.q.device).in_order)
+        return self._quick.program(call, up, self._in_order(up, call.q.device))
+
+    def _in_order(self, up: _Upstream, device: torch.device) -> Launches:
+        """All launches but those of bounds, for upstream tensors that lie as these."""
+        p, before, passes = self._problem, self._before, self._passes_for(up, device)
+
+        def in_order(call: Call, upstream: Any, pieces: dict[str, Any], grads: Gradients) -> list[Prepared]:
+            found = passes.in_order(call, upstream, pieces, grads, floats_of(p, call.scale))
+            return before.in_order(call, pieces) + found
+
+        return in_order
 
     def _passes_for(self, up: _Upstream, device: torch.device) -> Passes:
         key = *up.layouts(), precision_of(self._problem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ....call import Call, Problem
 from ..arguments import band, broadcast_strides
@@ -75,13 +74,8 @@ class Before:
             found.append((self._ranges, (stand_in(torch.int32), call.lo, call.hi, *lengths), ()))
         return found
 
-    def __call__(self, call: Call, pieces: dict[str, Tensor]) -> None:
-        """Fills its pieces of the memory."""
-        for launcher, tensors, floats in self.in_order(call, pieces):
-            launcher(tensors, floats)
-
     def in_order(self, call: Call, pieces: dict[str, Any]) -> list[Prepared]:
-        """The launches that fill the pieces, in order."""
+        """The launches that fill its pieces of the memory, in order. Takes `Named` in the place of tensors, too."""
         found: list[Prepared] = []
         if self.lists is not None:
             found += self.lists.in_order(call, pieces["lists"])

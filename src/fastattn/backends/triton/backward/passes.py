@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ....call import Call, Gradients, Problem
 from ..arguments import band, broadcast_strides, strides_in_units
@@ -172,17 +171,11 @@ class Passes:
             _FLOATS,
         )
 
-    def __call__(
-        self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
-    ) -> None:
-        """Fills the gradients. upstream: out, lse, grad_out, grad_lse."""
-        for launcher, tensors, numbers in self.in_order(call, upstream, pieces, grads, floats):
-            launcher(tensors, numbers)
-
     def in_order(
-        self, call: Call, upstream: Any, pieces: dict[str, Tensor], grads: Gradients, floats: tuple[float, ...]
+        self, call: Call, upstream: Any, pieces: dict[str, Any], grads: Gradients, floats: tuple[float, ...]
     ) -> list[Prepared]:
-        """The launches in order."""
+        """The launches that fill the gradients, in order. upstream: out, lse, grad_out, grad_lse. Takes `Named` in the
+        place of tensors, too."""
         out, lse, grad_out, grad_lse = upstream
         stats = pieces["stats"]
         lengths = call.q_lengths, call.kv_lengths

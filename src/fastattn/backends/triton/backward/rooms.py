@@ -7,62 +7,50 @@ and which of a call's tensors each pointer is.
 
 from __future__ import annotations
 
-import itertools
-import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...._compat import torch as torch_internals
-from ....call import Call, Gradients, Problem
+from ....call import CALL, Call, Gradients, Problem
 from ...layout import ALIGNMENT, Fresh
-from ...scratch import scratch
+from ...scratch import Pieces, scratch
 from ..arguments import exponent_factors
-from ..binaries.launcher import BinaryLauncher, Room
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import Room, rooms_of
 from ..prefill.forward import precision_of
-from ..program import Named, Program
-from .before import FILLED
-from .sizes import Sizes
+from ..program import GRADIENTS, Named, Program, named
 
 #: What a backward is given besides the call: output, log-sum-exp, and their gradients (the last may be None).
 Upstream = tuple[Tensor, Tensor, Tensor, Tensor | None]
-#: Of a call, `Upstream`, pieces of the memory, gradients, and floats: the launches in order, see `Passes.in_order`.
-Launches = Callable[[Call, Any, dict[str, Any], Gradients, tuple[float, ...]], list[Prepared]]
+_UPSTREAM = "out", "lse", "grad_out", "grad_lse"
+#: Of a call, `Upstream`, pieces of the memory, and gradients: the launches in order. Takes `Named` in the place of
+#: tensors, too.
+Launches = Callable[[Call, Any, dict[str, Any], Gradients], list[Prepared]]
 
-#: Tensors of a call that the kernels may read.
-_OF_CALLS = "q", "k", "v", "mask", "lo", "hi", "sinks", "q_lengths", "kv_lengths"
 MOST_LAYOUTS = 16  #: of output, log-sum-exp and their gradients, whose launches are kept
-
-
-class _Slot:
-    """Stands for a tensor: the number of its address among a call's."""
-
-    __slots__ = ("i",)
-
-    def __init__(self, i: int) -> None:
-        self.i = i
-
-    def view(self, dtype: torch.dtype) -> _Slot:
-        return self
 
 
 class _Launch(NamedTuple):
     room: Room
-    slots: tuple[int, ...]  #: of its pointers
+    slots: tuple[int, ...]  #: of its pointers, among the addresses of a call
     floats: int  #: how many it takes
 
 
 class _Rooms:
-    """One thread's launches for tensors that lie alike. scale: of the floats that were put last."""
+    """One thread's launches for tensors that lie alike.
 
-    __slots__ = ("launches", "scale")
+    starts: what the launches read or write of the memory begins there. scale: of the floats that were put last.
+    """
 
-    def __init__(self, launches: Sequence[_Launch]) -> None:
-        self.launches, self.scale = launches, math.nan
+    __slots__ = ("launches", "scale", "starts")
+
+    def __init__(self, launches: Sequence[_Launch], starts: Sequence[int], scale: float) -> None:
+        self.launches, self.starts, self.scale = launches, starts, scale
 
 
 class _Local(threading.local):
@@ -73,17 +61,15 @@ class _Local(threading.local):
 class Quick:
     """Of one problem and one set of strides of the call's tensors, on a GPU."""
 
-    __slots__ = ("_before", "_device", "_grads", "_local", "_names", "_problem", "_sizes", "_starts")
+    __slots__ = ("_device", "_grads", "_local", "_names", "_pieces", "_problem")
 
-    def __init__(self, p: Problem, call: Call, sizes: Sizes, grads: Sequence[Fresh | None]) -> None:
-        """grads: what makes each of `Gradients`."""
-        self._problem, self._sizes, self._device = p, sizes, call.q.device
+    def __init__(self, p: Problem, call: Call, pieces: Pieces, grads: Sequence[Fresh | None]) -> None:
+        """pieces: of the memory. grads: what makes each of `Gradients`."""
+        self._problem, self._pieces, self._device = p, pieces, call.q.device
         self._local = _Local()
         self._grads = grads
-        self._names = [name for name in _OF_CALLS if getattr(call, name) is not None]
-        self._starts = {name: start for name, (start, _, _) in sizes.pieces.at.items()}
-        #: What `Before` fills: name, first byte, one past the last, dtype.
-        self._before = [(name, *sizes.pieces.at[name]) for name in FILLED if name in sizes.pieces.at]
+        #: Of the tensors that the kernels may read. (With segments there is more to a call.)
+        self._names = [name for name in CALL.tensor_names if getattr(call, name) is not None]
 
     def __call__(self, call: Call, upstream: Upstream) -> Gradients | None:
         """The gradients; None where the call has something new, or cannot be read where it is."""
@@ -104,9 +90,9 @@ class Quick:
         if bits % ALIGNMENT:
             return None
         stream = torch_internals.raw_stream(index)
-        memory = scratch(self._device, self._sizes.pieces.total, stream)
+        memory = scratch(self._device, self._pieces.total, stream)  # held until the launches
         at = memory.data_ptr()
-        addresses += [at + start for start in self._starts.values()]
+        addresses += [at + start for start in rooms.starts]
         grads = [None if make is None else make.here() for make in self._grads]
         addresses += [x.data_ptr() for x in grads if x is not None]
         if call.scale != rooms.scale:
@@ -114,8 +100,6 @@ class Quick:
             for launch in rooms.launches:
                 launch.room.put(floats[: launch.floats])
             rooms.scale = call.scale
-        if self._before:
-            self._sizes.before(call, {name: memory[a:b].view(dtype) for name, a, b, dtype in self._before})
         for room, slots, _ in rooms.launches:
             room.pack(room.values, 0, *[addresses[i] for i in slots])
             room.launch(stream)
@@ -124,73 +108,59 @@ class Quick:
     def remember(
         self, call: Call, upstream: Upstream, pieces: dict[str, Tensor], grads: Gradients, in_order: Launches
     ) -> None:
-        """Keeps what a call has launched whose tensors the kernels read where they are. in_order: its passes'."""
+        """Keeps what a call has launched whose tensors the kernels read where they are."""
         given = [getattr(call, name) for name in self._names] + [x for x in upstream if x is not None]
-        given += [pieces[name] for name in self._starts] + [x for x in grads if x is not None]
+        given += [*pieces.values(), *[x for x in grads if x is not None]]
         if any(x.data_ptr() % ALIGNMENT for x in given) or self._device.index != torch_internals.current_device():
             return
-        found = self._launches(call, upstream, pieces, grads, in_order)
+        rooms, launches = self._found(call, upstream, pieces, grads, in_order)
+        pointers: list[list[Any]] = [[x for x in tensors if x is not None] for _, tensors, _ in launches]
+        starts = dict.fromkeys([x.offset for of_one in pointers for x in of_one if x.source == "memory"])
+        # As `__call__` collects their addresses.
+        every = *map(Named, self._names), *_named(_UPSTREAM, upstream), *map(partial(Named, "memory"), starts)
+        slots = {x: i for i, x in enumerate([x for x in (*every, *_named(GRADIENTS, grads)) if x is not None])}
         kept = self._local.by_strides
         if len(kept) >= MOST_LAYOUTS:
             kept.clear()
-        kept[self._key(upstream)] = rooms = _Rooms(found)
-        rooms.scale = call.scale
-
-    def _launches(
-        self, call: Call, upstream: Upstream, pieces: dict[str, Tensor], grads: Gradients, in_order: Launches
-    ) -> list[_Launch]:
-        """Of a call, with memory of their own. A pointer's slot counts the tensors of the call, of `upstream`, the
-        pieces and the gradients, as far as there are such."""
-        floats = floats_of(self._problem, call.scale)
-        numbers = itertools.count()
-
-        def slot(x: Any) -> Any:
-            return None if x is None else _Slot(next(numbers))
-
-        of_call = {name: _Slot(next(numbers)) for name in self._names}
-        of_upstream = [slot(x) for x in upstream]
-        of_pieces = {name: slot(pieces[name]) for name in self._starts}
-        of_grads = Gradients(*[slot(x) for x in grads])
-        slots = in_order(call._replace(**of_call), of_upstream, of_pieces, of_grads, floats)  # type: ignore[arg-type]
-        found = []
-        for (launcher, tensors, own), (_, places, _) in zip(
-            in_order(call, upstream, pieces, grads, floats), slots, strict=True
-        ):
-            assert isinstance(launcher, BinaryLauncher)
-            room = launcher.room(tensors, own)
-            found.append(_Launch(room, tuple([x.i for x in places if x is not None]), len(own)))  # type: ignore[attr-defined]
-        return found
+        found = [
+            _Launch(room, tuple([slots[x] for x in of_one]), len(floats))
+            for room, of_one, (_, _, floats) in zip(rooms, pointers, launches, strict=True)
+        ]
+        kept[self._key(upstream)] = _Rooms(found, list(starts), call.scale)
 
     def program(self, call: Call, upstream: Upstream, in_order: Launches) -> Program | None:
-        """See `backends.base.HasBackwardProgram`. in_order: as `remember`."""
-        names = [*self._names, "out", "lse", "grad_out"]
+        """See `backends.base.HasBackwardProgram`."""
         if self._problem.dtype == torch.float32:  # torch may be told to use TF32
             return None
         if any([x.data_ptr() % ALIGNMENT for x in (*[getattr(call, name) for name in self._names], *upstream[:3])]):
             return None
-        made = {f"grad_{name}": make for name, make in zip(Gradients._fields, self._grads, strict=True) if make}
-        program = Program(made, self._sizes.pieces.total, aligned=names)
-        memory = torch.empty(self._sizes.pieces.total, dtype=torch.uint8, device="meta")
-
-        def launches(call: Call, upstream: Any, pieces: dict[str, Any], grads: Gradients) -> list[Prepared]:
-            before = self._sizes.before.in_order(call, pieces)
-            return before + in_order(call, upstream, pieces, grads, floats_of(self._problem, call.scale))
-
+        total = self._pieces.total
+        program = Program.of_backward(self._grads, total, aligned=(*self._names, *_UPSTREAM[:3]))
+        pieces = self._pieces.cut(torch.empty(total, dtype=torch.uint8, device="meta"))
         grads = Gradients(*[None if make is None else make() for make in self._grads])
-        own = launches(call, (*upstream[:3], None), self._sizes.pieces.cut(memory), grads)
-        of_call = call._replace(**{name: Named(name) for name in self._names})  # type: ignore[arg-type]
-        pieces = {name: Named("memory", start) for name, start in self._starts.items()}
-        of_grads = [None if make is None else Named(f"grad_{x}") for x, make in zip(Gradients._fields, self._grads)]
-        named = launches(of_call, (*map(Named, names[-3:]), None), pieces, Gradients(*of_grads))  # type: ignore[arg-type]
-        for (launcher, tensors, floats), (_, pointers, _) in zip(own, named, strict=True):
-            assert isinstance(launcher, BinaryLauncher)
-            program.add(launcher.room(tensors, floats), pointers)  # type: ignore[arg-type]
+        program.add_all(*self._found(call, (*upstream[:3], None), pieces, grads, in_order))
         return program
+
+    def _found(
+        self, call: Call, upstream: Upstream, pieces: dict[str, Tensor], grads: Gradients, in_order: Launches
+    ) -> tuple[list[Room], list[Prepared]]:
+        """The launches of a call: with memory of their own for arguments, and with `Named` in the place of tensors."""
+        rooms = rooms_of(in_order(call, upstream, pieces, grads))
+        assert rooms is not None
+        of_pieces = {name: Named("memory", start) for name, (start, _, _) in self._pieces.at.items()}
+        return rooms, in_order(
+            named(call), _named(_UPSTREAM, upstream), of_pieces, Gradients(*_named(GRADIENTS, grads))
+        )
 
     def _key(self, upstream: Upstream) -> Any:
         out, lse, grad_out, grad_lse = upstream
         of_lse = None if grad_lse is None else grad_lse.stride()
         return out.stride(), lse.stride(), grad_out.stride(), of_lse, precision_of(self._problem)
+
+
+def _named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> list[Any]:
+    """`Named` in the place of each tensor."""
+    return [None if x is None else Named(name) for name, x in zip(names, tensors, strict=True)]
 
 
 def floats_of(p: Problem, scale: float) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def launcher_of(
 def prepare(launches: Sequence[Launch]) -> None:
     """Finds the binaries of all launches of a kernel that is being bound. Those that are not there are compiled side by
     side. Raises what `Binaries.function` raises. Calls on the meta device stand for others: nothing is launched."""
-    found = [(x, tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher) and x.launches]
+    found = [(x, tensors, floats) for x, tensors, floats in launches if launches_binary(x)]
     for launcher, tensors, floats in found:
         launcher.ask(tensors, floats)
     for launcher, tensors, floats in found:
@@ -60,6 +60,17 @@ def prepare(launches: Sequence[Launch]) -> None:
 def flag_sets(launches: Sequence[Launch]) -> list[FlagSet]:
     """The binaries that launches take, in order."""
     return [x.flags(tensors, floats) for x, tensors, floats in launches if isinstance(x, BinaryLauncher)]
+
+
+def launches_binary(launcher: BinaryLauncher | Launcher) -> TypeGuard[BinaryLauncher]:
+    """Whether it launches a binary, on a GPU."""
+    return isinstance(launcher, BinaryLauncher) and launcher.launches
+
+
+def rooms_of(launches: Sequence[Launch]) -> list[Room] | None:
+    """For each launch `BinaryLauncher.room`; None where one is not of a binary on a GPU."""
+    found = [(x, tensors, floats) for x, tensors, floats in launches if launches_binary(x)]
+    return [x.room(tensors, floats) for x, tensors, floats in found] if len(found) == len(launches) else None
 
 
 class BinaryLauncher:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +13,18 @@ from torch import Tensor
 from ...._compat import torch as torch_internals
 from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import ALIGNMENT, Fresh, Output, RowNumbers, aligned
+from ...layout import ALIGNMENT, Output, RowNumbers, aligned
 from ...scratch import counted, may_keep, scratch
 from ..arguments import band, broadcast_strides, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, Room, flag_sets, launcher_of, prepare
+from ..binaries.launcher import BinaryLauncher, Room, flag_sets, launcher_of, launches_binary, prepare, rooms_of
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
 from ..launcher import Launcher
 from ..limits import shared_memory, sm_count
-from ..program import Named, Program
+from ..program import Program, named
 from ..representative import representative, stand_in
 from .chunks import is_chunk
 from .combination import combination
@@ -177,7 +179,7 @@ class DecodeKernel(ForwardOnly):
         self._where = device
         attend = next(iter(self._attend.values()))
         #: Whether the kernels are launched by their binaries, and on which GPU.
-        self._binary = isinstance(attend, BinaryLauncher) and attend.launches
+        self._binary = launches_binary(attend)
         self._device = attend.device if isinstance(attend, BinaryLauncher) else None
         self._precision = None if p.dtype == torch.float32 else "ieee"  #: None: as torch is set when it is called
         self._rooms = _Rooms()
@@ -189,15 +191,22 @@ class DecodeKernel(ForwardOnly):
 
     def launches(self, call: Call) -> list[Prepared]:
         """What calls launch, the kernel first: that of captured calls, then that of others, where it combines too."""
-        p = self._problem
-        out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
-        parts = stand_in(torch.float32) if self._scratch else None
-        precision, floats = _precision(p.dtype), (1.0, self._softcap)
-        before, after = (call.q, call.k, call.v, out, lse, parts), _masking(call)
-        found: list[Prepared] = [(self._attend[precision], (*before, None, *after), floats)]
-        if self._alone:
-            found.append((self._alone[precision], (*before, stand_in(torch.int32), *after), floats))
-        return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if self._scratch else found
+        first, *second = self._stand_ins(call, None)
+        return [first, *(self._stand_ins(call, stand_in(torch.int32)) if self._alone else []), *second]
+
+    def _stand_ins(self, call: Call, counters: Tensor | None) -> list[Prepared]:
+        """`_in_order`, where nothing is made for the launches."""
+        lse, parts = (stand_in(torch.float32) if x else None for x in (self._lse, self._scratch))
+        return self._in_order(call, stand_in(self._output.dtype), lse, parts, counters)
+
+    def _in_order(self, call: Call, out: Any, lse: Any, parts: Any, counters: Any) -> list[Prepared]:
+        """The launches of a call: the kernel that combines too where there are counters. Takes `Named` in the place of
+        tensors, too."""
+        attend = (self._attend if counters is None else self._alone)[_precision(self._problem.dtype)]
+        tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
+        found: list[Prepared] = [(attend, tensors, (call.scale, self._softcap))]
+        combines = parts is not None and counters is None
+        return [*found, (self._combine, (parts, out, lse, call.sinks), ())] if combines else found
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         launches = self._rooms.of.get(self._precision or _precision(torch.float32))
@@ -233,25 +242,24 @@ class DecodeKernel(ForwardOnly):
     def _forward_anew(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """`forward`: for tensors of any alignment, on whichever device is the current one, in Triton's interpreter, and
         where this thread has not launched the kernels before."""
-        precision = _precision(self._problem.dtype)
         if self._binary and self._device != torch_internals.current_device():
             with torch.cuda.device(self._device):
                 return self.forward(call)
         out, lse = self._output(), None if self._lse is None else self._lse()
-        attend, parts, counters = self._attend, None, None
+        parts, counters = None, None
         if self._scratch:
             stream = self._stream()
             if self._combines and (held := counted(self._where, self._scratch, self._tiles, stream)) is not None:
-                attend, (memory, counters) = self._alone, held
+                memory, counters = held
             else:
                 memory = scratch(self._where, self._scratch, stream)
             parts = memory.view(torch.float32)
-        tensors = call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)
-        floats = self._floats(call)
-        attend[precision](tensors, floats)
-        if parts is not None and attend is self._attend:
-            self._combine((parts, out, lse, call.sinks))
+        launches = self._in_order(call, out, lse, parts, counters)
+        for launcher, tensors, floats in launches:
+            launcher(tensors, floats)
+        _, tensors, floats = launches[0]
         if self._binary and aligned(*[x for x in tensors[:_ATTEND_ALIGNED] if x is not None]):
+            precision = _precision(self._problem.dtype)
             self._rooms.of[precision] = self._made(precision, tensors, floats)
         return out, lse
 
@@ -259,40 +267,20 @@ class DecodeKernel(ForwardOnly):
         """See `backends.base.HasProgram`."""
         if self._precision is None or not self._binary or not aligned(call.q, call.k, call.v):
             return None  # (no precision: torch may be told to use TF32)
+        program = Program.of_forward(self._output, self._lse, self._scratch, aligned=("q", "k", "v"))
         # Numbers to count with stay allocated, which what belongs to a graph must not.
-        alone = self._combines and may_keep(self._stream())
-        attend, combine = (self._alone if alone else self._attend)[self._precision], self._combine
-        assert isinstance(attend, BinaryLauncher)
-        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
-        program = Program(made, self._scratch, ("q", "k", "v"))
-        if alone:
+        if self._combines and may_keep(self._stream()):
             program.counters = torch.zeros(self._tiles, dtype=torch.int32, device=self._where)
-        out, lse = stand_in(self._output.dtype), None if self._lse is None else stand_in(torch.float32)
-        parts, counters = stand_in(torch.float32) if self._scratch else None, program.counters
-        first = attend.room((call.q, call.k, call.v, out, lse, parts, counters, *_masking(call)), self._floats(call))
-        memory = [Named("memory")] if self._scratch else []
-        results = [Named(name) for name in made]
-        before = [Named("q"), Named("k"), Named("v"), *results, *memory]
-        program.add(first, before)
-        at = len(before)
-        if counters is not None:
-            first.values[at] = counters.data_ptr()  # which stay
-            at += 1
-        for i, name in enumerate([name for name in _MASKING if getattr(call, name) is not None], at):
-            program.write(first.values, i, name)
-        if self._scratch and counters is None:
-            assert isinstance(combine, BinaryLauncher)
-            sinks = None if call.sinks is None else Named("sinks")
-            program.add(combine.room((parts, out, lse, call.sinks)), [*memory, *results, sinks])
+        rooms = rooms_of(self._stand_ins(call, program.counters))
+        assert rooms is not None
+        out, lse, memory = [program.own(name) for name in ("out", "lse", "memory")]
+        program.add_all(rooms, self._in_order(named(call), out, lse, memory, program.counters))
         return program
 
     def _stream(self) -> int:
         return 0 if self._device is None else torch_internals.raw_stream(self._device)
 
-    def _floats(self, call: Call) -> tuple[float, float | None]:
-        return call.scale, self._softcap
-
-    def _made(self, precision: str, tensors: tuple[Tensor | None, ...], floats: tuple[float | None, ...]) -> _Launches:
+    def _made(self, precision: str, tensors: Sequence[Tensor | None], floats: tuple[float | None, ...]) -> _Launches:
         """This thread's, for tensors that begin where 16 bytes do, as these. The second kernel finds its pointers where
         the first one's are: a call writes them once."""
         attend, combine = self._attend[precision], self._combine

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...._compat import torch as torch_internals
 from ....call import Call, Problem
-from ...layout import ALIGNMENT, Fresh, Output, RowNumbers
+from ...layout import ALIGNMENT, Output, RowNumbers
 from ...scratch import scratch
 from ..arguments import score_factors
 from ..binaries import store as binaries
@@ -259,10 +259,9 @@ class Forward:
         present = [name for name, x in given.items() if x is not None]
         if self._copies or not all([given[name].is_contiguous() for name in present]):
             return None
-        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
         before = self._lists or self._bounds
         mapped = {"q": FIRST, "k": SECOND, "v": THIRD, **({"mask": self._mask_at} if self._flags.tiles else {})}
-        program = Program(made, before.size if before else 0, aligned=mapped)
+        program = Program.of_forward(self._output, self._lse, before.size if before else 0, aligned=mapped)
         if before and not before.add_to(program, call):
             return None
         room = self._arguments.room(self._function, self._programs, self._device, self._layouts)
@@ -272,7 +271,7 @@ class Forward:
         for name, word in mapped.items():
             program.write(room.maps, word, name)
         for i, name in enumerate(("out", "lse", "sinks", "q_lengths", "kv_lengths")):
-            if name in made or name in present:
+            if name in program.made or name in present:
                 program.write(room.pointers, i, name)
         if before:
             program.write(room.pointers, _BOUNDS, "memory")

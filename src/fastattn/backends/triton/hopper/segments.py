@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ....call import Call, Problem
 from ...layout import aligned
-from ..binaries.launcher import BinaryLauncher, Launch, launcher_of
+from ..binaries.launcher import Launch, launcher_of, rooms_of
 from ..binaries.triton_kernel import NamedKernel
 from ..launcher import overlaps
-from ..program import Named, Program
+from ..program import Named, Program, named
 from ..representative import stand_in
 
 HEADER_NUMBERS = 8  #: before the tiles
@@ -89,7 +89,11 @@ class SegmentTiles:
 
     def launches(self, call: Call) -> list[Launch]:
         """What `binaries.launcher.prepare` takes."""
-        return [(self._launch, (stand_in(torch.uint8), call.segments), ())]
+        return self.in_order(call, stand_in(torch.uint8))
+
+    def in_order(self, call: Call, memory: Any) -> list[Launch]:
+        """See `Bounds.in_order`."""
+        return [(self._launch, (memory, call.segments), ())]
 
     def __call__(self, call: Call, memory: Tensor) -> None:
         """Fills the memory: uint8, contiguous, at least `size` bytes on the call's device, its address a multiple of 16
@@ -99,8 +103,8 @@ class SegmentTiles:
     def add_to(self, program: Program, call: Call) -> bool:
         """See `Bounds.add_to`."""
         assert call.segments is not None
-        if not isinstance(self._launch, BinaryLauncher) or not self._launch.launches or not aligned(call.segments):
+        rooms = rooms_of(self.launches(call)) if aligned(call.segments) else None
+        if rooms is None:
             return False
-        program.add(self._launch.room((stand_in(torch.uint8), call.segments)), [Named("memory"), Named("segments")])
-        program.aligned.add("segments")
+        program.add_all(rooms, self.in_order(named(call), Named("memory")), aligned=True)
         return True

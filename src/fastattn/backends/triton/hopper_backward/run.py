@@ -155,8 +155,7 @@ class Run:
         if not _lie_well(out, lse, grad_out) or (sinks is not None and not sinks.is_contiguous()):
             return None
         given = ["q", "k", "v", "out", "lse", "grad_out", *(["sinks"] if sinks is not None else [])]
-        makers = {f"grad_{name}": make for name, make in zip("qkv", self._grads, strict=True)}
-        program = Program(makers, self._memory.total, aligned=given)
+        program = Program.of_backward(self._grads, self._memory.total, aligned=given)
         room = self._make_room(call, out, lse, grad_out, None)
         self._put_scale(call.scale, room)
         if self._bounds is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ....call import Call, Problem
 from ...base import ForwardOnly
-from ...layout import Fresh, Output, RowNumbers, aligned
+from ...layout import Output, RowNumbers, aligned
 from ..arguments import band, broadcast_strides, strides_in_units
-from ..binaries.launcher import BinaryLauncher, launcher_of, prepare
 from ..binaries.launcher import Launch as Prepared
+from ..binaries.launcher import launcher_of, prepare, rooms_of
 from ..binaries.triton_kernel import NamedKernel
 from ..limits import sm_count
-from ..program import Named, Program
+from ..program import Program, named
 from ..representative import stand_in
 from ..tile_parts import parts
 from .launch_config import Launch, walking_options, walks_batch
@@ -62,8 +64,10 @@ class BatchKernel(ForwardOnly):
 
     def launches(self, call: Call) -> list[Prepared]:
         """What a call launches."""
-        lse = stand_in(torch.float32) if self._lse else None
-        return [(self._forward, (call.q, call.k, call.v, stand_in(call.q.dtype), lse, call.mask), (1.0,))]
+        return self._in_order(call, stand_in(call.q.dtype), stand_in(torch.float32) if self._lse else None)
+
+    def _in_order(self, call: Call, out: Any, lse: Any) -> list[Prepared]:
+        return [(self._forward, (call.q, call.k, call.v, out, lse, call.mask), (call.scale,))]
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         out = self._output()
@@ -73,13 +77,10 @@ class BatchKernel(ForwardOnly):
 
     def program(self, call: Call) -> Program | None:
         """See `backends.base.HasProgram`."""
-        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
-        names = [name for name in ("q", "k", "v", "mask") if getattr(call, name) is not None]
-        launcher, given = self._forward, [getattr(call, name) for name in names]
-        if not isinstance(launcher, BinaryLauncher) or not launcher.launches or not aligned(*given):
+        given = {name: x for name in ("q", "k", "v", "mask") if (x := getattr(call, name)) is not None}
+        rooms = rooms_of(self.launches(call)) if aligned(*given.values()) else None
+        if rooms is None:
             return None
-        program = Program(made, aligned=names)
-        out, lse = stand_in(self._output.dtype), stand_in(torch.float32) if self._lse else None
-        room = launcher.room((call.q, call.k, call.v, out, lse, call.mask), (call.scale,))
-        program.add(room, [Named(name) for name in (*names[:3], *made, *names[3:])])
+        program = Program.of_forward(self._output, self._lse, aligned=given)
+        program.add_all(rooms, self._in_order(named(call), program.own("out"), program.own("lse")))
         return program

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from ....call import CALL, Call, Problem
 from ...base import ForwardOnly, Kernel
-from ...layout import Fresh, Output, RowNumbers, aligned
+from ...layout import Output, RowNumbers, aligned
 from ...scratch import scratch
 from ..arguments import band, broadcast_strides, exponent_factors, same_strides, strides_in_units
 from ..binaries.flag_set import FlagSet
-from ..binaries.launcher import BinaryLauncher, flag_sets, launcher_of, prepare
+from ..binaries.launcher import BinaryLauncher, flag_sets, launcher_of, prepare, rooms_of
 from ..binaries.launcher import Launch as Prepared
 from ..binaries.triton_kernel import NamedKernel
 from ..binding import TILE, WithCopies, WithSegments, readable, tf32_is_allowed, with_intervals
 from ..bounds import Bounds
-from ..program import Named, Program
+from ..launcher import Launcher
+from ..program import Program, named
 from ..representative import representative, stand_in
 from ..tile_parts import parts
 from .batch import BatchKernel, serves
@@ -27,7 +28,6 @@ from .launch_config import Launch, by_head, choose, listed
 from .lists import Lists, mask_layout
 
 _FORWARD = NamedKernel(f"{__package__}.kernel", "forward_kernel")
-_FLOATS = (1.0, 1.0)  #: stand for the kernel's floats where only binaries are asked for
 
 
 def bind(problem: Problem, call: Call, launch: Launch | None = None) -> Kernel:
@@ -86,12 +86,18 @@ class PrefillKernel(ForwardOnly):
 
     def launches(self, call: Call, in_k: bool = False) -> list[Prepared]:
         """What a call launches, the kernel first. in_k: v lies in k."""
-        p = self._problem
-        out, lse = stand_in(p.dtype), stand_in(torch.float32) if self._lse else None
-        lists = stand_in(torch.int32) if self._lists else None
-        launcher = self._forward[in_k, precision_of(p)]
-        found: list[Prepared] = [(launcher, _tensors(call, out, lse, lists), _FLOATS)]
+        found = [self._stand_in(self._forward[in_k, precision_of(self._problem)], call)]
         return found + self._lists.launches(call) if self._lists else found
+
+    def _stand_in(self, launcher: BinaryLauncher | Launcher, call: Call) -> Prepared:
+        """The launch of the kernel, where nothing is made for it."""
+        lse, lists = stand_in(torch.float32) if self._lse else None, stand_in(torch.int32) if self._lists else None
+        return self._launch(launcher, call, stand_in(self._output.dtype), lse, lists)
+
+    def _launch(self, launcher: BinaryLauncher | Launcher, call: Call, out: Any, lse: Any, lists: Any) -> Prepared:
+        """The launch of the kernel. Takes `Named` in the place of tensors, too."""
+        read = call.mask, lists, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
+        return launcher, (call.q, call.k, call.v, out, lse, *read), exponent_factors(self._problem, call.scale)
 
     def _in_k(self, call: Call, precision: str) -> bool:
         return (True, precision) in self._forward and call.v.data_ptr() == call.k.data_ptr()
@@ -102,40 +108,30 @@ class PrefillKernel(ForwardOnly):
         lse = None if self._lse is None else self._lse()
         lists = self._lists(call, scratch(q.device, self._lists.size)) if self._lists else None
         precision = precision_of(p)
-        factors = exponent_factors(p, call.scale)
-        self._forward[self._in_k(call, precision), precision](_tensors(call, out, lse, lists), factors)
+        launcher = self._forward[self._in_k(call, precision), precision]
+        _, tensors, floats = self._launch(launcher, call, out, lse, lists)
+        launcher(tensors, floats)
         return out, lse
 
     def program(self, call: Call) -> Program | None:
         """See `backends.base.HasProgram`."""
         precision = precision_of(self._problem)
-        launcher = self._forward[False, precision]
-        if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
-            return None
         if self._problem.dtype == torch.float32 or self._in_k(call, precision):
             return None  # (torch may be told to use TF32)
         names = [name for name in CALL.tensor_names if getattr(call, name) is not None]
         if not aligned(*[getattr(call, name) for name in names]):
             return None
-        made: dict[str, Fresh] = {"out": self._output, **({"lse": self._lse} if self._lse is not None else {})}
-        program = Program(made, 0 if self._lists is None else self._lists.size, aligned=names)
+        program = Program.of_forward(self._output, self._lse, 0 if self._lists is None else self._lists.size, names)
         program.apart = (True, precision) in self._forward
         if self._lists is not None and not self._lists.add_to(program, call):
             return None
-        out, lse = (stand_in(x.dtype) for x in (self._output, self._lse or self._output))
-        lists = None if self._lists is None else stand_in(torch.int32)
-        tensors = _tensors(call, out, lse if self._lse else None, lists)
-        of_call = call._replace(**{name: Named(name) for name in names})  # type: ignore[arg-type]
-        named: Any = Named("out"), Named("lse") if self._lse else None, Named("memory") if self._lists else None
-        room = launcher.room(tensors, exponent_factors(self._problem, call.scale))
-        program.add(room, _tensors(of_call, *named))  # type: ignore[arg-type]
+        launcher = self._forward[False, precision]
+        rooms = rooms_of([self._stand_in(launcher, call)])
+        if rooms is None:
+            return None
+        own = [program.own(name) for name in ("out", "lse", "memory")]
+        program.add_all(rooms, [self._launch(launcher, named(call), *own)])
         return program
-
-
-def _tensors(call: Call, out: Tensor, lse: Tensor | None, lists: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The kernel's tensors."""
-    read = call.mask, lists, call.lo, call.hi, call.sinks, call.q_lengths, call.kv_lengths
-    return call.q, call.k, call.v, out, lse, *read
 
 
 def _arguments(

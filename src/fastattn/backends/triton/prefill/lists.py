@@ -10,10 +10,10 @@ from torch import Tensor
 from ....call import Call, Problem
 from ...layout import aligned
 from ..arguments import band, broadcast_strides
-from ..binaries.launcher import BinaryLauncher, Launch, launcher_of
+from ..binaries.launcher import BinaryLauncher, Launch, launcher_of, rooms_of
 from ..binaries.triton_kernel import ALIGNMENT, NamedKernel
 from ..launcher import Launcher, overlaps
-from ..program import Named, Program
+from ..program import Named, Program, named
 from ..representative import stand_in
 from .launch_config import LIST_HEADER
 
@@ -98,7 +98,7 @@ class Lists:
         return memory[: self._lists].view(torch.int32)
 
     def in_order(self, call: Call, memory: Any) -> list[Launch]:
-        """The launches that fill the memory, in order."""
+        """See `Bounds.in_order`."""
         lists, lengths = memory[: self._lists].view(torch.int32), (call.q_lengths, call.kv_lengths)
         states = self.states(memory) if self._states else None
         found: list[Launch] = []
@@ -108,16 +108,12 @@ class Lists:
 
     def add_to(self, program: Program, call: Call) -> bool:
         """See `Bounds.add_to`."""
-        given = [name for name in ("mask", "q_lengths", "kv_lengths") if getattr(call, name) is not None]
-        if not aligned(*[getattr(call, name) for name in given]):
+        if not aligned(*[x for x in (call.mask, call.q_lengths, call.kv_lengths) if x is not None]):
             return False
-        own = self.in_order(call, torch.empty(self.size, dtype=torch.uint8, device="meta"))
-        named = self.in_order(call._replace(**{name: Named(name) for name in given}), Named("memory"))  # type: ignore[arg-type]
-        for (launcher, tensors, floats), (_, pointers, _) in zip(own, named, strict=True):
-            if not isinstance(launcher, BinaryLauncher) or not launcher.launches:
-                return False
-            program.add(launcher.room(tensors, floats), pointers)  # type: ignore[arg-type]
-        program.aligned |= set(given)
+        rooms = rooms_of(self.in_order(call, torch.empty(self.size, dtype=torch.uint8, device="meta")))
+        if rooms is None:
+            return False
+        program.add_all(rooms, self.in_order(named(call), Named("memory")), aligned=True)
         return True
 
 
