@@ -20,6 +20,16 @@ def test_environment_names_what_a_figure_depends_on(monkeypatch):
     json.dumps(found, allow_nan=False)
 
 
+def test_a_command_can_be_named_by_who_starts_it(monkeypatch):
+    monkeypatch.delenv(results.COMMAND, raising=False)
+    device = torch.device("cpu")
+    assert results.header("op", "fastattn sweep --json /tmp/x.json", device)["command"].endswith("--json /tmp/x.json")
+    monkeypatch.setenv("FASTATTN_COMMAND", "fastattn sweep --json kept/x.json")
+    found = results.header("op", "fastattn sweep --json /tmp/x.json", device)
+    assert found["command"] == "fastattn sweep --json kept/x.json"
+    assert "FASTATTN_COMMAND" not in found["environment"]["switches"]
+
+
 def test_json_is_written_whole(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from ..lm import Loaded, load, set_attention
 from ..lm.generation.results import peak_memory as peak_memory
 from ..lm.loading.attention import check_attention
 from .model_report import Outcome
+from .results import guarded
 from .timing import synchronize
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -156,12 +158,13 @@ def counted(result: Outcome) -> Iterator[None]:
 
 
 def identity(loaded: Loaded) -> dict[str, Any]:
-    """The model as a result file names it."""
+    """The model as a result file names it; None for a size that its config does not have, or not for all layers."""
     config, parameters = loaded.config, sum(parameter.numel() for parameter in loaded.model.parameters())
     random_weights = loaded.tokenizer is None
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     found = {"name": loaded.name, "type": config.model_type, "parameters": parameters, "random_weights": random_weights}
-    return found | {key: getattr(config, key, None) for key in shape}
+    # transformers raises, and no AttributeError, for what differs between layers: Gemma 4's head_dim.
+    return found | {key: guarded(partial(getattr, config, key, None)) for key in shape}
 
 
 def describe(loaded: Loaded) -> str:

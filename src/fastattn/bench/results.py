@@ -19,6 +19,9 @@ from . import output
 
 #: The environment variable that names the commit where the source is no git checkout: a copy on another machine.
 COMMIT = "FASTATTN_COMMIT"
+#: The environment variable that holds the command which result files name, where a program starts the command with
+#: other paths than a person would type: into a folder of its own, say.
+COMMAND = "FASTATTN_COMMAND"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "liger_kernel": machine.version_of("liger-kernel"),
         "fastattn": __version__,
         "commit": os.environ.get(COMMIT) or machine.commit(),
-        "switches": {name: value for name, value in machine.switches().items() if name != COMMIT},
+        "switches": {name: value for name, value in machine.switches().items() if name not in (COMMIT, COMMAND)},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -56,7 +59,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def header(benchmark: str, command: str, device: torch.device) -> dict[str, Any]:
-    """What every file of figures begins with: what was run, when (UTC, ISO 8601) and where."""
+    """What every file of figures begins with: what was run, when (UTC, ISO 8601) and where. command: as it was typed;
+    FASTATTN_COMMAND, where it is set, is what is named instead."""
+    command = os.environ.get(COMMAND) or command
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"benchmark": benchmark, "date": now, "command": command, "environment": environment(device)}
 

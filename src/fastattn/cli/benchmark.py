@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
     add(
         "--model",
         help="a Hugging Face model directory, or a preset with random weights: tiny, llama-3.2-1b, "
-        "llama-3.1-8b, gemma-2-2b, gpt2 (default: llama-3.1-8b with a GPU, tiny without)",
+        "llama-3.1-8b, gemma-2-2b, gemma-4, gpt2 (default: llama-3.1-8b with a GPU, tiny without)",
     )
     add("-p", "--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (%(default)s)")
     add("-g", "--generation-tokens", type=int, default=1024, metavar="N", help="length of the completion (%(default)s)")

@@ -11,6 +11,7 @@ from .finding import Finding, has_gpu
 
 SWITCHES = {
     "FASTATTN_BACKENDS": "the backends that may serve calls, in this order",
+    "FASTATTN_COMMAND": "the command that result files name, where another program starts it with paths of its own",
     "FASTATTN_COMMIT": "the commit that result files name where the source is no git checkout",
     "FASTATTN_COMPILE": "our own kernels: wait = a call waits for its own; off = only those on disk are used",
     "FASTATTN_CUDNN": "0 turns the cuDNN backend off",

@@ -37,6 +37,7 @@ def add_command(commands: Any) -> None:
     add("--flex", action="store_true", help="users: flex attention takes part (it compiles for seconds a row)")
     add("--absent", action="append", default=[], metavar="NAME=WHY", help="users: why a package is not installed")
     add("--seconds", type=float, metavar="N", help="users: rows that would begin later are left out")
+    add("--warm", action="store_true", help="users: compile all kernels first, on all cores")
     parser.set_defaults(run=run)
 
 
@@ -62,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     command = shlex.join(["fastattn", *arguments.argv])
     if arguments.name == USERS:
         return _users(arguments, command, device)
-    if arguments.rows or arguments.check or arguments.flex or arguments.absent or arguments.seconds is not None:
-        raise ValueError('ROW, --check, --flex, --absent, --seconds: expected "sweep users" with them')
+    given = (arguments.rows, arguments.check, arguments.flex, arguments.absent, arguments.warm)
+    if any(given) or arguments.seconds is not None:
+        raise ValueError('ROW, --check, --flex, --absent, --seconds, --warm: expected "sweep users" with them')
     found, failed = sweeps.run(sweeps.SWEEPS[arguments.name], command, device, arguments.quick, arguments.seed)
     if arguments.json:
         results.write_json(arguments.json, found)
@@ -84,9 +86,8 @@ def _users(arguments: argparse.Namespace, command: str, device: Any) -> int:
     for text in arguments.absent:
         if "=" not in text:
             raise ValueError(f"--absent: expected NAME=WHY, got {text!r}")
-    asked = run.Settings(
-        device, arguments.quick, arguments.check, arguments.flex, tuple(arguments.absent), arguments.seconds
-    )
+    options = (arguments.quick, arguments.check, arguments.flex, tuple(arguments.absent), arguments.seconds)
+    asked = run.Settings(device, *options, arguments.warm)
     _, failed = run.run(rows.chosen(arguments.rows), asked, command, arguments.json)
     if arguments.json:
         print(printable(f"Wrote {arguments.json}"))

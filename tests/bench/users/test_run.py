@@ -155,8 +155,9 @@ def test_a_wrong_row_fails_the_command(monkeypatch, capsys):
             for text in ("nan", "0", "-1")
         ),
         (["users", "--plot", "x.png"], "--plot: expected"),
-        (["decode", "--check"], "ROW, --check, --flex, --absent, --seconds: expected"),
-        (["decode", "causal"], "ROW, --check, --flex, --absent, --seconds: expected"),
+        (["decode", "--check"], "ROW, --check, --flex, --absent, --seconds, --warm: expected"),
+        (["decode", "--warm"], "ROW, --check, --flex, --absent, --seconds, --warm: expected"),
+        (["decode", "causal"], "ROW, --check, --flex, --absent, --seconds, --warm: expected"),
     ],
 )
 def test_bad_input(argv, text, capsys):

@@ -698,7 +698,7 @@ def test_presets_of_any_family() -> None:
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808 + (50304 - 50257) * 768
     assert (config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings) == (12, 12, 1024)
-    assert set(PRESETS) == {"tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b", "gpt2"}
+    assert set(PRESETS) == {"tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b", "gemma-4", "gpt2"}
 
 
 def test_generation_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_directory_in_shards(saved_model, model_directory):
 def test_unknown_model_lists_the_presets(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"model: expected a directory .*tiny, llama-3.2-1b, llama-3.1-8b, gemma-2-2b, gpt2, got 'nope'",
+        match=r"model: expected a directory .*tiny, llama-3.2-1b, llama-3.1-8b, gemma-2-2b, gemma-4, gpt2, got 'nope'",
     ):
         load("nope")
     with pytest.raises(ValueError, match="model: expected a directory"):

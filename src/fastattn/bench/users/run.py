@@ -25,6 +25,7 @@ from .worker import MARK
 ROW_SECONDS = {"check": 240.0, "time": 90.0}  #: after which a row's process is ended; the first calls compile
 LOOK_SECONDS = 0.5  #: between two looks whether the run is cut
 START_SECONDS = 120.0  #: of a process
+WARM_SECONDS = 600.0  #: of the process that compiles first
 FEW = 24  #: rows of a process that takes times: it starts for some seconds
 MOST_PROCESSES = 12  #: that compile and compare at a time
 ROUNDS, QUICK_ROUNDS = 9, 5
@@ -61,6 +62,7 @@ class Settings:
     flex: bool = False  #: flex attention takes part: it compiles for seconds a row
     absent: tuple[str, ...] = ()  #: NAME=REASON of packages that could not be installed
     seconds: float | None = None  #: rows that would begin later are left out
+    warm: bool = False  #: all kernels are compiled first, on all cores
 
 
 def run(rows: Sequence[Row], settings: Settings, command: str, path: str | None) -> tuple[dict[str, Any], bool]:
@@ -79,6 +81,7 @@ def run(rows: Sequence[Row], settings: Settings, command: str, path: str | None)
         "absent": {name: reasons.get(name, "not installed") for name, version in packages.items() if version is None}
         | reasons,
         "complete": False,
+        **({"warm": _warm(rows, settings)} if settings.warm else {}),
         "rows": {row.name: about(row, settings.device) for row in rows},
     }
     lock = threading.Lock()
@@ -113,6 +116,21 @@ def run(rows: Sequence[Row], settings: Settings, command: str, path: str | None)
         results.write_json(path, found)
     print(summary.sentence(found["summary"]))
     return found, found["summary"]["failed"] > 0
+
+
+def _warm(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
+    """What `warm` says of the kernels that it has compiled, or "failed": the rows then compile their own."""
+    names = [row.name for row in rows]
+    limit = WARM_SECONDS if settings.seconds is None else min(WARM_SECONDS, settings.seconds)
+    try:
+        found: dict[str, Any] = results.child("fastattn.bench.users.warm", str(settings.device), *names, seconds=limit)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        found = {"failed": [str(error)[:300]]}
+    if "kernels" in found:
+        print("{kernels} kernels, {compiled} of them compiled now, in {seconds} s".format(**found), flush=True)
+    for text in found["failed"]:
+        print(f"not compiled: {text}", flush=True)
+    return found
 
 
 def rounds(settings: Settings) -> int:

@@ -40,7 +40,7 @@ def load(
 
     Args:
         model: a directory in Hugging Face's layout (config.json, *.safetensors, a tokenizer), or a preset with random
-            weights: "tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b", "gpt2". A directory of that name
+            weights: "tiny", "llama-3.2-1b", "llama-3.1-8b", "gemma-2-2b", "gemma-4", "gpt2". A directory of that name
             takes precedence.
         attn: the attention implementation, see `set_attention`.
         dtype: of the weights. Default: a directory's own; for presets bfloat16 on a GPU, float32 on the CPU.

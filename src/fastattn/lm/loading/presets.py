@@ -1,7 +1,8 @@
 """Presets: configs of models by name, for models with random weights, whose speed is that of the real ones.
 
 The values are those of the published config.json files (meta-llama/Llama-3.1-8B, meta-llama/Llama-3.2-1B,
-google/gemma-2-2b); gpt2 is the 124M one with a vocabulary of 50304 and without dropout, as people train it.
+google/gemma-2-2b); gpt2 is the 124M one with a vocabulary of 50304 and without dropout, as people train it. gemma-4
+has the sizes that transformers gives its text model where nothing is said.
 """
 
 from __future__ import annotations
@@ -90,6 +91,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
+    # Five layers with a window of 512 keys and heads of 256 dims, then one over all keys with heads of 512.
+    "gemma-4": {
+        "model_type": "gemma4_text",
+        "vocab_size": 262144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 512,
+        "vocab_size_per_layer_input": 262144,
+        "hidden_size_per_layer_input": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    },
     "gpt2": {
         "model_type": "gpt2",
         "vocab_size": 50304,
@@ -107,8 +130,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_config(name: str) -> Any:
-    """A preset as transformers' config."""
-    from transformers import AutoConfig
+    """A preset as transformers' config. Raises ValueError where the installed transformers does not know the family."""
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     settings = {"model_type": "llama", **PRESETS[name]}
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    family = settings.pop("model_type")
+    if family not in CONFIG_MAPPING:
+        raise ValueError(f"model: {name} needs a newer transformers, {__version__} has no {family}")
+    return AutoConfig.for_model(family, **settings)
