@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from native_driver import compiled
+from prepared import prepared
 from threads import side_by_side
 from torch import Tensor
 
 import fastattn
 from fastattn import Intervals, Segments, drop_in
+from fastattn.dispatch import registry
 from fastattn.dispatch.native import calls
 
 pytestmark = pytest.mark.gpu
@@ -152,3 +154,71 @@ def test_threads_train_side_by_side(module: Any) -> None:
 
     side_by_side(4, run)
     assert wrong == []
+
+
+class TestGraphs:
+    """The operators, as graphs of torch.compile call them."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> None:
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("grads", ["", "qkv"])
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_a_forward(self, name: str, grads: str, module: Any) -> None:
+        call = prepared(made(H), made(HKV), made(HKV), **OPTIONS[name]())._replace(grads=grads)
+        run = lambda: torch.ops.fastattn.attention(*call, ",".join(registry.allowed()))  # noqa: E731
+        want = run()
+        found = served(module, run, 1)
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_a_backward(self, name: str, module: Any) -> None:
+        call = prepared(made(H), made(HKV), made(HKV), **OPTIONS[name]())._replace(grads="qkv")
+        names, grad_out = ",".join(registry.allowed()), made(H)
+        out, lse = torch.ops.fastattn.attention(*call, names)
+        run = lambda: torch.ops.fastattn.attention_backward(grad_out, None, out, lse, *call, names)  # noqa: E731
+        want = run()
+        for x, y in zip(served(module, run, 1)[:3], want[:3], strict=True):
+            assert ((x - y).float().norm() / y.float().norm()).item() < 4e-3
+
+    @pytest.mark.parametrize("length", [1, S])
+    @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+    def test_inference(self, mode: str | None, length: int, module: Any) -> None:
+        """One query goes to the decode kernel; with graphs of CUDA, whose memory is theirs."""
+        q, k, v = made(H, length), made(HKV), made(HKV)
+
+        @torch.no_grad()
+        def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q * 2, k, v, mask="causal") + 1  # type: ignore[operator]
+
+        want, compiled_step = step(q, k, v), torch.compile(step, fullgraph=True, mode=mode)
+        for i in range(8):
+            found = compiled_step(q if i % 2 else q.clone(), k, v).clone()
+            torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-2)
+            attend(q, k, v, mask="causal")  # on counters of its own
+        if mode is None:
+            before = module.served()
+            compiled_step(q, k, v)
+            assert sum(module.served().values()) == sum(before.values()) + 1
+
+    def test_a_training_step(self, module: Any) -> None:
+        leaves = [made(heads).requires_grad_() for heads in (H, HKV, HKV)]
+        grad_out = made(H)
+
+        def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q * 1, k, v, mask="causal")  # type: ignore[return-value]
+
+        def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(function(*leaves), leaves, grad_out)
+
+        want, compiled_step = gradients(step), torch.compile(step, fullgraph=True)
+        for x, y in zip(served(module, lambda: gradients(compiled_step), 2), want, strict=True):
+            assert ((x - y).float().norm() / y.float().norm()).item() < 4e-3
+
+
+def test_a_log_sum_exp(module: Any) -> None:
+    inputs = made(H), made(HKV), made(HKV)
+    want = attend(*inputs, mask="causal", return_lse=True)
+    found = served(module, lambda: attend(*inputs, mask="causal", return_lse=True), 1)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
