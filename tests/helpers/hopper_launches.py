@@ -25,7 +25,7 @@ from torch import Tensor
 from fastattn import debug
 from fastattn._compat import torch as torch_internals
 from fastattn._compat import triton_compiler
-from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits
+from fastattn.backends.triton import bounds, cuda_driver, key_bias, limits, sums
 from fastattn.backends.triton.binaries import launcher, store
 from fastattn.backends.triton.binaries.triton_kernel import NamedKernel, TritonFlags
 from fastattn.backends.triton.cuda_driver import Function
@@ -286,7 +286,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> HopperGpu:
     set_(launcher.BinaryLauncher, "launches", True)
     ready = SimpleNamespace(function=gpu.function, find=gpu.function, ready=gpu.function, ask=lambda *_: None)
     set_(store, "shared", ready)
-    for module in (bounds, key_bias, segments, hopper_backward, combination, decode):
+    for module in (bounds, key_bias, segments, hopper_backward, combination, decode, sums):
         set_(module, "launcher_of", launcher_of)
     for module in (hopper_forward, hopper_backward, hopper_wide, decode):
         set_(module, "sm_count", lambda index: 132)

@@ -735,5 +735,9 @@ def backward(
     found[1].copy_(torch.from_numpy(dk))
     found[2].copy_(torch.from_numpy(dv))
     bound._finish(launch._finish_tensors(pieces, *found), (call.scale,))
-    sums = pieces.get("sinks")
-    return *found, None if sums is None else sums.view(p.q_heads, -1).sum(1)
+    if "s" not in p.grads:
+        return *found, None
+    assert call.sinks is not None
+    of_sinks = torch.full_like(call.sinks, math.nan)
+    bound._sum((pieces["sinks"], of_sinks))
+    return *found, of_sinks

@@ -30,10 +30,11 @@ def test_a_forward(name: str, dim: int, gpu: HopperGpu, driver: NativeDriver) ->
 def test_a_backward(name: str, dim: int, gpu: HopperGpu, driver: NativeDriver) -> None:
     options = CASES[name]()
     leaves = [made(heads, dim=dim).requires_grad_() for heads in (H, HKV, HKV)]
+    leaves += [options["sinks"].requires_grad_()] if "sinks" in options else []
     grad_out, outs = made(H, dim=dim), []
 
     def run() -> Any:
-        out = attend(*leaves, **options)
+        out = attend(*leaves[:3], **options)
         outs.append(out)
         return torch.autograd.grad(out, leaves, grad_out)
 

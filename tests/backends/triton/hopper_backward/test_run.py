@@ -58,6 +58,12 @@ def check(
     scale: float | None = None,
 ) -> None:
     """All launches of one call, for tensors that are read where they are."""
+    if "s" in call.grads:
+        *launches, of_sinks = launches
+        a = of_sinks.arguments
+        assert of_sinks.kernel.endswith(":sum_kernel") and found.sinks is not None
+        assert (a["out_ptr"], a["count"], a["pieces"]) == (found.sinks.data_ptr(), H, B * -(-S // 64))
+        assert a["pieces_ptr"] == launches[-3].arguments["sink_sums_ptr"] and of_sinks.stream == launches[-1].stream
     *before, first, main, last = launches
     names = [x.kernel.partition(":")[2] for x in (*before, first, last)]
     assert names == [*(["bounds_kernel", "extents_kernel"] if before else []), "prepare_kernel", "finish_kernel"]
@@ -254,8 +260,6 @@ def test_the_log_sum_exp_s_gradient_and_sinks(gpu: HopperGpu) -> None:
     def look(x: Launched) -> None:
         if "sinks_ptr" in x.arguments:
             read.append(torch.frombuffer(memory_at(x.arguments["sinks_ptr"], 4 * H), dtype=torch.float32).clone())
-            sums = np.frombuffer(memory_at(x.arguments["sink_sums_ptr"], 4 * H * B * 2), np.float32)
-            sums[:] = np.arange(sums.size)
 
     gpu.driver.after = look
     for turn in range(6):
@@ -266,8 +270,7 @@ def test_the_log_sum_exp_s_gradient_and_sinks(gpu: HopperGpu) -> None:
         launches = gpu.taken()
         check(launches, call, out, lse, grad_out, found, grad_lse)
         assert torch.equal(read[-1], call.sinks)
-        expected = torch.arange(H * B * 2, dtype=torch.float32).view(H, -1).sum(1)
-        assert found.sinks is not None and torch.equal(found.sinks, expected)
+        assert found.sinks is not None and found.sinks.shape == (H,) and found.sinks.dtype is torch.float32
 
 
 def memory_at(address: int, size: int) -> Any:

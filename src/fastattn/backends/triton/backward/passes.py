@@ -15,10 +15,11 @@ from ..binaries.triton_kernel import NamedKernel
 from ..prefill.forward import precision_of
 from ..prefill.lists import mask_layout
 from ..representative import stand_in
+from ..sums import launcher_of_sum
 from . import launch_config
 from .sizes import Sizes
 
-_PREPARE, _SUM = (NamedKernel(f"{__package__}.prepare", f"{name}_kernel") for name in ("prepare", "sum"))
+_PREPARE = NamedKernel(f"{__package__}.prepare", "prepare_kernel")
 _COARSE, _KEYS, _QUERIES, _BIAS = (
     NamedKernel(f"{__package__}.{name}_kernel", f"{name}_kernel") for name in ("coarse", "keys", "queries", "bias")
 )
@@ -143,9 +144,9 @@ class Passes:
             "v": (keys * p.value_dim, parts_of_group if "v" in p.grads else 1),
             "mask": (math.prod(p.mask_shape), sizes.bias_parts),
         }
-        self._sums = {name: _sum(*each, *where) for name, each in shared.items() if each[1] > 1}
+        self._sums = {name: launcher_of_sum(*each, *where) for name, each in shared.items() if each[1] > 1}
         if "s" in p.grads:
-            self._sums["sinks"] = _sum(p.q_heads, p.batch * sizes.row_blocks, *where)
+            self._sums["sinks"] = launcher_of_sum(p.q_heads, p.batch * sizes.row_blocks, *where)
 
     @staticmethod
     def layout(p: Problem, call: Call) -> Layout:
@@ -200,9 +201,3 @@ class Passes:
         for name, launcher in self._sums.items():
             found.append((launcher, (pieces[f"d{name}"], getattr(grads, name)), ()))
         return found
-
-
-def _sum(count: int, pieces: int, device: torch.device, capability: tuple[int, int]) -> Any:
-    """Sums that many pieces of `count` numbers."""
-    block, step = (512, 2) if count >= 1 << 16 else (64, 32) if count >= 1 << 10 else (16, 128)
-    return launcher_of(_SUM, (-(-count // block),), device, capability, (count, pieces), (block, step), num_warps=4)

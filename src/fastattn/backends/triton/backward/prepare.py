@@ -1,4 +1,4 @@
-"""What the passes need of each row, found once: its log-sum-exp, and delta = rowsum(dO * O) - dlse. And sums."""
+"""What the passes need of each row, found once: its log-sum-exp, and delta = rowsum(dO * O) - dlse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ INTEGERS = [
     "o_sb", "o_sh", "o_si", "do_sb", "do_sh", "do_si", "lse_sb", "lse_sh", "lse_si", "dlse_sb", "dlse_sh", "dlse_si",
     "interval_sb", "interval_si", "heads", "row_blocks", "q_len", "kv_len", "left", "right",
 ]  # fmt: skip
-SUM_INTEGERS = ["count", "pieces"]
 
 STAT_ROWS = tl.constexpr(STAT_BLOCK)  #: rows of a program, of which the passes' loads of statistics hold a whole number
 UNIT = tl.constexpr(8)  #: elements per unit of the strides of O and dO
@@ -113,15 +112,3 @@ def prepare_kernel(
     if BIASED:
         tl.store(stats_ptr + 2 * apart + at, lse)
         tl.store(stats_ptr + 3 * apart + at, tl.zeros([STAT_ROWS], tl.float32))
-
-
-@triton.jit(do_not_specialize=SUM_INTEGERS)
-def sum_kernel(pieces_ptr, out_ptr, count, pieces, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """float32 [pieces, count] summed over the pieces, always in the same order, into out_ptr's dtype."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, pieces, STEP):
-        piece = start + tl.arange(0, STEP)
-        at = piece.to(tl.int64)[:, None] * count + n[None, :]
-        total += tl.sum(tl.load(pieces_ptr + at, mask=(piece < pieces)[:, None] & (n < count)[None, :], other=0.0), 0)
-    tl.store(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < count)

@@ -1,6 +1,6 @@
 """Which calls the Hopper backward serves, which binaries a call takes, and its launches.
 
-Three launches, with bounds of rows five, with a mask of keys six.
+Three launches, with bounds of rows five, with a mask of keys six; one more where sinks have a gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....call import Call, Problem, token_major
 from ...base import BackwardOnly
-from ...layout import TokenMajor
+from ...layout import Contiguous, TokenMajor
 from ..binaries import store
 from ..binaries.flag_set import FlagSet
 from ..binaries.launcher import flag_sets, launcher_of, prepare
@@ -25,6 +25,7 @@ from ..hopper.limits import DTYPES, MOST_KEYS, refusals, sides
 from ..hopper.tensors import Layout, Row, layout_of
 from ..limits import sm_count
 from ..representative import representative
+from ..sums import launcher_of_sum
 from . import run
 from .binary import BAND, CAUSAL, DIMS, FULL, HALF, INTERVALS, ROWS, Flags, key_columns, keys_of
 from .memory import blocks_of, pieces_of, rows_of, tiles_of
@@ -136,7 +137,7 @@ class Backward(BackwardOnly):
 
     __slots__ = (
         *("_arguments", "_bounds", "_device", "_extents", "_finish", "_function", "_layouts", "_memory", "_prepares"),
-        *("_problem", "_programs", "_split", "backward", "backward_program", "flags"),
+        *("_problem", "_programs", "_split", "_sum", "backward", "backward_program", "flags"),
     )
 
     def __init__(self, problem: Problem, call: Call, loads: bool = True, split: int = 0) -> None:
@@ -176,6 +177,11 @@ class Backward(BackwardOnly):
         self._finish: Any = launcher_of(
             _FINISH, (rows_of(p) + parts,), device, p.capability, counts, (dim, keys), num_warps=4
         )
+        self._sum, of_sinks = None, None
+        if "s" in p.grads:
+            assert call.sinks is not None
+            self._sum = launcher_of_sum(p.q_heads, p.batch * tiles, device, p.capability)
+            of_sinks = Contiguous(call.sinks)
         self._function: Function | None = None
 
         def with_inputs(other: Call) -> run.Backward:
@@ -193,7 +199,7 @@ class Backward(BackwardOnly):
         }
         #: See `backends.base.Kernel.backward`.
         self.backward: run.Backward
-        running = run.Run(p, call, grads, self._memory, self._bounds, self._room, with_inputs)
+        running = run.Run(p, call, grads, of_sinks, self._memory, self._bounds, self._room, with_inputs)
         self.backward, self.backward_program = running, running.program
         if loads:
             if self._bounds is not None:
@@ -224,6 +230,8 @@ class Backward(BackwardOnly):
         if self._extents is not None:
             found.append((self._extents, _extents_tensors(pieces), ()))
         found.append((self._finish, _finish_tensors(pieces, *grads), (call.scale,)))
+        if self._sum is not None:
+            found.append((self._sum, _sum_tensors(pieces, call), ()))
         return found
 
     def _room(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Room:
@@ -253,6 +261,7 @@ class Backward(BackwardOnly):
             (launcher.room(before), _present(_BEFORE, before)),
             extents,
             (self._finish.room(after, (call.scale,)), _present(_AFTER, after)),
+            None if self._sum is None else (self._sum.room(_sum_tensors(pieces, call)), _SUM_OF),
             pointers,
             mapped,
             self._memory,
@@ -304,8 +313,14 @@ def _finish_tensors(pieces: dict[str, Tensor], dq: Tensor, dk: Tensor, dv: Tenso
     return [pieces["dq"], pieces.get("dkv"), rows, dq, dk, dv]
 
 
+def _sum_tensors(pieces: dict[str, Tensor], call: Call) -> list[Tensor | None]:
+    assert call.sinks is not None
+    return [pieces["sinks"], call.sinks.new_empty(0, device="meta")]
+
+
 #: What the tensors are, the pieces of the memory by their names.
 _EXTENTS_OF = "bounds", "extents"
+_SUM_OF = "sinks", "grad_sinks"
 _BEFORE = (
     "out", "grad_out", "lse", "grad_lse", "given_sinks", "q", "bounds", "extents", "clean_q", "clean_grad_out", "rows",
     "dq", "dkv", "sinks", "counters",

@@ -68,7 +68,7 @@ def prepare_kernel(
     rows_ptr,  # float32, see above
     dq_sum_ptr,  # float32 [B * Hq * tiles, ROWS * DIM]
     dkv_sum_ptr,  # float32, `zeros` times 4096; or None
-    sink_sums_ptr,  # float32 [Hq, B * tiles], or None
+    sink_sums_ptr,  # float32 [B * tiles, Hq], or None
     counters_ptr,  # int32: one a tile, one a block of keys where programs share it, one more; or None
     batch,
     heads,
@@ -150,7 +150,7 @@ def prepare_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h).to(tl.float32)
         found = tl.sum(tl.where(there, tl.exp2((sink - lse) * _LOG2_E) * delta, 0.0), 0)
-        tl.store(sink_sums_ptr + h.to(tl.int64) * batch * tiles + b * tiles + m, -found)
+        tl.store(sink_sums_ptr + (b64 * tiles + m) * heads + h, -found)
     pair = rows_ptr + place * (2 * ROWS) + row
     if BIASED:
         lse = tl.maximum(lse, _LEAST)  # finite in base 2, also where the mask is as low as can be

@@ -23,7 +23,7 @@ class Room:
     """
 
     __slots__ = (
-        "extents", "finish", "grads", "in_memory", "main", "memory", "prepare", "reads_more", "scale", "slots",
+        "extents", "finish", "grads", "in_memory", "main", "memory", "prepare", "reads_more", "scale", "slots", "sums",
     )  # fmt: skip
 
     def __init__(
@@ -32,21 +32,23 @@ class Room:
         prepare: Plain,
         extents: Plain | None,
         finish: Plain,
+        sums: Plain | None,
         pointers: Sequence[tuple[str, int]],
         mapped: Sequence[str],
         pieces: Pieces,
     ) -> None:
-        """pointers: of the main kernel, each the name of a piece of the memory and a place in it, in bytes.
-        mapped: what has maps, in order."""
+        """sums: of the gradient of sinks. pointers: of the main kernel, each the name of a piece of the memory and a
+        place in it, in bytes. mapped: what has maps, in order."""
         self.main, self.prepare, self.finish = main, prepare[0], finish[0]
         self.extents: Any = None if extents is None else extents[0]
+        self.sums: Any = None if sums is None else sums[0]
         starts = {name: place[0] for name, place in pieces.at.items()}
         #: For each pointer into the memory its array and place there, and where it points to.
         self.in_memory = [
             (main.pointers, i, starts[name] + more) for i, (name, more) in enumerate(pointers) if name in starts
         ]
         self.slots: dict[str, int] = {}  #: of the other pointers: in the kernels before, and after the main one
-        for room, names in (prepare, finish, *([] if extents is None else [extents])):
+        for room, names in [x for x in (prepare, finish, extents, sums) if x is not None]:
             for i, name in enumerate(names):
                 if name in starts:
                     self.in_memory.append((room.values, i, starts[name]))

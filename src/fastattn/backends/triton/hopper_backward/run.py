@@ -1,4 +1,4 @@
-"""What a call of the Hopper backward does, once it is bound: three launches, with bounds five."""
+"""What a call of the Hopper backward does, once it is bound: see `launch.py`."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Run:
     call to call."""
 
     __slots__ = (
-        "_bounds", "_copies", "_device", "_grads", "_make_room", "_memory", "_of_copies", "_problem", "_rooms",
-        "_where", "_with_inputs",
+        "_bounds", "_copies", "_device", "_grads", "_make_room", "_memory", "_of_copies", "_of_sinks", "_problem",
+        "_rooms", "_where", "_with_inputs",
     )  # fmt: skip
 
     def __init__(
@@ -62,13 +62,15 @@ class Run:
         problem: Problem,
         call: Call,
         grads: Sequence[Fresh],
+        of_sinks: Fresh | None,
         memory: Pieces,
         bounds: Bounds | None,
         make_room: Callable[[Call, Tensor, Tensor, Tensor, Tensor | None], Room],
         with_inputs: Callable[[Call], Backward],
     ) -> None:
-        """grads: what makes those of q, k and v. memory: what one call's holds. make_room: for tensors that lie as
-        these, in this thread. with_inputs: the backward of calls whose q, k and v lie as those of this one."""
+        """grads: what makes those of q, k and v. of_sinks: what makes that of sinks, if they have one. memory: what one
+        call's holds. make_room: for tensors that lie as these, in this thread. with_inputs: the backward of calls whose
+        q, k and v lie as those of this one."""
         self._problem, self._memory, self._bounds = problem, memory, bounds
         self._make_room, self._with_inputs = make_room, with_inputs
         self._where, self._device = call.q.device, call.q.device.index
@@ -76,7 +78,7 @@ class Run:
         self._copies = not all([fits(x) for x in inputs])
         self._of_copies: dict[Any, Backward] = {}
         self._rooms = _Rooms()
-        self._grads = grads
+        self._grads, self._of_sinks = grads, of_sinks
 
     def __call__(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """See `backends.base.Kernel.backward`."""
@@ -118,9 +120,10 @@ class Run:
         if wanted == "qkv":
             return Gradients(dq, dk, dv)
         dsinks = None
-        if call.sinks is not None and "s" in wanted:
-            start, end, dtype = self._memory.at["sinks"]
-            dsinks = memory[start:end].view(dtype).view(self._problem.q_heads, -1).sum(1).to(call.sinks.dtype)
+        if self._of_sinks is not None:
+            dsinks = self._of_sinks.here()
+            room.sums.values[room.slots["grad_sinks"]] = dsinks.data_ptr()
+            room.sums.launch(stream)
         return Gradients(
             q=dq if "q" in wanted else None,
             k=dk if "k" in wanted else None,
@@ -150,12 +153,13 @@ class Run:
     def program(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> Program | None:
         """See `backends.base.HasBackwardProgram`."""
         sinks = call.sinks
-        if self._copies or "s" in self._problem.grads:  # (what sums the gradient of sinks is torch's)
+        if self._copies:
             return None
         if not _lie_well(out, lse, grad_out) or (sinks is not None and not sinks.is_contiguous()):
             return None
         given = ["q", "k", "v", "out", "lse", "grad_out", *(["sinks"] if sinks is not None else [])]
-        program = Program.of_backward(self._grads, self._memory.total, aligned=given)
+        makers = *self._grads, None, self._of_sinks
+        program = Program.of_backward(makers, self._memory.total, aligned=given)
         room = self._make_room(call, out, lse, grad_out, None)
         self._put_scale(call.scale, room)
         if self._bounds is not None:
@@ -174,6 +178,9 @@ class Run:
         for i, name in enumerate("qkv", room.grads):
             program.write(room.finish.values, i, f"grad_{name}")
         program.launches += room.prepare.launch, room.main.launch, room.finish.launch
+        if room.sums is not None:
+            program.write(room.sums.values, room.slots["grad_sinks"], "grad_sinks")
+            program.launches.append(room.sums.launch)
         return program
 
     def _put_scale(self, scale: float, room: Room) -> None:
