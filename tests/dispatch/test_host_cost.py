@@ -195,7 +195,7 @@ HOPPER: dict[str, tuple[Callable[[], Callable[[], Any]], Counts]] = {
     "both": (partial(both, "causal", BF16), Counts(32, 64, 0)),
     "both, lengths": (partial(both, "lengths", BF16), Counts(48, 79, 0)),
     "both, segments": (partial(both, "segments", BF16), Counts(54, 82, 0)),
-    "both, sinks": (partial(both, "sinks", BF16), Counts(42, 83, 5)),
+    "both, sinks": (partial(both, "sinks", BF16), Counts(45, 81, 0)),
 }
 
 
@@ -225,6 +225,7 @@ def test_hoppers_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         kernels += 3
     if "segments" in name or name == "both, lengths":
         kernels += ("segments" in name) + 2 * name.startswith("both")
+    kernels += name == "both, sinks"  # what adds up their gradient
     assert launched == kernels
 
 

@@ -29,6 +29,8 @@ if __name__ == "__main__":
             os._exit(4)
         if name.startswith("hang"):
             time.sleep(600)
+        while name.startswith("chatty"):
+            print("a line", flush=True)
         print("a line of somebody else's")
         print("no end of line: ", end="")
         say({"row": name, "found": {"fastattn": {"pid": os.getpid(), "phase": json.loads(settings)["phase"]}}})

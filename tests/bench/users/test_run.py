@@ -72,6 +72,17 @@ def test_a_run_that_is_cut_ends_at_once(fake, monkeypatch):
     assert time.monotonic() - begun < 20 and found == {}
 
 
+def test_nobody_reads_a_process_that_was_left(fake):
+    """Its pipes are closed: a thread that still reads would end in an error."""
+    others = set(threading.enumerate())
+    found = run.drive(["a", "chatty"], "check", SETTINGS, module="fake_worker")
+    assert next(found)[0] == "a"
+    time.sleep(0.2)
+    assert set(threading.enumerate()) > others
+    found.close()
+    assert set(threading.enumerate()) == others
+
+
 def test_ctrl_c_cuts_the_others(monkeypatch):
     events = []
 

@@ -211,8 +211,9 @@ def drive(
             errors="replace",
             env=environment,
         ) as process:
+            reader = _Reader(process, cut)
             try:
-                for found in _rows_of(_Reader(process, cut), left, ROW_SECONDS[phase]):
+                for found in _rows_of(reader, left, ROW_SECONDS[phase]):
                     if isinstance(found, _End) and cut.is_set():
                         return
                     if isinstance(found, _End) and found.peer is not None:  # the row is measured again without it
@@ -225,6 +226,7 @@ def drive(
                         break
             finally:
                 process.kill()
+                reader.finish()
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,11 @@ class _Reader:
         status = self._process.wait()
         self._threads[1].join()
         return self._errors[-1][:300] if self._errors else f"its process ended with status {status}"
+
+    def finish(self) -> None:
+        """Waits until all that an ended process wrote is read: what it wrote into is closed next."""
+        for thread in self._threads:
+            thread.join()
 
     def _read(self, lines: TextIO) -> None:
         for line in lines:

@@ -310,6 +310,12 @@ PyObject* py_remember_operator(PyObject*, PyObject* arguments) {
   for (const auto& x : tensors) {
     if (x.defined() && x._is_zerotensor()) Py_RETURN_FALSE;  // it has no memory
   }
+  try {
+    enter_operators();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
   operators[number]->remember(std::move(key), std::move(entry));
   Py_RETURN_TRUE;
 }
@@ -354,12 +360,6 @@ PyObject* py_setup(PyObject*, PyObject* arguments) {
   Py_XSETREF(gradients_of, Py_NewRef(gradients));
   Py_XSETREF(intervals_type, Py_NewRef(intervals));
   Py_XSETREF(segments_type, Py_NewRef(segments));
-  try {
-    enter_operators();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
   Py_RETURN_NONE;
 }
 

@@ -81,8 +81,6 @@ def state() -> tuple[str, str]:
 
 def _take(made: Any) -> None:
     global module
-    from .. import operators  # noqa: F401 (which the module enters)
-
     made.setup(*cuda_driver.functions(), _gradients, Intervals, Segments)
     shape_cache.register(_holder)  # later than the routes, which are dropped before it: see `_holds`
     module = made

@@ -165,7 +165,8 @@ void enter_operator(torch::Library& library) {
   Kernel<number, c10::DispatchKey::AutogradCUDA>::enter(library, handle);
 }
 
-// Once in a process: from then on the operators are these, above what Python has registered for all devices.
+// Once in a process, with the first program of an operator, which Python has registered by then: from then on the
+// operators are these, above what Python has registered for all devices.
 inline void enter_operators() {
   static auto* const library = [] {
     auto* made = new torch::Library(torch::Library::IMPL, "fastattn", std::nullopt, __FILE__, __LINE__);
