@@ -68,10 +68,28 @@ DECODERS = {
         hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=48, vocab_size=99, rotary_pct=0.5
     ),
     "deepseek_v3": config("DeepseekV3", **LATENT),
+    # A window and heads of 16 in one layer, all keys and one wide head for keys and values in the other.
+    "gemma4_text": config(
+        "Gemma4Text",
+        **SLIDING,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+    ),
 }
 ENCODERS = {
     "bert": config("Bert"),
     "modernbert": config("ModernBert", local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
+    "embedding_gemma2_text": config(
+        "EmbeddingGemma2Text",
+        **SLIDING,
+        num_attention_heads=2,
+        global_head_dim=32,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+    ),
 }
 
 
@@ -102,6 +120,41 @@ def test_windows_are_those_of_the_layers() -> None:
     assert kinds(ENCODERS["modernbert"])[0].windows == (None, (3, 3))
 
 
+def test_layers_that_differ_are_kinds_of_their_own() -> None:
+    def of(found: Any) -> dict[str, set[Any]]:
+        return {a.label: {(a.q_heads, a.kv_heads, a.head_dim), *a.windows} for a in kinds(found)}
+
+    windows = {None, (W - 1, 0)}
+    assert of(DECODERS["gemma4_text"]) == {
+        "4/2 heads of 16": {(4, 2, 16), *windows},
+        "4/1 heads of 32": {(4, 1, 32), None},
+    }
+    # Of the windows alone: one kind.
+    each = {0: {"sliding_window": None}, 1: {"sliding_window": 3}, 2: {"sliding_window": 7}}
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    found = config("NeoMME", num_hidden_layers=3, layer_types=types, per_layer_config=each)
+    (only,) = kinds(found)
+    assert (only.label, only.windows) == ("", (None, (3, 3), (7, 7)))
+
+
+def test_layers_that_fastattn_does_not_know_leave_the_others() -> None:
+    each = {1: {"head_dim": 32}}
+    types = ["full_attention", "compressed_sparse_attention", "linear_attention"]
+    found = config("Qwen3", num_hidden_layers=3, layer_types=types, per_layer_config=each)
+    attentions, notes = attentions_of(found, torch.bfloat16, 512)
+    assert {(a.head_dim, a.label) for a in attentions} == {(16, "")}
+    assert notes == ["compressed_sparse_attention: layers of this type were left out, fastattn does not know them"]
+
+
+@pytest.mark.parametrize("setting, mask", [("all", None), ("vision", "causal"), (None, "causal")])
+def test_bidirectional_attention_of_the_text(setting: str | None, mask: str | None) -> None:
+    """ "vision" is for images within a text."""
+    attentions, _ = attentions_of(
+        config("Gemma4Text", use_bidirectional_attention=setting, **SLIDING), torch.bfloat16, 512
+    )
+    assert {a.masks for a in attentions} == {(mask,)}
+
+
 def test_softcap_and_sinks() -> None:
     assert {a.softcap for a in kinds(DECODERS["gemma2"])} == {3.0}
     assert {a.softcap for a in kinds(config("Gemma2", attn_logit_softcapping=None))} == {None}
@@ -110,8 +163,8 @@ def test_softcap_and_sinks() -> None:
 
 def test_encoders_see_both_ways_and_have_no_cache() -> None:
     for found in ENCODERS.values():
-        (a,) = kinds(found)
-        assert (a.masks, a.phases, a.layouts) == ((None,), ("prefill",), ("token_major",))
+        for a in kinds(found):
+            assert (a.masks, a.phases, a.layouts) == ((None,), ("prefill",), ("token_major",))
     assert kinds(config("Bert", is_decoder=True))[0].masks == ("causal",)
 
 
@@ -135,7 +188,6 @@ def test_an_encoder_decoder_has_three_kinds() -> None:
         (config("Llama4Text", layer_types=["chunked_attention", "full_attention"]), "ready only up to one chunk"),
         (config("Qwen3", layer_types=["full_attention", "compressed_sparse_attention"]), "fastattn does not know them"),
         (transformers.LlavaConfig(), "only the text part"),
-        (transformers.Gemma4TextConfig(), "its layers differ"),
         (transformers.MambaConfig(), "compute attention themselves"),
         (transformers.BambaConfig(), "no layer of its config has an attention"),
     ],

@@ -21,18 +21,9 @@ from ..lm.loading.device import pick_device
 from ..lm.loading.presets import PRESETS, preset_config
 from ..lm.loading.pretrained import read_config as read_directory_config
 from .kinds import Attention
+from .layers import CACHED, layers_of
 from .report import Warmth
 from .run import warm
-
-#: Layer types with full attention (causal or not), and layer types without attention.
-FULL = ("full_attention", "attention", "hybrid")
-WITHOUT = ("linear_attention", "conv", "mamba", "moe", "mlp", "sparse", "dense")
-#: Rotary embeddings, or attention, that concatenate the halves of a query, which makes the query head-major.
-CONCATENATION = re.compile(
-    r"torch\.cat\(\s*[\[(]\s*(q|query)_|def _?apply_rotary\w*\((?:(?!\n(?:def|class|@)).)*?torch\.cat\(", re.DOTALL
-)
-FUSED = re.compile(r"self\.(W?qkv|qkv_proj|query_key_value|c_attn) = ")  #: one projection for queries, keys and values
-CACHED = ("chunked", "decode")  #: phases that need a cache
 
 
 def warmup_model(
@@ -122,7 +113,7 @@ def attentions_of(
     causal = _is_causal(text, source)
     if causal is None:
         return [], [*notes, f"{text.model_type}: its code does not say whether its attention is causal"]
-    found, more = _layers(text, source, causal, dtype, max_length, training)
+    found, more = layers_of(text, source, causal, dtype, max_length, training)
     return found, notes + more
 
 
@@ -135,8 +126,8 @@ def _encoder_decoder(
     found, notes = [], []
     for role, causal in (("encoder", False), ("decoder", True)):
         part = config.get_text_config(**{role: True})
-        attentions, more = _layers(part, source, causal, dtype, max_length, training)
-        found += [replace(a, label=role) for a in attentions]
+        attentions, more = layers_of(part, source, causal, dtype, max_length, training)
+        found += [replace(a, label=", ".join([role, *filter(None, [a.label])])) for a in attentions]
         notes += [f"{role}: {note}" for note in more]
         if role == "decoder" and attentions:  # its queries see all of the encoder's keys
             phases = ("prefill", *CACHED)
@@ -169,7 +160,7 @@ def _is_causal(config: Any, source: str) -> bool | None:
     """Whether the attention is causal; None if neither code nor config tells."""
     causal = bool(re.search(r"create_(\w+_)?causal_mask|create_masks_for_generate", source))
     bidirectional = "create_bidirectional" in source
-    if getattr(config, "use_bidirectional_attention", None) is True:
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # ("vision": of images within a text)
         return False
     if causal != bidirectional:
         return causal
@@ -179,101 +170,3 @@ def _is_causal(config: Any, source: str) -> bool | None:
     if isinstance(decoder, bool):
         return decoder
     return True if is_causal_family(config.model_type) else None
-
-
-def _layers(
-    config: Any, source: str, causal: bool, dtype: torch.dtype, max_length: int, training: bool
-) -> tuple[list[Attention], list[str]]:
-    try:
-        sizes, refusal = _sizes(config, source)
-    except Exception as error:  # transformers raises for attributes that differ between layers
-        sizes, refusal = (0, 0, 0, 0), f"{config.model_type}: its layers differ ({str(error).splitlines()[0]})"
-    if refusal:
-        return [], [refusal]
-    windows, notes = _windows(config, source, causal, max_length)
-    if not windows:
-        return [], [*notes, f"{config.model_type}: no layer of its config has an attention that fastattn serves"]
-    softcap = getattr(config, "attn_logit_softcapping", None) if re.search(r"\bsoftcap=", source) else None
-    once, cached = ("head_major_qk", "head_major") if CONCATENATION.search(source) else ("token_major", "cache")
-    phases = ("prefill", "training") if training else ("prefill",)
-    general = Attention(
-        *sizes,
-        dtype,
-        masks=("causal" if causal else None,),
-        windows=windows,
-        softcap=softcap or None,
-        phases=phases,
-        layouts=(once, cached) if causal else (once,),
-        rows=_rows(config, source, *sizes),
-    )
-    found = [general]
-    if causal:
-        latent = getattr(config, "qk_nope_head_dim", None) is not None  # may be cached before or after it is expanded
-        found.append(replace(general, phases=CACHED, layouts=(once, cached) if latent else (cached,)))
-    if "s_aux" in source:
-        with_sinks = [replace(a, sinks=True, label="sinks") for a in found]
-        found = with_sinks if config.model_type == "gpt_oss" else found + with_sinks
-    return found, notes
-
-
-def _rows(config: Any, source: str, heads: int, kv_heads: int, dim: int, value_dim: int) -> tuple[int, int, int]:
-    """See `Attention.rows`. Rotary embeddings create new queries and keys; values remain slices of the projection."""
-    if getattr(config, "qk_nope_head_dim", None) is not None:
-        return 0, 0, heads * (config.qk_nope_head_dim + value_dim)
-    if not FUSED.search(source):
-        return 0, 0, 0
-    width = heads * dim + kv_heads * (dim + value_dim)
-    return (0, 0, width) if "apply_rotary" in source else (width, width, width)
-
-
-def _sizes(config: Any, source: str) -> tuple[tuple[int, int, int, int], str]:
-    """Query heads, K/V heads, head dim and value dim; or zeros and the reason why they are unknown."""
-    heads: Any = getattr(config, "num_attention_heads", None)
-    grouped = "num_key_value_heads" in source  # the config may have it even if the code does not read it
-    kv_heads: Any = (getattr(config, "num_key_value_heads", None) if grouped else None) or heads
-    dim: Any = getattr(config, "head_dim", None)
-    if dim is None and isinstance(heads, int) and isinstance(getattr(config, "hidden_size", None), int):
-        dim = config.hidden_size // heads
-    value_dim = dim
-    if getattr(config, "qk_nope_head_dim", None) is not None:  # multi-head latent attention: expanded to all heads
-        kv_heads, value_dim = heads, getattr(config, "v_head_dim", None)
-        dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    found: tuple[Any, Any, Any, Any] = (heads, kv_heads, dim, value_dim)
-    for name in ("global_head_dim", "swa_head_dim", "swa_num_attention_heads"):
-        if getattr(config, name, None) is not None:
-            return (0, 0, 0, 0), f"{config.model_type}: its layers differ in their heads ({name})"
-    if not all(isinstance(n, int) and n > 0 for n in found) or heads % kv_heads:
-        return (0, 0, 0, 0), f"{config.model_type}: its config does not say how many heads of which size there are"
-    return found, ""
-
-
-def _windows(
-    config: Any, source: str, causal: bool, max_length: int
-) -> tuple[tuple[tuple[int, int] | None, ...], list[str]]:
-    """The windows of a model's layers. A layer with a window is called without one as long as all keys fit into it."""
-    window: int = getattr(config, "sliding_window", None) or 0
-    if getattr(config, "use_sliding_window", True) is False:
-        window = 0
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        types = ["sliding_attention" if window and "sliding_window" in source else "full_attention"]
-    found: dict[tuple[int, int] | None, None] = {}
-    notes = []
-    for kind in dict.fromkeys(types):
-        if kind in FULL or (kind == "sliding_attention" and not window):
-            found[None] = None
-        elif kind == "sliding_attention":
-            found[None] = None
-            if causal and window < max_length:
-                found[window - 1, 0] = None
-            elif not causal and "create_bidirectional_sliding_window_mask" in source:
-                if window < max_length:
-                    found[window, window] = None
-            elif not causal:
-                notes.append(f"{kind}: how its window counts is not said by the code")
-        elif kind == "chunked_attention":
-            found[None] = None
-            notes.append(f"{kind}: ready only up to one chunk; beyond it each length needs a plan of its own")
-        elif kind not in WITHOUT:
-            notes.append(f"{kind}: layers of this type were left out, fastattn does not know them")
-    return tuple(found), notes
