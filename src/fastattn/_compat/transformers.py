@@ -87,6 +87,12 @@ def reads_experts_on_host(model: Any) -> bool:
     return bool(ask and ask()) and getattr(config, "_experts_implementation", None) == "eager"
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of each layer of a text model where they differ in other things than their type (since 5.14, and in
+    few models); else the model's own alone, which is that of each layer."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def causal_class(config: Any) -> Any:
     """The class of a config's causal language model. Raises Gone or KeyError."""
     from transformers import AutoModelForCausalLM

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._compat.transformers import layer_configs
 from .kinds import Attention
 
 #: Layer types with full attention (causal or not), and layer types without attention.
@@ -49,11 +50,12 @@ def _different(config: Any) -> list[tuple[Any, Sequence[str] | None]]:
     """The configs of the layers that differ, each with their types (None: the config names none). Most models have
     one config for all layers."""
     types: Sequence[str] | None = getattr(config, "layer_types", None)
-    if not getattr(config, "is_heterogeneous", False):
+    layers = layer_configs(config)
+    if layers[0] is config:
         return [(config, types)]
     names = sorted(config.per_layer_attributes)
     found: dict[str, tuple[Any, Sequence[str] | None]] = {}
-    for i, layer in enumerate(config.per_layer_config):
+    for i, layer in enumerate(layers):
         own = None if types is None else types[i : i + 1]
         found.setdefault(repr((own, [getattr(layer, name, None) for name in names])), (layer, own))
     return list(found.values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..._compat.transformers import causal_class, distributed
+from ..._compat.transformers import causal_class, distributed, layer_configs
 from ...common.failures import first_line
 from .attention import import_transformers
 
@@ -32,13 +32,14 @@ def spread_options(config: Any, ranks: Ranks | None, trust_remote_code: bool = F
     if not model.base_model.tp_plan:
         raise ValueError(f"tp: {type(model).__name__} has no tensor parallel plan in transformers")
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if heads % ranks.size or kv_heads % ranks.size:
-        raise ValueError(
-            f"tp: expected a number of ranks that divides the model's {heads} heads and {kv_heads} K/V heads, "
-            f"got {ranks.size}"
-        )
+    for layer in layer_configs(text):
+        heads = layer.num_attention_heads
+        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+        if heads % ranks.size or kv_heads % ranks.size:
+            raise ValueError(
+                f"tp: expected a number of ranks that divides the model's {heads} heads and {kv_heads} K/V heads, "
+                f"got {ranks.size}"
+            )
     return {"distributed_config": how}
 
 
