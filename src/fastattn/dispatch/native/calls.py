@@ -7,6 +7,7 @@ serves the next one. So does the program of a backward, for gradients that lie a
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from ...backends.triton import cuda_driver
 from ...backends.triton.binaries.policy import mode
 from ...backends.triton.program import SOURCES, Program
 from ...call import CALL, Call, Gradients
+from ...common.forks import after_fork
 from ...config import is_on, setting
 from ...masks import Intervals, Segments
 from ...shape_cache import Reason, Size, shape_cache
@@ -84,6 +86,18 @@ def _take(made: Any) -> None:
     made.setup(*cuda_driver.functions(), _gradients, Intervals, Segments)
     shape_cache.register(_holder)  # later than the routes, which are dropped before it: see `_holds`
     module = made
+
+
+def _forked(_: Any) -> None:
+    """A forked child goes through Python: the GPU is not its own, and a thread that it does not have may hold a
+    program, or the table of an operator."""
+    global module
+    if module is not None:
+        module.renew()
+        module = None
+
+
+after_fork(sys.modules[__name__], _forked)
 
 
 class _Holder:
@@ -212,6 +226,8 @@ def _gradients(
     others like it."""
     call: Call = CALL.join(inputs, (scale, *bound.static))
     found = eager.gradients_of(bound, call, (out, lse, grad_out, None))
+    if module is None:  # in a forked child
+        return found
     if module.backwards(link) < _MOST_OFFERS and not torch.are_deterministic_algorithms_enabled():
         try:
             _offer_backward(bound, call, out, lse, grad_out, link)
