@@ -14,7 +14,7 @@ import torch
 from hopper_launches import HopperGpu
 from native_driver import NativeDriver
 from native_emulation import Emulation
-from native_launches import CASES, HKV, B, H, S, both_ways, made, tensors_of
+from native_launches import CASES, HKV, B, H, S, Symbols, both_ways, ints, made, results, tensors_of
 from prepared import prepared
 from served import Served
 from threads import side_by_side
@@ -98,6 +98,31 @@ class TestLaunches:
         before = driver.launches
         forward(*call._replace(q=shifted), names())
         assert driver.launches == before > 0
+
+    @pytest.mark.parametrize("moved", ["q", "k", "grad_out"])
+    def test_a_first_call_that_kernels_cannot_read(self, moved: str, gpu: HopperGpu, driver: NativeDriver) -> None:
+        """It makes no program: those after it are served, by the binaries that Python launches."""
+        call = prepared(made(H), made(HKV), made(HKV), mask="causal", kv_lengths=ints(300, 11))._replace(grads="qkv")
+        out, lse = forward(*call, names())
+        given = of(call) | {"grad_out": made(H), "out": out, "lse": lse}
+
+        def run(more: dict[str, Tensor]) -> Any:
+            x = given | more
+            upstream = x.pop("grad_out"), None, x.pop("out"), x.pop("lse")
+            return backward(*upstream, *call._replace(**x), names())
+
+        x = given[moved]
+        shifted = torch.empty(x.numel() + 1, dtype=x.dtype).as_strided(x.shape, x.stride(), 1)
+        python, _ = both_ways(gpu, driver, lambda: run({}), lambda: given)
+        fastattn.clear_plans()
+        for _ in range(5):
+            run({moved: shifted})
+        run({})
+        gpu.taken()
+        before = driver.launches
+        found = run({})
+        native = Symbols(given | results(found)).of(gpu.taken())
+        assert native == python and driver.launches == before + len(native)
 
 
 class TestTable:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import debug
 from ..._compat import torch as torch_internals
 from ...backends.base import HasBackwardProgram
+from ...backends.layout import aligned
 from ...backends.scratch import may_keep
 from ...backends.triton import cuda_driver
 from ...backends.triton.binaries.policy import mode
@@ -151,6 +152,12 @@ def _may_make(device: torch.device) -> bool:
     return index == torch_internals.current_device() and may_keep(torch_internals.raw_stream(index))
 
 
+def serves(call: Call, *upstream: Tensor) -> bool:
+    """Whether a program could run for tensors where these lie. Made for others it would be none, or have binaries that
+    no other call takes, and its kind would not be offered again."""
+    return aligned(call.q, call.k, call.v, *upstream)
+
+
 def _holds(bound: Bound) -> bool:
     """Whether the routes are those by which it was bound. Whoever drops them clears the table after that; so what is
     added to it while this is true is dropped with them."""
@@ -168,7 +175,7 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         times = 0
     if times >= _MOST_TIMES or (offered not in programs and len(programs) >= _MOST_OFFERS):
         return
-    if not _holds(bound) or not _may_make(bound.device):
+    if not _holds(bound) or not _may_make(bound.device) or not serves(call):
         return
     programs[offered] = times + 1, _holder.forgotten
     try:
@@ -244,7 +251,7 @@ def _offer_backward(bound: Bound, call: Call, out: Tensor, lse: Tensor | None, g
     if offered not in programs:
         if len(programs) >= 3 * _MOST_OFFERS or not eager.still_holds(bound, call, grad_out, out, lse):
             return
-        if not _may_make(bound.device):
+        if not _may_make(bound.device) or not serves(call, out, lse, grad_out):
             return
         programs[offered] = None
         program = route.kernel.backward_program(call, out, lse, grad_out)
