@@ -141,6 +141,32 @@ def test_nothing_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     assert not alive(child_of(logs / "slow.log"))
 
 
+def test_nothing_goes_on_after_a_second_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a job that does not hear SIGTERM is waited for."""
+    logs, sleep = tmp_path / "logs", time.sleep
+    logs.mkdir()
+
+    def interrupted(seconds: float) -> None:
+        if "child" in (logs / "slow.log").read_text():
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(running.time, "sleep", interrupted)
+        settings = running.Settings(tmp_path, logs, "kept", COMMIT)
+        running.run([fake("slow", "stubborn", says=20.0)], settings, lambda text: None)
+    assert not alive(child_of(logs / "slow.log"))
+
+
+def test_a_job_whose_files_cannot_be_written_leaves_the_others(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "here" / "made" / "first.json").mkdir(parents=True)
+    (tmp_path / "here" / "logs" / "second.log").mkdir(parents=True)
+    status, said = run([fake("first", says=9.0), fake("second", says=8.0), fake("third", says=7.0)])
+    assert status == 1 and files(tmp_path) == ["first.json", "third.json"]
+    assert "first: failed in" in said and "its result file cannot be taken over: " in said
+    assert "second: failed: it cannot be started: " in said
+
+
 def child_of(log: Path) -> int:
     words = log.read_text().split()
     return int(words[words.index("child") + 1])
