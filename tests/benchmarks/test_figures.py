@@ -70,7 +70,7 @@ def test_jobs_run_side_by_side_quiet_ones_alone_and_first(run: Run, made: Any) -
     jobs = [
         *(fake(f"short {i}", takes=1.5, says=5 + i) for i in range(3)),
         fake("long", takes=1.5, says=20),
-        fake("both", takes=0.3, says=1, gpus=2),
+        fake("both", takes=0.3, says=4, gpus=2),
         fake("quiet", takes=0.4, quiet=True),
         fake("quieter", takes=0.4, says=12, quiet=True),
     ]
