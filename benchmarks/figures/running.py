@@ -113,16 +113,24 @@ def run(jobs: Iterable[Job], settings: Settings, say: Callable[[str], None]) -> 
                     waiting.remove(job)
                     gpus = free[: job.gpus]
                     say(f"{job.name}: begins on GPU {','.join(gpus)}, about {job.seconds:.0f} s")
-                    running.append(_Running(job, gpus, settings, end))
+                    try:
+                        running.append(_Running(job, gpus, settings, end))
+                    except OSError as error:
+                        done(Outcome(job, FAILED, f"it cannot be started: {error}"))
             time.sleep(POLL)
     finally:  # Ctrl-C, SIGTERM: nothing is left behind
-        for one in running:
-            one.signal(signal.SIGTERM)
-        stop = time.monotonic() + GRACE
-        while any(one.process.poll() is None for one in running) and time.monotonic() < stop:
-            time.sleep(POLL)
-        for one in running:
-            one.signal(signal.SIGKILL)
+        try:
+            for one in running:
+                one.signal(signal.SIGTERM)
+            stop = time.monotonic() + GRACE
+            while any(one.process.poll() is None for one in running) and time.monotonic() < stop:
+                time.sleep(POLL)
+        finally:  # Ctrl-C once more: at once
+            for one in running:
+                one.signal(signal.SIGKILL)
+            for one in running:
+                with suppress(subprocess.TimeoutExpired):
+                    one.process.wait(GRACE)
     return outcomes
 
 
@@ -193,8 +201,11 @@ class _Running:
             return FAILED, f"it wrote no result file: {type(error).__name__}: {error}"
         if commit != self.settings.commit:
             return FAILED, f"its result file is of commit {commit}, not of {self.settings.commit}: {self.part}"
-        output.write(self.settings.out / f"{self.job.name}.json", self.part.read_bytes())
-        self.part.unlink()
+        try:
+            output.write(self.settings.out / f"{self.job.name}.json", self.part.read_bytes())
+            self.part.unlink()
+        except OSError as error:
+            return FAILED, f"its result file cannot be taken over: {error}"
         left_out = left_out_of(data)
         return MADE, f"left out: {', '.join(left_out)}" if left_out else ""
 

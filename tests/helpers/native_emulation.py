@@ -41,16 +41,20 @@ class _Launch:
 
 
 class Emulation:
-    """launches: how many there were. errors: of what was launched. fails: so does every launch."""
+    """launches: how many there were. errors: of what was launched. fails: so does every launch. before: called before
+    each one."""
 
     def __init__(self) -> None:
         self.launches, self.errors, self.fails = 0, [], False  # type: ignore[var-annotated]
+        self.before: Callable[[], None] | None = None
         self.function = LAUNCH(self._launch)
         self._made: weakref.WeakValueDictionary[int, _Launch] = weakref.WeakValueDictionary()
 
     def _launch(self, config: Any, function: Any, places: Any, _: Any) -> int:
         if self.fails:
             return 1
+        if self.before is not None:
+            self.before()
         self.launches += 1
         launch = self._made[function]
         try:
@@ -87,6 +91,8 @@ class Emulation:
 
 def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
     """The tensor that lies there."""
+    if 0 in shape:
+        return torch.empty_strided(shape, strides, dtype=dtype)
     count = 1 + sum([(size - 1) * stride for size, stride in zip(shape, strides, strict=True)])
     memory = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)

@@ -8,6 +8,7 @@ import pytest
 from hopper_launches import HopperGpu, pretend
 from native_driver import NativeDriver, take
 
+import fastattn
 from fastattn.dispatch.native import calls
 
 
@@ -15,6 +16,7 @@ from fastattn.dispatch.native import calls
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[HopperGpu]:
     found = pretend(monkeypatch)
     yield found
+    fastattn.clear_plans()  # what was offered, too
     if calls.module is not None:
         calls.module.clear()
 

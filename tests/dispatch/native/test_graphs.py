@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from hopper_launches import HopperGpu
 from native_driver import NativeDriver
 from native_emulation import Emulation
-from native_launches import CASES, HKV, B, H, S, both_ways, made, tensors_of
+from native_launches import CASES, HKV, B, H, S, Symbols, both_ways, ints, made, results, tensors_of
 from prepared import prepared
 from served import Served
 from threads import side_by_side
@@ -95,6 +98,31 @@ class TestLaunches:
         before = driver.launches
         forward(*call._replace(q=shifted), names())
         assert driver.launches == before > 0
+
+    @pytest.mark.parametrize("moved", ["q", "k", "grad_out"])
+    def test_a_first_call_that_kernels_cannot_read(self, moved: str, gpu: HopperGpu, driver: NativeDriver) -> None:
+        """It makes no program: those after it are served, by the binaries that Python launches."""
+        call = prepared(made(H), made(HKV), made(HKV), mask="causal", kv_lengths=ints(300, 11))._replace(grads="qkv")
+        out, lse = forward(*call, names())
+        given = of(call) | {"grad_out": made(H), "out": out, "lse": lse}
+
+        def run(more: dict[str, Tensor]) -> Any:
+            x = given | more
+            upstream = x.pop("grad_out"), None, x.pop("out"), x.pop("lse")
+            return backward(*upstream, *call._replace(**x), names())
+
+        x = given[moved]
+        shifted = torch.empty(x.numel() + 1, dtype=x.dtype).as_strided(x.shape, x.stride(), 1)
+        python, _ = both_ways(gpu, driver, lambda: run({}), lambda: given)
+        fastattn.clear_plans()
+        for _ in range(5):
+            run({moved: shifted})
+        run({})
+        gpu.taken()
+        before = driver.launches
+        found = run({})
+        native = Symbols(given | results(found)).of(gpu.taken())
+        assert native == python and driver.launches == before + len(native)
 
 
 class TestTable:
@@ -188,6 +216,15 @@ class TestTable:
         found = backward(other, None, out, lse, *call, "reference")
         assert emulation.launches - before == 2
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, want, strict=True))
+
+    def test_gradients_without_elements_lie_as_pythons(self, emulation: Emulation) -> None:
+        call = prepared(*[torch.randn(0, heads, 7, 8) for heads in (4, 2, 2)])._replace(grads="qkv")
+        out, lse = forward(*call, "reference")
+        want = backward(torch.randn_like(out), None, out, lse, *call, "reference")
+        before = emulation.launches
+        found = backward(torch.randn_like(out), None, out, lse, *call, "reference")
+        assert emulation.launches == before + 1
+        assert [(x.shape, x.stride()) for x in found] == [(x.shape, x.stride()) for x in want]
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_a_compiled_training_step(self, dynamic: bool, emulation: Emulation) -> None:
@@ -337,6 +374,35 @@ class TestTable:
                 assert torch.equal(forward(*call, "reference")[0], want)
 
         side_by_side(3, use)
+
+    def test_a_forked_child_waits_for_no_thread_of_its_parent(self, emulation: Emulation) -> None:
+        """While it is forked another thread has the program that the child's calls would run."""
+        call, leaves = self.call(), [torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2)]
+        for _ in range(3):
+            want = forward(*call, "reference")[0]
+            linked: Any = attend(*leaves)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def held() -> None:
+            begun.set()
+            go_on.wait(30)
+
+        emulation.before = held
+        thread = threading.Thread(target=forward, args=(*call, "reference"))
+        thread.start()
+        assert begun.wait(30)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)  # ends a child that waits for ever
+            emulation.before = None
+            right = torch.equal(forward(*call, "reference")[0], want)
+            right &= all(bool(x.any()) for x in torch.autograd.grad(linked, leaves, torch.ones_like(want)))
+            os._exit(0 if right and not emulation.errors else 1)
+        go_on.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+        emulation.before = None
+        assert self.launched(emulation, lambda: forward(*call, "reference")) == 1  # the parent's
 
     def test_opcheck(self, emulation: Emulation) -> None:
         """Torch's own tests of an operator: schema, fake, autograd's registration, AOT dispatch."""

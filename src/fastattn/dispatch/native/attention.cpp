@@ -295,7 +295,7 @@ PyObject* py_remember_operator(PyObject*, PyObject* arguments) {
     PyObject* like = nullptr;
     if (!PyArg_ParseTuple(PyTuple_GET_ITEM(empty, i), "iO", &source, &like)) return nullptr;
     const auto& tensor = THPVariable_Unpack(like);
-    entry->empty.push_back(Made{source, tensor.sizes().vec(), {}, tensor.scalar_type()});
+    entry->empty.push_back(Made{source, tensor.sizes().vec(), tensor.strides().vec(), tensor.scalar_type()});
   }
   Key key;
   Tensors tensors;
@@ -325,6 +325,15 @@ PyObject* py_clear(PyObject*, PyObject*) {
   for (auto* x : operators) x->clear();
   std::remove_reference_t<decltype(table)> dropped;
   dropped.swap(table);  // what is dropped may run Python
+  Py_RETURN_NONE;
+}
+
+// In a forked child: threads that are not there may hold locks, of programs too. Nothing of the parent's is used again;
+// it stays allocated.
+PyObject* py_renew(PyObject*, PyObject*) {
+  ++generation;
+  for (auto* x : operators) x->renew();
+  new (&table) std::remove_reference_t<decltype(table)>;
   Py_RETURN_NONE;
 }
 
@@ -370,6 +379,7 @@ PyMethodDef methods[] = {
     {"remember_backward", py_remember_backward, METH_VARARGS, nullptr},
     {"remember_operator", py_remember_operator, METH_VARARGS, nullptr},
     {"backwards", py_backwards, METH_O, nullptr},
+    {"renew", py_renew, METH_NOARGS, nullptr},
     {"clear", py_clear, METH_NOARGS, nullptr},
     {"size", py_size, METH_NOARGS, nullptr},
     {"served", py_served, METH_NOARGS, nullptr},

@@ -7,6 +7,7 @@ serves the next one. So does the program of a backward, for gradients that lie a
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor
 from ... import debug
 from ..._compat import torch as torch_internals
 from ...backends.base import HasBackwardProgram
+from ...backends.layout import aligned
 from ...backends.scratch import may_keep
 from ...backends.triton import cuda_driver
 from ...backends.triton.binaries.policy import mode
 from ...backends.triton.program import SOURCES, Program
 from ...call import CALL, Call, Gradients
+from ...common.forks import after_fork
 from ...config import is_on, setting
 from ...masks import Intervals, Segments
 from ...shape_cache import Reason, Size, shape_cache
@@ -86,6 +89,18 @@ def _take(made: Any) -> None:
     module = made
 
 
+def _forked(_: Any) -> None:
+    """A forked child goes through Python: the GPU is not its own, and a thread that it does not have may hold a
+    program, or the table of an operator."""
+    global module
+    if module is not None:
+        module.renew()
+        module = None
+
+
+after_fork(sys.modules[__name__], _forked)
+
+
 class _Holder:
     """The table, as a holder of `shape_cache`."""
 
@@ -137,6 +152,12 @@ def _may_make(device: torch.device) -> bool:
     return index == torch_internals.current_device() and may_keep(torch_internals.raw_stream(index))
 
 
+def serves(call: Call, *upstream: Tensor) -> bool:
+    """Whether a program could run for tensors where these lie. Made for others it would be none, or have binaries that
+    no other call takes, and its kind would not be offered again."""
+    return aligned(call.q, call.k, call.v, *upstream)
+
+
 def _holds(bound: Bound) -> bool:
     """Whether the routes are those by which it was bound. Whoever drops them clears the table after that; so what is
     added to it while this is true is dropped with them."""
@@ -154,7 +175,7 @@ def offer(bound: Bound, call: Call, arguments: tuple[Any, ...], scale: Any, wher
         times = 0
     if times >= _MOST_TIMES or (offered not in programs and len(programs) >= _MOST_OFFERS):
         return
-    if not _holds(bound) or not _may_make(bound.device):
+    if not _holds(bound) or not _may_make(bound.device) or not serves(call):
         return
     programs[offered] = times + 1, _holder.forgotten
     try:
@@ -212,6 +233,8 @@ def _gradients(
     others like it."""
     call: Call = CALL.join(inputs, (scale, *bound.static))
     found = eager.gradients_of(bound, call, (out, lse, grad_out, None))
+    if module is None:  # in a forked child
+        return found
     if module.backwards(link) < _MOST_OFFERS and not torch.are_deterministic_algorithms_enabled():
         try:
             _offer_backward(bound, call, out, lse, grad_out, link)
@@ -228,7 +251,7 @@ def _offer_backward(bound: Bound, call: Call, out: Tensor, lse: Tensor | None, g
     if offered not in programs:
         if len(programs) >= 3 * _MOST_OFFERS or not eager.still_holds(bound, call, grad_out, out, lse):
             return
-        if not _may_make(bound.device):
+        if not _may_make(bound.device) or not serves(call, out, lse, grad_out):
             return
         programs[offered] = None
         program = route.kernel.backward_program(call, out, lse, grad_out)

@@ -50,6 +50,8 @@ def offer(
     times = _offered.get(of, 0)
     if times >= _MOST_TIMES or not _may_make(call.q.device):
         return
+    if not calls.serves(call, *[x for x in upstream if x is not None]):
+        return
     generation = routes.generation()
     route = routes.route(call, names, backward=number == BACKWARD)
     if not route.lasts:

@@ -56,6 +56,13 @@ struct Operator {
     dropped.swap(table);
     size = 0;
   }
+
+  // In a forked child, where a thread may hold the lock that is not there. What was remembered stays allocated.
+  void renew() {
+    new (&lock) std::mutex;
+    new (&table) decltype(table);
+    size = 0;
+  }
 };
 
 // They live for ever: threads of torch's may be at work while the process ends.
@@ -125,7 +132,8 @@ inline bool served(Operator& of, bool autograd, size_t count, torch::jit::Stack&
     if (entry == nullptr || !entry->program->fits(tensors) || !entry->program->run(tensors, true)) return false;
     const at::AutoDispatchBelowADInplaceOrView below;
     for (const auto& x : entry->empty) {
-      tensors[x.source] = at::empty(x.sizes, at::TensorOptions().device(entry->program->device).dtype(x.dtype));
+      tensors[x.source] =
+          at::empty_strided(x.sizes, x.strides, at::TensorOptions().device(entry->program->device).dtype(x.dtype));
     }
   } catch (const c10::Error&) {  // no memory, a sparse tensor: Python knows what to do
     return false;

@@ -155,7 +155,7 @@ class Run:
         sinks = call.sinks
         if self._copies:
             return None
-        if not _lie_well(out, lse, grad_out) or (sinks is not None and not sinks.is_contiguous()):
+        if not _lie_well(out, lse, grad_out) or (sinks is not None and realigned(sinks.contiguous()) is not sinks):
             return None
         given = ["q", "k", "v", "out", "lse", "grad_out", *(["sinks"] if sinks is not None else [])]
         makers = *self._grads, None, self._of_sinks
