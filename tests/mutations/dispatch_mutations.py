@@ -57,6 +57,27 @@ MUTATIONS = (
         _GRAPHS,
     ),
     Mutation(
+        "each scale of an operator has a program",
+        "dispatch/native/graphs.py",
+        " or (not so_far and len(times) >= _MOST_SCALES)",
+        "",
+        _GRAPHS,
+    ),
+    Mutation(
+        "a program is made of tensors that kernels cannot read in place",
+        "dispatch/native/calls.py",
+        "    return aligned(call.q, call.k, call.v, *upstream)\n",
+        "    return True\n",
+        ("tests/dispatch/native/test_graphs.py", "-k", "cannot_read"),
+    ),
+    Mutation(
+        "a forked child waits for a thread of its parent",
+        "dispatch/native/calls.py",
+        "after_fork(sys.modules[__name__], _forked)",
+        "",
+        ("tests/dispatch/native/test_graphs.py", "-k", "forked"),
+    ),
+    Mutation(
         "a program with numbers that stay is a graph's",
         "backends/triton/decode/forward.py",
         "if self._combines and may_keep(self._stream()):",

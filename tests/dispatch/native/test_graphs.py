@@ -190,6 +190,15 @@ class TestTable:
         assert emulation.launches == before + 1
         assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
+    def test_scales_that_never_come_back_fill_no_table(self, emulation: Emulation) -> None:
+        """A graph may compute its scale anew for each call. (NaN is not even equal to itself.)"""
+        call = self.call()
+        for i in range(40):
+            forward(*call._replace(scale=0.1 + i / 100), "reference")
+            forward(*call._replace(scale=float("nan")), "reference")
+        assert shape_cache.stats()["sections"]["native calls"]["entries"] == graphs._MOST_SCALES
+        assert self.launched(emulation, lambda: forward(*call._replace(scale=0.1), "reference")) == 1
+
     def test_the_backends_are_in_the_key(self, emulation: Emulation) -> None:
         call = self.call()
         for _ in range(2):

@@ -26,8 +26,9 @@ from . import calls
 FORWARD, BACKWARD = 0, 1  #: the operators, as the module numbers them
 _RESULTS = ("out", "lse"), tuple([f"grad_{name}" for name in Gradients._fields])
 _MOST_TIMES = 4  #: that calls of one kind are offered: what torch dispatches otherwise is another kind to the module
+_MOST_SCALES = 16  #: of one kind: a program is for one scale, and graphs may compute theirs
 
-#: How often calls of a kind were offered.
+#: How often calls of a kind were offered, by their scales.
 _offered = shape_cache.section("operators", 1 << 12, dropped_for=[Reason.BACKEND_REFUSED, Reason.BINARY_READY])
 _log = logging.getLogger("fastattn")
 
@@ -46,9 +47,10 @@ def offer(
     upstream = arguments[:4] if number == BACKWARD else ()
     if number == BACKWARD and upstream[1] is not None:  # a gradient of the log-sum-exp
         return
-    of = *[x.stride() for x in upstream if x is not None], CALL.kind(call), call.scale, names, calls.times_forgotten()
-    times = _offered.get(of, 0)
-    if times >= _MOST_TIMES or not _may_make(call.q.device):
+    kind = *[x.stride() for x in upstream if x is not None], CALL.kind(call), names, calls.times_forgotten()
+    times = _offered.get(kind) or {}
+    so_far = times.get(call.scale, 0)
+    if so_far >= _MOST_TIMES or (not so_far and len(times) >= _MOST_SCALES) or not _may_make(call.q.device):
         return
     if not calls.serves(call, *[x for x in upstream if x is not None]):
         return
@@ -56,12 +58,13 @@ def offer(
     route = routes.route(call, names, backward=number == BACKWARD)
     if not route.lasts:
         return
-    _offered[of] = times + 1
+    _offered[kind] = times
+    times[call.scale] = so_far + 1
     try:
         program = _program(route, call, upstream)
         by_name = dict(zip(_RESULTS[number], results, strict=True))
         if program is None or not _gives(program, by_name):
-            _offered[of] = _MOST_TIMES
+            times[call.scale] = _MOST_TIMES
             return
         given = [name for name, x in zip(CALL.tensor_names, CALL.tensors(call)) if x is not None]
         given += ["grad_out", "out", "lse"] if upstream else []
@@ -73,7 +76,7 @@ def offer(
         if generation != routes.generation():  # dropped since: the table may have been cleared before this was in it
             calls.module.clear()
     except Exception as error:  # Python serves such calls
-        _offered[of] = _MOST_TIMES
+        times[call.scale] = _MOST_TIMES
         _log.debug("no program for an operator: %s", error)
 
 
